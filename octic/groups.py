@@ -1,0 +1,418 @@
+"""Symmetry groups of the pixel grid, each derived from its generators and irreps.
+
+An element is a number of quarter turns followed, or not, by a left-right mirroring. A group is
+given by generators and by what each irreducible representation (irrep) does to them; everything
+else (elements, tables, transforms, actions) follows.
+
+A feature of C channels per copy is an ordinary tensor [... D], D = |G| C. Its channels are grouped
+by irrep, an irrep's by row, a row's by copy:
+
+    D4:  A1 | A2 | B1 | B2 | E row 0 (left copy, right copy) | E row 1 (left copy, right copy)
+
+so that [... D] seen as [... |G| C] is acted on by matrices |G| x |G| alone.
+
+Sources: Nordstrom et al. 2025, "Stronger ViTs with Octic Equivariance"; Bokman et al. 2025,
+"Flopping for FLOPs".
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+class Element(NamedTuple):
+    """Quarter turns (counter-clockwise), then a left-right mirroring or not."""
+
+    turns: int
+    flip: bool
+
+    @property
+    def name(self) -> str:
+        """`e`, `r`, `rr`, `rrr`, `m`, `mr`, `mrr` or `mrrr`."""
+        return ("m" if self.flip else "") + "r" * self.turns or "e"
+
+    def matrix(self) -> np.ndarray:
+        """Integer action on centred coordinates (right, up)."""
+        turn = np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), self.turns)
+        return np.diag([-1, 1]) @ turn if self.flip else turn
+
+    def on_array(self, array: np.ndarray) -> np.ndarray:
+        """Move the cells of a grid [H W]."""
+        moved = np.rot90(array, self.turns)
+        return moved[:, ::-1] if self.flip else moved
+
+    def on_images(self, images: Tensor) -> Tensor:
+        """Move the pixels of images [... H W]."""
+        moved = torch.rot90(images, self.turns, dims=(-2, -1))
+        return moved.flip(-1) if self.flip else moved
+
+
+OCTIC_ELEMENTS = tuple(Element(turns, flip) for flip in (False, True) for turns in range(4))
+_BY_MATRIX = {element.matrix().tobytes(): element for element in OCTIC_ELEMENTS}
+_BY_NAME = {element.name: element for element in OCTIC_ELEMENTS}
+
+
+def multiply(first: Element, second: Element) -> Element:
+    """The element that applies `second`, then `first`."""
+    return _BY_MATRIX[(first.matrix() @ second.matrix()).tobytes()]
+
+
+def inverse(element: Element) -> Element:
+    """The element that undoes this one."""
+    return next(other for other in OCTIC_ELEMENTS if multiply(other, element).name == "e")
+
+
+@dataclass(frozen=True)
+class Irrep:
+    """An irreducible representation and how its copies stand in the regular one.
+
+    matrices: element name -> its real matrix [dim dim].
+    frames: one unit vector for each copy inside the regular representation.
+    commuting: matrices that commute with all of them; one (real type), or two (complex type).
+    """
+
+    name: str
+    dim: int
+    matrices: dict[str, np.ndarray]
+    frames: np.ndarray
+    commuting: int
+
+    @property
+    def copies(self) -> int:
+        """Times that it occurs in the regular representation."""
+        return len(self.frames)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One set of filters on the fundamental slab: which irrep, which copy, which column."""
+
+    name: str
+    irrep: int
+    copy: int
+    column: int
+
+
+class Expansion(NamedTuple):
+    """How filters on the slab become symmetric filters on the whole square.
+
+    A full filter's component c at pixel p is the sum over terms k of
+    coefficient[c, k, p] * quarter[slot[c, k]][pixel[k, p]].
+    """
+
+    slot: np.ndarray  # [G K]
+    pixel: np.ndarray  # [K H W] index into the flattened slab
+    coefficient: np.ndarray  # [G K H W]
+    slab: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A symmetry group of the pixel grid with its irreps, in the order of the storage."""
+
+    name: str
+    elements: tuple[Element, ...]
+    irreps: tuple[Irrep, ...]
+    halves: tuple[bool, bool]  # whether the slab is half the rows, half the columns
+
+    @property
+    def order(self) -> int:
+        """Number of elements, and of components of a feature."""
+        return len(self.elements)
+
+    @property
+    def num_lines(self) -> int:
+        """Number of one-dimensional irreps; they stand first."""
+        return sum(irrep.dim == 1 for irrep in self.irreps)
+
+    @property
+    def planes(self) -> tuple[Irrep, ...]:
+        """The two-dimensional irreps."""
+        return self.irreps[self.num_lines :]
+
+    def element(self, name: str) -> Element:
+        """Look an element of the group up by its name."""
+        for element in self.elements:
+            if element.name == name:
+                return element
+        known = ", ".join(element.name for element in self.elements)
+        raise ValueError(f"group {self.name} has no element {name!r}; it has {known}")
+
+    def segments(self, irrep_weights: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+        """Runs of components that share one mean: (copies, weight of its variance in the norm).
+
+        irrep_weights: weight of an irrep's variance (mean over its rows); 1 where it is not named.
+        """
+        unknown = set(irrep_weights) - {irrep.name for irrep in self.irreps}
+        if unknown:
+            raise ValueError(f"group {self.name} has no irrep {', '.join(sorted(unknown))}")
+        return tuple(
+            (irrep.copies, irrep_weights.get(irrep.name, 1.0) / irrep.dim)
+            for irrep in self.irreps
+            for _ in range(irrep.dim)
+        )
+
+    @functools.cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """The sets of slab filters that the lift and the position embedding train."""
+        slots = []
+        for index, irrep in enumerate(self.irreps):
+            for copy in range(irrep.copies):
+                for column in range(irrep.commuting):
+                    slots.append(Slot(_slot_name(irrep, copy, column), index, copy, column))
+        return tuple(slots)
+
+    @functools.cached_property
+    def regular_elements(self) -> tuple[Element, ...]:
+        """Elements in the published order of the regular components: r^k, then r^k after m."""
+        turns = [element for element in self.elements if not element.flip]
+        flips = [element for element in self.elements if element.flip]
+        return (*turns, *(multiply(turn, flips[0]) for turn in turns if flips))
+
+    @functools.cached_property
+    def fourier(self) -> np.ndarray:
+        """Orthogonal matrix [G G] from the regular representation to the irreps (storage order).
+
+        Row (irrep, i, copy j), column g: sqrt(dim / |G|) * (rho(g^-1) u_j)_i.
+        """
+        rows = []
+        for irrep in self.irreps:
+            for i in range(irrep.dim):
+                for frame in irrep.frames:
+                    scale = math.sqrt(irrep.dim / self.order)
+                    rows.append(
+                        [
+                            scale * (irrep.matrices[inverse(g).name] @ frame)[i]
+                            for g in self.regular_elements
+                        ]
+                    )
+        return np.array(rows)
+
+    def action(self, element: Element) -> np.ndarray:
+        """Matrix [G G] by which an element acts on the components of a feature."""
+        matrix = np.zeros((self.order, self.order))
+        start = 0
+        for irrep in self.irreps:
+            size = irrep.dim * irrep.copies
+            block = np.kron(irrep.matrices[element.name], np.eye(irrep.copies))
+            matrix[start : start + size, start : start + size] = block
+            start += size
+        return matrix
+
+    def regular_action(self, element: Element) -> np.ndarray:
+        """Permutation matrix [G G] by which an element moves the regular components."""
+        return np.rint(self.fourier.T @ self.action(element) @ self.fourier)
+
+    @functools.cached_property
+    def row_major(self) -> tuple[int, ...]:
+        """Storage index of each component when an irrep's copies, not its rows, come first.
+
+        This is the published order of the octic components: A1 A2 B1 B2 E11 E21 E12 E22.
+        """
+        order, start = [], 0
+        for irrep in self.irreps:
+            for copy in range(irrep.copies):
+                order += [start + row * irrep.copies + copy for row in range(irrep.dim)]
+            start += irrep.dim * irrep.copies
+        return tuple(order)
+
+    def expansion(self, height: int, width: int) -> Expansion:
+        """Tables that spread slab filters over height x width; see `Expansion`.
+
+        The component (irrep, i, copy) is the sum over g and columns j of rho(g)_ij times the slab
+        filter j moved by g (Flopping for FLOPs, Appendix; the octic lift).
+        """
+        slab = self.slab(height, width)
+        moved = self._moved_slabs(height, width, slab)  # [G H W]
+        terms = int((moved >= 0).sum(0).max())
+        order = np.argsort(moved < 0, axis=0, kind="stable")[:terms]  # elements that reach a pixel
+        pixel = np.take_along_axis(moved, order, axis=0)
+        columns = max(irrep.commuting for irrep in self.irreps)
+        slot, coefficient = [], []
+        for index, irrep in enumerate(self.irreps):
+            values = np.stack([irrep.matrices[g.name] for g in self.elements])  # [G d d]
+            for i in range(irrep.dim):
+                for copy in range(irrep.copies):
+                    first = self._first_slot(index, copy)
+                    used = irrep.commuting
+                    slot.append([first + min(j, used - 1) for j in range(columns)] * terms)
+                    coefficient.append(
+                        [
+                            values[order[k], i, j] if j < used else np.zeros_like(pixel[k])
+                            for k in range(terms)
+                            for j in range(columns)
+                        ]
+                    )
+        return Expansion(
+            slot=np.array(slot),
+            pixel=np.repeat(pixel, columns, axis=0),
+            coefficient=np.array(coefficient, dtype=np.float64),
+            slab=slab,
+        )
+
+    def slab(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the fundamental slab (its top-left part) of a height x width grid."""
+        turning = any(element.turns % 2 for element in self.elements)
+        if turning and height != width:
+            raise ValueError(f"group {self.name} needs a square, got {height} x {width}")
+        for size, halved, what in (
+            (height, self.halves[0], "rows"),
+            (width, self.halves[1], "columns"),
+        ):
+            if halved and size % 2:
+                raise ValueError(
+                    f"group {self.name} needs an even number of {what}, got {height} x {width}"
+                )
+        return tuple(
+            size // 2 if halved else size
+            for size, halved in zip((height, width), self.halves, strict=True)
+        )
+
+    @property
+    def component_dims(self) -> list[int]:
+        """Dimension of the irrep of each component [G]; the lift scales by sqrt(dim / |G|)."""
+        return [irrep.dim for irrep in self.irreps for _ in range(irrep.dim * irrep.copies)]
+
+    def _moved_slabs(self, height: int, width: int, slab: tuple[int, int]) -> np.ndarray:
+        padded = np.full((height, width), -1)
+        padded[: slab[0], : slab[1]] = np.arange(slab[0] * slab[1]).reshape(slab)
+        return np.stack([element.on_array(padded) for element in self.elements])
+
+    def _first_slot(self, irrep: int, copy: int) -> int:
+        return next(
+            number
+            for number, slot in enumerate(self.slots)
+            if (slot.irrep, slot.copy, slot.column) == (irrep, copy, 0)
+        )
+
+
+def act(x: Tensor, element: Element, group: Group) -> Tensor:
+    """Move a feature [... D] by a group element (its channels alone)."""
+    matrix = torch.as_tensor(group.action(element), dtype=x.dtype, device=x.device)
+    return (matrix @ x.unflatten(-1, (group.order, -1))).flatten(-2)
+
+
+def act_on_tokens(
+    x: Tensor, element: Element, group: Group, grid: tuple[int, int], num_prefix_tokens: int = 0
+) -> Tensor:
+    """Move tokens [B T D]: patches over their h x w grid, and the channels of every token."""
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+    moved = element.on_images(patches.unflatten(1, grid).movedim(-1, 1)).movedim(1, -1)
+    return act(torch.cat([prefix, moved.flatten(1, 2)], dim=1), element, group)
+
+
+def to_regular(x: Tensor, group: Group) -> Tensor:
+    """Regular components [... D] (element by element) of a feature [... D]."""
+    matrix = torch.as_tensor(group.fourier, dtype=x.dtype, device=x.device)
+    return (matrix.T @ x.unflatten(-1, (group.order, -1))).flatten(-2)
+
+
+def from_regular(x: Tensor, group: Group) -> Tensor:
+    """Feature [... D] of regular components [... D]."""
+    matrix = torch.as_tensor(group.fourier, dtype=x.dtype, device=x.device)
+    return (matrix @ x.unflatten(-1, (group.order, -1))).flatten(-2)
+
+
+def _slot_name(irrep: Irrep, copy: int, column: int) -> str:
+    if irrep.copies == 2:
+        return f"{irrep.name}_{('left', 'right')[copy]}"
+    if irrep.commuting == 2:
+        return f"{irrep.name}_{('real', 'imag')[column]}"
+    return irrep.name
+
+
+def _line(name: str, *signs: int) -> tuple[str, list[Matrix], Matrix, int]:
+    return name, [((float(sign),),) for sign in signs], ((1.0,),), 1
+
+
+_TURN: Matrix = ((0.0, -1.0), (1.0, 0.0))
+_MIRROR: Matrix = ((-1.0, 0.0), (0.0, 1.0))
+_HALF = math.sqrt(0.5)
+
+# name -> generators, irreps as (name, matrix of each generator, copy frames, commuting), halves
+_GROUPS = {
+    "mirror": (("m",), [_line("A1", 1), _line("A2", -1)], (False, True)),
+    "half_turn": (("rr",), [_line("A", 1), _line("B", -1)], (False, True)),
+    "V4": (
+        ("rr", "m"),
+        [_line("A1", 1, 1), _line("A2", 1, -1), _line("B1", -1, 1), _line("B2", -1, -1)],
+        (True, True),
+    ),
+    "C4": (
+        ("r",),
+        [_line("A", 1), _line("B", -1), ("E", [_TURN], ((1.0, 0.0),), 2)],
+        (True, True),
+    ),
+    "D4": (
+        ("r", "m"),
+        [
+            _line("A1", 1, 1),
+            _line("A2", 1, -1),
+            _line("B1", -1, 1),
+            _line("B2", -1, -1),
+            ("E", [_TURN, _MIRROR], ((_HALF, _HALF), (_HALF, -_HALF)), 1),
+        ],
+        (True, True),
+    ),
+}
+GROUP_NAMES = (*_GROUPS, "octic")
+
+
+@functools.cache
+def get_group(name: str | Group = "D4") -> Group:
+    """The group of that name: mirror, half_turn, V4, C4, D4 (also called octic)."""
+    if isinstance(name, Group):
+        return name
+    known = "D4" if name == "octic" else name
+    if known not in _GROUPS:
+        raise ValueError(f"unknown group {name!r}; known: {', '.join(GROUP_NAMES)}")
+    generators, irreps, halves = _GROUPS[known]
+    words = _words(generators)
+    elements = tuple(element for element in OCTIC_ELEMENTS if element in words)
+    return Group(
+        name=known,
+        elements=elements,
+        irreps=tuple(_irrep(*data, generators, words) for data in irreps),
+        halves=halves,
+    )
+
+
+def _words(generators: tuple[str, ...]) -> dict[Element, tuple[str, ...]]:
+    """Every element as a product of generators, found breadth first."""
+    words: dict[Element, tuple[str, ...]] = {_BY_NAME["e"]: ()}
+    frontier = [_BY_NAME["e"]]
+    while frontier:
+        grown = []
+        for element in frontier:
+            for generator in generators:
+                product = multiply(_BY_NAME[generator], element)
+                if product not in words:
+                    words[product] = (generator, *words[element])
+                    grown.append(product)
+        frontier = grown
+    return words
+
+
+def _irrep(
+    name: str,
+    matrices: list[Matrix],
+    frames: Matrix,
+    commuting: int,
+    generators: tuple[str, ...],
+    words: dict[Element, tuple[str, ...]],
+) -> Irrep:
+    given = {key: np.array(value) for key, value in zip(generators, matrices, strict=True)}
+    dim = len(matrices[0])
+    products = {
+        element.name: functools.reduce(np.matmul, [given[key] for key in word], np.eye(dim))
+        for element, word in words.items()
+    }
+    return Irrep(name, dim, products, np.array(frames), commuting)

@@ -1,0 +1,242 @@
+"""Invariantizations: features [... D] to features that no group element changes.
+
+x0 ... x7 are the octic components in the published order A1 A2 B1 B2 E11 E21 E12 E22, of C = D/8
+channels each; the results stand side by side, C channels per polynomial.
+Source: octic-vits, invariantization; polynomials of degree up to 4 in the real irreps of D4.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from octic.groups import Group, get_group
+from octic.layers import channels_per_copy
+
+_CUBIC_CORE = (
+    lambda x: x[6] ** 2 + x[7] ** 2,
+    lambda x: x[4] * x[6] + x[5] * x[7],
+    lambda x: x[4] ** 2 + x[5] ** 2,
+)
+
+
+class Invariantization(nn.Module):
+    """Base: knows the group and the published order of the components."""
+
+    output_dim: int
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__()
+        self.dim = dim
+        self.group = get_group(group)
+        self.copy = channels_per_copy(dim, self.group)
+
+    def components(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The |G| components [... C] in the published order."""
+        parts = x.unflatten(-1, (self.group.order, -1)).unbind(-2)
+        return tuple(parts[index] for index in self.group.row_major)
+
+
+class _Octic(Invariantization):
+    """One that is written for D4 alone."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        if self.group.name != "D4":
+            raise ValueError(f"{type(self).__name__} is defined for D4, not for {self.group.name}")
+
+
+class NonInvariant(Invariantization):
+    """|x| of every component: a control of equal cost that is not invariant."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... D]."""
+        return torch.cat(self.components(x), dim=-1).abs()
+
+
+class LinearInvariant(Invariantization):
+    """|x| of the trivial irrep."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = self.copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... C]."""
+        return x[..., : self.copy].abs()
+
+
+class PowerSpectrum(Invariantization):
+    """The trivial irrep as it is, |x| of the other lines, the length of each plane's vectors."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = self.copy * sum(irrep.copies for irrep in self.group.irreps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... sum of copies * C]."""
+        trivial = self.copy
+        start = self.group.num_lines * self.copy
+        parts = [x[..., :trivial], x[..., trivial:start].abs()]
+        for irrep in self.group.planes:
+            width = irrep.dim * irrep.copies * self.copy
+            rows = x[..., start : start + width].unflatten(-1, (irrep.dim, -1))
+            # vector_norm has gradient 0 at 0, where a square root of squares has none.
+            parts.append(torch.linalg.vector_norm(rows, dim=-2))
+            start += width
+        return torch.cat(parts, dim=-1)
+
+
+class ThirdOrder(_Octic):
+    """The 15 invariants of degree 3 that determine an orbit together."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = 15 * self.copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... 15 C]."""
+        c = self.components(x)
+        x0, x1, x2, x3 = c[:4]
+        quadratic = [core(c) for core in _CUBIC_CORE]
+        low = [x0**3, *(x0 * q for q in quadratic), x0 * x3**2, x0 * x2**2, x0 * x1**2]
+        return torch.cat([*low, *_mixed_cubics(c)], dim=-1)
+
+
+class Polynomial(_Octic):
+    """The 32 invariant polynomials of degree up to 4 (the published DeiT III invariant models)."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = 32 * self.copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... 32 C]."""
+        c = self.components(x)
+        quadratic = [core(c) for core in _CUBIC_CORE]
+        low = [c[0], *quadratic, c[3] ** 2, c[2] ** 2, c[1] ** 2]
+        return torch.cat([*low, *_mixed_cubics(c), *_quartics(c)], dim=-1)
+
+
+def _mixed_cubics(c: tuple[Tensor, ...]) -> list[Tensor]:
+    _, x1, x2, x3, x4, x5, x6, x7 = c
+    return [
+        x3 * x6 * x7,
+        x3 * (x5 * x6 + x4 * x7),
+        x3 * x4 * x5,
+        x2 * (x6**2 - x7**2),
+        x2 * (x4 * x6 - x5 * x7),
+        x2 * (x4**2 - x5**2),
+        x1 * (x5 * x6 - x4 * x7),
+        x1 * x2 * x3,
+    ]
+
+
+def _quartics(c: tuple[Tensor, ...]) -> list[Tensor]:
+    _, x1, x2, x3, x4, x5, x6, x7 = c
+    right = x6**2 - x7**2
+    left = x4**2 - x5**2
+    cross = x4 * x6 - x5 * x7
+    return [
+        x6**4 + x7**4,
+        x4 * x6**3 + x5 * x7**3,
+        x4**2 * x6**2 + x5**2 * x7**2,
+        x4**3 * x6 + x5**3 * x7,
+        x4**4 + x5**4,
+        x2 * x3 * (x5 * x6 - x4 * x7),
+        x1 * x3 * right,
+        x1 * x3 * cross,
+        x1 * x3 * left,
+        x1 * x2 * x6 * x7,
+        x1 * x2 * (x5 * x6 + x4 * x7),
+        x1 * x2 * x4 * x5,
+        x1 * x6 * x7 * right,
+        x1 * (x5 * x6**3 - x4 * x7**3),
+        x1 * x4 * x5 * right,
+        x1 * x4 * x5 * cross,
+        x1 * x4 * x5 * left,
+    ]
+
+
+class MaxFiltering(Invariantization):
+    """The largest inner product of x with a moved reference, for each reference."""
+
+    def __init__(
+        self, dim: int, *, num_references: int | None = None, group: str | Group = "D4"
+    ) -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = num_references or 2 * dim
+        # [R C |G|], components in the published order
+        self.references = nn.Parameter(torch.randn(self.output_dim, self.copy, self.group.order))
+        with torch.no_grad():
+            self.references /= self.references.norm(dim=(1, 2), keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... R]."""
+        components = torch.stack(self.components(x), dim=-1)  # [... C G]
+        actions = _actions(self.group, x)
+        # Move x instead of every reference: <ref, rho(g)^-1 x> runs over the same set.
+        moved = torch.einsum("ghk,...ck->...gch", actions, components)
+        return torch.einsum("rch,...gch->...gr", self.references, moved).amax(dim=-2)
+
+
+class Canonization(Invariantization):
+    """x moved by the element that brings it closest to a reference.
+
+    The first maximum in the order e, r, rr, rrr, m, mr, mrr, mrrr wins; no gradient reaches the
+    reference.
+    """
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = dim
+        self.reference = nn.Parameter(torch.randn(dim))
+        with torch.no_grad():
+            self.reference /= self.reference.norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... D], components in the published order."""
+        components = torch.stack(self.components(x), dim=-2)  # [... G C]
+        moved = torch.einsum("ghk,...kc->...ghc", _actions(self.group, x), components).flatten(-2)
+        best = (moved @ self.reference).argmax(dim=-1)[..., None, None]
+        return moved.take_along_dim(best, dim=-2).squeeze(-2)
+
+
+def _actions(group: Group, like: Tensor) -> Tensor:
+    """The matrices [element G G] on components in the published order."""
+    order = list(group.row_major)
+    matrices = [group.action(element)[order][:, order].tolist() for element in group.elements]
+    return torch.tensor(matrices, dtype=like.dtype, device=like.device)
+
+
+class InvariantHead(nn.Sequential):
+    """Optional norm, then a two-layer classifier of invariant features (key names 0, 1, 3)."""
+
+    def __init__(self, in_features: int, dim: int, num_classes: int, *, norm: bool = False) -> None:
+        super().__init__(
+            nn.LayerNorm(in_features, eps=1e-6) if norm else nn.Identity(),
+            nn.Linear(in_features, dim),
+            nn.GELU(),
+            nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity(),
+        )
+
+
+INVARIANTIZATIONS: dict[str, type[Invariantization]] = {
+    "power_spectrum": PowerSpectrum,
+    "polynomial": Polynomial,
+    "third_order": ThirdOrder,
+    "linear": LinearInvariant,
+    "max_filtering": MaxFiltering,
+    "canonization": Canonization,
+    "none": NonInvariant,
+}
+
+
+def make_invariantization(name: str, dim: int, group: str | Group = "D4") -> Invariantization:
+    """Build one by its name."""
+    if name not in INVARIANTIZATIONS:
+        known = ", ".join(INVARIANTIZATIONS)
+        raise ValueError(f"unknown invariantization {name!r}; known: {known}")
+    return INVARIANTIZATIONS[name](dim, group=group)

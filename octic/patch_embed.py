@@ -1,0 +1,181 @@
+"""Lifting images to features and back: convolutions with symmetric filters on patches.
+
+Only a filter's values on the fundamental slab (a quarter patch for D4) are trained; the group
+spreads them over the patch. Letters: S slots, G components, C channels of a copy, p patch side.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octic.groups import Group, get_group
+from octic.layers import OcticLinear, channels_per_copy
+from vit.trunk import init_convolution
+
+
+class Unfold(nn.Module):
+    """Spread slab values of every slot over a grid, symmetrically under the group.
+
+    unfold(w)[component (irrep, i, copy)] = sum over g, j of rho(g)_ij (g moves w[irrep, copy, j]).
+    """
+
+    def __init__(self, height: int, width: int, *, scaled: bool, group: Group) -> None:
+        super().__init__()
+        tables = group.expansion(height, width)
+        self.height, self.width, self.slab = height, width, tables.slab
+        self.order = group.order
+        # Integers, so that no cast of the model rounds them; sqrt(dim / |G|) is taken at use.
+        dims = torch.as_tensor(group.component_dims, dtype=torch.int8) if scaled else None
+        signs = torch.as_tensor(tables.coefficient).flatten(2).to(torch.int8)
+        self.register_buffer("dims", dims, persistent=False)
+        self.register_buffer("signs", signs, persistent=False)
+        self.register_buffer("slot", torch.as_tensor(tables.slot), persistent=False)
+        pixel = torch.as_tensor(tables.pixel.copy()).flatten(1)
+        self.register_buffer("pixel", pixel, persistent=False)
+
+    def coefficient(self, dtype: torch.dtype) -> Tensor:
+        """Factor of each component, term and pixel [G K H*W]."""
+        if self.dims is None:
+            return self.signs.to(dtype)
+        scale = (self.dims.to(dtype) / self.order).sqrt()
+        return self.signs.to(dtype) * scale[:, None, None]
+
+    def forward(self, quarters: Tensor) -> Tensor:
+        """Slab values [S X slab] to full values [G X H W]."""
+        coefficient = self.coefficient(quarters.dtype)
+        quarters = quarters.flatten(2)
+        full = 0.0
+        for k in range(self.pixel.shape[0]):
+            chosen = quarters[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
+            full = full + coefficient[:, k, None] * chosen
+        return full.unflatten(-1, (self.height, self.width))
+
+
+class SlabConv(nn.Module):
+    """The trained slab of one slot's filters: weight [C in slab], bias [C] on the trivial irrep."""
+
+    def __init__(self, in_chans: int, out_chans: int, slab: tuple[int, int], bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_chans, in_chans, *slab))
+        self.bias = nn.Parameter(torch.empty(out_chans)) if bias else None
+        init_convolution(self)
+
+
+class OcticLift(nn.Module):
+    """Image to feature, as one convolution with all expanded filters.
+
+    lift(g image) = g lift(image), where g also moves the patches. The parameters `conv_A1`, ...,
+    `conv_E_right` hold quarter filters (octic-vits, LiftD8).
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        patch_size: int,
+        *,
+        bias: bool = True,
+        group: str | Group = "D4",
+    ) -> None:
+        super().__init__()
+        self.group = get_group(group)
+        self.patch_size = patch_size
+        _check_patch_size(patch_size, self.group)
+        copy = channels_per_copy(embed_dim, self.group)
+        self.embed_dim = embed_dim
+        self.unfold = Unfold(patch_size, patch_size, scaled=True, group=self.group)
+        for index, slot in enumerate(self.group.slots):
+            conv = SlabConv(in_chans, copy, self.unfold.slab, bias and index == 0)
+            self.add_module(f"conv_{slot.name}", conv)
+
+    def filters(self) -> Tensor:
+        """All full filters [D in p p], in the storage order."""
+        convs = [self.get_submodule(f"conv_{slot.name}") for slot in self.group.slots]
+        quarters = torch.stack([conv.weight for conv in convs])  # [S C in slab]
+        full = self.unfold(quarters.flatten(1, 2))  # [G C*in p p]
+        return full.unflatten(1, quarters.shape[1:3]).flatten(0, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B in H W] to a grid of features [B D H/p W/p]."""
+        bias = self.get_submodule(f"conv_{self.group.slots[0].name}").bias
+        if bias is not None:
+            bias = F.pad(bias, (0, self.embed_dim - len(bias)))
+        return F.conv2d(images, self.filters(), bias, stride=self.patch_size)
+
+
+class OcticPatchEmbed(nn.Module):
+    """Lift of images to a grid of feature tokens."""
+
+    def __init__(
+        self,
+        *,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        group: str | Group = "D4",
+    ) -> None:
+        super().__init__()
+        self.group = get_group(group)
+        self.patch_size = patch_size
+        self.lift8 = OcticLift(in_chans, embed_dim, patch_size, bias=bias, group=self.group)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B in H W] to tokens on their grid [B H/p W/p D]."""
+        return self.lift8(images).permute(0, 2, 3, 1)
+
+
+class OcticToPatch(nn.Module):
+    """Feature tokens back to pixels: the transpose of a lift (octic-vits, IsotypicToPatchD8).
+
+    to_patch(g x) = g to_patch(x). Of the E irrep the left copy is read.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        patch_size: int,
+        *,
+        out_chans: int = 3,
+        bias: bool = True,
+        group: str | Group = "D4",
+    ) -> None:
+        super().__init__()
+        self.group = get_group(group)
+        self.patch_size, self.out_chans = patch_size, out_chans
+        self.unfold = Unfold(patch_size, patch_size, scaled=True, group=self.group)
+        cells = self.unfold.slab[0] * self.unfold.slab[1]
+        width = self.group.order * cells * out_chans
+        self.lin8 = OcticLinear(dim, width, bias=bias, group=self.group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B N D] to patches [B N p*p*out], rows, then columns, then channels."""
+        y = self.lin8(x).unflatten(-1, (self.group.order, -1, self.out_chans))  # [B N G cells out]
+        coefficient = self.unfold.coefficient(y.dtype)
+        patches = 0.0
+        for component in self._read_components():
+            for k in range(coefficient.shape[1]):
+                weight = coefficient[component, k, :, None]
+                patches = patches + weight * y[:, :, component, self.unfold.pixel[k]]
+        return math.sqrt(0.5) * patches.flatten(2)
+
+    def image(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens [B N D] of a h x w grid to images [B out h*p w*p]."""
+        p = self.patch_size
+        patches = self(x).unflatten(-1, (p, p, self.out_chans)).unflatten(1, grid)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _read_components(self) -> list[int]:
+        components, start = [], 0
+        for irrep in self.group.irreps:
+            components += [start + row * irrep.copies for row in range(irrep.dim)]
+            start += irrep.dim * irrep.copies
+        return components
+
+
+def _check_patch_size(patch_size: int, group: Group) -> None:
+    group.slab(patch_size, patch_size)
+    if patch_size == 2 and group.name == "D4":
+        raise ValueError("patch_size 2 has no A2 and B1 filters under D4; use 4 or more")

@@ -1,0 +1,176 @@
+"""Triton kernels of `octic.kernels.regular_gelu`; imported only when a CUDA tensor needs them.
+
+A program owns a tile of tokens and channels and holds all G components of it in registers. The
+transform is no matrix product but the shortest list of additions that a greedy search finds: 24 for
+the octic group, a butterfly, against 64 multiply-adds. All arithmetic is float32 and the result is
+rounded once. No autotuning: the tile depends on the channel count alone.
+"""
+
+# Arguments of a Triton function have no Python types.
+# ruff: noqa: ANN001, ANN201, ANN202, D103
+
+from collections import Counter
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Matrix = tuple[tuple[float, ...], ...]
+
+TILE = 512  # tokens x channels of one program: 4 values of each component per thread
+
+
+@triton.jit
+def _transformed(values, STEPS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Run a straight-line program of `straight_line_program` on a tuple of tiles."""
+    for k in tl.static_range(len(STEPS)):
+        values = values + (values[STEPS[k][0]] + values[STEPS[k][1]] * STEPS[k][2],)
+    outputs = ()
+    for k in tl.static_range(len(OUTPUTS)):
+        outputs = outputs + (values[OUTPUTS[k][0]] * OUTPUTS[k][1],)
+    return outputs
+
+
+@triton.jit
+def _tile(rows, C: tl.constexpr, G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets (int64) and mask of this program's tile of the first component."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets = row[:, None] * (G * C) + channel[None, :]
+    return offsets, (row < rows)[:, None] & (channel < C)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x_ptr,
+    y_ptr,
+    rows,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    IN_STEPS: tl.constexpr,
+    IN_OUTPUTS: tl.constexpr,
+    OUT_STEPS: tl.constexpr,
+    OUT_OUTPUTS: tl.constexpr,
+):
+    offsets, mask = _tile(rows, C, G, BLOCK_R, BLOCK_C)
+    values = ()
+    for g in tl.static_range(G):
+        values = values + (tl.load(x_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32),)
+    hidden = _transformed(values, IN_STEPS, IN_OUTPUTS)
+    active = ()
+    for g in tl.static_range(G):
+        h = hidden[g]
+        active = active + (0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476)),)
+    outputs = _transformed(active, OUT_STEPS, OUT_OUTPUTS)
+    for g in tl.static_range(G):
+        tl.store(y_ptr + offsets + g * C, outputs[g].to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(
+    x_ptr,
+    grad_ptr,
+    dx_ptr,
+    rows,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    IN_STEPS: tl.constexpr,
+    IN_OUTPUTS: tl.constexpr,
+    OUT_STEPS: tl.constexpr,
+    OUT_OUTPUTS: tl.constexpr,
+):
+    offsets, mask = _tile(rows, C, G, BLOCK_R, BLOCK_C)
+    values = ()
+    for g in tl.static_range(G):
+        values = values + (tl.load(x_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32),)
+    hidden = _transformed(values, IN_STEPS, IN_OUTPUTS)
+    slopes = ()
+    for g in tl.static_range(G):
+        h = hidden[g]
+        cumulative = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        slopes = slopes + (cumulative + h * tl.exp(-0.5 * h * h) * 0.3989422804014327,)
+    grads = ()
+    for g in tl.static_range(G):
+        grads = grads + (tl.load(grad_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32),)
+    grads = _transformed(grads, IN_STEPS, IN_OUTPUTS)
+    products = ()
+    for g in tl.static_range(G):
+        products = products + (grads[g] * slopes[g],)
+    outputs = _transformed(products, OUT_STEPS, OUT_OUTPUTS)
+    for g in tl.static_range(G):
+        tl.store(dx_ptr + offsets + g * C, outputs[g].to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(x: Tensor, transform: Matrix) -> Tensor:
+    """T gelu(T^t x) of a contiguous x [..., G*C]."""
+    y = x.new_empty(x.shape)
+    _launch(forward_kernel, (x, y), transform)
+    return y
+
+
+def backward(x: Tensor, grad: Tensor, transform: Matrix) -> Tensor:
+    """Gradient with respect to x; x and grad contiguous [..., G*C]."""
+    dx = x.new_empty(x.shape)
+    _launch(backward_kernel, (x, grad, dx), transform)
+    return dx
+
+
+def options(channels: int, transform: Matrix) -> dict[str, object]:
+    """Compile-time arguments for C = `channels`; they depend on the group and on C alone."""
+    divisor = channels & -channels  # the largest power of two that divides C: no masked lanes
+    block_c = min(divisor, 128) if divisor >= 32 else min(triton.next_power_of_2(channels), 128)
+    into, back = _programs(transform)
+    return {
+        "C": channels,
+        "G": len(transform),
+        "BLOCK_R": max(1, TILE // block_c),
+        "BLOCK_C": block_c,
+        "IN_STEPS": into[0],
+        "IN_OUTPUTS": into[1],
+        "OUT_STEPS": back[0],
+        "OUT_OUTPUTS": back[1],
+    }
+
+
+def _launch(kernel: object, tensors: tuple[Tensor, ...], transform: Matrix) -> None:
+    x = tensors[0]
+    if x.numel() == 0:
+        return
+    channels = x.shape[-1] // len(transform)
+    rows = x.numel() // x.shape[-1]
+    arguments = options(channels, transform)
+    grid = (triton.cdiv(rows, arguments["BLOCK_R"]), triton.cdiv(channels, arguments["BLOCK_C"]))
+    kernel[grid](*tensors, rows, **arguments, num_warps=4)
+
+
+@lru_cache(maxsize=64)
+def _programs(transform: Matrix) -> tuple[tuple, tuple]:
+    transposed = tuple(zip(*transform, strict=True))
+    return straight_line_program(transposed), straight_line_program(transform)
+
+
+def straight_line_program(matrix: Matrix) -> tuple[tuple, tuple]:
+    """Steps and outputs that compute `matrix` times a vector in few additions.
+
+    Step (a, b, ratio) appends value[a] + ratio * value[b] to the values (first the inputs); output
+    (index, factor) reads factor * value[index]. Greedy: the pair of values that most rows share, in
+    the same ratio, is added first (Paar 1997, there over the field of two elements).
+    """
+    rows = [{j: c for j, c in enumerate(row) if abs(c) > 1e-12} for row in matrix]
+    steps: list[tuple[int, int, float]] = []
+    while any(len(row) > 1 for row in rows):
+        pairs = Counter(
+            (a, b, round(row[b] / row[a], 12)) for row in rows for a in row for b in row if a < b
+        )
+        a, b, ratio = max(pairs, key=lambda pair: (pairs[pair], -abs(pair[2])))
+        for row in rows:
+            if a in row and b in row and round(row[b] / row[a], 12) == ratio:
+                row[len(matrix) + len(steps)] = row.pop(a)
+                del row[b]
+        steps.append((a, b, ratio))
+    return tuple(steps), tuple(next(iter(row.items())) for row in rows)

@@ -1,0 +1,226 @@
+"""Octic Vision Transformers: hybrid, invariant and fully equivariant, for any pixel-grid group.
+
+Blocks before `octic_equi_break_layer` are equivariant. There the features turn into ordinary ones:
+as they are (hybrid), or made invariant and projected (invariant). Nordstrom et al. 2025.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octic.block import OcticBlock
+from octic.groups import Group, get_group
+from octic.invariants import make_invariantization
+from octic.layers import channels_per_copy
+from octic.patch_embed import OcticPatchEmbed, Unfold
+from vit.block import Block
+from vit.trunk import Trunk, drop_path_rates, init_linear
+from vit.vision_transformer import resample_grid
+
+BASES = ("isotypic", "regular")
+
+
+class OcticVisionTransformer(Trunk):
+    """ViT whose first blocks are equivariant to a symmetry group of the pixel grid.
+
+    invariant: False (hybrid), True (power spectrum), or the name of an invariantization; then
+        forward(g image) = forward(image) for every element g.
+    octic_equi_break_layer: number of octic blocks, 0 to depth; None is half of them.
+    switch_basis: what a hybrid's plain half sees, "isotypic" (octic-vits) or "regular" (flopping).
+    Square grids for groups with quarter turns; at other resolutions the unfolded positions are
+    resampled, oblong ones too.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        init_values: float | None = 1e-4,
+        invariant: bool | str = False,
+        octic_equi_break_layer: int | None = None,
+        group: str | Group = "D4",
+        switch_basis: str = "isotypic",
+        irrep_weights: Mapping[str, float] | None = None,
+        class_token: bool = True,
+        num_register_tokens: int = 0,
+        mask_token: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = True,
+        drop_path_mode: str = "sample",
+        norm_eps: float = 1e-6,
+        octic_norm_eps: float = 1e-5,
+        cls_token_std: float = 0.16,
+        dynamic_img_size: bool = True,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            class_token=class_token,
+            num_register_tokens=num_register_tokens,
+            drop_rate=drop_rate,
+            dynamic_img_size=dynamic_img_size,
+        )
+        self.group = get_group(group)
+        self.cls_token_std = cls_token_std
+        self.switch = _checked_switch(octic_equi_break_layer, depth)
+        copy = channels_per_copy(embed_dim, self.group)
+        self.copy_dim = copy
+        self.patch_embed = OcticPatchEmbed(
+            patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, group=self.group
+        )
+        self.unfold_positions = Unfold(*self.grid_size, scaled=False, group=self.group)
+        slab = self.unfold_positions.slab
+        self.pos_embed = nn.ParameterList(
+            torch.empty(*slab, copy) for _ in range(len(self.group.slots))
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, copy)) if class_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, copy)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, copy)) if mask_token else None
+        rates = drop_path_rates(drop_path_rate, depth, drop_path_uniform)
+        shared = {
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "init_values": init_values,
+            "attn_drop": attn_drop_rate,
+            "drop_path_mode": drop_path_mode,
+            "attention_backend": attention_backend,
+        }
+        octic = {"norm_eps": octic_norm_eps, "irrep_weights": irrep_weights, "group": self.group}
+        self.blocks = nn.ModuleList(
+            OcticBlock(embed_dim, drop_path_rate=rate, **shared, **octic)
+            if index < self.switch
+            else Block(embed_dim, drop_path_rate=rate, norm_eps=norm_eps, **shared)
+            for index, rate in enumerate(rates)
+        )
+        self._make_transition(invariant, switch_basis)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.init_weights()
+
+    def _make_transition(self, invariant: bool | str, switch_basis: str) -> None:
+        if switch_basis not in BASES:
+            raise ValueError(f"unknown switch_basis {switch_basis!r}; known: {', '.join(BASES)}")
+        name = "power_spectrum" if invariant is True else invariant
+        self.invariantization = None
+        self.invariant_proj = None
+        if name:
+            self.invariantization = make_invariantization(name, self.embed_dim, self.group)
+            self.invariant_proj = nn.Linear(self.invariantization.output_dim, self.embed_dim)
+        self.invariant = name or False
+        self.switch_basis = switch_basis
+
+    def transition(self, x: Tensor) -> Tensor:
+        """Features [B T D] of the octic half to the plain half's tokens [B T D]."""
+        if self.invariant_proj is not None:
+            return self.invariant_proj(self.invariantization(x))
+        parts = x.unflatten(-1, (self.group.order, -1))
+        if self.switch_basis == "regular":
+            matrix = torch.tensor(self.group.fourier.T.tolist(), dtype=x.dtype, device=x.device)
+            return (matrix @ parts).flatten(-2)
+        # Copies first within an irrep: octic-vits' order A1 A2 B1 B2 E11 E21 E12 E22.
+        return torch.cat([parts[..., index, :] for index in self.group.row_major], dim=-1)
+
+    def adapt_to(self, state: Mapping[str, Tensor]) -> None:
+        """Take the invariantization that published weights were trained with, by their shape.
+
+        The released DeiT III code builds the power spectrum for files that hold polynomials.
+        """
+        name = detect_invariantization(state, self.copy_dim)
+        if self.invariant and name and name != self.invariant:
+            self._make_transition(name, self.switch_basis)
+            self.invariant_proj.to(self.norm.weight)
+            self.invariantization.to(self.norm.weight)
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, as octic-vits draws them."""
+        self.apply(init_linear)
+        for parameter in self.pos_embed:
+            # The deviation 0.16 of the unfolded one-dimensional grids: each cell is a sum of two.
+            nn.init.trunc_normal_(parameter, std=0.16 * math.sqrt(0.5))
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=self.cls_token_std)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
+
+    def position_grid(self) -> Tensor:
+        """Unfolded positions [1 h w D] of the model's own grid; an equivariant field."""
+        quarters = torch.stack(tuple(self.pos_embed)).flatten(1, 2).transpose(1, 2)  # [S C slab]
+        full = self.unfold_positions(quarters)  # [G C h w]
+        return full.flatten(0, 1).permute(1, 2, 0)[None]
+
+    def patch_positions(self, height: int, width: int) -> Tensor:
+        """Positions [1 N D] of a h x w grid, resampled where it is another grid."""
+        grid = self.position_grid()
+        if (height, width) != self.grid_size:
+            grid = resample_grid(grid, (height, width))
+        return grid.flatten(1, 2)
+
+    def _stored(self, token: Tensor) -> Tensor:
+        # Tokens are invariant: they live in the trivial irrep, which stands first.
+        return F.pad(token, (0, self.embed_dim - self.copy_dim))
+
+    def octic_features(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
+        """Feature tokens [B T D] after the first octic blocks (all of them by default).
+
+        octic_features(g image) = `octic.groups.act_on_tokens` of octic_features(image).
+        """
+        num_blocks = self.switch if num_blocks is None else num_blocks
+        if not 0 <= num_blocks <= self.switch:
+            raise ValueError(f"{num_blocks} octic blocks asked of a model with {self.switch}")
+        x = self.embed(images)
+        for block in self.blocks[:num_blocks]:
+            x = block(x)
+        return x
+
+
+def _checked_switch(index: int | None, depth: int) -> int:
+    if index is None:
+        if depth % 2:
+            raise ValueError(
+                f"depth {depth} is odd: half of the blocks octic is the default; "
+                "give octic_equi_break_layer"
+            )
+        return depth // 2
+    if not 0 <= index <= depth:
+        raise ValueError(f"octic_equi_break_layer {index} is not in 0 .. depth = {depth}")
+    return index
+
+
+def detect_invariantization(state: Mapping[str, Tensor], copy_dim: int) -> str | None:
+    """Which invariantization weights belong to; None where they hold none that is known."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def find(ending: str) -> tuple[int, ...] | None:
+        return next((shape for name, shape in shapes.items() if name.endswith(ending)), None)
+
+    if find("invariantization.references"):
+        return "max_filtering"
+    if find("invariantization.reference"):
+        return "canonization"
+    projection = find("invariant_proj.weight")
+    widths = {1: "linear", 6: "power_spectrum", 8: "none", 15: "third_order", 32: "polynomial"}
+    return widths.get(projection[1] // copy_dim) if projection else None

@@ -1,0 +1,9 @@
+"""The Backbone contract, the plain Vision Transformer and adapters of other networks.
+
+May import: torch and timm.
+"""
+
+from vit import models
+from vit.vision_transformer import VisionTransformer
+
+__all__ = ["VisionTransformer", "models"]

@@ -1,0 +1,111 @@
+"""Softmax attention over a batch of equal sequences or over a packed one.
+
+Letters in shapes: B sequences, T tokens, H heads, K channels of a head, D = H K.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit.packing import Packing, unpack
+
+BACKENDS = ("auto", "sdpa", "varlen", "xformers")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | None = None,
+    *,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of q, k, v [B T H K] (packed: B = 1); returns [B T H K].
+
+    On a packed input each sequence attends to itself alone, by one of three equal ways: `varlen`
+    (torch's variable-length kernel, CUDA and half precision), `xformers` (its block-diagonal
+    mask), or `sdpa` (one call per group of equal lengths, any device). `auto` takes the first
+    that the tensors allow of varlen and sdpa.
+    """
+    if packing is None:
+        return _sdpa(q, k, v, dropout)
+    if backend == "auto":
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        backend = "varlen" if q.is_cuda and half and dropout == 0.0 else "sdpa"
+    if backend == "varlen":
+        return _varlen(q, k, v, packing)
+    if backend == "xformers":
+        return _xformers(q, k, v, packing, dropout)
+    groups = [unpack(x, packing.groups) for x in (q, k, v)]
+    return torch.cat([_sdpa(*qkv, dropout).flatten(0, 1) for qkv in zip(*groups, strict=True)])[
+        None
+    ]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B H T K]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest, offsets = packing.longest, packing.offsets
+    q, k, v = (x.squeeze(0) for x in (q, k, v))
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest)[None]
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:
+        raise ValueError(
+            'attention backend "xformers" needs the package xformers (pip install xformers); '
+            'backend "auto" needs nothing'
+        ) from error
+    lengths = [tokens for count, tokens in packing.groups for _ in range(count)]
+    mask = fmha.BlockDiagonalMask.from_seqlens(lengths)
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_backend(backend)
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Attend within each sequence; x and the result are [B T D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        dropout = self.attn_drop if self.training else 0.0
+        out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
+        return self.proj(out.flatten(2))
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Refuse a width that the heads do not divide."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+
+
+def check_backend(backend: str) -> None:
+    """Refuse an unknown attention backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")

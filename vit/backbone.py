@@ -1,0 +1,37 @@
+"""The one contract between networks and everything that trains or judges them.
+
+Letters in shapes: B images, N patches, h w their grid, R registers, T all tokens, D channels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """Normalised output of one block: what every probe reads."""
+
+    cls: Tensor  # [B D]; a network without a class token gives its pooled patches
+    patches: Tensor | None  # [B h w D]; None when the network drops tokens
+
+
+class Encoded(NamedTuple):
+    """All tokens of the last block, by their kind: what self-supervised recipes read."""
+
+    cls: Tensor  # [B D] after the final norm
+    registers: Tensor  # [B R D] after the final norm
+    patches: Tensor  # [B N D] after the final norm, rows of the grid one after the other
+    prenorm: Tensor  # [B T D] before the final norm
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A network that turns images into features."""
+
+    embed_dim: int
+    patch_size: int
+
+    def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
+        """Normalised features of the asked blocks; negative indices count from the end."""
+        ...

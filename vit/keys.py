@@ -1,0 +1,110 @@
+"""Published spellings of parameter names, and ours: the one file that knows them.
+
+Ours are DINOv2's (`ls1.gamma`), with each token as one tensor of the part that is trained. Others:
+
+    gamma_1, gamma_2                          DeiT III's layer scale
+    cls_token.0 .. .4 or .7, mask_token.k     octic tokens part by part; all but .0 are zero
+    _orig_mod., module., backbone.            prefixes that wrappers leave
+    blocks.<chunk>.<index>.                   DINOv2's block chunks
+    invariantization.{rotation,reflection}_action    constants
+    dino_head.*, ibot_head.*                  heads beside a backbone
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("_orig_mod.", "module.", "backbone.")
+HEADS = ("dino_head.", "ibot_head.")
+TOKENS = ("cls_token", "register_tokens", "mask_token")
+_CONSTANTS = re.compile(r"(^|\.)(rotation_action|reflection_action)$")
+_TOKEN_PART = re.compile(rf"^({'|'.join(TOKENS)})\.(\d+)$")
+_CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+_GAMMA = re.compile(r"(^|\.)gamma_([12])(?=\.|$)")
+
+
+def strip_wrappers(name: str) -> str:
+    """Remove the prefixes that compilation, data parallelism and training wrappers leave."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def from_published(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights in any published spelling as the state dict of `model`, every key accounted for.
+
+    Raises ValueError that lists what is missing, what is left over and which shapes differ.
+    """
+    found: dict[str, Tensor] = {}
+    left_over = []
+    for name, tensor in state.items():
+        ours = _our_name(strip_wrappers(name), tensor)
+        if ours is None:
+            continue
+        if ours in found:
+            left_over.append(name)
+        found[ours] = tensor
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(found))
+    left_over += sorted(set(found) - set(expected))
+    shapes = [
+        f"{name} {tuple(found[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    complaints = [
+        f"{title}: {_listing(names)}"
+        for title, names in (
+            ("missing", missing),
+            ("left over", left_over),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if complaints:
+        raise ValueError(
+            f"the weights do not fit a {type(model).__name__}; " + "; ".join(complaints)
+        )
+    return {name: found[name] for name in expected}
+
+
+def _our_name(name: str, tensor: Tensor) -> str | None:
+    """Our name of a published one; None for what we do not store."""
+    if name.startswith(HEADS) or _CONSTANTS.search(name):
+        return None
+    part = _TOKEN_PART.match(name)
+    if part:
+        token, number = part.groups()
+        if number == "0":
+            return token
+        # A stored part that is not zero would be a model that ours cannot express.
+        if tensor.device.type == "meta" or not torch.any(tensor):
+            return None
+        return name
+    name = _CHUNKED.sub(r"blocks.\1.", name)
+    return _layer_scale_name(name, tensor)
+
+
+def _layer_scale_name(name: str, tensor: Tensor) -> str:
+    match = _GAMMA.search(name)
+    if match is None:
+        return name
+    # Octic scales have further parts (gamma_1.alpha_A1), the plain one is a single tensor.
+    plain = name.endswith(match.group(0))
+    return _GAMMA.sub(r"\1ls\2.gamma" if plain else r"\1ls\2", name)
+
+
+def to_published(name: str, *, octic: bool = True, deit: bool = False) -> str:
+    """The published name of one of our parameters, in DINOv2's or DeiT III's spelling."""
+    if octic and name in TOKENS:
+        return f"{name}.0"
+    if deit:
+        return re.sub(r"\.ls([12])(\.gamma)?", r".gamma_\1", name)
+    return name
+
+
+def _listing(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,80 @@
+"""Residual branches that are dropped at random in training (Huang et al. 2016), per sequence."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vit.packing import Packing, make_packing, unpack
+
+MODES = ("sample", "subset")
+Branch = Callable[[Tensor, Packing | None], Tensor]
+
+
+def add_branch(
+    x: Tensor, branch: Branch, packing: Packing | None, *, rate: float, mode: str
+) -> Tensor:
+    """x + branch(x), where the branch is dropped for a random part of the sequences.
+
+    `sample` drops each sequence by a coin of its own and computes all of them. `subset` (DINOv2)
+    runs the branch on max(1, int(B (1 - rate))) random sequences of each group and on nothing
+    else, so that dropped work costs no time. Both divide by the kept share.
+    """
+    if rate == 0.0:
+        return x + branch(x, packing)
+    if mode == "sample":
+        return x + branch(x, packing) * _keep_mask(x, packing, 1.0 - rate)
+    if packing is None:
+        return _add_on_subset(x, branch, 1.0 - rate)
+    return _add_on_packed_subset(x, branch, packing, 1.0 - rate)
+
+
+def _keep_mask(x: Tensor, packing: Packing | None, keep: float) -> Tensor:
+    count = x.shape[0] if packing is None else packing.num_sequences
+    mask = x.new_empty(count).bernoulli_(keep)
+    if keep > 0.0:
+        mask = mask / keep
+    if packing is None:
+        return mask[:, None, None]
+    parts, first = [], 0
+    for sequences, tokens in packing.groups:
+        parts.append(mask[first : first + sequences].repeat_interleave(tokens))
+        first += sequences
+    return torch.cat(parts)[None, :, None]
+
+
+def _kept(count: int, keep: float) -> int:
+    return max(1, int(count * keep))
+
+
+def _add_on_subset(x: Tensor, branch: Branch, keep: float) -> Tensor:
+    kept = _kept(x.shape[0], keep)
+    chosen = torch.randperm(x.shape[0], device=x.device)[:kept]
+    update = branch(x[chosen], None)
+    return x.index_add(0, chosen, update.to(x.dtype), alpha=x.shape[0] / kept)
+
+
+def _add_on_packed_subset(x: Tensor, branch: Branch, packing: Packing, keep: float) -> Tensor:
+    rows, groups, first = [], [], 0
+    for count, tokens in packing.groups:
+        kept = _kept(count, keep)
+        chosen = torch.randperm(count, device=x.device)[:kept]
+        within = torch.arange(tokens, device=x.device)
+        rows.append((first + chosen[:, None] * tokens + within).flatten())
+        groups.append((kept, tokens))
+        first += count * tokens
+    index = torch.cat(rows)
+    update = branch(x[:, index], make_packing(groups, x.device)).to(x.dtype)
+    scaled = [
+        part * (count / kept)
+        for part, (count, _), (kept, _) in zip(
+            unpack(update, groups), packing.groups, groups, strict=True
+        )
+    ]
+    return x.index_add(1, index, torch.cat([part.flatten(0, 1) for part in scaled])[None])
+
+
+def check_mode(mode: str) -> None:
+    """Refuse an unknown way of dropping branches."""
+    if mode not in MODES:
+        raise ValueError(f"unknown drop_path_mode {mode!r}; known: {', '.join(MODES)}")

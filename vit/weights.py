@@ -1,0 +1,116 @@
+"""Reading weights from files, strictly, and without ever executing what they contain."""
+
+import argparse
+import contextlib
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vit.keys import from_published
+
+# Where published checkpoints keep the weights to use, in the order they are looked for.
+CONTAINERS = ("teacher", "model", "state_dict")
+
+
+def load_weights(model: nn.Module, path: str | Path, *, container: str | None = None) -> None:
+    """Load a published or exported file into `model`; every key must be accounted for.
+
+    A model with the method `adapt_to(state)` may first change itself to what the file needs (an
+    invariant octic model takes the file's invariantization). Raises ValueError naming the file
+    and the keys that are missing, left over, or of another shape.
+    """
+    state = read_state(path, container=container)
+    try:
+        load_state(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights in any published spelling into `model`, strictly."""
+    if hasattr(model, "adapt_to"):
+        model.adapt_to(state)
+    model.load_state_dict(from_published(state, model), strict=True)
+
+
+def read_state(path: str | Path, *, container: str | None = None) -> dict[str, Tensor]:
+    """The named tensors of a .safetensors or torch file.
+
+    container: top-level key that holds the weights; by default the first of `CONTAINERS` that
+    the file has, or the file itself. Raises ValueError where the file is missing or unreadable.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such weights file")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if container is not None:
+        if container not in content:
+            raise ValueError(f"{path}: no key {container!r}; it has {', '.join(map(str, content))}")
+        content = content[container]
+    else:
+        content = next((content[key] for key in CONTAINERS if _is_dict(content.get(key))), content)
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(
+            f"{path}: holds no weights (top-level keys: {', '.join(map(str, content))})"
+        )
+    return state
+
+
+def read_pickle(path: str | Path) -> dict[str, Any]:
+    """Read a torch file with the restricted unpickler: tensors and plain data, nothing callable.
+
+    argparse namespaces and numpy scalars, which published files contain, are plain data here.
+    """
+    try:
+        with _plain_data():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path}: refused, holds more than tensors and plain data ({reason})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or not a torch file ({reason})") from None
+    if not _is_dict(content):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not named weights")
+    return content
+
+
+@contextlib.contextmanager
+def _plain_data() -> Iterator[None]:
+    numbers = (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)
+    allowed = [
+        argparse.Namespace,
+        np.dtype,
+        # Old files spell numpy's own scalar constructor by its former path.
+        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+        (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+        *(type(np.dtype(number)) for number in numbers),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        yield
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def _is_zip(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, Mapping)
