@@ -2,9 +2,9 @@
 
 They stand between the matrix products of an octic block. Each is a custom operator of torch
 (namespace `octic`) forward and one backward. On CUDA a Triton kernel computes it (`triton_norm`,
-`triton_gelu`); elsewhere, and in float64, a plain PyTorch twin does. Both compute in float32 (float64
-for float64) and round once. `torch.compile` keeps the operators whole, autocast leaves them alone, and
-FLOP counters count no multiply-adds for them.
+`triton_gelu`); elsewhere, and in float64, a plain PyTorch twin does. Both compute in float32
+(float64 for float64) and round once. `torch.compile` keeps the operators whole, autocast leaves
+them alone, and FLOP counters count no multiply-adds for them.
 
 Letters: N tokens, D = G C channels, G the order of the group, C channels per copy; a feature
 [... D] is seen as [... G C].
@@ -107,14 +107,13 @@ def _norm_backward(
     weights: Sequence[float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    optional = (_dense(scale), _dense(shift))
-    arguments = (x.contiguous(), grad.contiguous(), *optional, *_plan(lengths, weights), eps)
-    dx, *parameters = _run("triton_norm", "backward", plain_norm_backward, *arguments)
+    dense = (x.contiguous(), grad.contiguous(), _dense(scale), _dense(shift))
+    arguments = (*dense, *_plan(lengths, weights), eps)
+    dx, dscale, dshift = _run("triton_norm", "backward", plain_norm_backward, *arguments)
     # An operator returns tensors, never None.
-    return dx, *(
-        x.new_empty(0) if part is None else part.to(tensor.dtype)
-        for part, tensor in zip(parameters, optional, strict=True)
-    )
+    dscale = x.new_empty(0) if scale is None else dscale.to(scale.dtype)
+    dshift = x.new_empty(0) if shift is None else dshift.to(shift.dtype)
+    return dx, dscale, dshift
 
 
 @_norm.register_fake

@@ -8,12 +8,14 @@ rounded once. No autotuning: the tile depends on the channel count alone.
 
 # Arguments of a Triton function have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202, D103
+# mypy: disable-error-code="assignment, attr-defined"
 
 from collections import Counter
 from functools import lru_cache
+from typing import Any
 
-import triton
-import triton.language as tl
+import triton  # type: ignore
+import triton.language as tl  # type: ignore
 from torch import Tensor
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -120,7 +122,7 @@ def backward(x: Tensor, grad: Tensor, transform: Matrix) -> Tensor:
     return dx
 
 
-def options(channels: int, transform: Matrix) -> dict[str, object]:
+def options(channels: int, transform: Matrix) -> dict[str, Any]:
     """Compile-time arguments for C = `channels`; they depend on the group and on C alone."""
     divisor = channels & -channels  # the largest power of two that divides C: no masked lanes
     block_c = min(divisor, 128) if divisor >= 32 else min(triton.next_power_of_2(channels), 128)
@@ -134,10 +136,12 @@ def options(channels: int, transform: Matrix) -> dict[str, object]:
         "IN_OUTPUTS": into[1],
         "OUT_STEPS": back[0],
         "OUT_OUTPUTS": back[1],
+        "num_warps": 4,
+        "enable_fp_fusion": True,
     }
 
 
-def _launch(kernel: object, tensors: tuple[Tensor, ...], transform: Matrix) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], transform: Matrix) -> None:
     x = tensors[0]
     if x.numel() == 0:
         return
@@ -145,7 +149,7 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], transform: Matrix) -> N
     rows = x.numel() // x.shape[-1]
     arguments = options(channels, transform)
     grid = (triton.cdiv(rows, arguments["BLOCK_R"]), triton.cdiv(channels, arguments["BLOCK_C"]))
-    kernel[grid](*tensors, rows, **arguments, num_warps=4)
+    kernel[grid](*tensors, rows, **arguments)
 
 
 @lru_cache(maxsize=64)

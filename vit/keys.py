@@ -4,7 +4,7 @@ Ours are DINOv2's (`ls1.gamma`), with each token as one tensor of the part that 
 
     gamma_1, gamma_2                          DeiT III's layer scale
     cls_token.0 .. .4 or .7, mask_token.k     octic tokens part by part; all but .0 are zero
-    _orig_mod., module., backbone.            prefixes that wrappers leave
+    _orig_mod., _fsdp_wrapped_module., module., backbone.    left by wrappers, anywhere
     blocks.<chunk>.<index>.                   DINOv2's block chunks
     invariantization.{rotation,reflection}_action    constants
     dino_head.*, ibot_head.*                  heads beside a backbone
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("_orig_mod.", "module.", "backbone.")
+WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.", "backbone.")
 HEADS = ("dino_head.", "ibot_head.")
 TOKENS = ("cls_token", "register_tokens", "mask_token")
 _CONSTANTS = re.compile(r"(^|\.)(rotation_action|reflection_action)$")

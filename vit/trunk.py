@@ -126,7 +126,7 @@ class Trunk(nn.Module):
         size = tuple(images.shape[-2:])
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
-                f"images of shape {tuple(images.shape)} given to a model of {self.in_chans} channels"
+                f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
             )
         if not self.dynamic_img_size and size != self.img_size:
             raise ValueError(
@@ -310,9 +310,9 @@ class Trunk(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Where each parameter stands in the depth, for layer-wise learning rates (timm)."""
-        stem = r"^(cls_token|register_tokens|mask_token|pos_embed|patch_embed)"
+        stem = r"^(?:cls_token|register_tokens|mask_token|pos_embed|patch_embed)"
         blocks = r"^blocks\.(\d+)"
-        rest = (r"^(invariant|norm)", (99999,))
+        rest = (r"^(?:invariant|norm)", (99999,))
         return {"stem": stem, "blocks": blocks if coarse else [(blocks, None), rest]}
 
     def no_weight_decay(self) -> set[str]:

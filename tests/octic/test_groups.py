@@ -1,0 +1,75 @@
+"""Group tables are derived from generators; here they are proved."""
+
+import numpy as np
+import pytest
+import torch
+
+from octic.groups import OCTIC_ELEMENTS, get_group, inverse, multiply
+
+NAMES = ("mirror", "half_turn", "V4", "C4", "D4")
+ORDERS = {"mirror": 2, "half_turn": 2, "V4": 4, "C4": 4, "D4": 8}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_elements_form_a_group(name: str) -> None:
+    """Closed under products and inverses, of the known order."""
+    elements = get_group(name).elements
+    assert len(elements) == ORDERS[name]
+    assert {multiply(a, b) for a in elements for b in elements} == set(elements)
+    assert {inverse(a) for a in elements} == set(elements)
+
+
+def test_products_move_images_one_after_the_other() -> None:
+    """(a b) image = a (b image)."""
+    images = torch.randn(2, 3, 4, 4)
+    for a in OCTIC_ELEMENTS:
+        for b in OCTIC_ELEMENTS:
+            both = a.on_images(b.on_images(images))
+            assert torch.equal(multiply(a, b).on_images(images), both)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_irreps_are_irreducible_homomorphisms_and_complete(name: str) -> None:
+    """rho(ab) = rho(a) rho(b); characters are orthogonal; squares of dimensions fill the group."""
+    group = get_group(name)
+    for irrep in group.irreps:
+        for a in group.elements:
+            for b in group.elements:
+                product = irrep.matrices[a.name] @ irrep.matrices[b.name]
+                np.testing.assert_allclose(irrep.matrices[multiply(a, b).name], product, atol=1e-15)
+        character = [np.trace(irrep.matrices[g.name]) for g in group.elements]
+        assert np.dot(character, character) / group.order == irrep.commuting
+    assert sum(irrep.dim * irrep.copies for irrep in group.irreps) == group.order
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fourier_transform_intertwines(name: str) -> None:
+    """F is orthogonal, and F^t rho(g) F permutes the regular components."""
+    group = get_group(name)
+    np.testing.assert_allclose(group.fourier @ group.fourier.T, np.eye(group.order), atol=1e-15)
+    for element in group.elements:
+        moved = group.fourier.T @ group.action(element) @ group.fourier
+        np.testing.assert_allclose(moved, group.regular_action(element), atol=1e-15)
+        assert (group.regular_action(element).sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_expansion_reaches_every_pixel_once_per_stabiliser(name: str) -> None:
+    """The tables cover the whole square and use the whole slab."""
+    group = get_group(name)
+    tables = group.expansion(6, 6)
+    assert (tables.pixel >= 0).all()
+    assert set(np.unique(tables.pixel)) == set(range(tables.slab[0] * tables.slab[1]))
+
+
+def test_bad_groups_and_grids_are_refused() -> None:
+    """Each error names what would be right."""
+    with pytest.raises(ValueError, match="known: mirror, half_turn, V4, C4, D4"):
+        get_group("D3")
+    with pytest.raises(ValueError, match="even number"):
+        get_group("D4").slab(5, 5)
+    with pytest.raises(ValueError, match="needs a square"):
+        get_group("C4").slab(4, 6)
+    assert get_group("mirror").slab(5, 6) == (5, 3)
+    with pytest.raises(ValueError, match="it has e, m"):
+        get_group("mirror").element("r")

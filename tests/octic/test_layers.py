@@ -1,0 +1,146 @@
+"""Every layer commutes with every element of its group, in float64 to 1e-12."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from octic.block import OcticBlock
+from octic.groups import Group, act, act_on_tokens, get_group
+from octic.invariants import INVARIANTIZATIONS, make_invariantization
+from octic.layers import (
+    OcticAttention,
+    OcticGELU,
+    OcticLayerNorm,
+    OcticLinear,
+    OcticMlp,
+    OcticScale,
+)
+from octic.patch_embed import OcticPatchEmbed, OcticToPatch
+
+GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
+DIM = 32
+TOLERANCE = 1e-12
+
+LAYERS: dict[str, Callable[[Group], nn.Module]] = {
+    "linear": lambda g: OcticLinear(DIM, 2 * DIM, group=g),
+    "scale": lambda g: OcticScale(DIM, bias=True, group=g),
+    "norm": lambda g: OcticLayerNorm(DIM, group=g),
+    "natural norm": lambda g: OcticLayerNorm(
+        DIM, irrep_weights={i.name: float(i.dim * i.copies) for i in g.irreps}, group=g
+    ),
+    "gelu": lambda g: OcticGELU(group=g),
+    "mlp": lambda g: OcticMlp(DIM, 2 * DIM, norm=True, group=g),
+    "attention": lambda g: OcticAttention(DIM, num_heads=2, group=g),
+    "block": lambda g: OcticBlock(DIM, num_heads=4, init_values=0.1, group=g),
+}
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Random parameters: no zero and no identity is left to hide a mistake."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module.double().eval()
+
+
+def features(tokens: int = 5) -> Tensor:
+    """Random features with a mean, so that its removal is exercised."""
+    return torch.randn(2, tokens, DIM, dtype=torch.float64) + torch.randn(1, 1, DIM).double()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_equivariant(name: str, group: str) -> None:
+    """layer(g x) = g layer(x), and not so for a random orthogonal mixing of channels."""
+    symmetry = get_group(group)
+    layer, x = randomised(LAYERS[name](symmetry)), features()
+    y = layer(x)
+    for element in symmetry.elements:
+        assert relative(layer(act(x, element, symmetry)), act(y, element, symmetry)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_lift_is_equivariant_and_breaks_outside_the_group(group: str) -> None:
+    """Moving the image moves the tokens over the grid and their channels."""
+    symmetry = get_group(group)
+    lift = randomised(OcticPatchEmbed(patch_size=4, embed_dim=DIM, group=symmetry))
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    y = lift(images).flatten(1, 2)
+    for element in symmetry.elements:
+        moved = lift(element.on_images(images)).flatten(1, 2)
+        assert relative(moved, act_on_tokens(y, element, symmetry, (6, 6))) <= TOLERANCE
+    for element in set(get_group("D4").elements) - set(symmetry.elements):
+        moved = lift(element.on_images(images)).flatten(1, 2)
+        # The trivial irrep would be the plain turned map, were the filters that symmetric.
+        turned = element.on_images(y.unflatten(1, (6, 6)).movedim(-1, 1)).movedim(1, -1)
+        copy = DIM // symmetry.order
+        assert relative(moved[..., :copy], turned.flatten(1, 2)[..., :copy]) > 1e-3
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_to_patch_is_equivariant(group: str) -> None:
+    """Pixels made of moved tokens are the moved pixels."""
+    symmetry = get_group(group)
+    layer = randomised(OcticToPatch(DIM, 4, group=symmetry))
+    x = features(tokens=9)
+    image = layer.image(x, (3, 3))
+    for element in symmetry.elements:
+        moved = layer.image(act_on_tokens(x, element, symmetry, (3, 3)), (3, 3))
+        assert relative(moved, element.on_images(image)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", INVARIANTIZATIONS)
+def test_invariantizations(name: str, group: str) -> None:
+    """f(g x) = f(x), except for the control; the result does depend on x."""
+    symmetry = get_group(group)
+    if name in ("third_order", "polynomial") and group != "D4":
+        with pytest.raises(ValueError, match="defined for D4"):
+            make_invariantization(name, DIM, symmetry)
+        return
+    layer, x = make_invariantization(name, DIM, symmetry).double(), features()
+    y = layer(x)
+    assert y.shape == (2, 5, layer.output_dim)
+    errors = [relative(layer(act(x, g, symmetry)), y) for g in symmetry.elements]
+    if name == "none" and symmetry.planes:
+        assert max(errors) > 1e-3
+    else:
+        assert max(errors) <= TOLERANCE
+    assert relative(layer(x + 0.1 * features()), y) > 1e-3
+
+
+def test_octic_linear_costs_a_fifth() -> None:
+    """Parameters in*out/8 + out/8; multiply-adds 3/16 of the dense layer's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = OcticLinear(64, 128)
+    assert sum(p.numel() for p in layer.parameters()) == 64 * 128 // 8 + 128 // 8
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(10, 64))
+    assert counter.get_total_flops() == 2 * 10 * 64 * 128 * 3 // 16
+
+
+def test_norm_of_unit_variance_has_variance_8_5() -> None:
+    """The published weight of E is 1, not 4; the natural weight gives variance 1."""
+    x = torch.randn(4000, 256, dtype=torch.float64)
+    assert abs(OcticLayerNorm(256).double()(x).var().item() - 1.6) < 0.02
+    natural = OcticLayerNorm(256, irrep_weights={"E": 4.0}).double()
+    assert abs(natural(x).var().item() - 1.0) < 0.02
+
+
+def test_bad_widths_are_refused() -> None:
+    """Errors name the nearest width, the heads, the patch."""
+    with pytest.raises(ValueError, match="nearest: 64"):
+        OcticLinear(60, 64)
+    with pytest.raises(ValueError, match="num_heads 3"):
+        OcticAttention(64, num_heads=3)
+    with pytest.raises(ValueError, match="even number"):
+        OcticPatchEmbed(patch_size=7, embed_dim=64)
+    with pytest.raises(ValueError, match="patch_size 2"):
+        OcticPatchEmbed(patch_size=2, embed_dim=64)

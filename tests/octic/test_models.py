@@ -1,0 +1,228 @@
+"""Octic Vision Transformers: symmetry, options, resolutions, packing, compilation."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import octic  # noqa: F401  (registers the models)
+from octic import OcticVisionTransformer
+from octic.groups import act_on_tokens, get_group
+from octic.invariants import INVARIANTIZATIONS
+
+GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
+SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+# Sheet of the published models: parameters with the frozen zero token parts, how many of them
+# are frozen (ours does not store them), multiply-adds of one 224-pixel image in G.
+PUBLISHED = {
+    "hybrid_deit_huge_patch14": (355_778_760, 1120, 101.61),
+    "hybrid_deit_large_patch16": (171_320_680, 896, 37.39),
+    "d8_inv_early_deit_huge_patch14": (357_008_840, 1120, 101.92),
+    "d8_inv_early_deit_large_patch16": (172_108_136, 896, 37.54),
+    "hybrid_dinov2_vit_huge_patch16": (354_527_840, 2240, 76.96),
+    "d8_inv_early_dinov2_vit_huge_patch16": (355_757_920, 2240, 77.20),
+    "hybrid_dinov2_vit_large_patch16": (170_296_704, 1792, 37.39),
+    "d8_inv_early_dinov2_vit_large_patch16": (171_084_160, 1792, 37.54),
+    "dinov2_vit_huge_patch16": (631_001_600, 0, 127.31),
+    "dinov2_vit_large_patch16": (303_351_808, 0, 61.55),
+    "deit_huge_patch14_LS": (632_126_440, 0, 167.30),
+    "deit_large_patch16_LS": (304_374_760, 0, 61.55),
+}
+POLYNOMIAL = {
+    "d8_inv_early_deit_huge_patch14": (362_333_640, 1120, 103.29),
+    "d8_inv_early_deit_large_patch16": (175_516_008, 896, 38.21),
+}
+
+
+def make(**options: object) -> nn.Module:
+    """A small model in float64 with random parameters of noticeable size."""
+    net = OcticVisionTransformer(**{**SMALL, "num_classes": 5, **options})
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return net.double().eval()
+
+
+def images(height: int = 32, width: int = 32) -> Tensor:
+    """Random images in float64."""
+    return torch.randn(2, 3, height, width, dtype=torch.float64)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("switch", (0, 1, 2))
+def test_octic_half_is_equivariant(group: str, switch: int) -> None:
+    """Tokens of every octic block move with the image, for every switch index."""
+    symmetry = get_group(group)
+    net = make(group=group, octic_equi_break_layer=switch, num_register_tokens=2)
+    x = images()
+    y = net.octic_features(x)
+    for element in symmetry.elements:
+        moved = net.octic_features(element.on_images(x))
+        expected = act_on_tokens(y, element, symmetry, (8, 8), net.num_prefix_tokens)
+        assert relative(moved, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", [n for n in INVARIANTIZATIONS if n != "none"])
+def test_invariant_models_are_invariant(group: str, name: str) -> None:
+    """logits(g image) = logits(image) in the group, and not outside it."""
+    if name in ("third_order", "polynomial") and group != "D4":
+        pytest.skip("these polynomials are defined for D4")
+    net, x = make(group=group, invariant=name, octic_equi_break_layer=1), images()
+    y = net(x)
+    inside = get_group(group).elements
+    for element in get_group("D4").elements:
+        error = relative(net(element.on_images(x)), y)
+        assert error <= 1e-12 if element in inside else error > 1e-6
+    assert relative(net(x.flip(1)), y) > 1e-6
+
+
+@pytest.mark.parametrize("pool", ("token", "avg"))
+def test_fully_equivariant_model_is_invariant_at_any_resolution(pool: str) -> None:
+    """All blocks octic, invariant at the end; square, larger and oblong images."""
+    net = make(
+        invariant=True, octic_equi_break_layer=2, class_token=pool == "token", global_pool=pool
+    )
+    for size in ((32, 32), (48, 48), (32, 64), (16, 16), (24, 40)):
+        x = images(*size)
+        for element in get_group("D4").elements:
+            assert relative(net(element.on_images(x)), net(x)) <= 1e-12
+
+
+def test_hybrid_changes_under_the_group() -> None:
+    """A hybrid is not invariant: its plain half sees the orientation."""
+    net, x = make(), images()
+    assert relative(net(x.flip(-1)), net(x)) > 1e-3
+
+
+@pytest.mark.parametrize("basis", ("isotypic", "regular"))
+def test_switch_basis_is_orthogonal(basis: str) -> None:
+    """Either basis keeps the norm of a token."""
+    net = make(switch_basis=basis)
+    x = torch.randn(2, 3, 64, dtype=torch.float64)
+    torch.testing.assert_close(net.transition(x).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("mode", ("sample", "subset"))
+@pytest.mark.parametrize("rate", (0.0, 0.5))
+def test_packed_crops_equal_looped_crops(mode: str, rate: float) -> None:
+    """encode() of crops of three sizes equals one call for each, gradients included."""
+    net = make(drop_path_rate=rate, drop_path_mode=mode, mask_token=True, num_register_tokens=1)
+    crops = [images(), images(16, 16), images(16, 32)]
+    masks = [torch.rand(2, 64) < 0.4, None, None]
+
+    def run(packed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        net.zero_grad()
+        if packed:
+            out = net.encode(crops, masks)
+        else:
+            out = [net.encode([c], [m])[0] for c, m in zip(crops, masks, strict=True)]
+        flat = [part for encoded in out for part in encoded]
+        sum(part.square().mean() for part in flat).backward()
+        return flat, [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    packed, looped = run(packed=True), run(packed=False)
+    for a, b in zip(packed[0] + packed[1], looped[0] + looped[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ("sample", "subset"))
+def test_stochastic_depth_keeps_the_mean_and_the_symmetry(mode: str) -> None:
+    """The expected output is that of no dropping; a dropped octic block still commutes."""
+    net = make(drop_path_rate=0.4, drop_path_mode=mode, depth=2, octic_equi_break_layer=2)
+    block, symmetry = net.blocks[0].train(), get_group("D4")
+    x = torch.randn(10, 4, 64, dtype=torch.float64)
+    element = symmetry.element("mr")
+    torch.manual_seed(0)
+    y = block(x)
+    torch.manual_seed(0)
+    moved = block(act_on_tokens(x, element, symmetry, (2, 2)))
+    assert relative(moved, act_on_tokens(y, element, symmetry, (2, 2))) <= 1e-12
+    branch = torch.stack([block._mix_channels(x, None) for _ in range(2)])[0]
+    from vit.stochastic_depth import add_branch
+
+    drawn = [add_branch(x, block._mix_channels, None, rate=0.4, mode=mode) - x for _ in range(400)]
+    # Each sample is kept with probability 0.6: the mean over 400 draws has deviation 0.041.
+    ratio = torch.stack(drawn).mean(0).norm() / branch.norm()
+    assert abs(ratio.item() - 1.0) < 0.05
+
+
+def test_intermediate_layers_include_the_octic_blocks() -> None:
+    """Every block can be asked for; an octic one is told as plain tokens."""
+    net, x = make(depth=4), images()
+    taken = net.features(x, layers=(0, 1, 2, -1))
+    torch.testing.assert_close(taken[-1].cls, net.forward_features(x)[:, 0])
+    expected = net.norm(net.transition(net.octic_features(x, 1)))
+    torch.testing.assert_close(taken[0].cls, expected[:, 0])
+    assert taken[1].patches.shape == (2, 8, 8, 64)
+    grids = net.get_intermediate_layers(x, n=[0, 3], reshape=True, return_class_token=True)
+    assert grids[0][0].shape == (2, 64, 8, 8)
+
+
+@pytest.mark.parametrize("options", ({}, {"invariant": True}, {"octic_equi_break_layer": 2}))
+def test_compiles_without_graph_break(options: dict[str, object]) -> None:
+    """torch.compile(fullgraph=True) of forward and backward equals eager."""
+    net = OcticVisionTransformer(**{**SMALL, "num_classes": 5, **options})
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameters_and_multiply_adds(name: str) -> None:
+    """Parameters equal the sheet's exactly; multiply-adds to 0.1 %."""
+    assert measured(name) == pytest_like(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("name", POLYNOMIAL)
+def test_polynomial_models(name: str) -> None:
+    """The invariantization of the published DeiT III checkpoints reproduces the printed figures."""
+    assert measured(name, invariant="polynomial") == pytest_like(POLYNOMIAL[name])
+
+
+def measured(name: str, **options: object) -> tuple[int, object]:
+    """Parameters and multiply-adds in G of a registered model, on the meta device."""
+    with torch.device("meta"):
+        net = timm.create_model(name, **options)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, 3, 224, 224))
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2e9
+
+
+def pytest_like(row: tuple[int, int, float]) -> tuple[int, object]:
+    """The sheet's row as what we measure: without frozen parts, MACs within 0.1 %."""
+    parameters, frozen, macs = row
+    return parameters - frozen, pytest.approx(macs, rel=1e-3)
+
+
+def test_seed_example() -> None:
+    """The example of the octic-vits README, with its two options."""
+    with torch.device("meta"):
+        net = OcticVisionTransformer(embed_dim=1280, depth=32, num_heads=16)
+        assert net.switch == 16
+        assert OcticVisionTransformer(invariant=True).invariant == "power_spectrum"
+        assert OcticVisionTransformer(octic_equi_break_layer=3).switch == 3
+
+
+def test_misspelt_and_impossible_options_are_refused() -> None:
+    """Nothing vanishes in **kwargs; every refusal says what would do."""
+    with pytest.raises(TypeError, match="inavriant"):
+        OcticVisionTransformer(inavriant=True)
+    with pytest.raises(ValueError, match="give octic_equi_break_layer"):
+        OcticVisionTransformer(depth=3)
+    with pytest.raises(ValueError, match="not in 0 .. depth"):
+        OcticVisionTransformer(octic_equi_break_layer=13)
+    with pytest.raises(ValueError, match="power_spectrum"):
+        OcticVisionTransformer(invariant="fourier")
+    net = make()
+    with pytest.raises(ValueError, match="multiple of the patch size 4"):
+        net(images(30, 32))
+    with pytest.raises(ValueError, match="mask_token=True"):
+        net.encode([images()], [torch.zeros(2, 64, dtype=torch.bool)])

@@ -1,0 +1,42 @@
+"""Packed attention keeps sequences apart, on every device that is here."""
+
+import pytest
+import torch
+
+from vit.attention import Attention, attend
+from vit.packing import pack, unpack
+
+
+def test_packed_equals_looped() -> None:
+    """Sequences of three lengths in one tensor attend to themselves alone."""
+    attention = Attention(32, num_heads=4).double()
+    batches = [torch.randn(2, 5, 32).double(), torch.randn(3, 1, 32).double()]
+    packed, packing = pack(batches)
+    assert packing.longest == 5 and packing.num_sequences == 5
+    assert packing.offsets.tolist() == [0, 5, 10, 11, 12, 13]
+    for ours, batch in zip(
+        unpack(attention(packed, packing), packing.groups), batches, strict=True
+    ):
+        torch.testing.assert_close(ours, attention(batch))
+
+
+def test_equals_timm() -> None:
+    """The same projections give timm's attention."""
+    from timm.layers import Attention as TimmAttention
+
+    ours, timms = Attention(32, num_heads=4), TimmAttention(32, num_heads=4, qkv_bias=True)
+    ours.load_state_dict(timms.state_dict())
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(ours(x), timms(x))
+
+
+def test_unknown_backend_and_missing_package() -> None:
+    """Each says what is known or what to install."""
+    with pytest.raises(ValueError, match="known: auto, sdpa, varlen, xformers"):
+        Attention(32, backend="flash")
+    try:
+        import xformers  # noqa: F401
+    except ImportError:
+        x, packing = pack([torch.randn(1, 4, 2, 8), torch.randn(1, 2, 2, 8)])
+        with pytest.raises(ValueError, match="pip install xformers"):
+            attend(x, x, x, packing, backend="xformers")

@@ -1,0 +1,75 @@
+"""The plain ViT equals timm's, resamples as DINOv2, and serves the Backbone contract."""
+
+import pytest
+import timm
+import torch
+
+import octic  # noqa: F401  (registers the models)
+from vit.adapters import TimmBackbone
+from vit.backbone import Backbone
+from vit.trunk import take_indices
+from vit.vision_transformer import VisionTransformer, resample_grid
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+
+
+def test_equals_timm_deit3() -> None:
+    """timm's DeiT III weights give the same logits."""
+    theirs = timm.create_model("deit3_small_patch16_224", num_classes=7, **SMALL).eval()
+    ours = timm.create_model("deit_small_patch16_LS", num_classes=7, **SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_resampling_with_an_offset() -> None:
+    """The offset moves the sampling points, not the size; without it the corners stay."""
+    grid = torch.randn(1, 6, 6, 4)
+    plain, shifted = (resample_grid(grid, (9, 3), offset=offset) for offset in (0.0, 0.1))
+    assert plain.shape == shifted.shape == (1, 9, 3, 4)
+    assert not torch.equal(plain, shifted)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("vit_tiny_patch16_224", "vit_tiny_r_s16_p8_224", "resnet10t", "vit_medium_patch16_gap_240"),
+)
+def test_timm_networks_serve_the_contract(name: str) -> None:
+    """Class token and a grid of patches, at an oblong size where the network takes one."""
+    size = (224, 224) if "r_s16" in name else (64, 96)
+    net = TimmBackbone(name).eval()
+    assert isinstance(net, Backbone)
+    (features,) = net.features(torch.randn(1, 3, *size))
+    grid = tuple(side // net.patch_size for side in size)
+    assert features.cls.shape == (1, net.embed_dim)
+    assert features.patches.shape == (1, *grid, net.embed_dim)
+
+
+def test_timm_features_are_normalised() -> None:
+    """The class token is the one that timm's own head reads."""
+    net = TimmBackbone("vit_tiny_patch16_224").eval()
+    x = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(net.features(x)[0].cls, net.net.forward_features(x)[:, 0])
+    with pytest.raises(ValueError, match="timm has no model"):
+        TimmBackbone("vit_tinny_patch16_224")
+
+
+def test_indices() -> None:
+    """Lists, counts, negatives; what is out of range is refused."""
+    assert take_indices(2, 4) == [2, 3]
+    assert take_indices([0, -1], 4) == [0, 3]
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
+        take_indices([4], 4)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    """The same gradients, recomputed."""
+    net = VisionTransformer(**SMALL, num_classes=3)
+    x = torch.randn(2, 3, 32, 32)
+    net(x).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net.set_grad_checkpointing()
+    net(x).square().sum().backward()
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

@@ -1,0 +1,165 @@
+"""Published checkpoint layouts load strictly; wrong, truncated and hostile files are refused."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import octic  # noqa: F401  (registers the models)
+from vit.keys import from_published, to_published
+from vit.weights import load_state, load_weights, read_state
+
+LAYOUTS = json.loads(
+    (Path(__file__).parents[1] / "parity/selection/octic/checkpoint_layouts.json").read_text()
+)
+PLAIN = {"vit_huge": "dinov2_vit_huge_patch16", "vit_large": "dinov2_vit_large_patch16"}
+WRAPPINGS = ("", "_orig_mod.", "backbone.", "module.backbone.", "_fsdp_wrapped_module.backbone.")
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("layout", LAYOUTS["models"])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_every_published_layout_loads_strictly(layout: str, wrapping: str) -> None:
+    """All 14 listings, in each on-disk wrapping; the invariantization is taken from the file."""
+    entry = LAYOUTS["models"][layout]
+    name = entry.get("registered_name") or PLAIN[entry["arch_name"]]
+    state = {
+        # Zero strides: real tensors of those shapes without their memory.
+        wrapping + key: torch.zeros(()).expand(shape)
+        for key, shape in entry["state_dict"].items()
+    }
+    with torch.device("meta"):
+        net = timm.create_model(name)
+    load_state(net, state)
+    if "invariant" in layout:
+        assert net.invariant == ("polynomial" if "polynomial" in layout else "power_spectrum")
+    frozen = len(entry["frozen_zero_parameters"])
+    assert len(net.state_dict()) == entry["keys"] - frozen
+
+
+def small(name: str = "d8_inv_early_dinov2_vit_small_patch16", **options: Any) -> nn.Module:
+    """A small model of a registered family."""
+    return timm.create_model(name, **{**SMALL, **options})
+
+
+def published_spelling(net: nn.Module, deit: bool) -> dict[str, Tensor]:
+    """The model's weights as the reference stores them, zero token parts included."""
+    state = {}
+    for name, tensor in net.state_dict().items():
+        spelled = to_published(name, octic=True, deit=deit)
+        state[spelled] = tensor
+        if spelled.endswith("token.0") or spelled.endswith("tokens.0"):
+            for part in range(1, 5 if deit else 8):
+                state[f"{name}.{part}"] = torch.zeros_like(tensor)
+    return state
+
+
+CONTENTS = {
+    "deit3.pth": lambda s: {"model": {f"_orig_mod.{k}": v for k, v in s.items()}, "epoch": 3,
+                            "args": argparse.Namespace(lr=3e-3)},
+    "dinov2.pth": lambda s: {"teacher": {**{f"backbone.{k}": v for k, v in s.items()},
+                                         "dino_head.mlp.0.weight": torch.zeros(2, 2)}},
+    "resume.pth": lambda s: {"model": s, "optimizer": {"lr": np.float64(0.004)}, "iteration": 7},
+    "bare.pth": lambda s: s,
+    "state_dict.pth": lambda s: {"state_dict": s},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", CONTENTS)
+@pytest.mark.parametrize("deit", (False, True))
+def test_files_round_trip(tmp_path: Path, file: str, deit: bool) -> None:
+    """Each container, in both spellings, gives back the same outputs."""
+    source, target = small(num_register_tokens=2), small(num_register_tokens=2)
+    torch.save(CONTENTS[file](published_spelling(source, deit)), tmp_path / file)
+    load_weights(target, tmp_path / file)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def test_safetensors_and_invariantization_detection(tmp_path: Path) -> None:
+    """A file of polynomials turns a power-spectrum model into what the file needs."""
+    for name in ("polynomial", "third_order", "linear", "max_filtering", "canonization"):
+        source, target = small(invariant=name), small()
+        save_file(source.state_dict(), tmp_path / "x.safetensors")
+        load_weights(target, tmp_path / "x.safetensors")
+        assert target.invariant == name
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def test_wrong_weights_name_what_misses_and_what_is_left_over(tmp_path: Path) -> None:
+    """A plain model's file for an octic one, another width, another depth."""
+    torch.save(small("dinov2_vit_small_patch16").state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match=r"plain\.pth: .*missing: .*left over: "):
+        load_weights(small(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match="of another shape: .*in the file"):
+        load_state(small(embed_dim=128), small().state_dict())
+    with pytest.raises(ValueError, match=r"left over: blocks\.2"):
+        load_state(small(), small(depth=4, octic_equi_break_layer=1).state_dict())
+
+
+def test_tokens_outside_the_trivial_irrep_are_refused() -> None:
+    """A stored token part that is not zero cannot be expressed, so it is not dropped."""
+    net = small()
+    state = published_spelling(net, deit=False)
+    state["cls_token.3"] = torch.ones_like(state["cls_token.3"])
+    with pytest.raises(ValueError, match=r"left over: cls_token\.3"):
+        from_published(state, net)
+
+
+def test_bad_files_get_one_clear_line(tmp_path: Path) -> None:
+    """Missing, empty, truncated, no weights, another type."""
+    good = tmp_path / "good.pth"
+    torch.save(small().state_dict(), good)
+    truncated = tmp_path / "truncated.pth"
+    truncated.write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    (tmp_path / "short.safetensors").write_bytes(b"\x10\x00")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pth")
+    for name, words in {
+        "absent.pth": "no such weights file",
+        "truncated.pth": "truncated or not a torch file",
+        "empty.pth": "truncated or not a torch file",
+        "text.pth": "(truncated or not|refused)",
+        "short.safetensors": "truncated or not a safetensors file",
+        "list.pth": "not named weights",
+        "nothing.pth": "holds no weights",
+    }.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            read_state(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Hostile:
+    """Pickles as a call that would leave a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("legacy", (False, True))
+def test_hostile_pickles_execute_nothing(tmp_path: Path, legacy: bool) -> None:
+    """A file that would run a command when unpickled is refused and runs nothing."""
+    mark, file = tmp_path / "mark", tmp_path / "hostile.pth"
+    if legacy:
+        file.write_bytes(pickle.dumps({"teacher": Hostile(mark)}))
+    else:
+        torch.save({"teacher": Hostile(mark)}, file)
+    with pytest.raises(ValueError, match=r"hostile\.pth"):
+        read_state(file)
+    assert not mark.exists()
