@@ -271,10 +271,7 @@ class Group:
                 raise ValueError(
                     f"group {self.name} needs an even number of {what}, got {height} x {width}"
                 )
-        return tuple(
-            size // 2 if halved else size
-            for size, halved in zip((height, width), self.halves, strict=True)
-        )
+        return (height // (1 + self.halves[0]), width // (1 + self.halves[1]))
 
     @property
     def component_dims(self) -> list[int]:
@@ -292,33 +289,6 @@ class Group:
             for number, slot in enumerate(self.slots)
             if (slot.irrep, slot.copy, slot.column) == (irrep, copy, 0)
         )
-
-
-def act(x: Tensor, element: Element, group: Group) -> Tensor:
-    """Move a feature [... D] by a group element (its channels alone)."""
-    matrix = torch.as_tensor(group.action(element), dtype=x.dtype, device=x.device)
-    return (matrix @ x.unflatten(-1, (group.order, -1))).flatten(-2)
-
-
-def act_on_tokens(
-    x: Tensor, element: Element, group: Group, grid: tuple[int, int], num_prefix_tokens: int = 0
-) -> Tensor:
-    """Move tokens [B T D]: patches over their h x w grid, and the channels of every token."""
-    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-    moved = element.on_images(patches.unflatten(1, grid).movedim(-1, 1)).movedim(1, -1)
-    return act(torch.cat([prefix, moved.flatten(1, 2)], dim=1), element, group)
-
-
-def to_regular(x: Tensor, group: Group) -> Tensor:
-    """Regular components [... D] (element by element) of a feature [... D]."""
-    matrix = torch.as_tensor(group.fourier, dtype=x.dtype, device=x.device)
-    return (matrix.T @ x.unflatten(-1, (group.order, -1))).flatten(-2)
-
-
-def from_regular(x: Tensor, group: Group) -> Tensor:
-    """Feature [... D] of regular components [... D]."""
-    matrix = torch.as_tensor(group.fourier, dtype=x.dtype, device=x.device)
-    return (matrix @ x.unflatten(-1, (group.order, -1))).flatten(-2)
 
 
 def _slot_name(irrep: Irrep, copy: int, column: int) -> str:

@@ -171,7 +171,7 @@ class MaxFiltering(Invariantization):
         # [R C |G|], components in the published order
         self.references = nn.Parameter(torch.randn(self.output_dim, self.copy, self.group.order))
         with torch.no_grad():
-            self.references /= self.references.norm(dim=(1, 2), keepdim=True)
+            self.references.div_(self.references.norm(dim=(1, 2), keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... R]."""
@@ -194,7 +194,7 @@ class Canonization(Invariantization):
         self.output_dim = dim
         self.reference = nn.Parameter(torch.randn(dim))
         with torch.no_grad():
-            self.reference /= self.reference.norm()
+            self.reference.div_(self.reference.norm())
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... D], components in the published order."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.groups import Group, get_group
+from octic.irrep_linear import irrep_linear
 from octic.kernels import irrep_norm, regular_gelu
 from vit.attention import attend, check_backend, check_heads
 from vit.packing import Packing
@@ -49,43 +50,27 @@ class OcticLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [... in_features] to [... out_features]."""
-        lines = self.group.num_lines
-        flat = x.reshape(-1, self.in_features)
-        out = [self._map_lines(flat[:, : lines * self.in_copy])]
-        start = lines * self.in_copy
-        for irrep in self.group.planes:
-            width = irrep.dim * irrep.copies * self.in_copy
-            rows = flat[:, start : start + width].unflatten(-1, (irrep.dim, -1))
-            weight = self.get_submodule(f"lin_{irrep.name}").weight
-            out.append(self._map_rows(rows, weight, irrep.commuting))
-            start += width
-        return torch.cat(out, dim=-1).view(*x.shape[:-1], self.out_features)
-
-    def _map_lines(self, x: Tensor) -> Tensor:
-        names = [irrep.name for irrep in self.group.irreps[: self.group.num_lines]]
-        layers = [self.get_submodule(f"lin_{name}") for name in names]
-        weight = torch.stack([layer.weight for layer in layers])  # [lines C_out C_in]
-        x = x.unflatten(-1, (len(layers), self.in_copy)).transpose(0, 1)  # [lines M C_in]
-        bias = layers[0].bias
-        if bias is None:
-            y = torch.bmm(x, weight.transpose(1, 2))
-        else:
-            bias = F.pad(bias[None, None], (0, 0, 0, 0, 0, len(layers) - 1))
-            y = torch.baddbmm(bias, x, weight.transpose(1, 2))
-        return y.transpose(0, 1).flatten(1)
-
-    @staticmethod
-    def _map_rows(rows: Tensor, weight: Tensor, commuting: int) -> Tensor:
-        y = F.linear(rows, weight)  # [M 2 copies*C_out], twice that for a complex type
-        if commuting == 2:
-            real, turned = y.chunk(2, dim=-1)
-            # The second commuting matrix is the quarter turn: (y0, y1) -> (-y1, y0).
-            y = real + torch.stack([-turned[:, 1], turned[:, 0]], dim=1)
-        return y.flatten(1)
+        layers = [self.get_submodule(f"lin_{irrep.name}") for irrep in self.group.irreps]
+        lines = torch.stack([layer.weight for layer in layers[: self.group.num_lines]])
+        plane = None
+        if self.group.planes:
+            plane = layers[-1].weight
+            if self.group.planes[0].commuting == 2:
+                plane = _complex_matrix(plane)
+        return irrep_linear(x, lines, plane, layers[0].bias)
 
     def extra_repr(self) -> str:
         """Widths and group."""
         return f"{self.in_features}, {self.out_features}, group={self.group.name}"
+
+
+def _complex_matrix(parts: Tensor) -> Tensor:
+    """Matrix [2C' 2C] on both rows of an irrep of complex type, from [2C' C].
+
+    Its maps are W + V J, where J turns the rows by a quarter: (y0, y1) -> (-y1, y0).
+    """
+    real, turned = parts.chunk(2)
+    return torch.cat([torch.cat([real, -turned], 1), torch.cat([turned, real], 1)])
 
 
 class OcticScale(nn.Module):
@@ -241,29 +226,23 @@ class OcticAttention(nn.Module):
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
         return self.proj(self._join_heads(out))
 
-    def _pieces(self) -> list[tuple[int, int]]:
-        """(rows, copies) of the parts of the storage that split into heads alike."""
-        lines = [(self.group.num_lines, 1)]
-        return lines + [(irrep.dim, irrep.copies) for irrep in self.group.planes]
-
     def _split_heads(self, x: Tensor, parts: int) -> Tensor:
-        """Features [B T parts*D] to heads [B T parts H D/H]."""
-        copy = x.shape[-1] // self.group.order
-        pieces, start = [], 0
-        for rows, copies in self._pieces():
-            width = rows * copies * copy
-            piece = x[..., start : start + width].unflatten(-1, (rows, parts, self.num_heads, -1))
-            pieces.append(piece.permute(0, 1, 3, 4, 2, 5).flatten(-2))
-            start += width
-        return torch.cat(pieces, dim=-1)
+        """Features [B T parts*D] to heads [B T parts H D/H], in one copy."""
+        lines, rows = self._lines_and_rows(x)
+        width = lines.shape[-1] // (self.group.num_lines * parts * self.num_heads)
+        cells = [lines.unflatten(-1, (-1, parts, self.num_heads, width)).permute(0, 1, 3, 4, 2, 5)]
+        cells += [row.unflatten(-1, (parts, self.num_heads, -1, width)) for row in rows]
+        return torch.cat(cells, dim=-2).flatten(-2)
 
     def _join_heads(self, x: Tensor) -> Tensor:
         """Heads [B T H D/H] to features [B T D]."""
+        lines, rows = self._lines_and_rows(x)
+        lines = lines.unflatten(-1, (self.group.num_lines, -1)).transpose(2, 3)
+        return torch.cat([lines.flatten(2), *(row.flatten(2) for row in rows)], dim=-1)
+
+    def _lines_and_rows(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The one-dimensional irreps of features [...], and each row of the two-dimensional."""
         copy = x.shape[-1] // self.group.order
-        pieces, start = [], 0
-        for rows, copies in self._pieces():
-            width = rows * copies * copy
-            piece = x[..., start : start + width].unflatten(-1, (rows, -1))
-            pieces.append(piece.transpose(2, 3).flatten(2))
-            start += width
-        return torch.cat(pieces, dim=-1)
+        widths = [irrep.copies * copy for irrep in self.group.planes for _ in range(irrep.dim)]
+        lines, *rows = x.split([self.group.num_lines * copy, *widths], dim=-1)
+        return lines, rows

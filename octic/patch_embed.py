@@ -21,6 +21,11 @@ class Unfold(nn.Module):
     unfold(w)[component (irrep, i, copy)] = sum over g, j of rho(g)_ij (g moves w[irrep, copy, j]).
     """
 
+    dims: Tensor | None
+    signs: Tensor
+    slot: Tensor
+    pixel: Tensor
+
     def __init__(self, height: int, width: int, *, scaled: bool, group: Group) -> None:
         super().__init__()
         tables = group.expansion(height, width)
@@ -46,11 +51,11 @@ class Unfold(nn.Module):
         """Slab values [S X slab] to full values [G X H W]."""
         coefficient = self.coefficient(quarters.dtype)
         quarters = quarters.flatten(2)
-        full = 0.0
-        for k in range(self.pixel.shape[0]):
-            chosen = quarters[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
-            full = full + coefficient[:, k, None] * chosen
-        return full.unflatten(-1, (self.height, self.width))
+        terms = [
+            coefficient[:, k, None] * quarters[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
+            for k in range(self.pixel.shape[0])
+        ]
+        return torch.stack(terms).sum(0).unflatten(-1, (self.height, self.width))
 
 
 class SlabConv(nn.Module):
@@ -60,7 +65,7 @@ class SlabConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_chans, in_chans, *slab))
         self.bias = nn.Parameter(torch.empty(out_chans)) if bias else None
-        init_convolution(self)
+        init_convolution(self.weight, self.bias)
 
 
 class OcticLift(nn.Module):
@@ -154,12 +159,12 @@ class OcticToPatch(nn.Module):
         """Tokens [B N D] to patches [B N p*p*out], rows, then columns, then channels."""
         y = self.lin8(x).unflatten(-1, (self.group.order, -1, self.out_chans))  # [B N G cells out]
         coefficient = self.unfold.coefficient(y.dtype)
-        patches = 0.0
-        for component in self._read_components():
-            for k in range(coefficient.shape[1]):
-                weight = coefficient[component, k, :, None]
-                patches = patches + weight * y[:, :, component, self.unfold.pixel[k]]
-        return math.sqrt(0.5) * patches.flatten(2)
+        terms = [
+            coefficient[component, k, :, None] * y[:, :, component, self.unfold.pixel[k]]
+            for component in self._read_components()
+            for k in range(coefficient.shape[1])
+        ]
+        return math.sqrt(0.5) * torch.stack(terms).sum(0).flatten(2)
 
     def image(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B N D] of a h x w grid to images [B out h*p w*p]."""

@@ -14,11 +14,11 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
-import triton  # type: ignore
-import triton.language as tl  # type: ignore
+import triton
+import triton.language as tl
 from torch import Tensor
 
-Matrix = tuple[tuple[float, ...], ...]
+from octic.plain_kernels import Matrix
 
 TILE = 512  # tokens x channels of one program: 4 values of each component per thread
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton  # type: ignore
-import triton.language as tl  # type: ignore
+import triton
+import triton.language as tl
 from torch import Tensor
 
 VALUES_PER_THREAD = 16

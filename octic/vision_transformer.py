@@ -6,6 +6,7 @@ as they are (hybrid), or made invariant and projected (invariant). Nordstrom et 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class OcticVisionTransformer(Trunk):
         )
         self.mask_token = nn.Parameter(torch.empty(1, copy)) if mask_token else None
         rates = drop_path_rates(drop_path_rate, depth, drop_path_uniform)
-        shared = {
+        shared: dict[str, Any] = {
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
             "qkv_bias": qkv_bias,
@@ -108,7 +109,11 @@ class OcticVisionTransformer(Trunk):
             "drop_path_mode": drop_path_mode,
             "attention_backend": attention_backend,
         }
-        octic = {"norm_eps": octic_norm_eps, "irrep_weights": irrep_weights, "group": self.group}
+        octic: dict[str, Any] = {
+            "norm_eps": octic_norm_eps,
+            "irrep_weights": irrep_weights,
+            "group": self.group,
+        }
         self.blocks = nn.ModuleList(
             OcticBlock(embed_dim, drop_path_rate=rate, **shared, **octic)
             if index < self.switch
@@ -123,8 +128,8 @@ class OcticVisionTransformer(Trunk):
         if switch_basis not in BASES:
             raise ValueError(f"unknown switch_basis {switch_basis!r}; known: {', '.join(BASES)}")
         name = "power_spectrum" if invariant is True else invariant
-        self.invariantization = None
-        self.invariant_proj = None
+        self.invariantization: nn.Module | None = None
+        self.invariant_proj: nn.Linear | None = None
         if name:
             self.invariantization = make_invariantization(name, self.embed_dim, self.group)
             self.invariant_proj = nn.Linear(self.invariantization.output_dim, self.embed_dim)
@@ -133,7 +138,7 @@ class OcticVisionTransformer(Trunk):
 
     def transition(self, x: Tensor) -> Tensor:
         """Features [B T D] of the octic half to the plain half's tokens [B T D]."""
-        if self.invariant_proj is not None:
+        if self.invariantization is not None and self.invariant_proj is not None:
             return self.invariant_proj(self.invariantization(x))
         parts = x.unflatten(-1, (self.group.order, -1))
         if self.switch_basis == "regular":
@@ -149,9 +154,9 @@ class OcticVisionTransformer(Trunk):
         """
         name = detect_invariantization(state, self.copy_dim)
         if self.invariant and name and name != self.invariant:
+            weight = self.norm.weight
             self._make_transition(name, self.switch_basis)
-            self.invariant_proj.to(self.norm.weight)
-            self.invariantization.to(self.norm.weight)
+            self.to(weight.device, weight.dtype)
 
     def init_weights(self) -> None:
         """Draw all weights anew, as octic-vits draws them."""
@@ -186,7 +191,7 @@ class OcticVisionTransformer(Trunk):
     def octic_features(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
         """Feature tokens [B T D] after the first octic blocks (all of them by default).
 
-        octic_features(g image) = `octic.groups.act_on_tokens` of octic_features(image).
+        octic_features(g image) = `octic.actions.act_on_tokens` of octic_features(image).
         """
         num_blocks = self.switch if num_blocks is None else num_blocks
         if not 0 <= num_blocks <= self.switch:

@@ -44,8 +44,10 @@ class TimmBackbone(nn.Module):
 
     def _features(self, entry: Any, prefix: int) -> Features:
         maps, tokens = entry if prefix else (entry, None)
-        has_class = prefix and getattr(self.net, "has_class_token", True)
-        cls = tokens[:, 0] if has_class else maps.mean(dim=(2, 3))
+        if tokens is not None and getattr(self.net, "has_class_token", True):
+            cls = tokens[:, 0]
+        else:
+            cls = maps.mean(dim=(2, 3))
         return Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
 
 

@@ -37,10 +37,13 @@ def attend(
         return _varlen(q, k, v, packing)
     if backend == "xformers":
         return _xformers(q, k, v, packing, dropout)
-    groups = [unpack(x, packing.groups) for x in (q, k, v)]
-    return torch.cat([_sdpa(*qkv, dropout).flatten(0, 1) for qkv in zip(*groups, strict=True)])[
-        None
+    parts = [
+        _sdpa(q_group, k_group, v_group, dropout).flatten(0, 1)
+        for q_group, k_group, v_group in zip(
+            *(unpack(x, packing.groups) for x in (q, k, v)), strict=True
+        )
     ]
+    return torch.cat(parts).unsqueeze(0)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -53,7 +56,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 
     longest, offsets = packing.longest, packing.offsets
     q, k, v = (x.squeeze(0) for x in (q, k, v))
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest)[None]
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    assert isinstance(out, Tensor)  # a pair only where auxiliary results are asked for
+    return out.unsqueeze(0)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:

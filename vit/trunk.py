@@ -49,7 +49,8 @@ class Trunk(nn.Module):
         dynamic_img_size: bool,
     ) -> None:
         super().__init__()
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -66,7 +67,7 @@ class Trunk(nn.Module):
                 raise ValueError(
                     f"img_size {self.img_size} is not a multiple of patch {patch_size}"
                 )
-        self.grid_size = tuple(side // patch_size for side in self.img_size)
+        self.grid_size = (height // patch_size, width // patch_size)
         self.switch = 0  # blocks before this index are octic
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size}
@@ -106,7 +107,11 @@ class Trunk(nn.Module):
                 raise ValueError("this model has no mask token; build it with mask_token=True")
             hidden = self._stored(self.mask_token).to(patches.dtype)
             patches = torch.where(masks[..., None], hidden, patches)
-        patches = patches + self.patch_positions(height, width)
+        positions = self.patch_positions(height, width)
+        if masks is None and self.mask_token is not None and torch.is_grad_enabled():
+            # A mask token nobody needs has a gradient of zero, not none, as timm's tests expect.
+            positions = positions + 0 * self._stored(self.mask_token)
+        patches = patches + positions
         prefix = self._prefix_tokens()
         if not prefix:
             return patches
@@ -343,12 +348,12 @@ def init_linear(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def init_convolution(layer: nn.Conv2d) -> None:
-    """Uniform weights and bias of bound 1/sqrt(fan in)."""
-    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-    if layer.bias is not None:
-        bound = 1 / math.sqrt(layer.weight[0].numel())
-        nn.init.uniform_(layer.bias, -bound, bound)
+def init_convolution(weight: Tensor, bias: Tensor | None) -> None:
+    """Uniform weight and bias of bound 1/sqrt(fan in)."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    if bias is not None:
+        bound = 1 / math.sqrt(weight[0].numel())
+        nn.init.uniform_(bias, -bound, bound)
 
 
 def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:

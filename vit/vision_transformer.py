@@ -104,7 +104,7 @@ class VisionTransformer(Trunk):
     def init_weights(self) -> None:
         """Draw all weights anew."""
         self.apply(init_linear)
-        init_convolution(self.patch_embed.proj)
+        init_convolution(self.patch_embed.proj.weight, self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=self.cls_token_std)

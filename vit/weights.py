@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,13 +50,14 @@ def read_state(path: str | Path, *, container: str | None = None) -> dict[str, T
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    if container is not None:
-        if container not in content:
-            raise ValueError(f"{path}: no key {container!r}; it has {', '.join(map(str, content))}")
-        content = content[container]
-    else:
-        content = next((content[key] for key in CONTAINERS if _is_dict(content.get(key))), content)
+    safe = path.suffix == ".safetensors"
+    content: dict[str, Any] = _read_safetensors(path) if safe else read_pickle(path)
+    if container is not None and container not in content:
+        raise ValueError(f"{path}: no key {container!r}; it has {', '.join(map(str, content))}")
+    for key in CONTAINERS if container is None else (container,):
+        if isinstance(content.get(key), Mapping):
+            content = dict(content[key])
+            break
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(
@@ -80,20 +82,21 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a torch file ({reason})") from None
-    if not _is_dict(content):
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not named weights")
-    return content
+    return dict(content)
 
 
 @contextlib.contextmanager
 def _plain_data() -> Iterator[None]:
     numbers = (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)
-    allowed = [
+    scalar = importlib.import_module("numpy._core.multiarray").scalar
+    allowed: list[Any] = [
         argparse.Namespace,
         np.dtype,
         # Old files spell numpy's own scalar constructor by its former path.
-        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-        (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
         *(type(np.dtype(number)) for number in numbers),
     ]
     with torch.serialization.safe_globals(allowed):
@@ -110,7 +113,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _is_zip(path: str | Path) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, Mapping)

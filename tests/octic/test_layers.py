@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from octic.block import OcticBlock
-from octic.groups import Group, act, act_on_tokens, get_group
+from octic.actions import act, act_on_tokens
+from octic.groups import Group, get_group
 from octic.invariants import INVARIANTIZATIONS, make_invariantization
 from octic.layers import (
     OcticAttention,

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import octic  # noqa: F401  (registers the models)
 from octic import OcticVisionTransformer
-from octic.groups import act_on_tokens, get_group
+from octic.actions import act_on_tokens
+from octic.groups import get_group
 from octic.invariants import INVARIANTIZATIONS
 
 GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from octic.block import OcticBlock
-from octic.groups import act, act_on_tokens, from_regular, get_group, to_regular
+from octic.actions import act, act_on_tokens, from_regular, to_regular
+from octic.groups import get_group
 from octic.invariants import InvariantHead, make_invariantization
 from octic.layers import (
     OcticAttention,

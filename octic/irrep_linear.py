@@ -1,0 +1,161 @@
+"""The equivariant matrix product as one operator: every irrep reads and writes its own columns.
+
+All one-dimensional irreps are one batched product, the rows of the two-dimensional one another;
+both write straight into the result, so nothing is copied together. Registered as custom operators
+(namespace `octic`), forward and backward; FLOP counters count their multiply-adds.
+
+Letters: M tokens, L one-dimensional irreps of C channels, R rows of Q channels.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Map features [... L C + R Q] to [... L C' + R Q'] by one matrix for each irrep.
+
+    lines [L C' C]; plane [Q' Q], shared by its R rows; bias [C'] on the first irrep. Under
+    autocast all are cast to its dtype, as torch's own linear does.
+    """
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, lines = x.to(dtype), lines.to(dtype)
+        plane = None if plane is None else plane.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _linear(flat, lines, plane, bias).view(*x.shape[:-1], -1)
+
+
+def _columns(x: Tensor, lines: Tensor, plane: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
+    """Views [L M C] and [R M Q] of x [M D]; side -1 for inputs, -2 for outputs."""
+    channels = lines.shape[side]
+    split = lines.shape[0] * channels
+    first = x[:, :split].unflatten(1, (-1, channels)).transpose(0, 1)
+    if plane is None:
+        return first, x[:, split:]
+    return first, x[:, split:].unflatten(1, (-1, plane.shape[side])).transpose(0, 1)
+
+
+def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: int) -> int:
+    """Channels on one side of the map, from those on the other."""
+    width = lines.shape[0] * lines.shape[wanted]
+    if plane is None:
+        return width
+    rows = (x.shape[1] - lines.shape[0] * lines.shape[given]) // plane.shape[given]
+    return width + rows * plane.shape[wanted]
+
+
+@torch.library.custom_op(
+    "octic::irrep_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor",
+)
+def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(len(x), _width(x, lines, plane, given=-1, wanted=-2))
+    x_lines, x_rows = _columns(x, lines, plane, -1)
+    out_lines, out_rows = _columns(out, lines, plane, -2)
+    torch.bmm(x_lines, lines.transpose(1, 2), out=out_lines)
+    if plane is not None:
+        torch.bmm(x_rows, plane.t().expand(len(x_rows), -1, -1), out=out_rows)
+    if bias is not None:
+        out_lines[0] += bias
+    return out
+
+
+@torch.library.custom_op(
+    "octic::irrep_linear_backward_input",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor lines, Tensor? plane) -> Tensor",
+)
+def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
+    out = grad.new_empty(len(grad), _width(grad, lines, plane, given=-2, wanted=-1))
+    grad_lines, grad_rows = _columns(grad, lines, plane, -2)
+    out_lines, out_rows = _columns(out, lines, plane, -1)
+    torch.bmm(grad_lines, lines, out=out_lines)
+    if plane is not None:
+        torch.bmm(grad_rows, plane.expand(len(grad_rows), -1, -1), out=out_rows)
+    return out
+
+
+@torch.library.custom_op(
+    "octic::irrep_linear_backward_weight",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor lines, Tensor? plane) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_weight(
+    grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_lines, x_rows = _columns(x, lines, plane, -1)
+    grad_lines, grad_rows = _columns(grad, lines, plane, -2)
+    d_lines = torch.bmm(grad_lines.transpose(1, 2), x_lines)
+    if plane is None:
+        d_plane = x.new_empty(0)
+    else:
+        d_plane = torch.bmm(grad_rows.transpose(1, 2), x_rows).sum(0)
+    return d_lines, d_plane, grad_lines[0].sum(0)
+
+
+@_linear.register_fake
+def _(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], _width(x, lines, plane, given=-1, wanted=-2))
+
+
+@_backward_input.register_fake
+def _(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
+    return grad.new_empty(grad.shape[0], _width(grad, lines, plane, given=-2, wanted=-1))
+
+
+@_backward_weight.register_fake
+def _(
+    grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_plane = x.new_empty(0) if plane is None else plane.new_empty(plane.shape)
+    return lines.new_empty(lines.shape), d_plane, x.new_empty(lines.shape[1])
+
+
+def _context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, lines, plane, bias = inputs
+    ctx.save_for_backward(x, lines, plane)
+    ctx.biased = bias is not None
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple:
+    x, lines, plane = ctx.saved_tensors
+    grad = grad.contiguous()
+    d_x = _backward_input(grad, lines, plane) if ctx.needs_input_grad[0] else None
+    if not any(ctx.needs_input_grad[1:]):
+        return d_x, None, None, None
+    d_lines, d_plane, d_bias = _backward_weight(grad, x, lines, plane)
+    return d_x, d_lines, None if plane is None else d_plane, d_bias if ctx.biased else None
+
+
+_linear.register_autograd(_gradient, setup_context=_context)
+
+
+def _flops(x: Any, lines: Any, plane: Any, side: int) -> int:
+    """Floating-point operations for the shapes of an input (side -1) or a gradient (side -2)."""
+    per_token = lines[0] * lines[1] * lines[2]
+    if plane is not None:
+        rows = (x[1] - lines[0] * lines[side]) // plane[side]
+        per_token += rows * plane[0] * plane[1]
+    return 2 * x[0] * per_token
+
+
+@register_flop_formula(torch.ops.octic.irrep_linear)
+def _(x: Any, lines: Any, plane: Any, *_: Any, **__: Any) -> int:
+    return _flops(x, lines, plane, -1)
+
+
+@register_flop_formula(torch.ops.octic.irrep_linear_backward_input)
+def _(grad: Any, lines: Any, plane: Any, *_: Any, **__: Any) -> int:
+    return _flops(grad, lines, plane, -2)
+
+
+@register_flop_formula(torch.ops.octic.irrep_linear_backward_weight)
+def _(grad: Any, x: Any, lines: Any, plane: Any, *_: Any, **__: Any) -> int:
+    return _flops(grad, lines, plane, -2)

@@ -1,0 +1,257 @@
+"""The operators compute their definitions, differentiate, compile, and survive odd inputs."""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from octic.kernels import irrep_norm, regular_gelu
+from tests.octic.kernel_cases import (
+    SEGMENTS,
+    TRANSFORMS,
+    gelu_by_definition,
+    gradients,
+    norm_by_definition,
+    norm_inputs,
+    relative_error,
+)
+
+ROOT = Path(__file__).parents[2]
+OCTIC, D4 = SEGMENTS["octic"], TRANSFORMS["D4"]
+# One rounding of a result of the largest magnitude.
+ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed here"
+)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_norm_is_its_definition_forward_and_backward(name, dtype):
+    segments = SEGMENTS[name]
+    *inputs, grad = norm_inputs(segments, tokens=(3, 5), channels=7, dtype=dtype)
+    ours = gradients(lambda *a: irrep_norm(*a, segments=segments, eps=1e-3), inputs, grad)
+    exact = gradients(
+        lambda *a: norm_by_definition(*a, segments, 1e-3), [t.double() for t in inputs], grad
+    )
+    for value, reference in zip(ours, exact, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, reference) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gelu_is_its_definition_forward_and_backward(name, dtype):
+    transform = TRANSFORMS[name]
+    x, grad = torch.randn(2, 3, 5, 7 * len(transform), dtype=torch.float64).to(dtype)
+    ours = gradients(lambda x: regular_gelu(x, transform), [x], grad)
+    exact = gradients(lambda x: gelu_by_definition(x, transform), [x.double()], grad)
+    for value, reference in zip(ours, exact, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, reference) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_norm_gradients_by_finite_differences(with_scale, with_shift):
+    x, scale, shift, _ = norm_inputs(OCTIC, tokens=(3,), channels=3, dtype=torch.float64)
+    inputs = [x] + [scale] * with_scale + [shift] * with_shift
+
+    def norm(x, *rest):
+        rest = list(rest)
+        scale = rest.pop(0) if with_scale else None
+        shift = rest.pop(0) if with_shift else None
+        return irrep_norm(x, scale, shift, segments=OCTIC, eps=1e-5)
+
+    assert torch.autograd.gradcheck(norm, [t.requires_grad_() for t in inputs])
+
+
+def test_gelu_gradients_by_finite_differences():
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: regular_gelu(x, D4), [x])
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (0, 4), (4, 0), (2, 3, 4)])
+def test_any_token_axes(tokens):
+    x = torch.randn(*tokens, 24, requires_grad=True)
+    y = irrep_norm(regular_gelu(x, D4), torch.ones(24), segments=OCTIC, eps=1e-5)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+
+
+def test_strided_inputs_equal_dense_ones():
+    strided = torch.randn(24, 3, 5).permute(2, 1, 0)
+    dense = strided.contiguous()
+    for function in (
+        lambda x: regular_gelu(x, D4),
+        lambda x: irrep_norm(x, segments=OCTIC),
+    ):
+        grad = torch.randn(1, 1, 24).expand(5, 3, 24)
+        for ours, reference in zip(
+            gradients(function, [strided], grad), gradients(function, [dense], grad), strict=True
+        ):
+            assert torch.equal(ours, reference)
+
+
+def test_large_offsets_do_not_harm_the_variance():
+    x = torch.randn(5, 16) + 1e4
+    exact = norm_by_definition(x.double(), None, None, OCTIC, 1e-5)
+    assert (
+        relative_error(irrep_norm(x, segments=OCTIC, eps=1e-5), exact) < 5e-3
+    )  # a variance from squares: none right
+
+
+def test_norm_writes_the_dtype_it_is_asked_for():
+    *inputs, grad = norm_inputs(OCTIC, tokens=(9,), channels=4, dtype=torch.float32)
+    full = gradients(lambda *a: irrep_norm(*a, segments=OCTIC), inputs, grad.bfloat16())
+    half = gradients(
+        lambda *a: irrep_norm(*a, segments=OCTIC, dtype=torch.bfloat16), inputs, grad.bfloat16()
+    )
+    assert torch.equal(half[0], full[0].bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(half[1:], full[1:], strict=True))
+
+
+def test_autocast_changes_nothing():
+    x = torch.randn(6, 32)
+    plain = regular_gelu(x, D4), irrep_norm(x, segments=OCTIC)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = regular_gelu(x, D4), irrep_norm(x, torch.ones(32), segments=OCTIC)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="12 channels are not a multiple of the group's order 8"):
+        regular_gelu(torch.ones(2, 12), D4)
+    with pytest.raises(ValueError, match="12 channels"):
+        irrep_norm(torch.ones(2, 12), segments=OCTIC)
+    with pytest.raises(ValueError, match=r"scale has shape \[8\]; it must be \[16\]"):
+        irrep_norm(torch.ones(2, 16), torch.ones(8), segments=OCTIC)
+    with pytest.raises(ValueError, match=r"shift has shape \[16\]; it must be \[2\]"):
+        irrep_norm(torch.ones(2, 16), shift=torch.ones(16), segments=OCTIC)
+
+
+def test_operators_are_registered_completely():
+    lengths, weights = zip(*OCTIC, strict=True)
+    x, scale, shift, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=2, dtype=torch.float32)
+    flat = [entry for row in D4 for entry in row]
+    trained = [t.requires_grad_() for t in (x, scale, shift)]
+    check, ops = torch.library.opcheck, torch.ops.octic
+    check(ops.irrep_norm, (*trained, lengths, weights, 1e-5, torch.float32))
+    check(ops.irrep_norm, (x, None, None, lengths, weights, 1e-5, torch.bfloat16))
+    check(ops.regular_gelu, (x, flat))
+    x, scale, shift = (t.detach() for t in trained)
+    check(ops.irrep_norm_backward, (grad, x, scale, shift, lengths, weights, 1e-5))
+    check(ops.irrep_norm_backward, (grad, x, None, None, lengths, weights, 1e-5))
+    check(ops.regular_gelu_backward, (grad, x, flat))
+
+
+def test_no_graph_break_and_the_same_results_when_compiled():
+    *inputs, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32)
+
+    def function(x, scale, shift):
+        x = irrep_norm(x * 2, scale, shift, segments=OCTIC, eps=1e-5)
+        return regular_gelu(x, D4) + 1
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for tokens in (2, 5):  # the second shape runs with symbolic sizes
+        cut = [torch.randn(tokens, 3, 32), *inputs[1:]]
+        grad = torch.randn(tokens, 3, 32)
+        for ours, reference in zip(
+            gradients(compiled, cut, grad), gradients(function, cut, grad), strict=True
+        ):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    *inputs, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32)
+
+    def function(*a):
+        return regular_gelu(irrep_norm(*a, segments=OCTIC), D4)
+
+    plain = gradients(function, inputs, grad)
+    recomputed = gradients(lambda *a: checkpoint(function, *a, use_reentrant=False), inputs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_multiply_adds_are_counted(device):
+    x = torch.randn(2, 16, device=device, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = regular_gelu(irrep_norm(x, segments=OCTIC), D4)
+        y.backward(torch.empty_like(y))
+    assert counter.get_total_flops() == 0
+    assert torch.ops.octic.regular_gelu in counter.get_flop_counts()["Global"]
+    assert x.grad.device.type == device
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from octic import kernels
+assert not kernels._triton_kernels()
+segments = ((1, 1.0), (1, 1.0))
+print(kernels.irrep_norm(torch.ones(2, 4), segments=segments).shape)
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
+def test_triton_kernels_equal_the_plain_twins_in_the_interpreter():
+    result = run_python(
+        *("-m", "pytest", "-q", "-x", "tests/octic/triton_interpreter.py"), TRITON_INTERPRET="1"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+@needs_triton
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler is for Linux")
+@pytest.mark.parametrize("channels", [48, 5])
+def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from octic import triton_gelu, triton_norm
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    lengths, weights = zip(*OCTIC, strict=True)
+    norm = triton_norm.options(8 * channels, lengths, weights) | {"SCALE": True, "SHIFT": True}
+    gelu = triton_gelu.options(channels, D4)
+    kernels = [
+        (module, kernel, arguments)
+        for module, arguments in ((triton_norm, norm), (triton_gelu, gelu))
+        for kernel in (module.forward_kernel, module.backward_kernel)
+    ]
+    types = {"rows": "i32", "eps": "fp32", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+    types |= {"dscale_ptr": "*fp32", "dshift_ptr": "*fp32"}
+    for _, kernel, arguments in kernels:
+        constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*bf16")
+            for name in kernel.arg_names
+        }
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        options = {name: arguments[name] for name in ("num_warps", "enable_fp_fusion")}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.asm["cubin"]
