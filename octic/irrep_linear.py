@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from octic.precision import autocast_dtype
+
 
 def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
     """Map features [... L C + R Q] to [... L C' + R Q'] by one matrix for each irrep.
@@ -21,9 +23,8 @@ def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | 
     lines [L C' C]; plane [Q' Q], shared by its R rows; bias [C'] on the first irrep. Under
     autocast all are cast to its dtype, as torch's own linear does.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, lines = x.to(dtype), lines.to(dtype)
         plane = None if plane is None else plane.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -3,8 +3,8 @@
 They stand between the matrix products of an octic block. Each is a custom operator of torch
 (namespace `octic`) forward and one backward. On CUDA a Triton kernel computes it (`triton_norm`,
 `triton_gelu`); elsewhere, and in float64, a plain twin does (`plain_kernels`). Both compute in
-float32 (float64 for float64) and round once. `torch.compile` keeps the operators whole, autocast leaves
-them alone, and FLOP counters count no multiply-adds for them.
+float32 (float64 for float64) and round once. `torch.compile` keeps the operators whole, autocast
+leaves them alone, and FLOP counters count no multiply-adds for them.
 
 Letters: N tokens, D = G C channels, G the order of the group, C channels per copy; a feature
 [... D] is seen as [... G C].

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from octic.groups import Group, get_group
 from octic.irrep_linear import irrep_linear
 from octic.kernels import irrep_norm, regular_gelu
+from octic.precision import autocast_dtype
 from vit.attention import attend, check_backend, check_heads
 from vit.packing import Packing
 
@@ -150,7 +151,9 @@ class OcticLayerNorm(nn.Module):
         scale = shift = None
         if self.scaling is not None:
             scale, shift = self.scaling.vector(), self.scaling.beta
-        return irrep_norm(x, scale, shift, segments=self.segments, eps=self.eps)
+        # A matrix product follows: under autocast round once, here, not on its own in the product.
+        dtype = autocast_dtype(x)
+        return irrep_norm(x, scale, shift, segments=self.segments, eps=self.eps, dtype=dtype)
 
 
 class OcticGELU(nn.Module):

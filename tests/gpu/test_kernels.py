@@ -1,0 +1,160 @@
+"""The Triton kernels on a real GPU, at the sizes of the published models, against their twins."""
+
+import pytest
+import torch
+
+from octic import kernels, plain_kernels
+from octic.kernels import irrep_norm, regular_gelu
+from tests.octic.kernel_cases import (
+    SEGMENTS,
+    TRANSFORMS,
+    gelu_by_definition,
+    gradients,
+    norm_by_definition,
+    norm_inputs,
+    relative_error,
+)
+
+pytestmark = pytest.mark.gpu
+OCTIC, D4 = SEGMENTS["octic"], TRANSFORMS["D4"]
+# One rounding of a result of the largest magnitude.
+ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def triton_is_used():
+    pytest.importorskip("triton")
+    assert kernels._uses_triton(torch.empty(1, device="cuda"))
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [7, 48, 96, 128, 160, 640, 1280])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_norm_is_its_definition_and_its_twin(name, channels, dtype):
+    segments, tolerance = SEGMENTS[name], ROUNDING[dtype]
+    tokens = (16, 197) if channels < 640 else (3, 197)
+    *inputs, grad = norm_inputs(
+        segments, tokens=tokens, channels=channels, dtype=dtype, device="cuda"
+    )
+    ours = gradients(lambda *a: irrep_norm(*a, segments=segments, eps=1e-5), inputs, grad)
+    doubles = [t.double() for t in inputs]
+    exact = gradients(lambda *a: norm_by_definition(*a, segments, 1e-5), doubles, grad)
+    for value, reference in zip(ours, exact, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, reference) < tolerance
+    lengths, weights = zip(*segments, strict=True)
+    twin = plain_kernels.plain_norm(*inputs, lengths, weights, 1e-5, dtype)
+    assert relative_error(ours[0], twin) <= 2 * tolerance
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [7, 48, 192, 512, 640])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gelu_is_its_definition_and_its_twin(name, channels, dtype):
+    transform, tolerance = TRANSFORMS[name], ROUNDING[dtype]
+    shape = (2, 8, 197, channels * len(transform))
+    x, grad = (2 * torch.randn(shape, dtype=torch.float64, device="cuda")).to(dtype)
+    ours = gradients(lambda x: regular_gelu(x, transform), [x], grad)
+    exact = gradients(lambda x: gelu_by_definition(x, transform), [x.double()], grad)
+    for value, reference in zip(ours, exact, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, reference) < tolerance
+    assert relative_error(ours[0], plain_kernels.plain_gelu(x, transform)) <= 2 * tolerance
+
+
+def test_float64_is_computed_in_float64():
+    *inputs, grad = norm_inputs(OCTIC, tokens=(40,), channels=5, dtype=torch.float64, device="cuda")
+
+    def ours(*a):
+        return regular_gelu(irrep_norm(*a, segments=OCTIC), D4)
+
+    def exact(*a):
+        return gelu_by_definition(norm_by_definition(*a, OCTIC, 1e-5), D4)
+
+    for value, reference in zip(
+        gradients(ours, inputs, grad), gradients(exact, inputs, grad), strict=True
+    ):
+        assert relative_error(value, reference) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 64), (64,), (3, 1, 64)])
+def test_any_token_axes(shape):
+    x = torch.randn(shape, device="cuda", requires_grad=True)
+    y = regular_gelu(irrep_norm(x, torch.ones(64, device="cuda"), segments=OCTIC), D4)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+
+
+def test_the_same_bits_every_time():
+    *inputs, grad = norm_inputs(
+        OCTIC, tokens=(5000,), channels=96, dtype=torch.bfloat16, device="cuda"
+    )
+    runs = [gradients(lambda *a: irrep_norm(*a, segments=OCTIC), inputs, grad) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_autocast_keeps_the_dtype_and_mixed_parameters_work():
+    *inputs, grad = norm_inputs(
+        OCTIC, tokens=(50,), channels=16, dtype=torch.float32, device="cuda"
+    )
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = irrep_norm(*inputs, segments=OCTIC)
+        half = irrep_norm(*inputs, segments=OCTIC, dtype=torch.bfloat16)
+    assert y.dtype == torch.float32 and torch.equal(half, y.bfloat16())
+    ours = gradients(
+        lambda x, *a: irrep_norm(x, *(p.float() for p in a), segments=OCTIC),
+        [t.bfloat16() for t in inputs],
+        grad,
+    )
+    assert [t.dtype for t in ours] == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_no_graph_break_and_the_same_results_when_compiled(mode, dtype):
+    *inputs, grad = norm_inputs(OCTIC, tokens=(8, 197), channels=96, dtype=dtype, device="cuda")
+
+    def function(x, scale, shift):
+        return regular_gelu(irrep_norm(x * 2, scale, shift, segments=OCTIC), D4) + 1
+
+    compiled = torch.compile(function, fullgraph=True, mode=mode)
+    plain = gradients(function, inputs, grad)
+    for _ in range(3):  # graphs are recorded at the second call
+        ours = [t.clone() for t in gradients(compiled, inputs, grad)]
+    for value, reference in zip(ours, plain, strict=True):
+        assert relative_error(value, reference) < 2 * ROUNDING[dtype]
+
+
+def test_operators_are_registered_completely():
+    lengths, weights = zip(*OCTIC, strict=True)
+    x, scale, shift, grad = norm_inputs(
+        OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32, device="cuda"
+    )
+    flat = [entry for row in D4 for entry in row]
+    ops = torch.ops.octic
+    trained = [t.clone().requires_grad_() for t in (x, scale, shift)]
+    torch.library.opcheck(ops.irrep_norm, (*trained, lengths, weights, 1e-5, torch.float32))
+    torch.library.opcheck(ops.regular_gelu, (trained[0], flat))
+    arguments = (grad, x, scale, shift, lengths, weights, 1e-5)
+    torch.library.opcheck(ops.irrep_norm_backward, arguments)
+    torch.library.opcheck(ops.regular_gelu_backward, (grad, x, flat))
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    width = 8 * 160
+    rows = 2**31 // width + 1000
+    free, _ = torch.cuda.mem_get_info()
+    if free < 4 * 2 * rows * width:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    x[-500:] = torch.randn(500, width, device="cuda")
+    lengths, weights = zip(*OCTIC, strict=True)
+    end = x[-500:].clone()
+    assert torch.equal(irrep_norm(x, segments=OCTIC)[-500:], irrep_norm(end, segments=OCTIC))
+    assert torch.equal(regular_gelu(x, D4)[-500:], regular_gelu(end, D4))
+    ops = torch.ops.octic
+    arguments = (None, None, lengths, weights, 1e-5)
+    dx = ops.irrep_norm_backward(x, x, *arguments)[0][-500:]
+    assert torch.equal(dx, ops.irrep_norm_backward(end, end, *arguments)[0])

@@ -1,0 +1,140 @@
+"""Triton kernels against their plain twins, in Triton's interpreter on a CPU.
+
+`test_kernels.py` runs this file in a process of its own: TRITON_INTERPRET=1 has to be set before
+triton is imported.
+"""
+
+import itertools
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from octic import kernels, plain_kernels, triton_gelu, triton_norm
+from tests.octic.kernel_cases import (
+    SEGMENTS,
+    TRANSFORMS,
+    gelu_by_definition,
+    gradients,
+    norm_by_definition,
+    norm_inputs,
+    relative_error,
+)
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+# One rounding of a result of the largest magnitude; the interpreter truncates to bfloat16.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
+
+
+def tensor_range(*bounds):
+    """`range` over the interpreter's integers; Triton 3.6's own conversion fails with NumPy 2.4."""
+    return range(*(int(b.handle.data.item()) if hasattr(b, "handle") else b for b in bounds))
+
+
+triton_norm.range = tensor_range
+triton_norm.FORWARD_WARPS = triton_norm.BACKWARD_WARPS = 2  # so that a program takes several tokens
+
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [5, 16])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_norm_equals_the_twin(name, channels, dtype):
+    segments, tolerance = SEGMENTS[name], ROUNDING[dtype]
+    lengths, weights = zip(*segments, strict=True)
+    x, scale, shift, grad = norm_inputs(segments, tokens=(5,), channels=channels, dtype=dtype)
+    parameters = [p.float() for p in (scale, shift)]
+    forward = (x, *parameters, lengths, weights, 1e-3, dtype)
+    y = triton_norm.forward(*forward)
+    assert y.dtype == dtype
+    assert relative_error(y, plain_kernels.plain_norm(*forward)) <= 2 * tolerance
+    exact = norm_by_definition(*(t.double() for t in (x, *parameters)), segments, 1e-3)
+    assert relative_error(y, exact) < tolerance
+    backward = (x, grad, *parameters, lengths, weights, 1e-3)
+    twin = plain_kernels.plain_norm_backward(*backward)
+    for ours, reference in zip(triton_norm.backward(*backward), twin, strict=True):
+        assert ours.dtype == reference.dtype and ours.shape == reference.shape
+        assert relative_error(ours, reference) <= max(2 * tolerance, 2e-5)
+
+
+def test_norm_without_scale_or_shift_and_with_another_dtype():
+    segments = SEGMENTS["octic"]
+    lengths, weights = zip(*segments, strict=True)
+    x, scale, shift, grad = norm_inputs(segments, tokens=(1, 3), channels=6, dtype=torch.float32)
+    for s, b in itertools.product((None, scale), (None, shift)):
+        for dtype in ROUNDING:
+            arguments = (x, s, b, lengths, weights, 1e-5, dtype)
+            y, twin = triton_norm.forward(*arguments), plain_kernels.plain_norm(*arguments)
+            assert y.dtype == dtype and relative_error(y, twin) <= 2 * ROUNDING[dtype]
+            g = grad.to(dtype)
+            ours = triton_norm.backward(x, g, s, b, lengths, weights, 1e-5)
+            twins = plain_kernels.plain_norm_backward(x, g, s, b, lengths, weights, 1e-5)
+            for value, reference in zip(ours, twins, strict=True):
+                assert (value is None) == (reference is None)
+                if value is not None:
+                    assert value.dtype == torch.float32 and value.shape == reference.shape
+                    assert relative_error(value, reference) < 2e-6
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [1, 32, 72])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gelu_equals_the_twin(name, channels, dtype):
+    transform, tolerance = TRANSFORMS[name], ROUNDING[dtype]
+    shape = (2, 3, 5, channels * len(transform))
+    x, grad = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype)
+    y = triton_gelu.forward(x, transform)
+    assert y.dtype == dtype
+    assert relative_error(y, plain_kernels.plain_gelu(x, transform)) <= 2 * tolerance
+    assert relative_error(y, gelu_by_definition(x.double(), transform)) < tolerance
+    dx = triton_gelu.backward(x, grad, transform)
+    assert dx.dtype == dtype
+    assert (
+        relative_error(dx, plain_kernels.plain_gelu_backward(x, grad, transform)) <= 2 * tolerance
+    )
+
+
+def test_operators_hand_the_kernels_their_arguments(monkeypatch):
+    segments, transform = SEGMENTS["octic"], TRANSFORMS["D4"]
+    *inputs, grad = norm_inputs(segments, tokens=(2, 3), channels=5, dtype=torch.float32)
+
+    def function(*inputs):
+        y = kernels.irrep_norm(*inputs, segments=segments, eps=1e-3)
+        return kernels.regular_gelu(y.mT.contiguous().mT, transform)
+
+    plain = gradients(function, inputs, grad)
+    calls = []
+    monkeypatch.setattr(kernels, "_uses_triton", lambda x: calls.append(x) is None)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    for ours, reference in zip(gradients(function, inputs, grad), plain, strict=True):
+        assert relative_error(ours, reference) < 1e-5
+    assert len(calls) == 4
+
+
+def test_empty_inputs():
+    lengths, weights = zip(*SEGMENTS["octic"], strict=True)
+    x, scale, shift = torch.empty(0, 3, 16), torch.ones(16), torch.ones(2)
+    assert triton_gelu.forward(x, TRANSFORMS["D4"]).shape == x.shape
+    assert triton_gelu.backward(x, x, TRANSFORMS["D4"]).shape == x.shape
+    arguments = (scale, shift, lengths, weights, 1e-5)
+    assert triton_norm.forward(x, *arguments, torch.float32).shape == x.shape
+    dx, dscale, dshift = triton_norm.backward(x, x, *arguments)
+    assert dx.shape == x.shape
+    assert torch.equal(dscale, torch.zeros(16)) and torch.equal(dshift, torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_straight_line_programs_compute_the_matrix(name):
+    for matrix in (torch.tensor(TRANSFORMS[name], dtype=torch.float64).mT, TRANSFORMS[name]):
+        matrix = torch.as_tensor(matrix, dtype=torch.float64)
+        steps, outputs = triton_gelu.straight_line_program(tuple(map(tuple, matrix.tolist())))
+        x = torch.randn(len(matrix), dtype=torch.float64)
+        values = list(x)
+        for a, b, ratio in steps:
+            values.append(values[a] + ratio * values[b])
+        result = torch.stack([values[index] * factor for index, factor in outputs])
+        assert torch.allclose(result, matrix @ x, atol=1e-11)
+        if name == "D4":
+            assert len(steps) == 24
