@@ -28,11 +28,12 @@ class Invariantization(nn.Module):
         self.dim = dim
         self.group = get_group(group)
         self.copy = channels_per_copy(dim, self.group)
+        self.row_major = self.group.row_major
 
     def components(self, x: Tensor) -> tuple[Tensor, ...]:
         """The |G| components [... C] in the published order."""
         parts = x.unflatten(-1, (self.group.order, -1)).unbind(-2)
-        return tuple(parts[index] for index in self.group.row_major)
+        return tuple(parts[index] for index in self.row_major)
 
 
 class _Octic(Invariantization):

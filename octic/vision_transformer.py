@@ -82,6 +82,7 @@ class OcticVisionTransformer(Trunk):
             dynamic_img_size=dynamic_img_size,
         )
         self.group = get_group(group)
+        self.row_major = self.group.row_major
         self.cls_token_std = cls_token_std
         self.switch = _checked_switch(octic_equi_break_layer, depth)
         copy = channels_per_copy(embed_dim, self.group)
@@ -145,7 +146,7 @@ class OcticVisionTransformer(Trunk):
             matrix = torch.tensor(self.group.fourier.T.tolist(), dtype=x.dtype, device=x.device)
             return (matrix @ parts).flatten(-2)
         # Copies first within an irrep: octic-vits' order A1 A2 B1 B2 E11 E21 E12 E22.
-        return torch.cat([parts[..., index, :] for index in self.group.row_major], dim=-1)
+        return torch.cat([parts[..., index, :] for index in self.row_major], dim=-1)
 
     def adapt_to(self, state: Mapping[str, Tensor]) -> None:
         """Take the invariantization that published weights were trained with, by their shape.

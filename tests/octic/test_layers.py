@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octic.block import OcticBlock
 from octic.actions import act, act_on_tokens
+from octic.block import OcticBlock
 from octic.groups import Group, get_group
 from octic.invariants import INVARIANTIZATIONS, make_invariantization
 from octic.layers import (

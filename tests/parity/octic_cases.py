@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octic.block import OcticBlock
 from octic.actions import act, act_on_tokens, from_regular, to_regular
+from octic.block import OcticBlock
 from octic.groups import get_group
 from octic.invariants import InvariantHead, make_invariantization
 from octic.layers import (
