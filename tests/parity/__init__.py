@@ -1,0 +1,1 @@
+"""Stored outputs of the published code, compared with ours through one harness."""
