@@ -1,0 +1,121 @@
+"""The teacher's logits to targets: a centre subtracted, or Sinkhorn-Knopp assignment.
+
+Caron et al. 2021 (centre), Caron et al. 2020 (Sinkhorn-Knopp in SwAV). Both look at the batch of
+all ranks, so every rank must call them, and both work without a process group. Letters in shapes:
+B rows (images or patches), K prototypes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.losses import at_least_float32
+from utils.distributed import all_reduce_max, all_reduce_mean
+
+CENTERINGS = ("centering", "sinkhorn_knopp")
+
+
+class Targets(nn.Module):
+    """Probabilities [B K] for logits [B K], by one of the two centerings.
+
+    valid [B] marks the rows that count; the others only pad, and their result is to be ignored.
+    """
+
+    def __init__(self, num_prototypes: int, *, centering: str = "centering") -> None:
+        super().__init__()
+        if centering not in CENTERINGS:
+            raise ValueError(f"unknown centering {centering!r}; known: {', '.join(CENTERINGS)}")
+        self.centering = centering
+        self.ema = EmaCenter(num_prototypes)
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+        """Targets of a batch; with the centre, the batch also waits to move it."""
+        with torch.autocast(device_type=logits.device.type, enabled=False):
+            logits = at_least_float32(logits)
+            if self.centering == "sinkhorn_knopp":
+                return sinkhorn_knopp(logits, temperature, valid=valid)
+            targets = torch.softmax((logits - self.ema.center) / temperature, dim=-1)
+            self.ema.keep(logits, valid)
+            return targets
+
+    def update(self) -> None:
+        """Move the centre by the batches since the last call; once per optimiser step."""
+        if self.centering == "centering":
+            self.ema.update()
+
+
+class EmaCenter(nn.Module):
+    """Moving average of the mean logits over micro-batches and ranks: c <- m c + (1 - m) mean.
+
+    The update is lagged: the logits of a step move the centre after the step, so no step sees its
+    own mean. Until then the means wait in two buffers that are empty between steps and not saved.
+    A rank's micro-batch counts once, however many rows are valid in it (none: it does not count),
+    so k micro-batches on one rank move the centre as one on each of k ranks.
+
+    Departs from DINOv2: the moved centre is stored at the end of the step instead of at the next
+    use, because a checkpoint between the two would lose it. The centres used are the same.
+    """
+
+    center: Tensor
+    waiting: Tensor
+    num_waiting: Tensor
+
+    def __init__(self, num_prototypes: int, *, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("waiting", torch.zeros(num_prototypes), persistent=False)
+        self.register_buffer("num_waiting", torch.zeros(()), persistent=False)
+
+    def keep(self, logits: Tensor, valid: Tensor | None = None) -> None:
+        """Note the mean of the valid rows of [B K] for the next update."""
+        if valid is None:
+            valid = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
+        num_valid = valid.sum()
+        total = torch.where(valid[:, None], logits, 0).sum(dim=0)
+        self.waiting += total / num_valid.clamp(min=1)
+        self.num_waiting += num_valid > 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the centre. Collective: every rank must call this."""
+        total = all_reduce_mean(torch.cat([self.waiting, self.num_waiting[None]]))
+        share = total[-1]  # of the ranks' micro-batches, how many had valid rows
+        mean = total[:-1] / share.clamp(min=1e-12)
+        moved = self.momentum * self.center + (1 - self.momentum) * mean
+        self.center.copy_(torch.where(share > 0, moved, self.center))
+        self.waiting.zero_()
+        self.num_waiting.zero_()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Tensor, temperature: float, *, valid: Tensor | None = None, num_iterations: int = 3
+) -> Tensor:
+    """Share the rows of [B K] evenly among the prototypes: rows of the result sum to 1.
+
+    Alternately scales exp(z / temperature) so that every prototype, then every row has the same
+    mass, over all ranks. Done with logarithms (r of the prototypes, c of the rows), so logits of
+    any size stay finite; the constants of the published form cancel in its last step.
+    Departs from DINOv2: exponentials there have no maximum subtracted and overflow at logits of 4.
+    With accumulation the rows of one micro-batch are shared, the others being unknown.
+    """
+    top = logits.max(dim=1, keepdim=True).values
+    scores = (logits - top) / temperature  # [B K], at most 0
+    c = top[:, 0] / temperature
+    r = logits.new_zeros(logits.shape[1])
+    for _ in range(num_iterations):
+        if valid is not None:
+            c = torch.where(valid, c, -torch.inf)
+        r = _logsumexp_over_ranks(scores + c[:, None])
+        c = -torch.logsumexp(scores - r, dim=1)
+    return torch.softmax(scores - r, dim=1)
+
+
+def _logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """Log-sum-exp [K] over the rows of [B K] of all ranks, up to a constant, which cancels."""
+    local = torch.logsumexp(x, dim=0)
+    top = all_reduce_max(local)
+    top = torch.where(top.isfinite(), top, 0)  # -inf: no rank has a row
+    result = top + torch.log(all_reduce_mean(torch.exp(local - top)))
+    return torch.where(result.isfinite(), result, 0)

@@ -1,0 +1,55 @@
+"""Losses of DINOv2: DINO on class tokens, iBOT on masked patches, KoLeo on features.
+
+Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), Sablayrolles et al. 2019 (KoLeo). Targets are
+probabilities (see `dinov2.centering`), students are logits; everything is computed in float32 at
+least. Letters in shapes: S student crops, T teacher crops, B images, M masked patches, K
+prototypes, D channels.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half precision to float32; leave float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Cross entropy, averaged over images, summed over all pairs of a student and a teacher crop.
+
+    student: logits [S B K]; teacher: probabilities [T B K].
+    """
+    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
+    # The sum over teachers first: it is linear, and the student's tensors are the large ones.
+    return -(teacher.sum(dim=0) * log_probs).sum(dim=(0, -1)).mean()
+
+
+def ibot_loss(
+    student: Tensor, teacher: Tensor, weights: Tensor, num_images: int, *, temperature: float = 0.1
+) -> Tensor:
+    """Weighted cross entropy of masked patches, per image.
+
+    student: logits [M K]; teacher: probabilities [M K]; weights: [M], for the mean over an image's
+    patches 1 / number masked in the image; 0 for rows that only pad.
+    """
+    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
+    return -((teacher * log_probs).sum(dim=-1) * weights).sum() / num_images
+
+
+def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Minus the mean log distance of each row of [B D] to its nearest neighbour, all on the sphere.
+
+    Spreads the features of a batch evenly. Zero for a single row, which has no neighbour.
+    """
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        features = at_least_float32(features)
+        if features.shape[0] < 2:
+            return features.sum() * 0.0
+        features = F.normalize(features, eps=eps, dim=-1)
+        with torch.no_grad():
+            similarity = features @ features.T
+            nearest = similarity.fill_diagonal_(-1.0).argmax(dim=1)
+        distance = (features - features[nearest] + eps).norm(dim=-1)
+        return -torch.log(distance + eps).mean()

@@ -1,0 +1,73 @@
+"""The five quantities of DINOv2 that change with the step (Oquab et al. 2023, appendix B)."""
+
+from collections.abc import Sequence
+
+from utils.schedules import LR_SCALINGS, Cosine, Frozen, Linear, Schedule, scale_lr
+
+
+class Schedules:
+    """Values and lengths in epochs; `build` turns them into functions of the step.
+
+    lr: at the batch size the rule `lr_scaling` names. Pairs are (first, last) values: weight decay
+    and teacher momentum follow half a cosine over the run, the teacher temperature a line over
+    `teacher_temp_warmup_epochs`, and stays. Epochs may be fractions.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 4e-3,
+        lr_scaling: str = "sqrt_wrt_1024",
+        min_lr: float = 1e-6,
+        warmup_epochs: float = 10,
+        freeze_last_layer_epochs: float = 1,
+        weight_decay: Sequence[float] = (0.04, 0.4),
+        momentum: Sequence[float] = (0.992, 1.0),
+        teacher_temp: Sequence[float] = (0.04, 0.07),
+        teacher_temp_warmup_epochs: float = 30,
+    ) -> None:
+        if lr_scaling not in LR_SCALINGS:
+            raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
+        if min(teacher_temp) <= 0:
+            raise ValueError(f"teacher_temp must be positive, not {list(teacher_temp)}")
+        self.lr = lr
+        self.lr_scaling = lr_scaling
+        self.min_lr = min_lr
+        self.warmup_epochs = warmup_epochs
+        self.freeze_last_layer_epochs = freeze_last_layer_epochs
+        self.weight_decay = _pair("weight_decay", weight_decay)
+        self.momentum = _pair("momentum", momentum)
+        self.teacher_temp = _pair("teacher_temp", teacher_temp)
+        self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
+
+    def build(self, *, epochs: float, epoch_length: int, batch_size: int) -> dict[str, Schedule]:
+        """Functions of the step; epoch_length in steps, batch_size in images per step."""
+        if self.warmup_epochs > epochs:
+            raise ValueError(
+                f"schedules.warmup_epochs {self.warmup_epochs} is more than the {epochs} epochs "
+                "of the run"
+            )
+        total = round(epochs * epoch_length)
+        lr = Cosine(
+            base=scale_lr(self.lr, self.lr_scaling, batch_size),
+            final=self.min_lr,
+            num_steps=total,
+            warmup_steps=round(self.warmup_epochs * epoch_length),
+        )
+        wd_first, wd_last = self.weight_decay
+        m_first, m_last = self.momentum
+        t_first, t_last = self.teacher_temp
+        temp_steps = round(self.teacher_temp_warmup_epochs * epoch_length)
+        return {
+            "lr": lr,
+            "last_layer_lr": Frozen(lr, round(self.freeze_last_layer_epochs * epoch_length)),
+            "weight_decay": Cosine(base=wd_first, final=wd_last, num_steps=total),
+            "momentum": Cosine(base=m_first, final=m_last, num_steps=total),
+            "teacher_temp": Linear(start=t_first, end=t_last, num_steps=temp_steps),
+        }
+
+
+def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise ValueError(f"{name} takes two values (first, last), not {list(values)}")
+    return float(values[0]), float(values[1])

@@ -1,0 +1,34 @@
+"""The head has the published names and norms."""
+
+import pytest
+import torch
+
+from dinov2.head import DINOHead
+
+
+def make_head(**keywords) -> DINOHead:
+    return DINOHead(6, num_prototypes=10, hidden_dim=12, bottleneck_dim=4, **keywords)
+
+
+def test_published_names():
+    names = [f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert list(make_head().state_dict()) == [*names, "last_layer.weight_g", "last_layer.weight_v"]
+    assert list(make_head(num_layers=1).state_dict())[:2] == ["mlp.weight", "mlp.bias"]
+
+
+def test_logits_are_cosines_times_lengths():
+    head, x = make_head(), torch.randn(5, 6)
+    assert head(x).abs().max() <= 1 + 1e-6
+    head.last_layer.weight_g.data.mul_(3)
+    scaled = head(x)
+    head.last_layer.weight_v.data.mul_(7)
+    torch.testing.assert_close(head(x), scaled)
+
+
+def test_a_head_without_layers_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        make_head(num_layers=0)
+
+
+def test_an_empty_batch_passes():
+    assert make_head()(torch.empty(0, 6)).shape == (0, 10)

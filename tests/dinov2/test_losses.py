@@ -1,0 +1,59 @@
+"""Losses are least where they should be, harmless on small batches, in float32 at least."""
+
+import pytest
+import torch
+
+from dinov2.losses import dino_loss, ibot_loss, koleo_loss
+
+
+def test_dino_loss_is_least_for_equal_distributions():
+    logits = torch.randn(1, 4, 6, dtype=torch.float64)
+    teacher = (logits / 0.1).softmax(dim=-1)
+    least = dino_loss(logits, teacher)
+    assert least < dino_loss(logits + 0.1 * torch.randn_like(logits), teacher)
+    entropy = torch.special.entr(teacher).sum(dim=-1).mean()
+    torch.testing.assert_close(least, entropy)
+
+
+def test_dino_loss_sums_over_pairs_of_crops():
+    student, teacher = torch.randn(3, 4, 6), torch.randn(2, 4, 6).softmax(dim=-1)
+    pairs = [dino_loss(s[None], t[None]) for s in student for t in teacher]
+    torch.testing.assert_close(dino_loss(student, teacher), sum(pairs))
+
+
+def test_rows_of_weight_zero_do_not_count():
+    student, teacher = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6).softmax(dim=-1)
+    weights = torch.tensor([0.5, 0.5, 1.0, 0.0, 0.0])
+    loss = ibot_loss(student, teacher, weights, 2)
+    loss.backward()
+    torch.testing.assert_close(loss, ibot_loss(student[:3], teacher[:3], weights[:3], 2))
+    assert not student.grad[3:].any()
+
+
+def test_koleo_spreads_features():
+    x = torch.randn(6, 4, requires_grad=True)
+    loss = koleo_loss(x)
+    (step,) = torch.autograd.grad(loss, x)
+    assert koleo_loss(x - 0.01 * step) < loss
+    torch.testing.assert_close(koleo_loss(3 * x), loss)
+
+
+def test_koleo_of_one_row_is_zero_with_a_gradient():
+    x = torch.randn(1, 4, requires_grad=True)
+    koleo_loss(x).backward()
+    assert koleo_loss(x) == 0 and not x.grad.any()
+
+
+def test_koleo_of_equal_rows_is_finite():
+    x = torch.ones(3, 4, requires_grad=True)
+    koleo_loss(x).backward()
+    assert koleo_loss(x).isfinite() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_widened(autocast):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        student = torch.randn(2, 3, 6).bfloat16()
+        teacher = torch.randn(2, 3, 6).softmax(dim=-1)
+        assert dino_loss(student, teacher).dtype == torch.float32
+        assert koleo_loss(student[0]).dtype == torch.float32
