@@ -1,0 +1,1 @@
+"""Start a function here, in several processes, or as a Slurm job; imports `utils` alone."""

@@ -1,0 +1,94 @@
+"""One call judges any net: ours from an exported file, timm's by name; wrong files are refused."""
+
+import json
+
+import pytest
+import torch
+
+from evaluation.judge import judge, make_net
+from utils.errors import UserError
+
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+TINY["init_values"] = 1.0  # else the class token hardly looks at the image before training
+OCTIC = {"_target_": "octic.models.hybrid_dinov2_vit_small_patch16", "_partial_": True, **TINY}
+PLAIN = {"_target_": "vit.models.dinov2_vit_small_patch16", "_partial_": True, **TINY}
+TIMM = {
+    "_target_": "vit.adapters.timm_backbone",
+    "_partial_": True,
+    "model_name": "vit_tiny_patch16_224",
+    **TINY,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twelve images of two colours, in a folder per colour."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    for colour in ("red", "blue"):
+        (root / colour).mkdir()
+        for shade in range(6):
+            image = Image.new("RGB", (20, 20), colour)
+            image.putpixel((shade, shade), (255, 255, 255))
+            image.save(root / colour / f"{shade}.png")
+    return root
+
+
+def config(images, folder, backbone, weights=None):
+    data = {"_target_": "utils.data.images.ImageFolder", "root": str(images)}
+    probe = {"_target_": "evaluation.knn.KnnProbe", "ks": [3], "resize_size": 16, "crop_size": 16}
+    return {
+        "output_dir": str(folder),
+        "backbone": backbone,
+        "weights": weights,
+        "seed": 0,
+        "device": "cpu",
+        "data": {"train": data, "val": data},
+        "probes": {"knn": probe},
+    }
+
+
+@pytest.mark.parametrize("backbone", [OCTIC, PLAIN, TIMM], ids=["octic", "plain", "timm"])
+def test_any_backbone_is_judged(backbone, images, tmp_path, capsys):
+    figures = judge(config(images, tmp_path, backbone))
+    assert figures["knn/knn3_top1"] == 100
+    printed = capsys.readouterr().out
+    assert "judging the random initialisation" in printed
+    assert "protocol: class token" in printed
+    assert (tmp_path / "knn" / "results_eval_knn.json").exists()
+    results = json.loads((tmp_path / "results.json").read_text())["knn"]
+    assert results["figures"]["knn3_top1"] == 100
+    assert results["protocol"]["weights"] is None
+
+
+def test_weights_are_loaded_strictly(images, tmp_path):
+    net = make_net(OCTIC, None, seed=1)
+    state = {f"backbone.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"teacher": state}, tmp_path / "w")
+    found = make_net(OCTIC, str(tmp_path / "w"), seed=2)
+    for name, value in net.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    with pytest.raises(UserError, match="missing.*left over"):
+        make_net(PLAIN, str(tmp_path / "w"))
+    with pytest.raises(UserError, match="no such weights file"):
+        make_net(PLAIN, str(tmp_path / "nothing.pth"))
+
+
+def test_timm_weights_are_loaded_into_the_wrapped_net(tmp_path):
+    net = make_net(TIMM, None, seed=1)
+    torch.save(net.net.state_dict(), tmp_path / "timm.pth")
+    found = make_net(TIMM, str(tmp_path / "timm.pth"), seed=2)
+    assert torch.equal(found.net.cls_token, net.net.cls_token)
+
+
+def test_a_net_without_features_is_refused():
+    with pytest.raises(UserError, match="no Backbone.*use backbone=timm"):
+        make_net({"_target_": "timm.models.resnet18"}, None)
+
+
+def test_both_splits_are_needed(images, tmp_path):
+    wrong = config(images, tmp_path, OCTIC)
+    wrong["data"]["val"] = None
+    with pytest.raises(UserError, match="data.val is missing"):
+        judge(wrong)

@@ -1,0 +1,87 @@
+"""Every run file composes, and every network in it can be built, at no cost, on the meta device."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from utils.build import check_targets, plain
+from utils.check import describe, networks
+from utils.config import CONFIGS, compose_config
+
+RUNS = sorted(
+    path for folder in ("dinov2", "deit", "flopping") for path in (CONFIGS / folder).glob("*.yaml")
+)
+EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))
+BACKBONES = sorted((CONFIGS / "backbone").glob("*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CONFIGS).as_posix()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch) -> None:
+    for name in ("IMAGENET_PATH", "EXTRA_PATH"):
+        monkeypatch.setenv(name, "/nowhere")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_run_files_compose_and_build(path: Path) -> None:
+    """Names, comments and constructors agree; the file says what style asks a recipe to say."""
+    config = compose_config(path)
+    check_targets(config)
+    assert config.name == path.stem, "one name for a thing, all the way"
+    net, recipe = networks(plain(config))
+    assert recipe.total_steps > 0
+    assert all(parameter.is_meta for parameter in net.parameters())
+    text = path.read_text()
+    for word in ("paper", "command", "hardware"):
+        assert word in text.lower(), f"{path.name} does not say its {word}"
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=name_of)
+def test_evaluation_files_compose_and_build(path: Path) -> None:
+    config = compose_config(path, base="evaluate")
+    check_targets(config)
+    networks(plain(config))
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=name_of)
+def test_backbones_build(path: Path) -> None:
+    config = compose_config("evaluate.yaml", [f"backbone={path.stem}"], base="evaluate")
+    net, _ = networks(plain(config))
+    assert net.embed_dim > 0 and hasattr(net, "features")
+
+
+@pytest.mark.parametrize("group", ["data", "recipe", "launcher", "cluster"])
+def test_every_option_composes(group: str) -> None:
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        check_targets(compose_config("train.yaml", [f"{group}={path.stem}"]))
+
+
+def test_probes_compose() -> None:
+    for path in sorted((CONFIGS / "probe").glob("*.yaml")):
+        config = compose_config(
+            "evaluate.yaml", ["probes=null", f"+probe@probes.it={path.stem}"], base="evaluate"
+        )
+        check_targets(config)
+
+
+def test_no_personal_facts_in_the_cluster_files() -> None:
+    for path in (CONFIGS / "cluster").glob("*.yaml"):
+        assert OmegaConf.load(path).get("mail") is None
+
+
+def test_description_counts_parameters_and_multiply_adds() -> None:
+    """The counts of the plain ViT-S/16 by hand: 12 blocks of 12 d^2 weights, 197 tokens."""
+    lines = describe(plain(compose_config("train.yaml", ["backbone=dinov2_vit_small_patch16"])))
+    dim, tokens, patch = 384, 197, 3 * 16 * 16
+    block = (
+        12 * dim**2 + (3 + 1 + 4 + 1) * dim + 4 * dim + 2 * dim
+    )  # weights, biases, norms, scales
+    parameters = 12 * block + 2 * dim + patch * dim + dim + (tokens + 2) * dim
+    macs = 12 * tokens * (12 * dim**2 + 2 * tokens * dim) + (tokens - 1) * patch * dim
+    assert f"{parameters / 1e6:.2f} M parameters" in lines[0]
+    assert f"{macs / 1e9:.2f} G multiply-adds at 224 x 224" in lines[0]
+    assert lines[-1] == "the config is valid"

@@ -1,0 +1,233 @@
+"""A training batch depends on (seed, step, micro-batch, rank) alone; bad images are named."""
+
+import logging
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Generator
+
+from utils.data.images import ImageFolder
+from utils.data.loaders import evaluation_batches, training_batches
+from utils.errors import UserError
+
+COUNT = 11
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageFolder:
+    for number in range(COUNT):
+        path = tmp_path / f"{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (3, 2), (number, 0, 0)).save(path)
+    return ImageFolder(tmp_path)
+
+
+def augment(image: Image.Image) -> torch.Tensor:
+    """The number of the image (its red), and a draw from each generator."""
+    number = image.getpixel((0, 0))[0]
+    return torch.tensor(
+        [number, torch.rand(()), np.random.rand(), random.random()], dtype=torch.float64
+    )
+
+
+def collate(samples: list, generator: Generator) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    rows, labels = zip(*samples, strict=True)
+    draws = torch.stack([torch.rand((), generator=generator), torch.rand(())])
+    return torch.stack(rows), list(labels), draws.double()
+
+
+def wrong(image: Image.Image) -> None:
+    raise KeyError("mine")
+
+
+def die(image: Image.Image) -> None:
+    os._exit(9)
+
+
+def _batches(images: ImageFolder, count: int, batch_size: int = 4, **options: object) -> list:
+    stream = training_batches(images, augment, collate, batch_size, **options)
+    return [next(stream) for _ in range(count)]
+
+
+def _same(ours: list, theirs: list) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(a[2], b[2])
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _numbers(batches: list) -> list[int]:
+    return [int(number) for batch in batches for number in batch[0][:, 0]]
+
+
+def test_samples_carry_their_labels(images: ImageFolder) -> None:
+    for rows, labels, _ in _batches(images, 6):
+        assert labels == [int(number) % 2 for number in rows[:, 0]]
+    flat = ImageFolder(images.root, labels=False)
+    assert _batches(flat, 1)[0][1] == [-1] * 4
+
+
+def test_workers_change_nothing(images: ImageFolder) -> None:
+    assert _same(_batches(images, 8), _batches(images, 8, num_workers=2))
+
+
+def test_any_step_can_be_the_first(images: ImageFolder) -> None:
+    whole = _batches(images, 14, micro_batches=2, seed=3)
+    assert _same(_batches(images, 4, micro_batches=2, seed=3, first_step=5), whole[10:])
+    assert not _same(_batches(images, 4, micro_batches=2, seed=4, first_step=5), whole[10:])
+
+
+def test_augmentation_is_new_in_every_pass(images: ImageFolder) -> None:
+    rows = torch.cat([batch[0] for batch in _batches(images, 2 * COUNT, batch_size=1)])
+    assert len(rows[:, 0].unique()) == COUNT
+    for column in (1, 2, 3):
+        assert len(rows[:, column].unique()) == 2 * COUNT
+
+
+def test_ranks_and_micro_batches_share_the_samples_of_one_process(images: ImageFolder) -> None:
+    """Order and augmentation: 2 ranks of 2 micro-batches of 2 are one process with batches of 8."""
+    one = torch.cat([batch[0] for batch in _batches(images, 5, batch_size=8)]).view(5, 8, 4)
+    ranks = [
+        torch.cat([b[0] for b in _batches(images, 10, 2, rank=rank, world_size=2, micro_batches=2)])
+        for rank in (0, 1)
+    ]
+    together = torch.stack([part.view(5, 2, 2, 4) for part in ranks], dim=2)
+    assert torch.equal(together.reshape(5, 8, 4), one)
+
+
+def test_masks_differ_between_ranks_and_steps(images: ImageFolder) -> None:
+    batches = [_batches(images, 3, rank=rank, world_size=2) for rank in (0, 1)]
+    draws = torch.stack([batch[2] for part in batches for batch in part])
+    assert all(len(draws[:, column].unique()) == 6 for column in (0, 1))
+
+
+def test_the_global_generators_are_left_alone(images: ImageFolder) -> None:
+    draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())  # noqa: E731
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    expected = draw()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    _batches(images, 3)
+    list(evaluation_batches(images, augment, 4))
+    assert draw() == expected
+
+
+def test_fewer_images_than_a_step_wrap_and_say_so(
+    images: ImageFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = _batches(images, 1, batch_size=3 * COUNT)
+    assert sorted(_numbers(batch)) == sorted(3 * list(range(COUNT)))
+    assert "smaller than one step of 33 images" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "folder"])
+def test_a_bad_image_stops_with_its_name_and_index(
+    images: ImageFolder, damage: str, num_workers: int
+) -> None:
+    path = _damage(images, 4, damage)
+    message = rf"cannot read image 4 of {COUNT}, {path}: .*on_error=skip"
+    with pytest.raises(UserError, match=message) as error:
+        _batches(images, 6, num_workers=num_workers)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        list(evaluation_batches(images, augment, 4, num_workers=num_workers))
+
+
+def _damage(images: ImageFolder, index: int, damage: str) -> str:
+    path = Path(images.path(index))
+    content = path.read_bytes()
+    if damage in ("missing", "folder"):
+        path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes({"truncated": content[:-30], "empty": b"", "text": b"<html>"}[damage])
+    return str(path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_images_are_counted_and_named_once(
+    images: ImageFolder, caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    before = [[int(n) for n in batch[0][:, 0]] for batch in _batches(images, 11)]
+    number, after = int(Path(images.path(4)).stem), int(Path(images.path(5)).stem)
+    path = _damage(images, 4, "truncated")
+    stream = training_batches(images, augment, collate, 4, on_error="skip", num_workers=num_workers)
+    with caplog.at_level(logging.WARNING):
+        batches = [next(stream) for _ in range(11)]
+    replaced = [[after if n == number else n for n in batch] for batch in before]
+    assert [[int(n) for n in batch[0][:, 0]] for batch in batches] == replaced
+    assert stream.dataset_errors == 4
+    assert dict(stream.errors) == {path: 4}
+    assert caplog.text.count(path) == 1
+
+
+def test_images_that_are_all_bad_stop_even_when_skipping(images: ImageFolder) -> None:
+    for index in range(COUNT):
+        _damage(images, index, "empty")
+    with pytest.raises(UserError, match="11 images in a row cannot be read"):
+        _batches(images, 1, on_error="skip")
+
+
+def test_an_error_of_the_transform_keeps_its_own_type(images: ImageFolder) -> None:
+    for num_workers in (0, 1):
+        with pytest.raises(KeyError, match="mine"):
+            next(training_batches(images, wrong, collate, 4, num_workers=num_workers))
+
+
+def test_a_killed_worker_is_one_clear_line(images: ImageFolder) -> None:
+    with pytest.raises(UserError, match=r"exited unexpectedly.*out of memory"):
+        next(training_batches(images, die, collate, 4, num_workers=1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 13])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_sees_every_image_once(
+    images: ImageFolder, world_size: int, num_workers: int
+) -> None:
+    if num_workers and world_size > 2:
+        pytest.skip("the same without workers")
+    seen = []
+    for rank in range(world_size):
+        batches = evaluation_batches(
+            images, augment, 4, rank=rank, world_size=world_size, num_workers=num_workers
+        )
+        for rows, labels, indices in batches:
+            assert labels.dtype == indices.dtype == torch.int64
+            assert labels.tolist() == images.labels[indices.numpy()].tolist()
+            names = [int(Path(images.path(int(i))).stem) for i in indices]
+            assert rows[:, 0].tolist() == names
+            seen += indices.tolist()
+    assert sorted(seen) == list(range(COUNT))
+
+
+def test_evaluation_can_leave_bad_images_out(
+    images: ImageFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [_damage(images, index, "empty") for index in (0, 1, 2, 3, 9)]
+    batches = list(evaluation_batches(images, augment, 4, on_error="skip"))
+    assert [batch[2].tolist() for batch in batches] == [[4, 5, 6, 7], [8, 10]]
+    assert all(path in caplog.text for path in paths)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"rank": 1},
+        {"on_error": "ignore"},
+        {"micro_batches": 0},
+        {"seed": -1},
+        {"first_step": -1},
+        {"sampler": "random"},
+    ],
+)
+def test_wrong_arguments_are_refused(images: ImageFolder, wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        _batches(images, 1, **{"batch_size": 4, **wrong})

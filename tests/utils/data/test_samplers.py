@@ -1,0 +1,91 @@
+"""The default order shows every image once per pass; every order can start anywhere."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from utils.data.samplers import SAMPLERS, derive_seed, rank_indices, sharded_infinite, shuffled
+
+N = 600
+
+
+def _take(count: int, **options: object) -> list[int]:
+    options = {"sampler": "shuffled", "sample_count": N, "batch_size": 4, **options}
+    return list(
+        islice(rank_indices(options.pop("sampler"), options.pop("sample_count"), **options), count)
+    )
+
+
+def test_shuffled_is_a_new_permutation_per_pass() -> None:
+    stream = list(islice(shuffled(N, seed=3), 3 * N))
+    passes = [stream[i * N : (i + 1) * N] for i in range(3)]
+    assert all(sorted(order) == list(range(N)) for order in passes)
+    assert passes[0] != passes[1] != passes[2] != list(range(N))
+    assert stream != list(islice(shuffled(N, seed=4), 3 * N))
+    assert list(islice(shuffled(N, seed=3, first=700), 50)) == stream[700:750]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_shuffled_ranks_share_one_order(world_size: int) -> None:
+    """A step reads the same images however many ranks share it; each rank sees all over time."""
+    steps, step_size = 200, 12
+    batch_size = step_size // world_size
+    ranks = [
+        _take(steps * batch_size, batch_size=batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    together = np.array(ranks).reshape(world_size, steps, batch_size).transpose(1, 0, 2)
+    assert together.flatten().tolist() == list(islice(shuffled(N, seed=0), steps * step_size))
+    many = _take(8000, batch_size=batch_size, world_size=world_size, rank=world_size - 1)
+    assert len(set(many)) == N
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_order_can_start_at_any_batch(sampler: str, world_size: int) -> None:
+    options = {"sampler": sampler, "rank": world_size - 1, "world_size": world_size, "seed": 7}
+    whole = _take(1200, **options)
+    assert _take(1200, **options) == whole
+    for first_batch in (1, 50, 149, 150, 151, 273):
+        assert _take(40, first_batch=first_batch, **options) == whole[4 * first_batch :][:40]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_fewer_images_than_a_batch(sampler: str) -> None:
+    if sampler == "repeated_augmentation":
+        with pytest.raises(ValueError, match="has nothing for a rank"):
+            _take(20, sampler=sampler, sample_count=3)
+        return
+    assert set(_take(20, sampler=sampler, sample_count=3, batch_size=8)) == {0, 1, 2}
+
+
+def test_epochs_drop_the_tail_that_fills_no_batch() -> None:
+    stream = _take(12, sampler="epoch", sample_count=7, batch_size=3)
+    assert len(set(stream[:6])) == len(set(stream[6:])) == 6
+
+
+def test_too_few_images_for_the_ranks_are_said() -> None:
+    for sampler in ("sharded_infinite", "infinite", "epoch"):
+        with pytest.raises(ValueError, match="use sampler=shuffled"):
+            _take(1, sampler=sampler, sample_count=2, rank=2, world_size=3)
+
+
+def test_an_unknown_sampler_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="unknown sampler 'random'; known: shuffled, sharded"):
+        _take(1, sampler="random")
+
+
+def test_advance_as_published_counts_whole_passes_by_all_images() -> None:
+    plain = list(islice(sharded_infinite(12, seed=5, rank=1, world_size=2), 60))
+    assert (
+        list(islice(sharded_infinite(12, seed=5, rank=1, world_size=2, advance=14), 6))
+        == plain[8:14]
+    )
+
+
+def test_seeds_of_neighbours_differ() -> None:
+    seeds = {derive_seed(a, b) for a in range(40) for b in range(40)}
+    assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
+    with pytest.raises(ValueError, match="non-negative"):
+        derive_seed(-1)

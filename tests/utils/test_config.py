@@ -1,0 +1,332 @@
+"""Whatever is wrong in a config is said in one line; what is right composes and reloads."""
+
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from utils.build import build, check_targets, resolve
+from utils.config import CONFIGS, compose_config, find_file
+from utils.errors import UserError
+from utils.flags import FLAGS, read_arguments
+
+
+def arguments(*words: str):
+    return read_arguments(list(words), CONFIGS, "train.yaml")
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+def one_line(file: object, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        compose_config(file, list(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# The command line
+
+
+def test_flags_and_overrides_mix_in_any_order() -> None:
+    found = arguments(
+        "seed=1", "--batch-size", "8", "name=x", "--no-resume", "--config-file", "a.yaml"
+    )
+    assert found.config_file == "a.yaml"
+    assert found.overrides == [
+        "recipe.batch_size_per_gpu=8",
+        "training.resume=false",
+        "seed=1",
+        "name=x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "launcher"),
+    [
+        (["--nodes", "2"], "slurm"),
+        (["--partition", "p"], "slurm"),
+        (["--launcher", "local", "--ngpus", "2"], "local"),
+        (["launcher=local", "--ngpus", "2"], "local"),
+        (["--seed", "2"], None),
+    ],
+)
+def test_cluster_flags_submit_unless_a_launcher_is_named(words: list[str], launcher: str) -> None:
+    named = [w for w in arguments(*words).overrides if w.startswith("launcher=")]
+    assert named == ([f"launcher={launcher}"] if launcher else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ngpu", "2"], "unknown flag --ngpu; did you mean '--ngpus'?"),
+        (["--out-dir=x"], "unknown flag --out-dir; did you mean '--output-dir'?"),
+        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--seed"], "expected one argument"),
+        (["run.yaml"], "a file is given by --config-file run.yaml"),
+        (["seed"], "overrides are written key=value"),
+    ],
+)
+def test_wrong_words(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=None) as caught:
+        arguments(*words)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_flag_is_a_key() -> None:
+    config = compose_config("train.yaml")
+    for flag in FLAGS:
+        parent = (
+            OmegaConf.select(config, flag.key.rpartition(".")[0]) if "." in flag.key else config
+        )
+        assert flag.key.rpartition(".")[2] in parent, flag.key
+
+
+def test_text_of_flags_is_taken_as_it_is() -> None:
+    odd = "my 'run', a=b: [c] {d} #e"
+    config = compose_config("train.yaml", arguments("--output-dir", odd).overrides)
+    assert config.output_dir == odd
+
+
+# Files
+
+
+def test_files_are_found_by_path_and_below_configs(write, monkeypatch) -> None:
+    path = write("defaults: [/train, _self_]\nseed: 7\n")
+    assert compose_config(path).seed == 7
+    monkeypatch.chdir(path.parent)
+    assert find_file("run") == path.absolute()
+    assert find_file("launcher/local") == CONFIGS / "launcher" / "local.yaml"
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("trian.yaml", "there is no config file trian.yaml; did you mean 'train.yaml'?"),
+        ("/nowhere/slurn.yaml", "did you mean"),
+        (str(CONFIGS / "launcher"), "is a folder; give one of its files: here.yaml, local.yaml"),
+    ],
+)
+def test_missing_files(file: str, said: str) -> None:
+    assert said in one_line(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults: [/train, _self_\nseed: 4\n", "run.yaml:2: bad YAML"),
+        ("seed: 4\n\tx: 3\n", "run.yaml:2: bad YAML"),
+        ("seed: 4\nseed: 5\n", "run.yaml:2: bad YAML: found duplicate key seed"),
+        ("seed: !!python/object/apply:os.system [ls]\n", "run.yaml:1: bad YAML"),
+        ("- 3\n", "a config is a mapping"),
+        ("", "lacks name"),
+        ("seed: 4\n", "put `defaults: [/train, _self_]` at its top"),
+        ("defaults: [/trian, _self_]\n", "there is no config 'trian'; did you mean 'train'?"),
+        ("defaults: /train\n", "defaults must be a list"),
+        (
+            "defaults: [/train, {override /launcher: slrum}, _self_]\n",
+            "there is no launcher=slrum; did you mean 'slurm'?",
+        ),
+        (
+            "defaults: [/train, {override /backbones: x}, _self_]\n",
+            "no group 'backbones' to override; did you mean 'backbone'?",
+        ),
+        (
+            "defaults: [/train, _self_]\ntraining:\n  precison: bf16\n",
+            "run.yaml:3: unknown key 'training.precison'; did you mean 'training.precision'?",
+        ),
+        (
+            "defaults: [/train, _self_]\ndata: {trian: 3}\n",
+            "run.yaml:2: unknown key 'data.trian'; did you mean 'data.train'?",
+        ),
+        ("defaults: [/train, _self_]\nname: ${nme}\n", "name: Interpolation key 'nme' not found"),
+        ("defaults: [/train, _self_]\nname: ${oc.env:NO_SUCH}\n", "'NO_SUCH' not found"),
+        ("defaults: [/train, _self_]\nname: ${eval:1+1}\n", "Unsupported interpolation type eval"),
+        ("defaults: [/train, _self_]\nseed: x\n", "seed must be a whole number, got 'x'"),
+        ("defaults: [/train, _self_]\ntraining: 3\n", "training must be a mapping"),
+        ("defaults: [/train, _self_]\nprobe_every: true\n", "probe_every must be a whole number"),
+    ],
+)
+def test_wrong_files(write, text: str, said: str) -> None:
+    assert said in one_line(write(text))
+
+
+def test_another_ending_is_refused(write) -> None:
+    assert "must end in .yaml" in one_line(write("defaults: [/train, _self_]\n", "run.yml"))
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("trainig.precision=bf16", "did you mean 'training.precision'?"),
+        ("precision=bf16", "did you mean"),
+        ("recipe.crop.local_crops_number=2", "did you mean 'recipe.crops.local_crops_number'?"),
+        ("launcher=slrum", "there is no launcher=slrum; did you mean 'slurm'? (options: here"),
+        ("launchr=slurm", "unknown key 'launchr'; did you mean 'launcher'?"),
+        ("seed=[1", "cannot read 'seed=[1'"),
+        ("seed=1,2", "gives several values"),
+        ("seed=x", "seed must be a whole number"),
+        ("+foo=3", "unknown key 'foo'"),
+        ("~seed", "lacks seed"),
+        ("data=null", "the group data needs one of its options"),
+        ("hydra.verbose=true", "Hydra's own settings"),
+        ("launcher.nodes=2.5", "launcher.nodes must be a whole number"),
+    ],
+)
+def test_wrong_overrides(override: str, said: str) -> None:
+    assert said in one_line("train.yaml", override)
+
+
+def test_a_keyword_that_the_file_leaves_out_can_be_set() -> None:
+    assert compose_config("train.yaml", ["backbone.depth=3"]).backbone.depth == 3
+
+
+def test_group_of_the_users_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "mine.yaml").write_text(
+        "kind: local\nnodes: 1\ngpus_per_node: 3\ntimeout_min: 5\n"
+    )
+    run = tmp_path / "run.yaml"
+    run.write_text("defaults: [/train, {override /launcher: mine}, _self_]\n")
+    assert compose_config(run).launcher.gpus_per_node == 3
+
+
+# A saved run
+
+
+def test_saved_config_reloads_and_its_groups_can_be_swapped(tmp_path: Path, monkeypatch) -> None:
+    config = compose_config("train.yaml", ["seed=5", "name=abc", "recipe.epochs=3"])
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    again = compose_config(tmp_path / "config.yaml")
+    assert OmegaConf.to_container(again) == OmegaConf.to_container(config)
+    changed = compose_config(
+        tmp_path / "config.yaml", ["launcher=slurm", "launcher.nodes=3", "recipe.epochs=4"]
+    )
+    assert (changed.launcher.kind, changed.launcher.nodes) == ("slurm", 3)
+    assert (changed.recipe.epochs, changed.seed, changed.output_dir) == (4, 5, "runs/abc")
+
+
+def test_environment_is_read_at_composition(write, monkeypatch) -> None:
+    monkeypatch.setenv("OCTIC_TEST_NAME", "from_env")
+    path = write("defaults: [/train, _self_]\nname: ${oc.env:OCTIC_TEST_NAME}\n")
+    assert compose_config(path).output_dir == "runs/from_env"
+
+
+# Building
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "subprocess.Popen",
+        "utils.build.sys.exit",
+        "utils.build.importlib",
+        "utils.build.importlib.import_module",
+        "utils.build.nearest.__globals__",
+        "utils.flags.argparse.ArgumentParser",
+        "utils.config.CONFIGS",
+        "utils.metrics.json.loads",
+        "timm.models.load_checkpoint",
+        "timm.models.load_state_dict",
+        "timm.utils.random_seed",
+        "torch.load",
+        "torch.optim.lr_scheduler.partial",
+        "torch.hub.load",
+        "slurm.job.Job",
+        "utilsx.y",
+        "utils..build",
+        "utils",
+        "",
+        3,
+        None,
+    ],
+)
+def test_targets_outside_the_list_are_refused(target: object, monkeypatch) -> None:
+    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("was executed"))
+    for node in ({"_target_": target}, {"a": [{"_target_": target}]}):
+        with pytest.raises(UserError):
+            build(node)
+        with pytest.raises(UserError):
+            check_targets(node)
+    nested = {"_target_": "utils.schedules.Cosine", "base": {"_target_": target}}
+    with pytest.raises(UserError):
+        build(nested)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.optim.AdamW",
+        "timm.create_model",
+        "timm.models.vit_small_patch16_224",
+        "timm.optim.Lamb",
+        "torchvision.transforms.Resize",
+        "octic.OcticVisionTransformer",
+        "vit.models.dinov2_vit_small_patch16",
+    ],
+)
+def test_offered_targets(target: str) -> None:
+    assert callable(resolve(target))
+
+
+def test_build_nests_and_overrides() -> None:
+    import torch
+
+    node = {"_target_": "torch.optim.AdamW", "_partial_": True, "betas": [0.8, 0.9], "lr": 1.0}
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = build({"a": [node]})["a"][0]([weight], lr=0.5)
+    assert tuple(optimizer.defaults["betas"]) == (0.8, 0.9) and optimizer.defaults["lr"] == 0.5
+    assert (
+        build(OmegaConf.create({"x": {**node, "lr": "${y}"}, "y": 3}).x)([weight]).defaults["lr"]
+        == 3
+    )
+    assert build(node, lr=0.25)([weight]).defaults["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("epohs", 3, "recipe: DINOv2 takes no 'epohs'; did you mean 'epochs'? (known: "),
+        ("epochs", "ten", "recipe.epochs must be a number, got 'ten'"),
+        ("batch_size_per_gpu", 2.5, "recipe.batch_size_per_gpu must be a whole number"),
+        ("separate_head", 1, "recipe.separate_head must be true or false"),
+        ("crops", 3, "recipe.crops must be MultiCrop or null, got 3"),
+        ("_recursive_", True, "recipe: _recursive_ is not understood"),
+        ("_target_", "dinov2.recipe.DINO", "has no 'DINO'; did you mean 'DINOv2'?"),
+        ("_target_", "dinov2.recipee.DINOv2", "there is no module 'dinov2.recipee'"),
+    ],
+)
+def test_misspelt_keywords_inside_a_target(key: str, value: object, said: str) -> None:
+    node = {"_target_": "dinov2.recipe.DINOv2", "_partial_": True, key: value}
+    with pytest.raises(UserError) as caught:
+        check_targets({"recipe": node})
+    assert said in str(caught.value)
+
+
+def test_a_keyword_no_constructor_takes_is_told_with_the_known_ones() -> None:
+    node = {"_target_": "vit.models.dinov2_vit_small_patch16", "_partial_": True, "dept": 2}
+    with pytest.raises(UserError, match="no 'dept'; did you mean 'depth'.*known: .*embed_dim"):
+        build(OmegaConf.create({"backbone": node}).backbone)()
+
+
+def test_a_constructors_complaint_is_one_line_with_its_place() -> None:
+    node = OmegaConf.create({"a": {"_target_": "dinov2.schedules.Schedules", "lr_scaling": "x"}})
+    with pytest.raises(UserError, match=r"^a: unknown lr_scaling 'x'"):
+        build(node.a)
+    missing = {"_target_": "utils.schedules.Cosine", "base": 1.0}
+    with pytest.raises(UserError, match="also needs"):
+        build(missing)

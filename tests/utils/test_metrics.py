@@ -1,0 +1,139 @@
+"""Values reach the files raw and once; the console says means; collapse is measured."""
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from utils.errors import UserError
+from utils.health import Health, effective_rank, relative_std
+from utils.metrics import Metrics, draw_curves, read_metrics
+from utils.sinks import make_sinks
+
+
+def make(folder, **options):
+    text = io.StringIO()
+    console = Console(file=text, width=200, soft_wrap=True)
+    return Metrics(folder, total_steps=20, console=console, **options), text
+
+
+def feed(metrics, steps, *, start=0):
+    for step in range(start + 1, start + steps + 1):
+        for micro_batch in (0.0, 1.0):
+            metrics.add({"loss": torch.tensor(step + micro_batch), "part": torch.tensor(2.0)})
+        metrics.end_step(step, {"lr": 0.1 * step}, {"net": torch.tensor(3.0)})
+        if metrics.due(step):
+            metrics.flush()
+
+
+def test_raw_values_in_the_file_means_on_the_console(tmp_path):
+    metrics, text = make(tmp_path, log_every=4, images_per_step=32)
+    feed(metrics, 6)
+    metrics.flush()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    assert lines[2]["lr"] == pytest.approx(0.3) and lines[2]["grad_norm/net"] == 3.0
+    assert "images_per_second" in lines[3] and "images_per_second" not in lines[2]
+    first, second = text.getvalue().splitlines()
+    assert first.startswith("step 4/20") and "loss 3 " in first and "eta" in first
+    assert "images/s" in first and second.startswith("step 6/20") and "loss 6 " in second
+
+
+def test_a_resumed_run_leaves_no_line_twice(tmp_path):
+    metrics, _ = make(tmp_path, log_every=1)
+    feed(metrics, 8)
+    metrics.record(8, {"knn/top1": 50.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # killed in mid-write
+    metrics, _ = make(tmp_path, first_step=5, log_every=1)
+    feed(metrics, 2, start=5)
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_is_not_finite_stays_valid_json(tmp_path):
+    metrics, _ = make(tmp_path, log_every=1)
+    metrics.record(1, {"loss": math.inf})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"])
+
+
+def test_curves_are_drawn(tmp_path):
+    metrics, _ = make(tmp_path, log_every=2)
+    feed(metrics, 4)
+    metrics.record(4, {"knn/top1": 50.0, "feature_rank": 3.0})
+    draw_curves(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_live_bar_on_a_terminal(tmp_path):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=160)
+    metrics = Metrics(tmp_path, total_steps=4, log_every=2, console=console)
+    feed(metrics, 4)
+    metrics.say("beside the bar")
+    metrics.close()
+    assert "step 4/4" in text.getvalue() and "beside the bar" in text.getvalue()
+
+
+def test_sinks_get_every_written_line(tmp_path):
+    told = []
+    metrics, _ = make(
+        tmp_path, log_every=2, sinks=(lambda step, values: told.append((step, values)),)
+    )
+    feed(metrics, 4)
+    assert [step for step, _ in told] == [2, 4] and told[0][1]["loss"] == 2.5
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package):
+    for module in (package, "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"logging.{package}=true needs the package {package}"):
+        make_sinks(tmp_path, **{package: True})
+    assert make_sinks(tmp_path) == ()
+
+
+def test_effective_rank_and_spread():
+    torch.manual_seed(0)
+    assert effective_rank(torch.randn(2000, 8)) == pytest.approx(8, abs=0.1)
+    line = torch.randn(50, 1) @ torch.randn(1, 8) + 5
+    assert effective_rank(line) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.ones(5, 3)) == 0.0
+    assert relative_std(torch.ones(5, 3)) == 0.0
+    assert relative_std(torch.randn(5000, 3)) == pytest.approx(1, abs=0.01)
+
+
+class Backbone(nn.Module):
+    """Features of a given spread around one point."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.spread = spread
+
+    def features(self, images, layers=(-1,)):
+        assert not self.training
+
+        class Features:
+            cls = torch.ones(len(images), 4) + self.spread * torch.randn(len(images), 4)
+
+        return [Features]
+
+
+def test_collapse_raises_an_alarm_and_health_does_not():
+    health = Health()
+    small, large = torch.zeros(8, 3, 8, 8), torch.zeros(32, 3, 16, 16)
+    batch = {"crops": [small, large], "masks": torch.zeros(32, 4, dtype=torch.bool)}
+    before = torch.get_rng_state()
+    values = health.examine(Backbone(1.0).train(), batch)
+    assert values["feature_rank"] > 2 and health.alarm == ""
+    assert torch.equal(before, torch.get_rng_state())
+    health.examine(Backbone(1e-6), batch)
+    assert "collapsed" in health.alarm and "\n" not in health.alarm
+    assert health.examine(nn.Linear(2, 2), batch) == {}
+    assert health.examine(Backbone(1.0), {"x": torch.zeros(3)}) == {}

@@ -1,0 +1,106 @@
+"""Wrapping keeps names and numbers; clipping is per part; optimiser state goes by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.utils.loop_case import Net, TinyRecipe
+from utils import parallel
+from utils.errors import UserError
+from utils.optimizers import (
+    apply_schedules,
+    clip_parts,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+)
+from utils.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def test_alone_nothing_is_sharded_and_recomputation_changes_no_number():
+    net = Net()
+    twin = copy.deepcopy(net)
+    wrap = parallel.make_wrap(CPU, Precision("fp32"), activation_checkpointing=True)
+    assert wrap(net, units=net.blocks) is net
+    assert list(net.state_dict()) == list(twin.state_dict())
+    x = torch.randn(4, 6)
+    for each in (net, twin):
+        torch.manual_seed(1)
+        each(x).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_unknown_sharding_and_precision_are_refused():
+    with pytest.raises(UserError, match="replicate or shard"):
+        parallel.make_mesh(CPU, "zero3")
+    with pytest.raises(UserError, match="fp32, tf32, bf16, fp16"):
+        Precision("half")
+    assert Precision("auto", "cpu").mode == "fp32"
+
+
+def test_to_device_keeps_the_nest():
+    batch = {"a": [torch.zeros(2), (torch.ones(1), 3)], "b": "text"}
+    moved = parallel.to_device(batch, torch.device("meta"))
+    assert moved["a"][0].is_meta and moved["a"][1][0].is_meta
+    assert (moved["a"][1][1], moved["b"]) == (3, "text")
+
+
+def test_each_part_is_clipped_by_its_own_norm():
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(3, 3).double(), "b": nn.Linear(3, 3).double(), "none": nn.Linear(2, 2)}
+    for scale, part in zip((1e-3, 10.0), (parts["a"], parts["b"]), strict=True):
+        (part(torch.ones(2, 3).double()).square().sum() * scale).backward()
+    twins = {name: copy.deepcopy(part) for name, part in parts.items()}
+    for name, part in parts.items():
+        for ours, theirs in zip(part.parameters(), twins[name].parameters(), strict=True):
+            theirs.grad = None if ours.grad is None else ours.grad.clone()
+    norms = clip_parts(parts, 1.0)
+    for name, part in twins.items():
+        expected = nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+        assert norms[name] == pytest.approx(expected.item(), rel=1e-12)
+        for ours, theirs in zip(parts[name].parameters(), part.parameters(), strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=0)
+    assert norms["a"] < 1 < norms["b"] and norms["none"] == 0
+
+
+def test_schedules_reach_every_group():
+    recipe = TinyRecipe()
+    optimizer = make_optimizer(torch.optim.AdamW, recipe.param_groups(), recipe)
+    values = apply_schedules(optimizer, recipe.schedules, 2)
+    assert set(values) == set(recipe.schedules)
+    lr, decay = values["lr"], values["weight_decay"]
+    found = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [(lr * 0.5, decay), (lr, 0.0), (0.0, decay)]
+
+
+def test_optimizer_state_goes_by_name():
+    first, second = TinyRecipe(), TinyRecipe()
+    optimizer = make_optimizer(torch.optim.AdamW, first.param_groups(), first)
+    first.losses(next(first.batches(0)), 0)["loss"].backward()
+    optimizer.step()
+    saved = optimizer_state(optimizer, first)
+    other = make_optimizer(torch.optim.AdamW, second.param_groups()[::-1], second)
+    load_optimizer_state(other, second, saved)
+    weight, twin = first.student.blocks[0].weight, second.student.blocks[0].weight
+    assert torch.equal(optimizer.state[weight]["exp_avg"], other.state[twin]["exp_avg"])
+    second.head.requires_grad_(False)
+    smaller = make_optimizer(torch.optim.AdamW, second.param_groups()[:2], second)
+    with pytest.raises(UserError, match=r"2 differ, e\.g\. head\.bias"):
+        load_optimizer_state(smaller, second, saved)
+
+
+def test_compiled_units_give_the_same_numbers():
+    net = Net(dropout=0.0)
+    x = torch.randn(4, 6)
+    expected = net(x)
+    for block in net.blocks:
+        block.compile = lambda *a, b=block, **k: nn.Module.compile(b, backend="eager")
+    parallel.make_wrap(CPU, Precision("fp32"), compile=True)(net, units=net.blocks)
+    torch.testing.assert_close(net(x), expected)
+    assert all(block._compiled_call_impl is not None for block in net.blocks)

@@ -1,0 +1,264 @@
+"""The loop's promises: exact resume, accumulation, NaN stop, several processes, run folder."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.utils.loop_case import TinyRecipe, train_tiny
+from utils.errors import UserError
+from utils.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+TIMES = {"steps_per_second", "images_per_second", "waited_for_data", "memory_gb"}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than training here; one test looks at the picture."""
+    if request.node.name != "test_run_folder":
+        monkeypatch.setattr("utils.metrics.draw_curves", lambda path: None)
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    step = (folder / "checkpoints" / "last").read_text().strip()
+    return torch.load(folder / "checkpoints" / step / "recipe.pt", weights_only=True)
+
+
+def assert_same(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> None:
+    """Same weights and same metrics, bit for bit unless a tolerance is given."""
+    left, right = weights_of(ours), weights_of(theirs)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance)
+    first, second = metrics_of(ours), metrics_of(theirs)
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert math.isclose(one[key], other[key], rel_tol=tolerance, abs_tol=tolerance), key
+
+
+PLAIN = {"dropout": 0.0, "accumulation": 2}  # what does not depend on the number of processes
+
+
+@pytest.fixture(scope="module")
+def company(tmp_path_factory) -> Path:
+    """Folders trained by two processes: <sharding>/{whole,stopped} and random/{whole,stopped}."""
+    folder, runs = tmp_path_factory.mktemp("company"), []
+    for name, options in {
+        "replicate": {"recipe": PLAIN, "sharding": "replicate", "log_every": 1},
+        "shard": {"recipe": PLAIN, "sharding": "shard", "log_every": 1},
+        "random": {},
+    }.items():
+        runs.append((f"{folder}/{name}/whole", options))
+        runs.append((f"{folder}/{name}/stopped", {**options, "max_steps": 5}))
+        runs.append((f"{folder}/{name}/stopped", options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "tests.utils.loop_case", json.dumps(runs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_resume_at_any_step_is_exact(tmp_path, accumulation):
+    recipe = {"accumulation": accumulation}
+    train_tiny(tmp_path / "whole", recipe=recipe)
+    for stop in (1, 6, 11):
+        folder = tmp_path / f"stopped_{stop}"
+        summary, _ = train_tiny(folder, recipe=recipe, max_steps=stop)
+        assert summary["step"] == stop and summary["finished"]
+        torch.rand(100)  # the process that resumes has another history
+        train_tiny(folder, recipe=recipe)
+        assert_same(folder, tmp_path / "whole")
+
+
+def test_probes_logs_and_saves_do_not_change_the_training(tmp_path):
+    def probe(net, *, data, output_dir, step):
+        assert not net.training
+        return {"draw": torch.rand(()).item()}
+
+    train_tiny(tmp_path / "plain")
+    summary, _ = train_tiny(
+        tmp_path / "watched", probes={"p": probe}, probe_every=5, every=2, log_every=1
+    )
+    left, right = weights_of(tmp_path / "plain"), weights_of(tmp_path / "watched")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert "p/draw" in summary
+    probed = [line["step"] for line in metrics_of(tmp_path / "watched") if "p/draw" in line]
+    assert probed == [5, 10, 12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_finishes_the_step_saves_and_resumes_exactly(tmp_path, number):
+    def on_step(step):
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    train_tiny(tmp_path / "whole")
+    summary, _ = train_tiny(tmp_path / "told", recipe={"on_step": on_step})
+    assert (summary["step"], summary["finished"]) == (5, False)
+    train_tiny(tmp_path / "told")
+    assert_same(tmp_path / "told", tmp_path / "whole")
+
+
+def test_a_crash_resumes_from_the_checkpoint_without_double_lines(tmp_path):
+    def crash(step):
+        if step == 10:
+            raise RuntimeError("power cut")
+
+    train_tiny(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_tiny(tmp_path / "crashed", recipe={"on_step": crash}, every=3, log_every=2)
+    assert metrics_of(tmp_path / "crashed")[-1]["step"] == 10
+    summary, _ = train_tiny(tmp_path / "crashed", every=3)
+    assert_same(tmp_path / "crashed", tmp_path / "whole")
+
+
+def test_accumulation_equals_the_big_batch(tmp_path):
+    train_tiny(tmp_path / "big", recipe={"dropout": 0.0})
+    train_tiny(tmp_path / "small", recipe={"dropout": 0.0, "accumulation": 4})
+    left, right = weights_of(tmp_path / "big"), weights_of(tmp_path / "small")
+    for name in left.keys() - {"centre"}:  # the centre moves with every micro-batch
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_two_processes_equal_one(tmp_path, company, sharding):
+    train_tiny(tmp_path / "one", recipe=PLAIN)
+    two = company / sharding / "whole"
+    left, right = weights_of(tmp_path / "one"), weights_of(two)
+    for name in left.keys() - {"centre"}:  # every rank has its own centre
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-6)
+    for one, other in zip(metrics_of(tmp_path / "one"), metrics_of(two), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    # One process continues what two began.
+    shutil.copytree(two, tmp_path / "two")
+    summary, _ = train_tiny(tmp_path / "two", recipe={**PLAIN, "total_steps": 14})
+    assert summary["step"] == 14
+
+
+@pytest.mark.parametrize("name", ["replicate", "shard", "random"])
+def test_two_processes_resume_exactly(company, name):
+    assert_same(company / name / "stopped", company / name / "whole")
+
+
+def test_one_bad_step_is_skipped_without_a_trace(tmp_path):
+    summary, _ = train_tiny(tmp_path / "a", recipe={"poison": (5,)})
+    assert summary["skipped_steps"] == 1 and summary["step"] == 12
+    lines = metrics_of(tmp_path / "a")
+    assert math.isnan(lines[5]["loss"]) and not math.isnan(lines[6]["loss"])
+    assert '"loss": null' in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[5]
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "a").values())
+
+    train_tiny(tmp_path / "b", recipe={"poison": (5,)}, max_steps=5)
+    before = weights_of(tmp_path / "b")
+    train_tiny(tmp_path / "b", recipe={"poison": (5,)}, max_steps=6)
+    after = weights_of(tmp_path / "b")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bad_steps_in_a_row_end_the_run_and_keep_the_state(tmp_path):
+    expected = r"not finite at step 6, 7 \(loss=nan.*checkpoints/5"
+    with pytest.raises(UserError, match=expected):
+        train_tiny(tmp_path / "run", recipe={"poison": tuple(range(5, 12))})
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
+    summary, _ = train_tiny(tmp_path / "run")  # without the poison it goes on from there
+    assert summary["step"] == 12
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_fp16_scaler_state_is_saved_and_an_overflow_is_not_counted(tmp_path):
+    train_tiny(tmp_path, precision="fp16", max_steps=4)
+    progress = torch.load(tmp_path / "checkpoints/4/progress.pt", weights_only=True)
+    assert progress["scaler"]["_growth_tracker"] == 4
+    train_tiny(tmp_path, precision="fp16", max_steps=6)
+    progress = torch.load(tmp_path / "checkpoints/6/progress.pt", weights_only=True)
+    assert progress["scaler"]["_growth_tracker"] == 6
+
+
+def test_bf16_and_recomputation_train(tmp_path):
+    summary, _ = train_tiny(tmp_path / "a", precision="bf16", activation_checkpointing=True)
+    assert summary["finished"]
+    train_tiny(tmp_path / "b", activation_checkpointing=True)
+    train_tiny(tmp_path / "c")
+    left, right = weights_of(tmp_path / "b"), weights_of(tmp_path / "c")
+    for name in left:
+        torch.testing.assert_close(left[name], right[name])
+
+
+def test_run_folder(tmp_path):
+    summary, recipe = train_tiny(tmp_path)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["clip_grad"] == 0.5
+    assert "torch" in (tmp_path / "git.txt").read_text()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    exported = load_file(tmp_path / "exported/teacher.safetensors")
+    for name, value in recipe.teacher.state_dict().items():
+        assert torch.equal(exported[name], value)
+    line = metrics_of(tmp_path)[0]
+    assert {
+        "step",
+        "loss",
+        "fit",
+        "lr",
+        "weight_decay",
+        "grad_norm/student",
+        "grad_norm/head",
+    } <= line.keys()
+    assert line["lr"] == 1e-2 and line["last_layer_lr"] == 0.0
+
+
+def test_a_changed_config_is_reported_and_the_old_one_kept(tmp_path, capsys):
+    train_tiny(tmp_path, max_steps=3)
+    capsys.readouterr()
+    train_tiny(tmp_path, max_steps=5, log_every=1)
+    assert "WARNING" not in capsys.readouterr().out
+    train_tiny(tmp_path, clip_grad=9.0)
+    assert "training.clip_grad: 0.5 -> 9.0" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "config.1.yaml").read_text())["training"]["clip_grad"] == 0.5
+
+
+def test_resume_false_refuses_a_used_folder(tmp_path):
+    train_tiny(tmp_path, max_steps=2)
+    with pytest.raises(UserError, match="holds a run at step 2"):
+        train_tiny(tmp_path, resume=False)
+
+
+def test_given_weights_start_a_run_and_a_checkpoint_precedes_them(tmp_path):
+    train_tiny(tmp_path / "first")
+    train_tiny(tmp_path / "second", weights=str(tmp_path / "first"), max_steps=1)
+    start, end = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    assert (start["head.weight"] - end["head.weight"]).abs().max() < 0.05
+    with pytest.raises(UserError, match="there is no"):
+        train_tiny(tmp_path / "third", weights="nowhere.pth")
+
+
+def test_a_parameter_without_a_group_is_named(tmp_path):
+    class Forgetful(TinyRecipe):
+        def param_groups(self):
+            return super().param_groups()[:2]
+
+    from utils.optimizers import make_optimizer
+
+    recipe = Forgetful()
+    with pytest.raises(UserError, match=r"head\.weight"):
+        make_optimizer(torch.optim.AdamW, recipe.param_groups(), recipe)

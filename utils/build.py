@@ -1,0 +1,277 @@
+"""From config nodes to objects, and to nothing but what a short list of packages offers.
+
+A node is a mapping with `_target_` (the dotted name of a class or function), keywords, and, where
+the caller adds the rest later, `_partial_: true`. The constructor's signature is the schema: a
+keyword it does not know, or a value of the wrong kind, is one line that names the place and the
+nearest right word. Knows neither Hydra nor torch, so it works on plain dictionaries too.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+ALLOWED = (
+    *("octic", "vit", "dinov2", "deit", "baselines", "evaluation", "utils"),
+    *("torch.optim", "torchvision.transforms", "timm.optim"),
+)
+ROOT = Path(__file__).resolve().parent.parent
+_WORDS = {"_target_", "_partial_"}
+_PLAIN = (bool, int, float, str, list, dict, type(None))
+
+
+def build(node: Any, /, **extra: Any) -> Any:
+    """The object a config node describes; `extra` adds keywords, or replaces those of the config.
+
+    Raises `UserError` for a target that is not offered and for keywords its signature refuses.
+    """
+    where = node._get_full_key(None) if hasattr(node, "_get_full_key") else ""
+    return _build(plain(node), where, extra)
+
+
+def check_targets(node: Any, /, where: str = "") -> None:
+    """Hold the keywords of every target below a node against its signature, building nothing."""
+    node = plain(node)
+    if isinstance(node, list):
+        for index, value in enumerate(node):
+            check_targets(value, f"{where}[{index}]")
+    elif isinstance(node, dict):
+        if "_target_" in node:
+            target = resolve(node["_target_"], where)
+            _check_keywords(target, _keywords(node, where), where, partial=True)
+        for key, value in node.items():
+            check_targets(value, _join(where, key))
+
+
+def resolve(target: object, where: str = "") -> Callable[..., Any]:
+    """The class or function of a dotted name, if it is defined in an allowed package.
+
+    What counts is where the object was defined, not the name that leads to it: `utils.x.os.system`
+    and everything else that a module merely imported is refused.
+    """
+    prefix = f"{where}: " if where else ""
+    refused = f"{prefix}{target!r} cannot be built from a config"
+    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", target):
+        raise UserError(
+            f"{prefix}_target_ must be a dotted name such as octic.models.x, got {target!r}"
+        )
+    if not _offered(target) and not target.startswith("timm."):
+        raise UserError(
+            f"{refused}; offered are {', '.join(ALLOWED)}, timm.create_model and timm's models"
+        )
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an optional package that the module itself needs
+        raise UserError(f"{prefix}there is no module {error.name!r} (in {target!r})") from None
+    if not hasattr(module, name):
+        public = [word for word in vars(module) if not word.startswith("_")]
+        raise UserError(f"{prefix}{module_name} has no {name!r}{nearest(name, public)}")
+    found = getattr(module, name)
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise UserError(f"{refused}: it is neither a class nor a function")
+    if not _offered(f"{found.__module__}.{found.__qualname__}") and not _is_timm_model(found):
+        raise UserError(f"{refused}: it is defined in {found.__module__}")
+    return found
+
+
+def plain(node: Any) -> Any:
+    """An OmegaConf node as dictionaries and lists, interpolations resolved; others as they are."""
+    if hasattr(node, "_get_full_key"):
+        omegaconf: Any = sys.modules["omegaconf"]  # it is loaded, as the node is its own
+        return omegaconf.OmegaConf.to_container(node, resolve=True)
+    return node
+
+
+def nearest(word: object, known: Iterable[object]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known word resembles the given one."""
+    found = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named keywords a target takes."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in kinds}
+
+
+def _build(node: Any, where: str, extra: Mapping[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_build(value, f"{where}[{index}]", {}) for index, value in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    if "_target_" not in node:
+        if extra:
+            raise UserError(f"{where or 'the node'} has no _target_, so it cannot be built")
+        return {key: _build(value, _join(where, key), {}) for key, value in node.items()}
+    target = resolve(node["_target_"], where)
+    given = _keywords(node, where)
+    partial = bool(node.get("_partial_", False))
+    _check_keywords(target, given | dict(extra), where, partial=partial)
+    keywords = {
+        key: _build(value, _join(where, key), {})
+        for key, value in given.items()
+        if key not in extra
+    }
+    keywords |= extra
+    if partial:
+        factory = Factory(target, **keywords)
+        factory.where = where
+        return factory
+    return _call(target, where, keywords)
+
+
+class Factory(functools.partial):
+    """A `_partial_` node: a `functools.partial` whose complaints name the config key."""
+
+    where: str = ""
+
+    def __call__(self, /, *args: Any, **keywords: Any) -> Any:
+        """Build it, with further keywords."""
+        return _call(functools.partial(self.func, *args), self.where, {**self.keywords, **keywords})
+
+
+def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -> Any:
+    prefix = f"{where}: " if where else ""
+    try:
+        return target(**keywords)
+    except UserError:
+        raise
+    except TypeError as error:
+        message = _refused_keyword(error)
+        if message is None:
+            raise
+        raise UserError(prefix + message) from error
+    except ValueError as error:
+        if not _raised_by_us(error):
+            raise
+        raise UserError(prefix + " ".join(str(error).split())) from error
+
+
+def _keywords(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for key in node:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {key!r} is no keyword")
+        if key.startswith("_") and key.endswith("_") and key not in _WORDS:
+            raise UserError(f"{where}: {key} is not understood; there are _target_ and _partial_")
+    return {key: value for key, value in node.items() if key not in _WORDS}
+
+
+def _offered(name: str) -> bool:
+    return any(name.startswith(f"{package}.") for package in ALLOWED)
+
+
+def _is_timm_model(found: Callable[..., Any]) -> bool:
+    """timm also offers functions that read files: only its models and their factory count."""
+    if not found.__module__.startswith("timm."):
+        return False
+    import timm
+
+    return found is timm.create_model or timm.is_model(found.__name__)
+
+
+def _check_keywords(
+    target: Callable[..., Any], given: Mapping[str, Any], where: str, *, partial: bool
+) -> None:
+    name, prefix = target.__qualname__, f"{where}: " if where else ""
+    known = keywords_of(target)
+    parameters = inspect.signature(target).parameters.values()
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    for key in given:
+        if key not in known and not open_ended:
+            raise UserError(f"{prefix}{_unknown(name, key, known)}")
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
+    if missing and not partial:
+        raise UserError(f"{prefix}{name} also needs {', '.join(missing)}")
+    hints = _hints(target)
+    for key, value in given.items():
+        if key in hints and not _fits(value, hints[key]):
+            raise UserError(f"{_join(where, key)} must be {_kind(hints[key])}, got {value!r}")
+
+
+def _kind(hint: Any) -> str:
+    """An annotation in words."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_kind(option) for option in typing.get_args(hint))
+    name = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    return words.get(hint) or name.replace("typing.", "").replace("collections.abc.", "")
+
+
+def _unknown(name: str, key: str, known: Iterable[str]) -> str:
+    return f"{name} takes no {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})"
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # a name known to type checkers alone
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain config value may stand where `hint` is annotated; True where unclear."""
+    if isinstance(value, dict) and "_target_" in value:
+        return True
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    kind = origin or hint
+    if not inspect.isclass(kind) or not isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, list) and kind is tuple and arguments and Ellipsis not in arguments:
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    items = value if isinstance(value, list) and arguments else []
+    if not all(_fits(item, arguments[0]) for item in items):
+        return False
+    if isinstance(value, bool):
+        return kind in (bool, object)
+    wider = {int: (float,), str: (Path,), list: (tuple, set, frozenset)}.get(type(value), ())
+    try:
+        return isinstance(value, kind) or kind in wider
+    except TypeError:  # a protocol that cannot be asked
+        return True
+
+
+def _refused_keyword(error: TypeError) -> str | None:
+    """The line for an unexpected keyword deep in a constructor, with the keywords it knows."""
+    match = re.search(
+        r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
+    )
+    if match is None:
+        return None
+    name, key = match.groups()
+    frame, found = error.__traceback__, None
+    while frame is not None:  # the caller knows the class or function under its name
+        found = frame.tb_frame.f_globals.get(name, found)
+        frame = frame.tb_next
+    return _unknown(name, key, keywords_of(found)) if callable(found) else str(error)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the innermost frame is a file of ours: then the message is meant for the user."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    file = Path(frame.tb_frame.f_code.co_filename if frame else sys.executable).resolve()
+    return ROOT in file.parents and "site-packages" not in file.parts
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)

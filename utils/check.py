@@ -1,0 +1,97 @@
+"""`--check`: what a config would build and what that costs, without data, memory or a GPU."""
+
+from typing import TYPE_CHECKING, Any
+
+from utils.build import build, check_targets, plain
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class UnreadImages:
+    """Stands for the data set: ImageNet's length, and nothing to read."""
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+
+def check(config: Any) -> None:
+    """Validate every target, build the networks, print the config and their cost.
+
+    Raises `UserError` for what a constructor refuses.
+    """
+    import yaml
+
+    content = plain(config)
+    check_targets(content)
+    lines = describe(content)
+    print(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100))
+    print("\n".join(f"# {line}" for line in lines))  # so that the whole stays YAML
+
+
+def describe(content: dict[str, Any]) -> list[str]:
+    """Lines with parameters and multiply-adds of the networks, and the batch."""
+    net, recipe = networks(content)
+    size = crop_size(content, net)
+    name = str(content["backbone"]["_target_"]).rpartition(".")[2]
+    lines = [
+        f"backbone {name}: {_millions(net)} parameters, "
+        f"{multiply_adds(net, size) / 1e9:.2f} G multiply-adds at {size} x {size}"
+    ]
+    for part, module in getattr(recipe, "student", {}).items():
+        if part != "backbone":
+            lines.append(f"{part}: {_millions(module)} parameters")
+    if recipe is not None:
+        launcher = content["launcher"]
+        processes = (
+            1 if launcher["kind"] == "here" else launcher["nodes"] * launcher["gpus_per_node"]
+        )
+        batch = recipe.batch_size_per_gpu * recipe.accumulation * processes
+        lines.append(
+            f"batch {batch} = {recipe.batch_size_per_gpu} images x {recipe.accumulation} "
+            f"micro-batches x {processes} processes"
+        )
+    return [*lines, "the config is valid"]
+
+
+def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
+    """The backbone and the recipe (None without one) on the meta device: shapes without memory."""
+    import torch
+
+    with torch.device("meta"):
+        factory = build({**content["backbone"], "_partial_": True})
+        if not content.get("recipe"):
+            return factory(), None
+        recipe = build({**content["recipe"], "_partial_": True})(
+            backbone=factory, dataset=UnreadImages()
+        )
+        return factory(), recipe
+
+
+def crop_size(content: dict[str, Any], net: "nn.Module") -> int:
+    """Side in pixels of the images the backbone mostly sees: the recipe's global crops."""
+    crops = (content.get("recipe") or {}).get("crops") or {}
+    size = crops.get("global_crops_size") or content["backbone"].get("img_size")
+    default: dict[str, Any] = getattr(net, "default_cfg", {}) or {}
+    return int(size or default.get("input_size", (3, 224, 224))[-1])
+
+
+def multiply_adds(net: "nn.Module", size: int) -> int:
+    """Multiply-adds of one square image of `size` pixels a side."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    channels = getattr(net, "in_chans", 3)
+    device = next(net.parameters()).device
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            net.eval()(torch.empty(1, channels, size, size, device=device))
+    except ValueError as error:
+        raise UserError(f"the backbone does not take {size} x {size} pixels: {error}") from error
+    return counter.get_total_flops() // 2
+
+
+def _millions(net: "nn.Module") -> str:
+    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"

@@ -1,0 +1,310 @@
+"""From the command line to a composed, checked config: the one door through which settings come in.
+
+`python experiments/x.py --config-file FILE [flags] [key=value ...]`. FILE may be a run file of ours
+anywhere on disk, the `config.yaml` of a saved run, or a YAML in DINOv2's own words
+(`utils.vocabulary`). Hydra and OmegaConf are imported late, so `--help` answers at once and `build`
+works where they are not installed.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from utils import vocabulary
+from utils.build import build, check_targets, nearest
+from utils.errors import UserError
+from utils.flags import read_arguments
+from utils.schema import compare
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+__all__ = ["CONFIGS", "build", "check_targets", "compose_config", "fail", "parse_config"]
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def parse_config(
+    default: str, argv: list[str] | None = None, *, base: str = "train"
+) -> "DictConfig":
+    """The config the command line asks for; a mistake prints one line and leaves with code 2.
+
+    `default`: the run file (below `configs/`) taken without `--config-file`. `base`: the file below
+    `configs/` whose keys are all there are. `--check` prints the config and the networks' cost, and
+    leaves.
+    """
+    try:
+        arguments = read_arguments(argv, CONFIGS, default, base)
+        config = compose_config(arguments.config_file or default, arguments.overrides, base=base)
+        if not arguments.check:
+            return config
+        from utils.check import check
+
+        check(config)
+    except UserError as error:
+        fail(error)
+    raise SystemExit(0)
+
+
+def compose_config(
+    file: str | Path, overrides: list[str] | None = None, *, base: str = "train"
+) -> "DictConfig":
+    """Compose a file with overrides `key=value`; interpolations resolved, every key known.
+
+    Keys below a `_target_` may be any keyword: `check_targets` and `build` hold them against the
+    constructor. Raises `UserError` with one line for whatever is wrong.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    path, words = find_file(file), _parse(overrides or [])
+    with _one_line(path):
+        content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
+            raise UserError(f"{path}: a config is a mapping of keys to values")
+        if vocabulary.is_dinov2(content):
+            config = _compose_translated(content, words, path, base)
+        elif "defaults" in content or not any(_is_group(word) for word in words):
+            config = _compose(path, words)
+        else:
+            config = _compose_and_swap(path, words, base)
+        _check_keys(config, base, path)
+        OmegaConf.resolve(config)
+    return config
+
+
+def find_file(file: str | Path) -> Path:
+    """A config file as given, or below `configs/`; with or without its ending."""
+    given = Path(file).expanduser()
+    for path in (given, CONFIGS / given):
+        for candidate in (path, path.with_name(f"{path.name}.yaml")):
+            if candidate.is_file():
+                return candidate.absolute()
+    if given.is_dir() or (CONFIGS / given).is_dir():
+        folder = given if given.is_dir() else CONFIGS / given
+        inside = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
+        raise UserError(
+            f"{file} is a folder; give one of its files: {inside or 'it has no .yaml file'}"
+        )
+    ours = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    beside = {str(path) for path in given.parent.glob("*.y*ml")} if given.parent.is_dir() else set()
+    hint = nearest(given, beside) or nearest(given, ours) or nearest(given.stem, _by_stem(ours))
+    raise UserError(f"there is no config file {file}{hint}")
+
+
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Print one line and leave."""
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _by_stem(files: set[str]) -> set[str]:
+    return {Path(file).stem for file in files}
+
+
+def _parse(words: list[str]) -> list["Override"]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parsed = []
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            raise UserError(
+                f"cannot read {word!r}: text with special characters needs quotes, key='value'"
+            ) from None
+        if override.is_sweep_override():
+            raise UserError(f"{word!r} gives several values; a list is written key=[a,b]")
+        if override.key_or_group.split(".")[0] == "hydra":
+            raise UserError(f"{word!r}: Hydra's own settings are not for the command line")
+        if override.value() is None and (CONFIGS / override.key_or_group).is_dir():
+            raise UserError(f"{word!r}: the group {override.key_or_group} needs one of its options")
+        parsed.append(override)
+    return parsed
+
+
+def _is_group(override: "Override") -> bool:
+    """Whether `group=option` chooses a file: the group is a folder, and the value a plain word."""
+    value = override.value()
+    return (CONFIGS / override.key_or_group).is_dir() and isinstance(value, (str, int, float, list))
+
+
+def _compose(path: Path, words: list["Override"]) -> "DictConfig":
+    """Compose with Hydra; keys no file mentions are refused unless they are a target's keywords."""
+    groups = [word for word in words if _is_group(word)]
+    lines = [word.input_line or "" for word in groups]
+    if len(groups) < len(words):
+        without = _hydra(path, lines)
+        lines += [_known_key(word, without) for word in words if not _is_group(word)]
+    return _hydra(path, lines)
+
+
+def _hydra(path: Path, lines: list[str]) -> "DictConfig":
+    from hydra import compose, initialize_config_dir
+
+    if path.suffix != ".yaml":
+        raise UserError(f"{path}: the name of a run file must end in .yaml")
+    with initialize_config_dir(str(path.parent), job_name="octic", version_base="1.3"):
+        return compose(path.stem, [*lines, f"hydra.searchpath=['file://{CONFIGS}']"])
+
+
+def _compose_and_swap(path: Path, words: list["Override"], base: str) -> "DictConfig":
+    """A saved run has no defaults list, so no groups to choose: put freshly composed ones in."""
+    groups = [word.key_or_group for word in words if _is_group(word)]
+    fresh = [word for word in words if word.key_or_group.split(".")[0] in groups]
+    new = _compose(CONFIGS / f"{base}.yaml", fresh)
+    config = _compose(path, [word for word in words if word not in fresh])
+    for group in groups:
+        config[group] = new[group]
+    return config
+
+
+def _compose_translated(
+    content: "DictConfig", words: list["Override"], path: Path, base: str
+) -> "DictConfig":
+    """A file in DINOv2's words: overrides in these words join it before it is translated."""
+    from omegaconf import OmegaConf
+
+    theirs = [word for word in words if vocabulary.is_theirs(word.key_or_group)]
+    for word in theirs:
+        OmegaConf.update(content, word.key_or_group, word.value(), force_add=True)
+    groups = {word.key_or_group: str(word.value()) for word in words if _is_group(word)}
+    run, notes = vocabulary.translate(
+        _content(content), name=path.stem, source=path, base=base, groups=groups
+    )
+    for note in notes if os.environ.get("RANK", "0") == "0" else []:
+        print(f"note: {path.name}: {note}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        translated = Path(folder) / f"{path.stem}.yaml"
+        OmegaConf.save(OmegaConf.create(run), translated)
+        return _compose(translated, [word for word in words if word not in theirs])
+
+
+def _known_key(override: "Override", config: "DictConfig") -> str:
+    """The override as Hydra wants it; `UserError` with the nearest key if it does not exist."""
+    from omegaconf import DictConfig, OmegaConf
+
+    line, key = override.input_line or "", override.key_or_group
+    if override.is_force_add() or override.is_add():
+        return line
+    parent, _, name = key.rpartition(".")
+    node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
+    if isinstance(node, DictConfig):
+        if name in node:
+            return line
+        if "_target_" in node and not override.is_delete():
+            return f"+{line}"  # a keyword the file leaves at its default; its constructor decides
+    raise UserError(f"unknown key {key!r}{_nearest_key(key, config)}")
+
+
+def _nearest_key(key: str, config: "DictConfig") -> str:
+
+    known = list(_flat(_content(config)))
+    same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return nearest(key, known) or (f"; did you mean {same_name[0]!r}?" if same_name else "")
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
+    """Refuse keys that `base` and its groups lack, and values of another kind than theirs."""
+    from omegaconf import OmegaConf
+
+    content, schema = _content(config), _schema(base)
+    lacking = [key for key in schema if key not in content]
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise UserError(f"{path} lacks {shown}: put `defaults: [/{base}, _self_]` at its top")
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} must be given")
+    compare(content, schema, path)
+
+
+def _schema(base: str) -> dict[str, Any]:
+    """The keys of `configs/<base>.yaml`; a group is None (any content) unless fixed."""
+    from omegaconf import OmegaConf
+
+    content = _content(OmegaConf.load(CONFIGS / f"{base}.yaml"))
+    for entry in content.pop("defaults", []):
+        for group in entry if isinstance(entry, dict) else ():
+            content.setdefault(group.split("@")[-1].split(".")[0], None)
+    for group in ("launcher", "cluster", "data"):
+        fixed: dict[str, Any] = {}
+        for file in sorted((CONFIGS / group).glob("*.yaml")):
+            for key, value in _content(OmegaConf.load(file)).items():
+                if key != "defaults" and fixed.get(key) is None:
+                    fixed[key] = value
+        if group in content:
+            content[group] = fixed if group != "data" else dict.fromkeys(fixed)
+    return content
+
+
+def _content(config: Any) -> dict[str, Any]:
+    """A config as plain dicts and lists, interpolations as they stand."""
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(config, resolve=False)
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Every complaint of YAML, OmegaConf and Hydra as a `UserError` of one line."""
+    import yaml
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except UserError:
+        raise
+    except MissingConfigException as error:
+        raise UserError(_missing_option(error, path)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{mark.name}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: bad YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: bad YAML: {str(error).splitlines()[0]}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        key = getattr(cause, "full_key", None)
+        message = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        if group := re.search(r"Could not override '(\w+)'", str(error)):
+            others = set(_groups()) - {group[1]}
+            message = f"there is no group {group[1]!r} to override{nearest(group[1], others)}"
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{message}") from error
+    except ValueError as error:  # Hydra's word on a defaults list of the wrong shape
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _missing_option(error: Any, path: Path) -> str:
+    missing, options = str(error.missing_cfg_file), sorted(error.options or [])
+    group, _, name = missing.strip("/").rpartition("/")
+    if options:
+        hint = nearest(name, options)
+        known = "" if hint and len(options) > 9 else f" (options: {', '.join(options)})"
+        return f"there is no {group}={name}{hint}{known}"
+    names = [
+        file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml")
+    ]
+    hint = nearest(missing.strip("/"), names) or nearest(group, _groups())
+    return f"{path}: there is no config {missing!r}{hint}"
+
+
+def _groups() -> list[str]:
+    return [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]

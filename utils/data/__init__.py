@@ -1,0 +1,1 @@
+"""Images: readers of folders and ImageNet trees, embedded data, samplers, batches, transforms."""

@@ -1,0 +1,129 @@
+"""Inside a loader's worker: requests become batches, with random numbers of their own."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator
+from torch.utils.data import Dataset, default_collate
+
+from utils.data.images import ImageDataset, ImageError
+from utils.data.samplers import derive_seed
+
+MAX_REPLACEMENTS = 1000  # images tried in place of one, before all of them are taken for damaged
+
+Transform = Callable[[Image.Image], Any]
+Sample = tuple[Any, int]  # transformed image, label or -1
+Collate = Callable[[list[Sample], Generator], Any]
+
+
+class Request(NamedTuple):
+    """What one batch consists of: indices, the seed of each sample, the seed of the collation."""
+
+    indices: list[int]
+    seeds: Sequence[tuple[int, ...]]
+    collate_seed: tuple[int, ...] = ()
+
+
+class Failure(NamedTuple):
+    """An image that could not be read."""
+
+    number: int  # index in the data set
+    path: str
+    reason: str
+
+
+class TrainingSource(Dataset):
+    """Training batches by request, with the failures met; None for a batch that cannot be had.
+
+    Failures are returned, because an exception of a worker reaches the user in two tracebacks.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, transform: Transform, collate: Collate, skip: bool
+    ) -> None:
+        self.dataset, self.transform, self.collate, self.skip = dataset, transform, collate, skip
+
+    def __getitem__(self, request: Request) -> tuple[Any, list[Failure]]:
+        failures: list[Failure] = []
+        samples = []
+        with own_randomness():
+            for index, seed in zip(request.indices, request.seeds, strict=True):
+                sample = self._sample_or_next(index, seed, failures)
+                if sample is None:
+                    return None, failures
+                samples.append(sample)
+            collate_seed = derive_seed(*request.collate_seed)
+            seed_everything(collate_seed)
+            return self.collate(samples, Generator().manual_seed(collate_seed)), failures
+
+    def _sample_or_next(
+        self, index: int, seed: tuple[int, ...], failures: list[Failure]
+    ) -> Sample | None:
+        count = len(self.dataset)
+        for offset in range(min(count, MAX_REPLACEMENTS) if self.skip else 1):
+            place = (index + offset) % count
+            sample = read_sample(self.dataset, self.transform, place, seed, failures)
+            if sample is not None:
+                return sample
+        return None
+
+
+class EvaluationSource(Dataset):
+    """(images, labels, indices) by request, with the failures met; None where no image is left."""
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, skip: bool) -> None:
+        self.dataset, self.transform, self.skip = dataset, transform, skip
+
+    def __getitem__(self, request: Request) -> tuple[Any, list[Failure]]:
+        failures: list[Failure] = []
+        rows = []
+        with own_randomness():
+            for index, seed in zip(request.indices, request.seeds, strict=True):
+                sample = read_sample(self.dataset, self.transform, index, seed, failures)
+                if sample is not None:
+                    rows.append((*sample, index))
+                elif not self.skip:
+                    return None, failures
+        return (tuple(default_collate(rows)) if rows else None), failures
+
+
+def read_sample(
+    dataset: ImageDataset,
+    transform: Transform,
+    index: int,
+    seed: tuple[int, ...],
+    failures: list[Failure],
+) -> Sample | None:
+    """The image, transformed under `seed`, and its label; None after noting a failure."""
+    try:
+        image = dataset.read(index)
+    except ImageError as error:
+        failures.append(Failure(index, error.path, error.reason))
+        return None
+    seed_everything(derive_seed(*seed))
+    label = dataset.label(index)
+    return transform(image), -1 if label is None else label
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global CPU generators of torch, numpy and random."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Leave the global generators as they were: without workers, they are those of the training."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

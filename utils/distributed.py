@@ -1,0 +1,219 @@
+"""Ranks, process groups and a few collectives; every helper also works in one process.
+
+A process learns its place from torchrun's variables, else from submitit's local executor, else from
+a Slurm step, else it is alone. Torchrun comes first because it may run inside a Slurm allocation.
+"""
+
+import datetime
+import gc
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+class Process(NamedTuple):
+    """The place of one process among its peers."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def find_process(env: Mapping[str, str] | None = None) -> Process:
+    """This process's place according to the environment; raises UserError if it is half given."""
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in env]
+        if missing:
+            raise UserError(
+                f"variables of torchrun missing: {', '.join(missing)}; set them or unset the rest"
+            )
+        local_rank = int(env.get("LOCAL_RANK", env["RANK"]))
+        return Process(
+            int(env["RANK"]),
+            local_rank,
+            int(env["WORLD_SIZE"]),
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+        )
+    if "SUBMITIT_LOCAL_GLOBALID" in env:
+        return Process(
+            int(env["SUBMITIT_LOCAL_GLOBALID"]),
+            int(env["SUBMITIT_LOCAL_LOCALID"]),
+            int(env["SUBMITIT_LOCAL_NTASKS"]),
+            "127.0.0.1",
+            _port(env, env.get("SUBMITIT_LOCAL_JOB_ID", "")),
+        )
+    # SLURM_STEP_ID exists only below srun: a plain python in a batch script or an interactive shell
+    # is alone.
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        return Process(
+            int(env["SLURM_PROCID"]),
+            int(env.get("SLURM_LOCALID", 0)),
+            int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))),
+            env.get("MASTER_ADDR", first_host(nodes)),
+            _port(env, env.get("SLURM_JOB_ID", "") + "." + env["SLURM_STEP_ID"]),
+        )
+    return Process()
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: `gpu[03-05,9]-ib,x` -> `gpu03-ib`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise UserError(f"no host in the Slurm node list {nodes!r}")
+    return "".join(part or "" for part in match.groups())
+
+
+@contextmanager
+def session(device: str = "auto", *, timeout_min: float = 30) -> Iterator[torch.device]:
+    """Join the process group for the duration of a `with` block; yields this process's device."""
+    ours = not _joined()
+    yield setup(device, timeout_min=timeout_min)
+    # Not in a finally: after an exception the peers may hang in a collective we would wait for.
+    if ours and _joined():
+        # Sharded networks hold groups in reference cycles; a group that lives on into the
+        # interpreter's end now and then aborts the process from one of its threads.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def setup(device: str = "auto", *, timeout_min: float = 30) -> torch.device:
+    """Choose the device and join the peers, if any: nccl for CUDA, gloo for CPU tensors.
+
+    `device` is auto, cpu, cuda or cuda:<index>. Raises UserError when the machine does not have it.
+    """
+    process = find_process()
+    chosen = _choose_device(device, process)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if process.world_size > 1 and not _joined():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            init_method="env://"  # torchrun keeps the store itself
+            if "RANK" in os.environ
+            else f"tcp://{process.address}:{process.port}",
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=datetime.timedelta(minutes=timeout_min),
+        )
+    return chosen
+
+
+def rank() -> int:
+    """Rank of this process, 0 when alone."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if _joined():
+        dist.barrier()
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean of `tensor` over the ranks, as a new tensor; every rank must call this."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Elementwise maximum over the ranks, as a new tensor; every rank must call this."""
+    if world_size() == 1:
+        return tensor
+    largest = tensor.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def all_gather_variable(tensor: Tensor) -> Tensor:
+    """The ranks' tensors (first sizes may differ) concatenated; every rank must call this."""
+    if world_size() == 1:
+        return tensor
+    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+    counts = [int(size) for size in sizes]
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The ranks' small Python values, in rank order, on every rank; every rank must call this."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's small Python value on every rank; every rank must call this."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _port(env: Mapping[str, str], job: str) -> int:
+    # A function of the job, so that all its processes agree without talking; below Linux's
+    # ephemeral ports.
+    return (
+        int(env["MASTER_PORT"])
+        if "MASTER_PORT" in env
+        else 20000 + zlib.crc32(job.encode()) % 12000
+    )
+
+
+def _choose_device(device: str, process: Process) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not device.startswith("cuda"):
+        return torch.device(device)
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError("device=cuda, but torch sees no GPU here; use device=cpu or device=auto")
+    if ":" in device:
+        return torch.device(device)
+    # A launcher that binds one GPU to each task leaves only index 0 visible.
+    index = 0 if count == 1 else process.local_rank
+    if index >= count:
+        raise UserError(
+            f"process {process.local_rank} of this machine has no GPU: {count} are visible"
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,208 @@
+"""The flags of every experiment script: each is another name of one config key."""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from utils.errors import UserError
+
+
+class Flag(NamedTuple):
+    """Names, config key, help, and the kind of the value (None: a switch that sets `value`)."""
+
+    names: tuple[str, ...]
+    key: str
+    help: str
+    kind: type | None = str
+    value: Any = True
+    submits: bool = False  # asks for a cluster: chooses launcher=slurm unless a launcher is named
+
+
+# A key without a dot is a config group or a plain value; the composed config tells which.
+FLAGS = (
+    Flag(("--model",), "backbone", "the backbone's config, as backbone=X"),
+    Flag(("--data",), "data", "the data's config, as data=X"),
+    Flag(
+        ("--weights", "--pretrained-weights"),
+        "training.weights",
+        "start from the weights of this file",
+    ),
+    Flag(("--batch-size",), "recipe.batch_size_per_gpu", "images per GPU and micro-batch", int),
+    Flag(("--accumulation",), "recipe.accumulation", "micro-batches per step", int),
+    Flag(("--epochs",), "recipe.epochs", "length of the training", int),
+    Flag(("--max-steps",), "training.max_steps", "stop after this many steps", int),
+    Flag(("--seed",), "seed", "seed of everything random", int),
+    Flag(("--precision",), "training.precision", "auto, fp32, tf32, bf16 or fp16"),
+    Flag(("--compile",), "training.compile", "compile the networks", None, True),
+    Flag(("--no-compile",), "training.compile", "do not compile the networks", None, False),
+    Flag(("--num-workers",), "recipe.num_workers", "processes per GPU that read images", int),
+    Flag(("--device",), "device", "auto, cpu or cuda"),
+    Flag(("--name",), "name", "name of the run"),
+    Flag(
+        ("--output-dir", "--output_dir"), "output_dir", "run folder; %%j becomes the Slurm job id"
+    ),
+    Flag(
+        ("--resume",), "training.resume", "continue the run of the folder (the default)", None, True
+    ),
+    Flag(("--no-resume",), "training.resume", "start afresh", None, False),
+    Flag(("--wandb",), "logging.wandb", "log to Weights & Biases", None, True),
+    Flag(("--no-wandb", "--dont-log-wandb"), "logging.wandb", "no Weights & Biases", None, False),
+    Flag(("--tensorboard",), "logging.tensorboard", "log to TensorBoard", None, True),
+    Flag(("--launcher",), "launcher", "here, local (several processes) or slurm"),
+    Flag(
+        ("--ngpus", "--gpus", "--gpus-per-node"),
+        "launcher.gpus_per_node",
+        "GPUs, and so processes, per node",
+        int,
+        submits=True,
+    ),
+    Flag(("--nodes", "--nnodes"), "launcher.nodes", "nodes", int, submits=True),
+    Flag(
+        ("--timeout",),
+        "launcher.timeout_min",
+        "time limit of the job in minutes",
+        int,
+        submits=True,
+    ),
+    Flag(("--cluster",), "cluster", "the cluster's facts, as cluster=X", submits=True),
+    Flag(("--partition",), "cluster.partition", "partition of the cluster", submits=True),
+    Flag(("--account",), "cluster.account", "account the job is charged to", submits=True),
+    Flag(("--comment",), "cluster.comment", "comment of the job", submits=True),
+    Flag(("--exclude",), "cluster.exclude", "nodes not to use", submits=True),
+    Flag(("--email",), "cluster.mail", "address Slurm writes to", submits=True),
+    Flag(("--use-volta32",), "cluster.constraint", "32 GB Volta", None, "volta32gb", submits=True),
+    Flag(("--a40",), "cluster.gpu_type", "A40 GPUs", None, "A40", submits=True),
+)
+
+
+class Arguments(NamedTuple):
+    """What the command line asks for: a file, overrides of its keys, and whether to run."""
+
+    config_file: str | None
+    overrides: list[str]  # flags first, so that a spelt-out key=value has the last word
+    check: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def read_arguments(
+    argv: list[str] | None, configs: Path, default: str, base: str = "train"
+) -> Arguments:
+    """Read flags and `key=value` words in any order; `--help` prints and leaves.
+
+    Raises `UserError` for an unknown flag, with the nearest one, and for words that are neither.
+    """
+    flags = _flags_of(configs / f"{base}.yaml")
+    parser = _parser(configs, default, flags)
+    values, rest = parser.parse_known_args(argv)
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in rest:
+        _check_word(word, known)
+    chosen = [flag for flag in flags if _dest(flag) in values]
+    overrides = [f"{flag.key}={_quoted(getattr(values, _dest(flag)), flag)}" for flag in chosen]
+    named = any(word.lstrip("+").startswith("launcher=") for word in [*overrides, *rest])
+    if any(flag.submits for flag in chosen) and not named:
+        overrides.insert(0, "launcher=slurm")
+    return Arguments(values.config_file, overrides + rest, values.check)
+
+
+def _flags_of(base: Path) -> list[Flag]:
+    """The flags whose keys a config of this kind has."""
+    import yaml
+
+    content = yaml.safe_load(base.read_text())
+    groups = [group for entry in content["defaults"] if entry != "_self_" for group in entry]
+    return [flag for flag in FLAGS if flag.key.split(".")[0] in {*content, *groups}]
+
+
+def _parser(configs: Path, default: str, flags: list[Flag]) -> _Parser:
+    script = sys.modules["__main__"]
+    parser = _Parser(
+        usage="%(prog)s [--config-file FILE] [flags] [key=value ...]",
+        description=script.__doc__,
+        epilog=_epilog(configs),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        *("--config-file", "--config"),
+        metavar="FILE",
+        default=None,
+        help=f"a run file, a saved run's config.yaml or a DINOv2 YAML (default: {default})",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        default=False,
+        help="compose and validate, print the config, parameters and multiply-adds, and stop",
+    )
+    for flag in flags:
+        if flag.kind is None:
+            parser.add_argument(
+                *flag.names,
+                dest=_dest(flag),
+                action="store_const",
+                const=flag.value,
+                help=_help(flag),
+            )
+        else:
+            metavar = "N" if flag.kind is int else "X"
+            parser.add_argument(
+                *flag.names, dest=_dest(flag), type=flag.kind, metavar=metavar, help=_help(flag)
+            )
+    return parser
+
+
+def _help(flag: Flag) -> str:
+    value = (
+        ""
+        if flag.kind
+        else f"={flag.value}".lower()
+        if isinstance(flag.value, bool)
+        else f"={flag.value}"
+    )
+    return f"{flag.help} ({flag.key}{value})"
+
+
+def _dest(flag: Flag) -> str:
+    return flag.names[0].lstrip("-").replace("-", "_")
+
+
+def _epilog(configs: Path) -> str:
+    """The groups with their options, and the run files, as the folder has them."""
+    lines = ["groups, chosen by group=option, and files for --config-file:"]
+    for folder in sorted(path for path in configs.iterdir() if path.is_dir()):
+        options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        named = textwrap.fill(f"  {folder.name}: {options}", 90, subsequent_indent="    ")
+        lines += [named] if options else []
+    lines.append("any key of the config can be set by key=value, for instance recipe.epochs=10")
+    return "\n".join(lines)
+
+
+def _check_word(word: str, known: list[str]) -> None:
+    from utils.build import nearest
+
+    if word.startswith("-"):
+        name = word.split("=")[0]
+        raise UserError(f"unknown flag {name}{nearest(name, known)}; --help lists the flags")
+    if "=" not in word and not word.startswith("~"):
+        file = (
+            f"; a file is given by --config-file {word}" if word.endswith((".yaml", ".yml")) else ""
+        )
+        raise UserError(f"cannot read {word!r}: overrides are written key=value{file}")
+
+
+def _quoted(value: Any, flag: Flag) -> str:
+    """A value in Hydra's grammar: names of options stay bare, other text is quoted."""
+    if not isinstance(value, str):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if "." not in flag.key and flag.key in ("backbone", "data", "launcher", "cluster"):
+        return value
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -1,0 +1,163 @@
+"""Is the training well? Steps that are not finite are skipped; collapse raises an alarm."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils import distributed, parallel
+from utils.errors import UserError
+from utils.precision import Precision
+from utils.randomness import preserved_randomness
+from utils.signals import StopSignal
+
+
+class Health:
+    """Guards the state against NaN and inf, and watches the features.
+
+    A step whose losses or gradient norms are not finite is skipped: parameters, optimiser and
+    buffers (running centres have already seen the bad batch) stay as before it. `nan_patience` such
+    steps in a row end the run. An fp16 overflow of the gradients alone is skipped too but not
+    counted: the scaler is looking for its scale.
+    """
+
+    def __init__(
+        self, *, nan_patience: int = 2, min_rank: float = 1.5, min_std: float = 1e-3
+    ) -> None:
+        self.nan_patience, self.min_rank, self.min_std = max(nan_patience, 1), min_rank, min_std
+        self.bad_steps: list[tuple[int, dict[str, float]]] = []
+        self.skipped = 0
+        self.alarm = ""  # one line when the last examination found the features collapsed
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def remember(self, recipe: nn.Module) -> None:
+        """Copy the buffers, which the forward pass may change."""
+        self._buffers = {name: buffer.clone() for name, buffer in recipe.named_buffers()}
+
+    @torch.no_grad()
+    def undo(self, recipe: nn.Module) -> None:
+        """Put the buffers back."""
+        for name, buffer in recipe.named_buffers():
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
+
+    def agree(
+        self,
+        step: int,
+        losses: Mapping[str, Tensor],
+        norms: Mapping[str, Tensor],
+        stop: StopSignal,
+        precision: Precision,
+    ) -> tuple[bool, bool]:
+        """Whether `step` (from 0) is finite on every rank, and whether any rank was told to stop.
+
+        The one place where a step waits for the device: one stacked tensor, one reduction, one
+        read. Every rank must call this.
+        """
+        loss_bad = ~torch.stack([value.float() for value in losses.values()]).isfinite().all()
+        norm_bad = (
+            ~torch.stack([v.float() for v in norms.values()]).isfinite().all()
+            if norms
+            else loss_bad
+        )
+        told = torch.tensor(stop.received is not None).to(loss_bad.device, non_blocking=True)
+        flags = torch.stack([loss_bad, norm_bad, told]).float()
+        bad_loss, bad_norm, stopping = (
+            bool(flag) for flag in distributed.all_reduce_max(flags).tolist()
+        )
+        if not (bad_loss or bad_norm):
+            self.bad_steps = []
+            return True, stopping
+        self.skipped += 1
+        if bad_loss or not precision.scales:
+            norms = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+            self.bad_steps.append((step + 1, {k: float(v) for k, v in {**losses, **norms}.items()}))
+        return False, stopping
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether patience is at its end."""
+        return len(self.bad_steps) >= self.nan_patience
+
+    @property
+    def sound_step(self) -> int:
+        """The number of steps finished before the current row of bad ones."""
+        return self.bad_steps[0][0] - 1
+
+    def give_up(self, problem: str, kept: Path) -> UserError:
+        """The error that ends the run: steps, losses, and where the state from before them lies."""
+        steps = ", ".join(str(step) for step, _ in self.bad_steps)
+        losses = ", ".join(f"{k}={v:.4g}" for k, v in self.bad_steps[-1][1].items())
+        fate = problem or f"the state from before them is in {kept}"
+        return UserError(f"not finite at step {steps} ({losses}): stopped; {fate}")
+
+    def examine(self, net: nn.Module, batch: Any) -> dict[str, float]:
+        """Effective rank and standard deviation of the net's features on the batch's images.
+
+        At most 128 images per rank; empty for a net that is no Backbone. Every rank must call this.
+        """
+        images = _images(batch)
+        if images is None or not hasattr(net, "features"):
+            return {}
+        modes = {part: part.training for part in net.modules()}
+        net.eval()
+        with torch.no_grad(), preserved_randomness():
+            features = net.features(images[:128])[-1].cls
+        for part, mode in modes.items():
+            part.training = mode
+        features = distributed.all_gather_variable(parallel.whole(features).float()).cpu()
+        std = relative_std(features)
+        rank = effective_rank(features)
+        self.alarm = (
+            ""
+            if rank >= self.min_rank and std >= self.min_std
+            else (
+                f"ALARM: the features have collapsed (effective rank {rank:.2f}, relative "
+                f"standard deviation {std:.1e}): all images look alike to the network"
+            )
+        )
+        return {
+            "feature_rank": rank,
+            "feature_std": features.std(0).mean().item(),
+            "feature_relative_std": std,
+        }
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the centred features' [B D] singular values, normalised to sum 1.
+
+    From 1 to min(B - 1, D). Roy and Vetterli 2007; 0 for constant features.
+    """
+    centred = (features - features.mean(0)).double()
+    values = torch.linalg.svdvals(centred)
+    shares = values / values.sum().clamp(min=1e-300)
+    return torch.special.entr(shares).sum().exp().item() if values.sum() > 0 else 0.0
+
+
+def relative_std(features: Tensor) -> float:
+    """Root mean square distance of features [B D] from their mean, over that from 0: 0 to 1."""
+    features = features.double()
+    spread = (features - features.mean(0)).square().sum(1).mean()
+    return (spread / features.square().sum(1).mean().clamp(min=1e-300)).sqrt().item()
+
+
+def _images(batch: Any) -> Tensor | None:
+    # The largest images of the batch, whatever the recipe calls them: float tensors [B C H W],
+    # maybe in lists.
+    found: list[Tensor] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+            found.append(value)
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(batch)
+    return max(found, key=lambda images: images.shape[-1] * images.shape[-2]) if found else None

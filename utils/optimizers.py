@@ -1,0 +1,158 @@
+"""Parameter groups to optimiser, schedules applied step by step, clipping per part."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils import parallel
+from utils.errors import UserError
+
+Schedules = Mapping[str, Callable[[int], float]]
+
+
+def make_optimizer(
+    factory: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], recipe: nn.Module
+) -> torch.optim.Optimizer:
+    """Build the optimiser of a recipe's `groups` (see `utils.training.Recipe.param_groups`).
+
+    Raises UserError when a trainable parameter of `recipe` is in no group or in two.
+    """
+    groups = [
+        {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0, **g}
+        for g in groups
+    ]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    counts: dict[int, int] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    wrong = [
+        n for n, p in recipe.named_parameters() if p.requires_grad and counts.get(id(p), 0) != 1
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} trainable parameters are not in exactly one parameter group, "
+            f"e.g. {', '.join(wrong[:3])}"
+        )
+    return factory([group for group in groups if group["params"]])
+
+
+def apply_schedules(
+    optimizer: torch.optim.Optimizer, schedules: Schedules, step: int
+) -> dict[str, float]:
+    """Set lr and weight decay of every group for `step`; returns all schedules' values."""
+    values = {name: float(schedule(step)) for name, schedule in schedules.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = values[group["lr_schedule"]] * group["lr_multiplier"]
+        group["weight_decay"] = values.get("weight_decay", 0.0) * group["weight_decay_multiplier"]
+    return values
+
+
+@torch.no_grad()
+def clip_parts(parts: Mapping[str, nn.Module], max_norm: float | None = None) -> dict[str, Tensor]:
+    """Scale each part's gradients by min(1, max_norm / (norm + 1e-6)); returns the norms before.
+
+    `max_norm` None or 0 only measures. One reduction for all parts where gradients are sharded;
+    every rank must call.
+    """
+    gradients = {
+        name: [p.grad for p in part.parameters() if p.grad is not None]
+        for name, part in parts.items()
+    }
+    norms = _norms(gradients)
+    if max_norm:
+        for name, norm in norms.items():
+            if gradients[name]:
+                scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([parallel.local(g) for g in gradients[name]], scale)
+    return norms
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, recipe: nn.Module) -> dict[str, Any]:
+    """The optimiser's state by parameter name, whole on rank 0; every rank must call this.
+
+    Names instead of positions: the state then survives another order, world size or sharding.
+    """
+    names = {id(p): name for name, p in recipe.named_parameters()}
+    state = {
+        names[id(p)]: {
+            k: parallel.to_main(v) if isinstance(v, Tensor) else v for k, v in values.items()
+        }
+        for p, values in optimizer.state.items()
+    }
+    groups = [
+        {
+            **{k: _plain(v) for k, v in g.items() if k != "params"},
+            "params": [names[id(p)] for p in g["params"]],
+        }
+        for g in optimizer.param_groups
+    ]
+    return {"state": state, "groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, recipe: nn.Module, saved: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_state` returned; raises UserError if it is of other parameters."""
+    parameters = dict(recipe.named_parameters())
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    expected = {name for name, p in parameters.items() if id(p) in ours}
+    stored = {name for group in saved["groups"] for name in group["params"]}
+    if expected != stored:
+        odd = sorted(expected ^ stored)
+        raise UserError(
+            f"the checkpoint's optimiser has other parameters than this run ({len(odd)} differ, "
+            f"e.g. {odd[0]}); the model or what is frozen has changed: use another output_dir"
+        )
+    plain = optimizer.state_dict()
+    positions = {}
+    for group, packed in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        positions.update(
+            {id(p): index for p, index in zip(group["params"], packed["params"], strict=True)}
+        )
+    plain["state"] = {
+        positions[id(parameters[name])]: {
+            k: parallel.shard_like(v, parameters[name]) if isinstance(v, Tensor) else v
+            for k, v in values.items()
+        }
+        for name, values in saved["state"].items()
+    }
+    optimizer.load_state_dict(plain)
+
+
+def _norms(gradients: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    # Sums of squares, apart for gradients this rank holds whole and for those it holds a shard of.
+    device = next((g.device for part in gradients.values() for g in part), torch.device("cpu"))
+    groups = [
+        g for part in gradients.values() for g in map(parallel.shard_group, part) if g is not None
+    ]
+
+    def squares(sharded: bool) -> Tensor:
+        totals = []
+        for part in gradients.values():
+            pieces = [
+                parallel.local(g) for g in part if (parallel.shard_group(g) is not None) == sharded
+            ]
+            pieces = [piece for piece in pieces if piece.numel()]
+            if pieces:
+                norms = torch.stack(torch._foreach_norm(pieces))
+                totals.append(
+                    norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
+                )
+            else:
+                totals.append(torch.zeros((), device=device))
+        return torch.stack(totals) if totals else torch.zeros(0, device=device)
+
+    total = squares(sharded=False)
+    if groups:
+        split = squares(sharded=True)
+        dist.all_reduce(split, group=groups[0])
+        total = total + split
+    return dict(zip(gradients, total.sqrt().unbind(), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,190 @@
+"""How a part of a recipe runs: FSDP2 on a (replicate, shard) mesh, compile, recomputation.
+
+Replicated training is the mesh (world, 1), sharded training (1, world): one mechanism, so that
+gradients are averaged during the backward pass either way. What a recipe does not wrap is averaged
+after it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from utils import distributed
+from utils.errors import UserError
+from utils.precision import Precision
+
+Wrap = Callable[..., nn.Module]
+
+
+def make_wrap(
+    device: torch.device,
+    precision: Precision,
+    *,
+    sharding: str = "replicate",
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+) -> Wrap:
+    """Return `wrap(module, units=(), methods=("encode", "features"))`.
+
+    It changes `module` in place and returns it. `units` are the repeated parts (blocks) that are
+    recomputed, compiled and sharded each for itself; a module without units is one. `methods` are
+    the ways in besides `forward`. Parameter names do not change. In one process nothing is sharded.
+    Every rank must call `wrap` in the same order.
+    """
+    mesh = make_mesh(device, sharding)
+    # bf16 copies only where parameters travel (sharded); replicated ranks compute exactly as one
+    # process does. Reductions are float32 in either case.
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision.dtype
+        if sharding == "shard" and precision.dtype is torch.bfloat16
+        else None,
+        reduce_dtype=torch.float32 if precision.dtype is not None else None,
+        cast_forward_inputs=False,  # autocast casts where a product wants it
+    )
+
+    def wrap(
+        module: nn.Module,
+        units: Iterable[nn.Module] = (),
+        methods: Iterable[str] = ("encode", "features"),
+    ) -> nn.Module:
+        units = list(units)
+        for unit in units or [module]:
+            if activation_checkpointing and units:
+                _recompute(unit)
+            if compile:
+                unit.compile()
+        if mesh is not None:
+            for unit in units:
+                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            # The outermost too: a teacher never runs backward, and an EMA must act on its masters,
+            # not on a copy.
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            for method in methods:
+                if hasattr(module, method):
+                    register_fsdp_forward_method(module, method)
+        return module
+
+    return wrap
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a nest of dicts, lists and tuples, without waiting for it."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [to_device(value, device) for value in batch]
+    return batch
+
+
+def make_mesh(device: torch.device, sharding: str) -> DeviceMesh | None:
+    """The (replicate, shard) mesh over all ranks, or None in one process."""
+    shapes = {"replicate": (distributed.world_size(), 1), "shard": (1, distributed.world_size())}
+    if sharding not in shapes:
+        raise UserError(f"training.sharding={sharding} is unknown; choose {' or '.join(shapes)}")
+    if distributed.world_size() == 1:
+        return None
+    return init_device_mesh(device.type, shapes[sharding], mesh_dim_names=("replicate", "shard"))
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers; call it before wrapping, on every rank."""
+    if distributed.world_size() > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def set_gradient_sync(module: nn.Module, on: bool) -> None:
+    """Reduce gradients in the coming backward pass, or only accumulate them.
+
+    Sharded gradients are always reduced: holding them whole would cost what the sharding saved.
+    """
+    sharded = any(shard_group(p) is not None for p in module.parameters())
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(on or sharded, recurse=False)
+
+
+def finish_gradients(module: nn.Module) -> None:
+    """Free gathered copies and average the gradients nobody wrapped; every rank must call this."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    if distributed.world_size() == 1:
+        return
+    loose = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if not loose:
+        return
+    # A parameter without a gradient here may have one on another rank.
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in loose]
+    )
+    used = torch.tensor(
+        [p.grad is not None for p in loose], device=flat.device, dtype=torch.float32
+    )
+    flat = distributed.all_reduce_mean(torch.cat([flat, used]))
+    pieces = flat[: -len(loose)].split([p.numel() for p in loose])
+    for parameter, piece, count in zip(loose, pieces, flat[-len(loose) :].tolist(), strict=True):
+        parameter.grad = piece.view_as(parameter).to(parameter.dtype) if count else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a sharded one, as is otherwise; every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def to_main(tensor: Tensor) -> Tensor:
+    """The whole tensor on rank 0's CPU, an empty one on the others; every rank must call this."""
+    full = whole(tensor)
+    return full.cpu() if distributed.is_main() else full.new_empty(0, device="cpu")
+
+
+def shard_like(full: Tensor, target: Any) -> Tensor:
+    """This rank's part of `full`, laid out as `target` is; no communication."""
+    if not isinstance(target, DTensor) or full.shape != target.shape:
+        return full
+    full = full.to(target.device)
+    return distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's storage of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that together hold a sharded tensor, None if this rank holds all of it."""
+    if not isinstance(tensor, DTensor) or _shard_size(tensor) == 1:
+        return None
+    return tensor.device_mesh.get_group("shard")
+
+
+def _shard_size(tensor: DTensor) -> int:
+    return tensor.device_mesh["shard"].size()
+
+
+def _recompute(unit: nn.Module) -> None:
+    # In place rather than by a wrapper module, so that types and parameter names stay.
+    forward = unit.forward
+
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    unit.forward = recomputed

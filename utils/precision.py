@@ -1,0 +1,70 @@
+"""In which number format a step computes: fp32, tf32, bf16 or fp16 with a gradient scaler."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+_MODES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast and, for fp16, the gradient scaler (torch's: 2^16, halved on overflow).
+
+    Parameters, gradients and optimiser state stay float32. `auto` is bf16 on CUDA and fp32
+    elsewhere; fp32 means exact float32 products, every other mode lets the remaining float32
+    products use TF32.
+    """
+
+    def __init__(self, mode: str = "auto", device: torch.device | str = "cpu") -> None:
+        self.device_type = torch.device(device).type
+        if mode == "auto":
+            mode = "bf16" if self.device_type == "cuda" else "fp32"
+        if mode not in _MODES:
+            raise UserError(
+                f"training.precision={mode} is unknown; choose auto, {', '.join(_MODES)}"
+            )
+        self.mode, self.dtype = mode, _MODES[mode]
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=mode == "fp16")
+        if self.device_type == "cuda":
+            torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
+
+    @property
+    def scales(self) -> bool:
+        """Whether gradients are scaled, so that an overflow is an everyday event."""
+        return self.mode == "fp16"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of a forward pass."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate `loss`, scaled if need be."""
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradients true ones, to be clipped."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the optimiser and let the scale grow."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def skip(self) -> None:
+        """Lower the scale instead of stepping."""
+        # Explicit, since with sharded gradients not every rank saw the inf.
+        if self.scales:
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state, empty without one."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the scaler's state back; a run that changed to or from fp16 starts its own."""
+        if state and self.scales:
+            self.scaler.load_state_dict(state)

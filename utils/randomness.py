@@ -1,0 +1,93 @@
+"""Random number generators: seeding them, keeping their states, shielding them from others."""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """States of all generators as plain values and tensors, readable with `weights_only=True`."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys, np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "python": [version, list(numbers), gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Whatever is drawn inside leaves no trace outside (a probe must not change the training)."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+class ShieldedBatches:
+    """Batches whose loader cannot disturb the network's random numbers; counts the waiting.
+
+    A DataLoader draws a base seed when it starts, and one without workers seeds the main process:
+    after a resume these would fall on other steps, and drop path would differ from the undisturbed
+    run.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+        self.seconds = 0.0
+
+    def waited(self) -> float:
+        """Seconds spent waiting for batches since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def __iter__(self) -> "ShieldedBatches":
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch; the generators of the CPU are as before."""
+        start = time.perf_counter()
+        numpy_state, python_state, torch_state = (
+            np.random.get_state(),
+            random.getstate(),
+            torch.get_rng_state(),
+        )
+        try:
+            return next(self.batches)
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            torch.set_rng_state(torch_state)
+            self.seconds += time.perf_counter() - start

@@ -1,0 +1,46 @@
+"""What the loop asks of a recipe: the one contract between `utils/training.py` and a way to train.
+
+A recipe is an `nn.Module` that owns all that is saved. It does not know the loop, the launcher, the
+optimiser's class or the probes; it receives a backbone factory and a data set. A feature is a
+recipe's, a schedule's or a probe's business and never an `if` in the loop.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from utils.optimizers import Schedules
+from utils.parallel import Wrap
+
+
+class Recipe(Protocol):
+    """What the loop calls.
+
+    All that must outlive a stop is in parameters and buffers, and after a step these are alike on
+    every rank.
+    """
+
+    total_steps: int  # optimiser steps of the whole training
+    accumulation: int  # micro-batches per step
+    batch_size_per_gpu: int  # images per micro-batch and process
+    schedules: Schedules  # functions of the step; a group names its lr, all use weight_decay
+    exported: nn.Module  # the net to save and to probe: teacher or classifier
+
+    def parallelize(self, wrap: Wrap) -> None:
+        """Call `wrap(part, units=blocks)` on every part, in one order on all ranks."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of params, lr_schedule, lr_multiplier and weight_decay_multiplier."""
+
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """Endless micro-batches, `accumulation` per step: a function of (seed, step, rank)."""
+
+    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """Scalars: `loss` is minimised (mean over the micro-batch), the others are shown."""
+
+    def clipped_parts(self) -> dict[str, nn.Module]:
+        """The parts whose gradients are clipped, and their norms reported, each for itself."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step (EMA of a teacher)."""

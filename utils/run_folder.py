@@ -1,0 +1,131 @@
+"""The run folder: resolved config, revision of the code, and what changed since its last use."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from utils.checkpoint import Checkpoints, write_text
+from utils.errors import UserError
+
+# Keys that change where, how fast or how closely watched a run is, but not the weights that come
+# out.
+HARMLESS = (
+    *(
+        "name",
+        "output_dir",
+        "device",
+        "launcher",
+        "cluster",
+        "logging",
+        "probes",
+        "probe_every",
+        "checkpoint",
+    ),
+    *("recipe.num_workers", "data.val"),
+    *(
+        f"training.{key}"
+        for key in ("resume", "max_steps", "log_every", "compile", "activation_checkpointing")
+    ),
+)
+
+
+def prepare_folder(
+    folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints, *, resume: bool
+) -> list[str] | UserError:
+    """Write config.yaml and git.txt; returns lines to tell, or why not to go on. Rank 0 only.
+
+    A config.yaml that says something else is kept as config.<n>.yaml, and what changes results is
+    told.
+    """
+    if not resume and checkpoints.steps():
+        return UserError(
+            f"{folder} holds a run at step {checkpoints.steps()[-1]}: choose "
+            "another output_dir, remove it, or let training.resume=true continue it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path, notes = folder / "config.yaml", []
+    if path.exists():
+        earlier = yaml.safe_load(path.read_text()) or {}
+        if earlier != _plain(config):
+            kept = _free_name(folder)
+            path.rename(kept)
+            changes = changed_keys(earlier, _plain(config)) if checkpoints.steps() else []
+            if changes:
+                notes = [
+                    f"WARNING: {folder} was begun with another config ({kept.name}); "
+                    "changed since, with effect:"
+                ]
+                notes += [f"  {change}" for change in changes]
+    write_text(path, yaml.safe_dump(_plain(config), sort_keys=False))
+    write_text(folder / "git.txt", describe_code() + "\n")
+    return notes
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """A hash of the keys that change results."""
+    text = json.dumps(_relevant(_plain(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for the keys that change results."""
+    old, new = _relevant(earlier), _relevant(later)
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+def describe_code() -> str:
+    """Git revision of this checkout (with -dirty if changed), and torch's version."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        revision = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown revision"
+    return f"{revision} torch {torch.__version__}"
+
+
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flat(config)
+    return {
+        k: v for k, v in flat.items() if not any(k == h or k.startswith(f"{h}.") for h in HARMLESS)
+    }
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {
+            k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()
+        }
+    return {prefix[:-1]: value}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    # As the file will give it back: tuples are lists in YAML.
+    return json.loads(json.dumps(config, default=str))
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (folder / f"config.{number}.yaml").exists():
+        number += 1
+    return folder / f"config.{number}.yaml"

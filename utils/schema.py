@@ -1,0 +1,71 @@
+"""Which keys a config may have, and of what kind: read off a file that has them all."""
+
+from pathlib import Path
+from typing import Any
+
+from utils.build import nearest
+from utils.errors import UserError
+
+
+def compare(
+    content: dict[str, Any], schema: dict[str, Any], source: Path, prefix: str = ""
+) -> None:
+    """Refuse keys the schema lacks, and values of another kind than the schema's.
+
+    A schema value of None takes anything, also a whole group whose `_target_` answers for its
+    keywords.
+    """
+    for key, value in content.items():
+        name, default = f"{prefix}{key}", schema.get(key)
+        if key not in schema:
+            known = [f"{prefix}{word}" for word in schema]
+            raise UserError(
+                f"{source}{line_of(source, name)}: unknown key {name!r}{nearest(name, known)}"
+            )
+        if isinstance(default, dict) and default and "_target_" not in default:
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{name} must be a mapping with {', '.join(default)}, got {value!r}"
+                )
+            compare(value, default, source, f"{name}.")
+        elif not same_kind(value, default):
+            raise UserError(f"{name} must be {kind(default)}, got {value!r}")
+
+
+def same_kind(value: Any, default: Any) -> bool:
+    """Whether a value may stand where `default` stands; null and interpolations always may."""
+    if default is None or value is None or (isinstance(value, str) and "${" in value):
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, str):
+        return isinstance(value, (str, int, float))
+    return isinstance(value, type(default))
+
+
+def kind(default: object) -> str:
+    """A kind of value in words."""
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return words.get(type(default), "text")
+
+
+def line_of(source: Path, key: str) -> str:
+    """`:LINE` of a dotted key in a YAML file, or nothing where the file has no such key."""
+    import yaml
+
+    node, line = yaml.compose(source.read_text()), ""
+    for part in key.split("."):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = [(k, v) for k, v in pairs if k.value == part]
+        if not found:
+            return ""
+        line, node = f":{found[0][0].start_mark.line + 1}", found[0][1]
+    return line

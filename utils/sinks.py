@@ -1,0 +1,58 @@
+"""Where metrics may go besides the run folder: wandb and TensorBoard, imported when asked for."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.metrics import Sink
+
+
+def make_sinks(
+    folder: Path,
+    *,
+    name: str = "run",
+    wandb: bool = False,
+    wandb_project: str = "octic",
+    tensorboard: bool = False,
+    config: dict[str, Any] | None = None,
+) -> tuple[Sink, ...]:
+    """Open the sinks asked for, on rank 0; raises UserError when their package is missing."""
+    sinks: list[Sink] = []
+    if wandb:
+        sinks.append(_wandb(folder, name, wandb_project, config or {}))
+    if tensorboard:
+        sinks.append(_tensorboard(folder))
+    return tuple(sinks)
+
+
+def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> Sink:
+    wandb = _import("wandb", "logging.wandb", "wandb")
+    # The run's id lives in the folder, so that a resumed or requeued job continues the same curve.
+    id_file = folder / "wandb_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id)
+    run = wandb.init(
+        project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=config
+    )
+    return lambda step, values: run.log(values, step=step)
+
+
+def _tensorboard(folder: Path) -> Sink:
+    writer = _import("torch.utils.tensorboard", "logging.tensorboard", "tensorboard").SummaryWriter(
+        str(folder)
+    )
+
+    def write(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return write
+
+
+def _import(module: str, key: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{key}=true needs the package {package}: pip install {package}") from error

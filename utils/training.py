@@ -1,0 +1,98 @@
+"""The loop. What plugs into it is in `utils/recipe.py`; `utils/run.py` builds the objects."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from utils import parallel, state
+from utils.checkpoint import Checkpoints
+from utils.errors import UserError
+from utils.health import Health
+from utils.metrics import Metrics
+from utils.optimizers import apply_schedules, clip_parts
+from utils.precision import Precision
+from utils.randomness import ShieldedBatches
+from utils.recipe import Recipe
+from utils.signals import StopSignal
+
+
+def train(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a composed config to its end or to a stop signal; returns the summary."""
+    from utils.run import run  # late: it builds on this module
+
+    return run(config)
+
+
+def fit(
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    *,
+    first_step: int,
+    last_step: int,
+    device: torch.device,
+    precision: Precision,
+    health: Health,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    stop: StopSignal,
+    clip_grad: float | None = None,
+    probe: Callable[[int], dict[str, float]] = lambda step: {},
+) -> int:
+    """Train from `first_step` to `last_step` or a stop signal, save, return the steps finished.
+
+    Raises UserError after too many steps in a row that were not finite. Every rank must call this.
+    """
+    batches = ShieldedBatches(recipe.batches(first_step))
+    module = cast(nn.Module, recipe)  # a Protocol cannot inherit from a class
+    step, saved, stopping = first_step, first_step, False
+
+    def save(at: int) -> str:
+        metrics.flush(batches.waited())
+        parts = state.collect(module, optimizer, precision)
+        return metrics.say(checkpoints.save(at, parts, replace=at == step))
+
+    while step < last_step and not stopping:
+        # Schedule
+        values = apply_schedules(optimizer, recipe.schedules, step)
+        health.remember(module)
+        # Forward, backward
+        for micro_batch in range(recipe.accumulation):
+            batch = parallel.to_device(next(batches), device)
+            parallel.set_gradient_sync(module, micro_batch == recipe.accumulation - 1)
+            with precision.autocast():
+                losses = recipe.losses(batch, step)
+            precision.backward(losses["loss"] / recipe.accumulation)
+            metrics.add(losses)
+        # Clip
+        parallel.finish_gradients(module)
+        precision.unscale(optimizer)
+        norms = clip_parts(recipe.clipped_parts(), clip_grad)
+        # Step, after-step; a step that is not finite leaves no trace
+        finite, stopping = health.agree(step, metrics.current(), norms, stop, precision)
+        if finite:
+            precision.step(optimizer)
+            recipe.after_step(step)
+        else:
+            precision.skip()
+            health.undo(module)
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        # Log, probe
+        metrics.end_step(step, values, norms)
+        if metrics.due(step) or step == last_step or health.hopeless:
+            metrics.flush(batches.waited())
+            with precision.autocast():
+                metrics.record(step, health.examine(recipe.exported, batch))
+            metrics.say(health.alarm)
+        metrics.record(step, probe(step))
+        # Save
+        if health.hopeless:
+            raise health.give_up(save(health.sound_step), checkpoints.path(health.sound_step))
+        if checkpoints.due(step) and not save(step):
+            saved = step
+        metrics.rest()
+    if saved != step and (problem := save(step)):
+        raise UserError(problem)
+    return step
