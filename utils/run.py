@@ -193,8 +193,8 @@ def load_weights(recipe: nn.Module, path: str) -> None:
             )
         saved = torch.load(folder / "recipe.pt", map_location="cpu", weights_only=True, mmap=True)
         state.load_state(recipe, saved, str(folder))
-    elif hasattr(recipe, "start_from"):
-        recipe.start_from(path)
+    elif hasattr(recipe, "load_weights"):
+        recipe.load_weights(path)
     else:
         raise UserError(
             f"training.weights: {type(recipe).__name__} reads checkpoint folders, no files"

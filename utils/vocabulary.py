@@ -243,8 +243,6 @@ def _put_backbone(
     if not octic:
         run["backbone"] |= {ours: values[theirs] for ours, theirs in plain_only.items()}
         return []
-    if "student.layerscale" not in given:
-        run["backbone"]["init_values"] = 1e-4  # what octic-vits does, whatever its configs say
     return [
         f"{key} has no effect: octic models take none, there as here"
         for key in plain_only.values()

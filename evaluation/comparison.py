@@ -1,0 +1,143 @@
+"""Train a net and its plain twin the same way and show side by side what they learnt."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.equivariance import layer_errors, worst_error
+from evaluation.judge import make_data, make_net
+from evaluation.pictures import draw_losses, draw_neighbours, draw_pca_maps
+from evaluation.progress import say
+from evaluation.results import in_words, print_table, write_results
+from utils import distributed
+from utils.build import build, plain
+from utils.check import multiply_adds
+from utils.data.images import ImageDataset
+from utils.data.transforms import evaluation_transform
+from utils.metrics import read_metrics
+from utils.training import train
+
+Figures = dict[str, float | None]
+
+
+def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
+    """Train every run of `config["runs"]` (name -> its config), judge all, print one table.
+
+    Each run resumes by itself, so the same command picks up what an interrupted one left. Leaves
+    results.json and the pictures in `config["output_dir"]`; every rank must call this.
+    """
+    config = plain(config)
+    folder, runs = Path(config["output_dir"]), config["runs"]
+    summaries = {}
+    with distributed.session(config["device"]) as device:
+        for name, run in runs.items():
+            if distributed.is_main():
+                say(f"--- training: {name}, in {run['output_dir']}")
+            summaries[name] = train(run)
+        figures = {name: _figures(runs[name], summaries[name], device) for name in runs}
+        if distributed.is_main():
+            _show(folder, figures, runs)
+            _draw(folder, runs, device)
+        distributed.barrier()
+    return figures
+
+
+def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.device) -> Figures:
+    folder = Path(run["output_dir"])
+    data = {split: make_data(run["data"], split) for split in ("train", "val")}
+    nets = {
+        "untrained": make_net(run["backbone"], None, seed=run["seed"]).to(device),
+        "trained": make_net(run["backbone"], _exported(folder)).to(device),
+    }
+    figures: Figures = {}
+    for name, node in run["probes"].items():
+        judged = build(node)(nets["untrained"], data, folder / "untrained", 0)
+        for key in (key for key in judged if key.endswith("_top1")):
+            label = f"{name} top-1, k = {key.removeprefix(name).removesuffix('_top1')}"
+            figures[f"{label}, trained teacher"] = summary[f"{name}/{key}"]
+            figures[f"{label}, untrained"] = judged[key]
+    images = _some_images(run, data["val"])
+    figures["parameters"] = sum(p.numel() for p in nets["trained"].parameters())
+    figures["multiply-adds"] = multiply_adds(nets["trained"], images.shape[-1])
+    figures["equivariance error of the octic half"] = worst_error(
+        layer_errors(nets["trained"], images)
+    )
+    return figures | _speed(folder, run)
+
+
+def _speed(folder: Path, run: Mapping[str, Any]) -> Figures:
+    """Seconds in the loop and images per second, from the log: over all parts of a resumed run."""
+    steps, seconds = 0, 0.0
+    images_per_step = 0.0
+    for line in read_metrics(folder / "metrics.jsonl"):
+        if "steps_per_second" in line:
+            seconds += (line["step"] - steps) / line["steps_per_second"]
+            steps = line["step"]
+            images_per_step = line["images_per_second"] / line["steps_per_second"]
+    speed = steps * images_per_step / seconds if seconds else None
+    return {"steps": steps, "training time (s)": seconds, "training images/s": speed}
+
+
+def _show(folder: Path, figures: Mapping[str, Figures], runs: Mapping[str, Any]) -> None:
+    keys = dict.fromkeys(key for part in figures.values() for key in part)
+    rows = [(key, *(_written(key, part.get(key)) for part in figures.values())) for key in keys]
+    probes = next(iter(runs.values()))["probes"]
+    protocol = {name: getattr(build(node), "protocol", {}) for name, node in probes.items()}
+    write_results(folder, "comparison", protocol=protocol, figures=figures)
+    words = "; ".join(f"{name}: {in_words(entry)}" for name, entry in protocol.items())
+    print_table("what was learnt", ("", *figures), rows, protocol=words)
+
+
+def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
+    logs = {name: Path(run["output_dir"]) / "metrics.jsonl" for name, run in runs.items()}
+    pictures = {"losses": draw_losses(logs, folder / "losses.png")}
+    for name, run in runs.items():
+        net = make_net(run["backbone"], _exported(Path(run["output_dir"]))).to(device)
+        data = {split: make_data(run["data"], split) for split in ("train", "val")}
+        # At twice the size of the training's images there are four times as many patches to see.
+        images = _some_images(run, data["val"], count=6, enlarged=2)
+        pictures[f"PCA of the patches, {name}"] = draw_pca_maps(
+            net, images, folder / f"pca_{name}.png"
+        )
+        pictures[f"nearest neighbours, {name}"] = draw_neighbours(
+            net,
+            data["train"],
+            data["val"],
+            folder / f"neighbours_{name}.png",
+            transform=_transform(run),
+        )
+    for what, path in pictures.items():
+        say(f"picture: {what}: {path}")
+    curves = ", ".join(f"{run['output_dir']}/curves.png" for run in runs.values())
+    say(f"all curves of each run: {curves}; all figures: {folder / 'results.json'}")
+
+
+def _exported(folder: Path) -> str:
+    return str(folder / "exported" / "teacher.safetensors")
+
+
+def _some_images(
+    run: Mapping[str, Any], dataset: ImageDataset, *, count: int = 8, enlarged: int = 1
+) -> torch.Tensor:
+    spread = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    transform = _transform(run, enlarged)
+    return torch.stack([transform(dataset.read(index)) for index in spread])
+
+
+def _transform(run: Mapping[str, Any], enlarged: int = 1) -> torch.nn.Module:
+    size = run["backbone"].get("img_size", 224) * enlarged
+    return evaluation_transform(resize_size=size, crop_size=size)
+
+
+def _written(key: str, value: float | None) -> str | None:
+    if value is None:
+        return None
+    if "top-1" in key:
+        return f"{value:.1f} %"
+    if "error" in key:
+        return f"{value:.1e}"
+    if key in ("parameters", "multiply-adds"):
+        return f"{value / 1e6:.2f} M"
+    return f"{value:.0f}"

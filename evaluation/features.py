@@ -1,0 +1,147 @@
+"""Features of a data set: one pass over the images, each rank keeping the rows of its own images.
+
+Letters: N images, n images of this rank, D feature width, B batch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.progress import track
+from utils import distributed
+from utils.data.images import ImageDataset
+from utils.data.loaders import evaluation_batches
+from vit.backbone import Backbone
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FeatureSet(NamedTuple):
+    """Rows ordered by the image's index in its data set."""
+
+    features: Tensor  # [n, D] float32, or the dtype asked for
+    labels: Tensor  # [n] int64, -1 where there is none
+    indices: Tensor  # [n] int64, ascending
+
+
+def class_token(net: Backbone, images: Tensor) -> Tensor:
+    """The class token of the last block after the final norm [B, D]: what kNN reads."""
+    return net.features(images)[0].cls
+
+
+@torch.inference_mode()
+def extract_features(
+    net: Backbone,
+    dataset: ImageDataset,
+    *,
+    transform: Callable,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    dtype: torch.dtype = torch.float32,
+    store_on: str = "cpu",
+    read: Callable[[Backbone, Tensor], Tensor] = class_token,
+    label: str = "features",
+    shown: bool = True,
+) -> FeatureSet:
+    """Rows of this rank's share of `dataset`, L2-normalised; every rank must call this.
+
+    The store is allocated once and filled batch by batch, so no second copy of it ever exists.
+    `read` turns a batch of images into rows; `precision` is the autocast of the net.
+    """
+    world = distributed.world_size()
+    capacity = -(-len(dataset) // world)
+    store: FeatureSet | None = None
+    done = 0
+    with evaluating(net, precision) as device:
+        batches = evaluation_batches(
+            dataset,
+            transform,
+            batch_size,
+            num_workers=num_workers,
+            rank=distributed.rank(),
+            world_size=world,
+        )
+        shown = shown and distributed.is_main()
+        batches = track(batches, total=capacity, label=label, size=_batch_length, shown=shown)
+        calls = 0
+        for images, labels, indices in batches:
+            calls += 1
+            rows = _normalized_rows(read, net, images.to(device, non_blocking=True))
+            if store is None:
+                store = _allocate(capacity, rows.shape[1], dtype, store_on)
+            share = slice(done, done + len(rows))
+            store.features[share] = rows.to(store.features)
+            store.labels[share], store.indices[share] = labels, indices
+            done = share.stop
+        # A sharded net gathers its weights in every call, so all ranks must make the same number.
+        for _ in range(-(-capacity // batch_size) - calls if store is not None else 0):
+            read(net, images[:1].to(device))
+    if store is None:
+        return _allocate(0, net.embed_dim, dtype, store_on)
+    return _ordered(FeatureSet(*(part[:done] for part in store)))
+
+
+def gather_features(part: FeatureSet) -> FeatureSet:
+    """All ranks' rows, by index, on every rank; every rank must call this."""
+    if distributed.world_size() == 1:
+        return part
+    return _ordered(FeatureSet(*(distributed.all_gather_variable(piece) for piece in part)))
+
+
+def gather_labels(part: FeatureSet) -> Tensor:
+    """All ranks' labels [N] by index, on every rank; the rows stay where they are."""
+    return gather_features(FeatureSet(part.indices[:, None], part.labels, part.indices)).labels
+
+
+@contextmanager
+def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]:
+    """Put `net` in eval mode under the autocast of `precision`; gives its device, restores it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    device = device_of(net)
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    were_training = [module.training for module in modules]
+    for root in modules[:1]:
+        root.eval()
+    dtype = PRECISIONS[precision]
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            yield device
+    finally:
+        for root in modules[:1]:
+            root.train(were_training[0])
+        for module, was_training in zip(modules, were_training, strict=True):
+            module.training = was_training
+
+
+def device_of(net: Backbone) -> torch.device:
+    """Device of the first parameter; the CPU for a net without any."""
+    parameters = net.parameters() if isinstance(net, nn.Module) else ()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def _normalized_rows(read: Callable, net: Backbone, images: Tensor) -> Tensor:
+    return nn.functional.normalize(read(net, images).float(), dim=-1, eps=1e-12)
+
+
+def _batch_length(batch: tuple) -> int:
+    return len(batch[1])
+
+
+def _allocate(rows: int, width: int, dtype: torch.dtype, store_on: str) -> FeatureSet:
+    return FeatureSet(
+        torch.empty(rows, width, dtype=dtype, device=store_on),
+        torch.empty(rows, dtype=torch.int64),
+        torch.empty(rows, dtype=torch.int64),
+    )
+
+
+def _ordered(part: FeatureSet) -> FeatureSet:
+    if bool((part.indices[1:] > part.indices[:-1]).all()):
+        return part
+    order = part.indices.argsort()
+    return FeatureSet(*(piece[order.to(piece.device)] for piece in part))

@@ -1,0 +1,61 @@
+"""What a probe leaves behind: results.json with the protocol beside each figure, and one table."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS_FILE = "results.json"
+
+
+def write_results(
+    output_dir: Path, probe: str, *, protocol: Mapping[str, object], figures: Mapping[str, object]
+) -> Path:
+    """Put one probe's figures into `output_dir`/results.json, beside those of other probes."""
+    path = Path(output_dir) / RESULTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[probe] = {"protocol": dict(protocol), "figures": dict(figures)}
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+    return path
+
+
+def append_lines(path: Path, figures: Mapping[str, object]) -> None:
+    """Append one JSON object per figure and line, as DINOv2's evaluations write their files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for name, value in figures.items():
+            file.write(json.dumps({name: value}) + "\n")
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, protocol: str
+) -> None:
+    """Print a table of results with the protocol named below; the first column is the label."""
+    table = Table()
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console = Console()
+    # A log file has no width of its own: rich would fold the table at 80 columns.
+    print(title)
+    console.print(table, width=None if console.is_terminal else 140)
+    print(f"protocol: {protocol}", flush=True)
+
+
+def in_words(protocol: Mapping[str, object]) -> str:
+    """The parts of a protocol that its figures depend on most, as one line."""
+    keys = ("feature", "vote", "transform")
+    return "; ".join(str(protocol[key]) for key in keys if key in protocol)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
