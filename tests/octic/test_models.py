@@ -176,6 +176,24 @@ def test_compiles_without_graph_break(options: dict[str, object]) -> None:
     compiled(x).sum().backward()
 
 
+def test_packed_crops_compile_without_graph_break() -> None:
+    """encode() with masks, registers and dropped branches is one graph, equal to eager."""
+    net = OcticVisionTransformer(
+        **{**SMALL, "num_classes": 0, "mask_token": True, "num_register_tokens": 1},
+        drop_path_rate=0.3,
+        drop_path_mode="subset",
+    )
+    crops = [torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)]
+    masks = [torch.rand(4, 64) < 0.3, None]
+    compiled = torch.compile(net.encode, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    expected = net.encode(crops, masks)
+    torch.manual_seed(0)
+    for ours, eager in zip(compiled(crops, masks), expected, strict=True):
+        for a, b in zip(ours, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters_and_multiply_adds(name: str) -> None:
     """Parameters equal the sheet's exactly; multiply-adds to 0.1 %."""
