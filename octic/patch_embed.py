@@ -57,6 +57,20 @@ class Unfold(nn.Module):
         ]
         return torch.stack(terms).sum(0).unflatten(-1, (self.height, self.width))
 
+    def fold(self, full: Tensor) -> Tensor:
+        """The shortest slab values [S X slab] of a symmetric field [G X H W].
+
+        unfold(fold(full)) = full. Slab values are not unique: a cell may hold several of an orbit.
+        """
+        zeros = full.new_zeros(int(self.slot.max()) + 1, full.shape[1], *self.slab)
+        transpose = torch.func.vjp(self.forward, zeros)[1]
+        (gathered,) = transpose(full)
+        # On symmetric fields, unfolding after its transpose is a factor for each slot.
+        (again,) = transpose(self.forward(gathered))
+        square = gathered.square().sum((1, 2, 3), keepdim=True)
+        factor = (again * gathered).sum((1, 2, 3), keepdim=True) / square
+        return torch.where(square > 0, gathered / factor, gathered)
+
 
 class SlabConv(nn.Module):
     """The trained slab of one slot's filters: weight [C in slab], bias [C] on the trivial irrep."""

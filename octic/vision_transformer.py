@@ -159,6 +159,14 @@ class OcticVisionTransformer(Trunk):
             self._make_transition(name, self.switch_basis)
             self.to(weight.device, weight.dtype)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Where each parameter stands in the depth (timm); the projection with the octic half."""
+        matcher = super().group_matcher(coarse)
+        if not coarse:
+            last_octic = max(0, self.switch - 1)
+            matcher["blocks"] = [(r"^invariant", (last_octic,)), *matcher["blocks"]]
+        return matcher
+
     def init_weights(self) -> None:
         """Draw all weights anew, as octic-vits draws them."""
         self.apply(init_linear)
@@ -184,6 +192,27 @@ class OcticVisionTransformer(Trunk):
         if (height, width) != self.grid_size:
             grid = resample_grid(grid, (height, width))
         return grid.flatten(1, 2)
+
+    def resize_positions(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Positions `pos_embed.k` of another grid, as slabs of this model's grid.
+
+        Unfolded, resampled and folded again, so that the model computes what the other one does at
+        this resolution, and stays equivariant.
+        """
+        names = [f"pos_embed.{index}" for index in range(len(self.group.slots))]
+        slabs = torch.stack([state[name] for name in names])  # [S h w C]
+        own = self.unfold_positions.slab
+        height, width = (
+            side * whole // part
+            for side, whole, part in zip(slabs.shape[1:3], self.grid_size, own, strict=True)
+        )
+        unfold = Unfold(height, width, scaled=False, group=self.group)
+        full = unfold(slabs.double().permute(0, 3, 1, 2))  # [G C h w]
+        grid = resample_grid(full.flatten(0, 1).permute(1, 2, 0)[None], self.grid_size)
+        full = grid[0].permute(2, 0, 1).unflatten(0, (self.group.order, -1))
+        unfold = Unfold(*self.grid_size, scaled=False, group=self.group)
+        folded = unfold.fold(full).permute(0, 2, 3, 1)
+        return dict(zip(names, folded.to(slabs.dtype).unbind(), strict=True))
 
     def _stored(self, token: Tensor) -> Tensor:
         # Tokens are invariant: they live in the trivial irrep, which stands first.

@@ -11,7 +11,7 @@ Ours are DINOv2's (`ls1.gamma`), with each token as one tensor of the part that 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +35,25 @@ def strip_wrappers(name: str) -> str:
 def from_published(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights in any published spelling as the state dict of `model`, every key accounted for.
 
+    Raises ValueError as `check_fit` does.
+    """
+    found, left_over = rename_published(state)
+    return check_fit(found, model.state_dict(), type(model).__name__, also_left_over=left_over)
+
+
+def check_fit(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    model_name: str,
+    *,
+    also_left_over: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """`found` in the order of `expected`, which it must match in names and shapes.
+
     Raises ValueError that lists what is missing, what is left over and which shapes differ.
     """
-    found: dict[str, Tensor] = {}
-    left_over = []
-    for name, tensor in state.items():
-        ours = _our_name(strip_wrappers(name), tensor)
-        if ours is None:
-            continue
-        if ours in found:
-            left_over.append(name)
-        found[ours] = tensor
-    expected = model.state_dict()
     missing = sorted(set(expected) - set(found))
-    left_over += sorted(set(found) - set(expected))
+    left_over = [*also_left_over, *sorted(set(found) - set(expected))]
     shapes = [
         f"{name} {tuple(found[name].shape)} in the file, {tuple(tensor.shape)} in the model"
         for name, tensor in expected.items()
@@ -64,10 +69,22 @@ def from_published(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
         if names
     ]
     if complaints:
-        raise ValueError(
-            f"the weights do not fit a {type(model).__name__}; " + "; ".join(complaints)
-        )
+        raise ValueError(f"the weights do not fit a {model_name}; " + "; ".join(complaints))
     return {name: found[name] for name in expected}
+
+
+def rename_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, without what we do not store; and names given twice."""
+    found: dict[str, Tensor] = {}
+    twice = []
+    for name, tensor in state.items():
+        ours = _our_name(strip_wrappers(name), tensor)
+        if ours is None:
+            continue
+        if ours in found:
+            twice.append(name)
+        found[ours] = tensor
+    return found, twice
 
 
 def _our_name(name: str, tensor: Tensor) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -64,6 +64,18 @@ def read_state(path: str | Path, *, container: str | None = None) -> dict[str, T
             f"{path}: holds no weights (top-level keys: {', '.join(map(str, content))})"
         )
     return state
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of its weights; nothing for other files."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""Weights of one network for another one: of other image size, with other classes or none.
+
+What may differ is told, line by line; every other key must fit, as in `vit.weights`.
+
+Letters in shapes: n tokens with a position, h w a grid, D channels, C classes.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit.keys import check_fit, rename_published
+from vit.vision_transformer import resample_grid
+from vit.weights import read_state
+
+POSITIONS = "pos_embed"
+# Of self-supervised training; a classifier has no use for it.
+UNUSED = "mask_token"
+DISTILLED = "head_dist."
+
+
+def load_adapted(model: nn.Module, path: str | Path) -> list[str]:
+    """Load a file into `model` or the network in its adapter; returns what was adapted, in words.
+
+    Raises ValueError naming the file and the keys that do not fit.
+    """
+    net = getattr(model, "net", model)
+    try:
+        read = read_state(path)
+        # An adapter's own name for the network it wraps: only our exports have it.
+        read = {name.removeprefix("net."): tensor for name, tensor in read.items()}
+        state, notes = adapt_state(read, net)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
+    net.load_state_dict(state, strict=True)
+    return notes
+
+
+def adapt_state(
+    state: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights in any published spelling as a state dict of `model`, and what was changed, in words.
+
+    Position embeddings are resampled to the model's grid. A head for another number of classes, or
+    none, is replaced by the model's own, freshly drawn one. A class position is added to the class
+    token where the model has no place for it. Raises ValueError for all else that does not fit.
+    """
+    if hasattr(model, "adapt_to"):
+        model.adapt_to(state)
+    own = model.state_dict()
+    # What timm's networks call gamma_1 is theirs: a name of the model's own is no spelling of ours.
+    found = {name: tensor for name, tensor in state.items() if name in own}
+    renamed, twice = rename_published({n: t for n, t in state.items() if n not in own})
+    twice += sorted(found.keys() & renamed.keys())
+    found = renamed | found
+    notes = [
+        *_adapt_head(found, own, head_of(model)),
+        *_adapt_unused(found, own),
+        *_adapt_positions(found, own, model),
+    ]
+    return check_fit(found, own, type(model).__name__, also_left_over=twice), notes
+
+
+def head_of(model: nn.Module) -> str:
+    """Name of the classifier of one of our models or of timm's, such as `head` or `head.fc`."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name: Any = config.get("classifier", "head") or "head"
+    return name if isinstance(name, str) else name[0]
+
+
+def _adapt_head(found: dict[str, Tensor], own: Mapping[str, Tensor], head: str) -> list[str]:
+    ours = {name: own[name] for name in (f"{head}.weight", f"{head}.bias") if name in own}
+    theirs = {
+        name: found[name]
+        for name in list(found)
+        if name in (f"{head}.weight", f"{head}.bias") or name.startswith(DISTILLED)
+    }
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    if shapes == {name: tensor.shape for name, tensor in theirs.items()}:
+        return []
+    weight = f"{head}.weight"
+    # A head on features of another width is another network's, which the check is to say.
+    if {weight} <= ours.keys() & theirs.keys() and ours[weight].shape[1] != theirs[weight].shape[1]:
+        return []
+    for name in theirs:
+        if name not in ours or theirs[name].shape != ours[name].shape:
+            del found[name]
+    fresh = [name for name in ours if name not in found]
+    found |= {name: ours[name] for name in fresh}
+    count = len(theirs[weight]) if weight in theirs else "no"
+    if not ours:
+        return [f"{head}: {count} classes in the file, dropped: the model has no classifier"]
+    if not fresh:
+        return [f"{DISTILLED[:-1]}: dropped, the model has one classifier"]
+    return [f"{head}: {count} classes in the file, {len(ours[weight])} here; it starts afresh"]
+
+
+def _adapt_unused(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    if UNUSED in found and UNUSED not in own:
+        del found[UNUSED]
+        return [f"{UNUSED}: dropped, the model hides no patches"]
+    if UNUSED in own and UNUSED not in found:
+        found[UNUSED] = own[UNUSED]
+        return [f"{UNUSED}: not in the file, starts afresh"]
+    return []
+
+
+def _adapt_positions(
+    found: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module
+) -> list[str]:
+    slabs = [name for name in own if name.startswith(f"{POSITIONS}.")]
+    if slabs:
+        return _adapt_slabs(found, own, model, slabs)
+    theirs, ours = found.get(POSITIONS), own.get(POSITIONS)
+    if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[-1] != ours.shape[-1]:
+        return []
+    if theirs.shape == ours.shape:
+        return []
+    grid = _grid_of(model)
+    side, extra = _square(theirs.shape[1])
+    wanted = ours.shape[1] - grid[0] * grid[1]
+    first, notes = theirs[:, :extra], []
+    resized = resize_positions(theirs[:, extra:], (side, side), grid)
+    if (side, side) != grid:
+        notes.append(
+            f"{POSITIONS}: resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
+        )
+    if extra and not wanted and "cls_token" in found:
+        found["cls_token"] = found["cls_token"] + first
+        notes.append(f"{POSITIONS}: that of the class token is added to the class token itself")
+    elif wanted and not extra:
+        first = torch.zeros_like(theirs[:, :wanted])
+        notes.append(f"{POSITIONS}: the file has none of the class token, it starts at zero")
+    found[POSITIONS] = torch.cat([first[:, :wanted], resized], dim=1)
+    return notes
+
+
+def resize_positions(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions of patches [1 h*w D] on another grid, bicubic (DeiT)."""
+    if old == new:
+        return patches
+    return resample_grid(patches.unflatten(1, old), new).flatten(1, 2)
+
+
+def _adapt_slabs(
+    found: dict[str, Tensor], own: Mapping[str, Tensor], model: Any, slabs: list[str]
+) -> list[str]:
+    """The trained parts of symmetric positions, which the model itself knows how to resize."""
+    if any(name not in found or found[name].ndim != own[name].ndim for name in slabs):
+        return []
+    old, new = found[slabs[0]].shape, own[slabs[0]].shape
+    if old == new or old[-1] != new[-1]:
+        return []
+    found |= model.resize_positions({name: found[name] for name in slabs})
+    height, width = (
+        side * whole // part for side, whole, part in zip(old, model.grid_size, new, strict=False)
+    )
+    grid = " x ".join(map(str, model.grid_size))
+    return [f"{POSITIONS}: resampled from {height} x {width} to {grid} patches, symmetries kept"]
+
+
+def _grid_of(model: nn.Module) -> tuple[int, int]:
+    grid = getattr(model, "grid_size", None)
+    if grid is None:
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None:
+        raise ValueError(f"{type(model).__name__} does not say its grid of patches")
+    return grid[0], grid[1]
+
+
+def _square(count: int) -> tuple[int, int]:
+    """Side of the square grid of `count` positions, and how many (0 or 1) are not patches'."""
+    side = math.isqrt(count)
+    extra = count - side * side
+    if extra > 1:
+        raise ValueError(
+            f"{POSITIONS} of the file has {count} positions, which is no square grid of patches"
+        )
+    return side, extra
