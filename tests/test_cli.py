@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "experiments/train_dinov2.py"
@@ -86,3 +87,45 @@ def test_check_names_a_keyword_that_no_constructor_takes() -> None:
     done = run("--check", "backbone.dept=2")
     assert done.returncode == 2 and done.stdout == ""
     assert "takes no 'dept'; did you mean 'depth'?" in done.stderr
+
+
+def test_a_model_takes_its_run_file_and_flags_of_the_original_are_keys() -> None:
+    """`train_deit.py --model X` is configs/deit/X.yaml, whose batch of 2048 no flag changes."""
+    words = [
+        "--model",
+        "hybrid_deit_large_patch16",
+        "--check",
+        "--drop-path",
+        "0.3",
+        "--lr",
+        "0.002",
+    ]
+    words += ["--input-size", "192", "--data-path", "data", "--nodes", "4", "--ngpus", "4"]
+    done = run(*words, script="experiments/train_deit.py")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    recipe, schedules = config["recipe"], config["recipe"]["schedules"]
+    assert config["name"] == "hybrid_deit_large_patch16" and config["data"]["root"] == "data"
+    assert (recipe["drop_path_rate"], schedules["lr"], recipe["batch_size_per_gpu"]) == (
+        0.3,
+        2e-3,
+        128,
+    )
+    assert schedules["update"] == "one_epoch_late" and config["backbone"]["img_size"] == 192
+    assert "batch 2048 = 128 images x 1 micro-batches x 16 processes" in done.stdout
+
+
+def test_a_batch_that_cannot_be_kept_is_refused_with_numbers_that_would() -> None:
+    words = ["--model", "hybrid_deit_huge_patch14", "--check", "--batch", "48", "launcher=local"]
+    done = run(*words, "--ngpus", "8", script="experiments/train_deit.py")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "batch_size_per_gpu=32 accumulation=8 would keep it" in done.stderr
+
+
+def test_a_model_without_a_run_file_trains_with_the_recipe() -> None:
+    words = ["--model", "d8_inv_early_deit_small_patch16", "--check", "--data-path", "data"]
+    done = run(*words, script="experiments/train_deit.py")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["name"] == "imagenet" and config["recipe"]["_target_"] == "deit.recipe.DeiT"
+    assert config["backbone"]["_target_"].endswith("d8_inv_early_deit_small_patch16")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from utils.build import build, check_targets, plain
+from utils.effective_batch import micro_batches
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,9 +48,15 @@ def describe(content: dict[str, Any]) -> list[str]:
         processes = (
             1 if launcher["kind"] == "here" else launcher["nodes"] * launcher["gpus_per_node"]
         )
-        batch = recipe.batch_size_per_gpu * recipe.accumulation * processes
+        accumulation = micro_batches(
+            content["recipe"].get("effective_batch_size"),
+            recipe.batch_size_per_gpu,
+            processes,
+            content["recipe"].get("accumulation"),
+        )
+        batch = recipe.batch_size_per_gpu * accumulation * processes
         lines.append(
-            f"batch {batch} = {recipe.batch_size_per_gpu} images x {recipe.accumulation} "
+            f"batch {batch} = {recipe.batch_size_per_gpu} images x {accumulation} "
             f"micro-batches x {processes} processes"
         )
     return [*lines, "the config is valid"]
@@ -63,9 +70,10 @@ def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
         factory = build({**content["backbone"], "_partial_": True})
         if not content.get("recipe"):
             return factory(), None
-        recipe = build({**content["recipe"], "_partial_": True})(
-            backbone=factory, dataset=UnreadImages()
-        )
+        node = {**content["recipe"], "_partial_": True}
+        if "effective_batch_size" in node:  # held against the processes to be, not this one
+            node["effective_batch_size"] = None
+        recipe = build(node)(backbone=factory, dataset=UnreadImages())
         return factory(), recipe
 
 

@@ -31,17 +31,19 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def parse_config(
-    default: str, argv: list[str] | None = None, *, base: str = "train"
+    default: str, argv: list[str] | None = None, *, base: str = "train", runs: str = ""
 ) -> "DictConfig":
     """The config the command line asks for; a mistake prints one line and leaves with code 2.
 
     `default`: the run file (below `configs/`) taken without `--config-file`. `base`: the file below
-    `configs/` whose keys are all there are. `--check` prints the config and the networks' cost, and
-    leaves.
+    `configs/` whose keys are all there are. `runs`: folder below `configs/` with a run file per
+    model, which `--model X` alone then takes. `--check` prints the config and the networks' cost,
+    and leaves.
     """
     try:
         arguments = read_arguments(argv, CONFIGS, default, base)
-        config = compose_config(arguments.config_file or default, arguments.overrides, base=base)
+        file = arguments.config_file or _run_of_model(arguments.overrides, runs) or default
+        config = compose_config(file, arguments.overrides, base=base)
         if not arguments.check:
             return config
         from utils.check import check
@@ -101,6 +103,13 @@ def fail(error: object, code: int = 2) -> NoReturn:
     """Print one line and leave."""
     print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _run_of_model(overrides: list[str], runs: str) -> str | None:
+    """`runs/X.yaml` where the backbone X is asked for and has such a file."""
+    models = [word.removeprefix("backbone=") for word in overrides if word.startswith("backbone=")]
+    named = [f"{runs}/{model}.yaml" for model in models if runs]
+    return next((file for file in reversed(named) if (CONFIGS / file).is_file()), None)
 
 
 def _by_stem(files: set[str]) -> set[str]:

@@ -109,7 +109,12 @@ def load_optimizer_state(
         )
     plain = optimizer.state_dict()
     positions = {}
+    gained = {name: group for group in saved["groups"] for name in group["params"]}
+    names = {id(p): name for name, p in parameters.items()}
     for group, packed in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        # What a group has not from its making, it counted while training (LAMB's `step`).
+        counted = gained[names[id(group["params"][0])]]
+        packed.update({k: v for k, v in counted.items() if k not in packed})
         positions.update(
             {id(p): index for p, index in zip(group["params"], packed["params"], strict=True)}
         )

@@ -14,6 +14,7 @@ from torch import nn
 from utils import distributed, parallel, state
 from utils.build import build, plain
 from utils.checkpoint import Checkpoints, export_weights, write_text
+from utils.data.classes import class_metadata
 from utils.errors import UserError
 from utils.health import Health
 from utils.metrics import Metrics
@@ -119,7 +120,7 @@ def run_built(
         "alarm": health.alarm,
         **(metrics.last | {"step": step} | judge.results),
     }
-    return _leave(folder, config, summary, recipe.exported)
+    return _leave(folder, config, summary, recipe.exported, data.get("train"))
 
 
 def _prepare(folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
@@ -245,7 +246,11 @@ class Judge:
 
 
 def _leave(
-    folder: Path, config: Mapping[str, Any], summary: dict[str, Any], exported: nn.Module
+    folder: Path,
+    config: Mapping[str, Any],
+    summary: dict[str, Any],
+    exported: nn.Module,
+    dataset: Any,
 ) -> dict[str, Any]:
     # What others read without knowing the loop; rank 0 writes, every rank must call.
     weights = state.whole_state(exported)
@@ -255,6 +260,8 @@ def _leave(
         "constructor": json.dumps(config["backbone"]),
         "step": str(summary["step"]),
         "code": describe_code(),
+        # Of a net without a classifier it says what it has seen.
+        **class_metadata(dataset),
     }
     export_weights(folder / EXPORTED, weights, metadata)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -80,15 +80,15 @@ class Frozen:
         return 0.0 if step < self.num_steps else self.schedule(step)
 
 
-LR_SCALINGS = ("sqrt_wrt_1024", "linear_wrt_256", "none")
+LR_SCALINGS = ("sqrt_wrt_1024", "linear_wrt_256", "linear_wrt_512", "none")
 
 
 def scale_lr(lr: float, rule: str, batch_size: int) -> float:
     """Learning rate at an effective batch size (images per optimiser step, over all GPUs)."""
     if rule == "sqrt_wrt_1024":
         return lr * math.sqrt(batch_size / 1024)
-    if rule == "linear_wrt_256":
-        return lr * batch_size / 256
+    if rule.startswith("linear_wrt_") and rule in LR_SCALINGS:
+        return lr * batch_size / int(rule.removeprefix("linear_wrt_"))
     if rule == "none":
         return lr
     raise ValueError(f"unknown lr_scaling {rule!r}; known: {', '.join(LR_SCALINGS)}")

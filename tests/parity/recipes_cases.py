@@ -1,4 +1,4 @@
-"""Runners of the training recipes: DINOv2 through the recipe itself; DeiT III is a later issue."""
+"""Runners of the training recipes: DINOv2 through the recipe itself; see deit_cases.py for DeiT."""
 
 import json
 import random
@@ -287,12 +287,5 @@ RUNNERS = {
         "mask_upperbound": run_mask_upperbound,
         "smoothed_value": not_built("the windowed meter; raw values are logged instead"),
         "slurm_node_list": not_built("expansion of Slurm node lists"),
-        **{
-            kind: not_built("DeiT III, later issue")
-            for kind in (
-                *("timmcos", "deit", "lamb", "targets", "cosub", "evaltf", "posft"),
-                "deit_weight_decay_groups",
-            )
-        },
     }.items()
 }

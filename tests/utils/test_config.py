@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.build import build, check_targets, resolve
+from utils.build import build, check_targets, keywords_of, resolve
 from utils.config import CONFIGS, compose_config, find_file
 from utils.errors import UserError
 from utils.flags import FLAGS, read_arguments
@@ -82,12 +82,20 @@ def test_wrong_words(words: list[str], said: str) -> None:
 
 
 def test_every_flag_is_a_key() -> None:
-    config = compose_config("train.yaml")
+    """Of a file, or a keyword of the constructor there, with one of the recipes."""
+    configs = [
+        compose_config("train.yaml", [f"recipe={recipe}", "data=folder"])
+        for recipe in ("dinov2", "deit")
+    ]
     for flag in FLAGS:
-        parent = (
-            OmegaConf.select(config, flag.key.rpartition(".")[0]) if "." in flag.key else config
-        )
-        assert flag.key.rpartition(".")[2] in parent, flag.key
+        group, _, name = flag.key.rpartition(".")
+        found = []
+        for config in configs:
+            parent = OmegaConf.select(config, group) if group else config
+            found += [] if parent is None else parent
+            if parent is not None and "_target_" in parent:
+                found += keywords_of(resolve(parent["_target_"]))
+        assert name in found, flag.key
 
 
 def test_text_of_flags_is_taken_as_it_is() -> None:

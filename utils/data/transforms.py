@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -24,6 +25,32 @@ def evaluation_transform(
     """
     resize = v2.Resize(resize_size, interpolation=InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.CenterCrop(crop_size), *to_normalized_tensor(mean, std)])
+
+
+def deit_evaluation_transform(
+    *, input_size: int = 224, eval_crop_ratio: float = 1.0, resize_small: bool = False
+) -> v2.Compose:
+    """DeiT's: smaller edge to input_size / eval_crop_ratio, central crop, tensor, normalised.
+
+    With an input_size of 32 or less, meant for CIFAR, images pass as they are; with `resize_small`
+    only those of that size do.
+    """
+    if input_size < 1 or not 0 < eval_crop_ratio <= 1:
+        raise ValueError(
+            f"input_size {input_size} must be positive and eval_crop_ratio {eval_crop_ratio} lie "
+            "above 0 and at most at 1"
+        )
+    crop: list[torch.nn.Module] = [
+        v2.Resize(
+            int(input_size / eval_crop_ratio),
+            interpolation=InterpolationMode.BICUBIC,
+            antialias=True,
+        ),
+        v2.CenterCrop(input_size),
+    ]
+    if input_size <= 32:
+        crop = [UnlessOfSize(input_size, *crop)] if resize_small else []
+    return v2.Compose([*crop, *to_normalized_tensor()])
 
 
 def training_transform(
@@ -48,6 +75,18 @@ def to_normalized_tensor(
 ) -> list[torch.nn.Module]:
     """The last steps of both: PIL image to [0, 1] and normalised; a tensor is only normalised."""
     return [ToTensor(), v2.Normalize(list(mean), list(std))]
+
+
+class UnlessOfSize(torch.nn.Module):
+    """Steps for PIL images, left out for those of `size` x `size`."""
+
+    def __init__(self, size: int, *steps: torch.nn.Module) -> None:
+        super().__init__()
+        self.size, self.steps = size, v2.Compose(steps)
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Convert one image."""
+        return image if image.size == (self.size, self.size) else self.steps(image)
 
 
 class ToTensor(torch.nn.Module):

@@ -1,0 +1,1 @@
+"""DeiT III: supervised training of any classifier. Imports `vit` and `utils` alone."""

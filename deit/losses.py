@@ -1,0 +1,93 @@
+"""What a classifier's logits are held against: cross entropies, a teacher, a second look.
+
+Letters in shapes: B images, C classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LOSSES = ("bce", "ce")
+KINDS = ("soft", "hard")
+
+
+def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
+    """Targets [B C] as they are, class indices [B] as one-hot rows."""
+    return targets if targets.ndim == 2 else F.one_hot(targets, num_classes).float()
+
+
+def classification_loss(
+    logits: Tensor, targets: Tensor, *, loss: str = "bce", smoothing: float = 0.0
+) -> Tensor:
+    """Loss of logits [B C] for class indices [B] or mixed targets [B C], a scalar.
+
+    bce: a sigmoid per class, mean over images and classes; every class with a share in the target
+    counts in full, so an image mixed of two classes is of both (Touvron et al. 2022, Wightman et
+    al. 2021). ce: cross entropy, mean over images; `smoothing` spreads that share of indices
+    evenly over the classes, while mixed targets bring their own.
+    """
+    if loss == "bce":
+        wanted = (soft_targets(targets, logits.shape[1]) > 0).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, wanted)
+    if targets.ndim == 2:
+        return F.cross_entropy(logits, targets.to(logits.dtype))
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def cosub_loss(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
+    """Two subnetworks' logits [B C] against the targets and each other (Touvron et al. 2023).
+
+    Drop path makes the subnetworks: the same images go through the network twice. Each also learns
+    what the other says, through which no gradient flows.
+    """
+    told = classification_loss(first, targets) + classification_loss(second, targets)
+    shared = F.binary_cross_entropy_with_logits(first, second.detach().sigmoid())
+    shared = shared + F.binary_cross_entropy_with_logits(second, first.detach().sigmoid())
+    return 0.25 * (told + shared)
+
+
+class Distillation(nn.Module):
+    """A frozen teacher that the classifier learns from beside the labels (Touvron et al. 2021).
+
+    teacher: makes the teacher; called without arguments. kind: `hard`, the teacher's best class by
+    cross entropy, or `soft`, its probabilities at temperature `tau` by KL divergence, times tau^2
+    over the number of logits. alpha: the teacher's share of the loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: Callable[..., nn.Module],
+        kind: str = "hard",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r} of distillation; known: {', '.join(KINDS)}")
+        if not 0 <= alpha <= 1 or tau <= 0:
+            raise ValueError(f"alpha must lie in [0, 1] and tau above 0, not {alpha} and {tau}")
+        self.kind, self.alpha, self.tau = kind, alpha, tau
+        self.teacher = teacher().requires_grad_(False).eval()
+
+    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
+        """The teacher's part of the loss, for the classifier's logits [B C]."""
+        with torch.no_grad():
+            told = wide(self.teacher(images))
+        if told.shape != logits.shape:
+            raise ValueError(
+                f"the teacher tells {told.shape[1]} classes, the classifier {logits.shape[1]}"
+            )
+        if self.kind == "hard":
+            return F.cross_entropy(logits, told.argmax(dim=1))
+        ours = F.log_softmax(logits / self.tau, dim=1)
+        theirs = F.log_softmax(told / self.tau, dim=1)
+        divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+        return divergence * self.tau**2 / logits.numel()
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32, others as they are: losses are not for half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

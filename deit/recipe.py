@@ -1,0 +1,258 @@
+"""The DeiT III recipe: a classifier learns the labels of strongly augmented, mixed images.
+
+Touvron et al. 2022, "DeiT III: Revenge of the ViT". Letters in shapes: B images of a micro-batch,
+S pixels a side, C classes.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deit.augment import ThreeAugment, TimmAugmentation
+from deit.losses import LOSSES, Distillation, classification_loss, cosub_loss, wide
+from deit.mixing import Collate, Mixing
+from deit.param_groups import freeze, param_groups
+from deit.schedules import Schedules
+from utils.data.images import ImageDataset
+from utils.data.loaders import training_batches
+from utils.distributed import rank, world_size
+from utils.effective_batch import micro_batches
+from vit.finetune import load_adapted
+
+EXPORTS = ("model", "ema")
+
+logger = logging.getLogger(__name__)
+
+
+class DeiT(nn.Module):
+    """A classifier, its moving average, and a teacher if there is one (see `utils.recipe`).
+
+    backbone: makes the classifier; called as `backbone(drop_path_rate=...)`, it gives logits.
+        dataset: gives PIL images with labels.
+    epochs, epoch_length: a run has epochs * epoch_length steps; epoch_length <= 0 means one pass
+        over the data set at the effective batch.
+    effective_batch_size: images per step over all processes. Where given, it is kept: accumulation
+        follows from it, and numbers that do not make it are refused.
+    loss, smoothing: see `deit.losses.classification_loss`. mixing: None leaves images apart.
+    ema_decay: of the moving average of parameters and buffers; 0 for none. export: what is saved
+        and probed, `model` (as published, where the average was saved but never judged) or `ema`.
+    trainable, layerwise_decay: for fine-tuning, see `deit.param_groups`.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Callable[..., nn.Module],
+        dataset: ImageDataset,
+        epochs: float = 400,
+        epoch_length: int = 0,
+        batch_size_per_gpu: int = 64,
+        accumulation: int | None = None,
+        effective_batch_size: int | None = None,
+        drop_path_rate: float | None = 0.1,
+        loss: str = "bce",
+        smoothing: float = 0.0,
+        cosub: bool = False,
+        distillation: Distillation | None = None,
+        mixing: Mixing | None = None,
+        augmentation: ThreeAugment | TimmAugmentation | None = None,
+        ema_decay: float = 0.99996,
+        export: str = "model",
+        trainable: str = "all",
+        layerwise_decay: float = 1.0,
+        schedules: Schedules | None = None,
+        sampler: str = "repeated_augmentation",
+        num_workers: int = 10,
+        on_error: str = "raise",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_loss(loss, smoothing, cosub, distillation)
+        if export not in EXPORTS or (export == "ema" and not ema_decay):
+            raise ValueError(f"export is {' or '.join(EXPORTS)}, the latter with ema_decay above 0")
+        self.batch_size_per_gpu = batch_size_per_gpu
+        self.accumulation = micro_batches(
+            effective_batch_size, batch_size_per_gpu, world_size(), accumulation
+        )
+        if mixing is not None and batch_size_per_gpu % 2:
+            raise ValueError(
+                f"mixing pairs the images of a batch: batch_size_per_gpu {batch_size_per_gpu} "
+                "must be even"
+            )
+        self.dataset, self.loss, self.smoothing, self.cosub = dataset, loss, smoothing, cosub
+        self.augmentation = augmentation or ThreeAugment()
+        self.loading: dict[str, Any] = {
+            "sampler": sampler,
+            "num_workers": num_workers,
+            "on_error": on_error,
+            "seed": seed,
+        }
+        self.trainable, self.layerwise_decay = trainable, layerwise_decay
+        self.ema_decay, self.export = ema_decay, export
+
+        keywords = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+        self.model = backbone(**keywords)
+        self.num_classes = _count_classes(self.model, dataset)
+        mix = mixing.build(self.num_classes, smoothing) if mixing else None
+        self.collate = Collate(mix)
+        self.distillation = distillation
+        if distillation is not None and hasattr(self.model, "set_distilled_training"):
+            self.model.set_distilled_training(True)  # two heads, as in Touvron et al. 2021
+        self.ema: nn.Module | None = None
+        self._set_out()
+
+        batch_size = batch_size_per_gpu * self.accumulation * world_size()
+        if epoch_length <= 0:
+            epoch_length = max(1, len(dataset) // batch_size)
+        self.epoch_length = epoch_length
+        self.total_steps = round(epochs * epoch_length)
+        self.schedules = (schedules or Schedules()).build(
+            epochs=epochs, epoch_length=epoch_length, batch_size=batch_size
+        )
+        self.train()
+
+    # What the loop calls.
+
+    @property
+    def exported(self) -> nn.Module:
+        """The network a run is for."""
+        return self.ema if self.export == "ema" and self.ema is not None else self.model
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups of what is trained of the classifier."""
+        return param_groups(self.model, layerwise_decay=self.layerwise_decay)
+
+    def clipped_parts(self) -> dict[str, nn.Module]:
+        """The classifier as a whole (LAMB clips for itself)."""
+        return {"model": self.model}
+
+    def parallelize(self, wrap: Callable[..., nn.Module]) -> None:
+        """Let the loop shard and compile classifier, moving average and teacher."""
+        self.model = wrap(self.model, units=_blocks(self.model))
+        if self.ema is not None:
+            self.ema = wrap(self.ema, units=_blocks(self.ema))
+        if self.distillation is not None:
+            teacher = self.distillation.teacher
+            self.distillation.teacher = wrap(teacher, units=_blocks(teacher))
+
+    def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
+        """Micro-batches (see `deit.mixing.Collate`) from a step on, without end."""
+        return training_batches(
+            self.dataset,
+            self.augmentation,
+            self.collate,
+            self.batch_size_per_gpu,
+            first_step=first_step,
+            rank=rank(),
+            world_size=world_size(),
+            micro_batches=self.accumulation,
+            **self.loading,
+        )
+
+    def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Losses of a micro-batch; `loss` is optimised, the rest is shown."""
+        images, targets = batch["images"], batch["targets"]
+        if self.cosub:
+            first, second = self._logits(torch.cat([images, images]))[0].chunk(2)
+            return {"loss": cosub_loss(first, second, targets)}
+        logits, student = self._logits(images)
+        loss = classification_loss(logits, targets, loss=self.loss, smoothing=self.smoothing)
+        if self.distillation is None:
+            return {"loss": loss}
+        told, alpha = self.distillation(images, student), self.distillation.alpha
+        shown = {"label_loss": loss.detach(), "distillation_loss": told.detach()}
+        return {"loss": (1 - alpha) * loss + alpha * told} | shown
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the average towards the classifier."""
+        if self.ema is None:
+            return
+        torch._foreach_lerp_(
+            list(self.ema.parameters()), list(self.model.parameters()), 1 - self.ema_decay
+        )
+        for ours, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            if ours.is_floating_point():
+                ours.lerp_(theirs, 1 - self.ema_decay)
+            else:
+                ours.copy_(theirs)
+
+    def load_weights(self, path: str) -> None:
+        """Start classifier and moving average from a file, published or exported.
+
+        It may be of another resolution or of other classes; what was adapted is logged.
+        """
+        for note in load_adapted(self.model, path):
+            logger.warning("%s: %s", path, note)
+        self._set_out()
+
+    def train(self, mode: bool = True) -> "DeiT":
+        """Set the classifier's mode; average and teacher always evaluate."""
+        super().train(mode)
+        for part in (self.ema, self.distillation):
+            if part is not None:
+                part.eval()
+        return self
+
+    # Parts of the above.
+
+    def _set_out(self) -> None:
+        """What follows from the classifier: what of it trains, and the average, which starts there.
+
+        Called again when other weights came in.
+        """
+        freeze(self.model, self.trainable)
+        if self.ema_decay:
+            self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+    def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B C], and those a teacher speaks to: of a second head, or the same."""
+        found = self.model(images)
+        logits, student = found if isinstance(found, tuple) else (found, found)
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"the backbone gives {list(logits.shape[1:])} numbers per image for "
+                f"{self.num_classes} classes; set backbone.num_classes={self.num_classes}"
+            )
+        return wide(logits), wide(student)
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network of ours, or of a timm network in its adapter."""
+    return list(getattr(net, "blocks", getattr(getattr(net, "net", None), "blocks", ())))
+
+
+def _count_classes(model: nn.Module, dataset: ImageDataset) -> int:
+    """Classes of the data set, which must be the classifier's; ValueError says how to agree."""
+    ours = getattr(model, "num_classes", getattr(getattr(model, "net", None), "num_classes", None))
+    if not hasattr(dataset, "class_names"):  # a stand-in, to count parameters
+        return int(ours or 1)
+    if dataset.labels is None:
+        raise ValueError(f"{dataset!r} has no labels to learn from")
+    count = len(dataset.class_names) or int(dataset.labels.max()) + 1
+    if ours is not None and ours != count:
+        raise ValueError(
+            f"{dataset!r} has {count} classes, the backbone {ours}; "
+            f"set backbone.num_classes={count}"
+        )
+    return count
+
+
+def _check_loss(
+    loss: str, smoothing: float, cosub: bool, distillation: Distillation | None
+) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}")
+    if loss == "bce" and smoothing:
+        raise ValueError(
+            f"smoothing {smoothing} with loss=bce would make every class a target; "
+            "use smoothing=0 or loss=ce"
+        )
+    if cosub and (loss != "bce" or distillation is not None):
+        raise ValueError("cosub goes with loss=bce and without distillation")

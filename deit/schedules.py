@@ -1,0 +1,96 @@
+"""Learning rate and weight decay of DeiT III as functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+from utils.schedules import LR_SCALINGS, Constant, Schedule, scale_lr
+
+UPDATES = ("every_step", "every_epoch", "one_epoch_late")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochCosine:
+    """Warm-up along a line, then a cosine over all epochs, the warm-up included, then `final`.
+
+    At the end of the warm-up the rate is that of the cosine there, a little below `base` (timm's
+    cosine scheduler without prefixed warm-up). The time is in epochs: exact at every step, held
+    over an epoch, or, one_epoch_late, held at the value of the epoch before.
+    """
+
+    base: float
+    final: float
+    epochs: float
+    epoch_length: int
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
+    update: str = "every_step"
+
+    def __call__(self, step: int) -> float:
+        """Value at a step."""
+        if self.update == "every_step":
+            return self.at_epoch(step / self.epoch_length)
+        epoch = step // self.epoch_length
+        return self.at_epoch(max(epoch - 1, 0) if self.update == "one_epoch_late" else epoch)
+
+    def at_epoch(self, epoch: float) -> float:
+        """Value after that many epochs."""
+        if epoch < self.warmup_epochs:
+            rise = (self.base - self.warmup_start) / self.warmup_epochs
+            return self.warmup_start + epoch * rise
+        if epoch >= self.epochs:
+            return self.final
+        phase = math.cos(math.pi * epoch / self.epochs)
+        return self.final + 0.5 * (self.base - self.final) * (1 + phase)
+
+
+class Schedules:
+    """Values and lengths in epochs; `build` turns them into functions of the step.
+
+    lr: at the batch size the rule `lr_scaling` names. update: every_step, every_epoch or
+    one_epoch_late.
+
+    Departs from DeiT: there the scheduler is stepped with the number of the epoch that has just
+    ended, so that two epochs run at the warm-up's first value and all later ones late; a resume
+    jumps ahead by an epoch. `one_epoch_late` gives the rates of an uninterrupted published run.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 3e-3,
+        lr_scaling: str = "none",
+        min_lr: float = 1e-5,
+        warmup_epochs: float = 5,
+        warmup_lr: float = 1e-6,
+        weight_decay: float = 0.02,
+        update: str = "every_step",
+    ) -> None:
+        if lr_scaling not in LR_SCALINGS:
+            raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
+        if update not in UPDATES:
+            raise ValueError(f"unknown update {update!r}; known: {', '.join(UPDATES)}")
+        self.lr = lr
+        self.lr_scaling = lr_scaling
+        self.min_lr = min_lr
+        self.warmup_epochs = warmup_epochs
+        self.warmup_lr = warmup_lr
+        self.weight_decay = weight_decay
+        self.update = update
+
+    def build(self, *, epochs: float, epoch_length: int, batch_size: int) -> dict[str, Schedule]:
+        """Functions of the step; epoch_length in steps, batch_size in images per step."""
+        if self.warmup_epochs > epochs:
+            raise ValueError(
+                f"schedules.warmup_epochs {self.warmup_epochs} is more than the {epochs} epochs "
+                "of the run"
+            )
+        lr = EpochCosine(
+            base=scale_lr(self.lr, self.lr_scaling, batch_size),
+            final=self.min_lr,
+            epochs=epochs,
+            epoch_length=epoch_length,
+            warmup_epochs=self.warmup_epochs,
+            warmup_start=self.warmup_lr,
+            update=self.update,
+        )
+        return {"lr": lr, "weight_decay": Constant(self.weight_decay)}

@@ -1,0 +1,150 @@
+"""Judge one classifier: what experiments/eval_deit.py runs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.judge import make_data
+from evaluation.progress import say
+from evaluation.published import published_figure
+from evaluation.results import write_results
+from utils import distributed
+from utils.build import build, plain
+from utils.data.classes import class_list, mismatch
+from utils.data.images import ImageDataset
+from utils.errors import UserError
+from vit.finetune import head_of
+from vit.weights import load_state, read_metadata, read_state
+
+EXPORTED = "exported/teacher.safetensors"
+
+
+def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
+    """Build net and data, load the weights strictly, run the probes into `output_dir`.
+
+    Reads the keys of configs/eval/deit.yaml. A file of ours brings what its net was built with, and
+    the classes it was trained on: UserError where the labels of data.val mean others. Returns
+    figures as `probe/name`; every rank gets them.
+    """
+    config = plain(config)
+    folder = Path(config["output_dir"])
+    with distributed.session(config["device"]) as device:
+        probes = {name: build(node) for name, node in config["probes"].items() if node}
+        dataset = make_data(config["data"], "val")
+        path = weights_file(config["weights"])
+        metadata, state = _read(path)
+        wrong = mismatch(metadata, dataset)
+        if wrong:
+            raise UserError(f"{path}: {wrong}; figures would mean nothing")
+        backbone = complete(config["backbone"], metadata, state, dataset)
+        net = make_classifier(backbone, state, path, seed=config["seed"]).to(device)
+        if distributed.is_main():
+            _say_what_is_judged(backbone, path, dataset)
+        results = {name: probe(net, {"val": dataset}, folder, 0) for name, probe in probes.items()}
+        if distributed.is_main():
+            _say_published(backbone, metadata, path, dataset)
+            judged = {"backbone": name_of(backbone), "weights": path, "data": repr(dataset)}
+            for name, figures in results.items():
+                protocol = judged | dict(getattr(probes[name], "protocol", {}))
+                say(f"written: {write_results(folder, name, protocol=protocol, figures=figures)}")
+        distributed.barrier()
+    return {f"{name}/{key}": value for name, part in results.items() for key, value in part.items()}
+
+
+def weights_file(weights: str | None) -> str | None:
+    """A file of weights; of a run folder, the exported one."""
+    if weights and Path(weights).is_dir():
+        exported = Path(weights) / EXPORTED
+        if not exported.is_file():
+            raise UserError(f"{weights} is a folder without {EXPORTED}: the run is not finished")
+        return str(exported)
+    return weights
+
+
+def complete(
+    backbone: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    state: Mapping[str, Tensor] | None,
+    dataset: ImageDataset,
+) -> dict[str, Any]:
+    """The backbone node with the keywords that it leaves open and the file knows.
+
+    Those of the constructor that a file of ours names, and the number of classes.
+    """
+    theirs = json.loads(metadata.get("constructor", "{}"))
+    same = all(theirs.get(key) == backbone.get(key) for key in ("_target_", "model_name"))
+    backbone = {**(theirs if same else {}), **backbone}
+    if "num_classes" in backbone or backbone.get("pretrained"):
+        return {"num_classes": 1000, **backbone}
+    count = None if state is None else count_classes(state)
+    return {**backbone, "num_classes": count or len(class_list(dataset))}
+
+
+def count_classes(state: Mapping[str, Tensor]) -> int | None:
+    """Classes of the head in a file, by the names that heads have in our models and in timm's."""
+    for head in ("head", "fc", "classifier", "head.fc", "head.l", "head.classifier"):
+        for name, tensor in state.items():
+            if name == f"{head}.weight" or name.endswith(f".{head}.weight"):
+                return len(tensor)
+    return None
+
+
+def make_classifier(
+    backbone: Mapping[str, Any], state: Mapping[str, Tensor] | None, path: str | None, *, seed: int
+) -> nn.Module:
+    """The net in eval mode; weights, in any published spelling, must fit to the last key."""
+    torch.manual_seed(seed)
+    net = build({**backbone, "_partial_": True})()
+    if state is not None:
+        # Files of our own runs hold the adapter of a timm net, others the net alone.
+        inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
+        try:
+            load_state(inner, state)
+        except ValueError as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if f"{head_of(getattr(net, 'net', net))}.weight" not in getattr(net, "net", net).state_dict():
+        raise UserError(f"{name_of(backbone)} has no classifier; probe its features instead")
+    return net.eval()
+
+
+def name_of(backbone: Mapping[str, Any]) -> str:
+    """The registered name of a backbone node's model."""
+    return backbone.get("model_name") or backbone["_target_"].split(".")[-1]
+
+
+def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:
+    if not path:
+        return {}, None
+    try:
+        return read_metadata(path), read_state(path)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _say_what_is_judged(
+    backbone: Mapping[str, Any], path: str | None, dataset: ImageDataset
+) -> None:
+    if not path and not backbone.get("pretrained"):
+        say("no weights given (--eval FILE): judging the random initialisation")
+    say(f"{name_of(backbone)}, weights: {path}")
+    say(f"val: {dataset!r}")
+
+
+def _say_published(
+    backbone: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    path: str | None,
+    dataset: ImageDataset,
+) -> None:
+    published = published_figure(
+        name_of(backbone),
+        exported_by_us=path is None or "constructor" in metadata,
+        num_images=len(dataset),
+        num_classes=len(class_list(dataset)),
+    )
+    if published:
+        say(str(published))

@@ -1,0 +1,204 @@
+"""One command judges any classifier, and refuses weights that mean other classes."""
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from evaluation.classifier import judge_classifier
+from evaluation.deit_arguments import parse_deit_evaluation, read_deit_arguments
+from evaluation.published import PUBLISHED, published_figure
+from utils.build import build
+from utils.data.classes import class_metadata
+from utils.data.images import ImageFolder
+from utils.errors import UserError
+
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+OCTIC = {"_target_": "octic.models.d8_inv_early_deit_small_patch16", "_partial_": True}
+TIMM = {"_target_": "vit.adapters.timm_backbone", "_partial_": True}
+TIMM["model_name"] = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twelve images of three colours, in a folder per colour."""
+    root = tmp_path_factory.mktemp("images")
+    for colour in ("blue", "green", "red"):
+        (root / colour).mkdir()
+        for shade in range(4):
+            image = Image.new("RGB", (20, 24), colour)
+            image.putpixel((3 * shade, shade), (255, 255, 255))
+            image.save(root / colour / f"{shade}.png")
+    return root
+
+
+def config(images, folder, backbone, weights=None, **probe):
+    probe = {"_target_": "evaluation.accuracy.AccuracyProbe", **probe}
+    data = {"val": {"_target_": "utils.data.images.ImageFolder", "root": str(images)}}
+    return {
+        "output_dir": str(folder),
+        "backbone": backbone,
+        "weights": None if weights is None else str(weights),
+        "seed": 0,
+        "device": "cpu",
+        "data": data,
+        "probes": {"knn": None, "accuracy": probe},
+    }
+
+
+def export(path, backbone, images, **overrides):
+    """A file as a run leaves it."""
+    torch.manual_seed(3)
+    net = build({**backbone, **SIZES, "num_classes": 3})()
+    metadata = {"constructor": json.dumps({**backbone, **SIZES, "num_classes": 3})}
+    metadata |= class_metadata(ImageFolder(images)) | overrides
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: v.contiguous() for name, v in net.state_dict().items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("backbone", [OCTIC, TIMM], ids=["octic", "timm"])
+def test_a_file_of_ours_brings_its_net(backbone, images, tmp_path, capsys):
+    """Sizes and classes come from the file; a run folder stands for what it exported."""
+    export(tmp_path / "run/exported/teacher.safetensors", backbone, images)
+    found = judge_classifier(config(images, tmp_path, backbone, tmp_path / "run", symmetries=True))
+    printed = capsys.readouterr().out
+    assert f"* Acc@1 {found['accuracy/acc1']:.3f}" in printed and "published" not in printed
+    changed = sum(value for key, value in found.items() if key.endswith("_changed"))
+    assert changed == 0 or backbone is TIMM
+    results = json.loads((tmp_path / "results.json").read_text())["accuracy"]
+    assert results["figures"]["acc1"] == found["accuracy/acc1"]
+    assert results["protocol"]["weights"].endswith("teacher.safetensors")
+
+
+def test_other_peoples_files(images, tmp_path):
+    """The number of classes of a timm file is read off its head."""
+    options = {**SIZES, "num_classes": 3}
+    net = timm.create_model("vit_tiny_patch16_224", **options)
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "w.pth")
+    backbone = {**TIMM, **SIZES}
+    found = judge_classifier(config(images, tmp_path, backbone, tmp_path / "w.pth"))
+    assert 0 <= found["accuracy/acc1"] <= 100
+    cnn = timm.create_model("resnet10t", num_classes=3)
+    torch.save(cnn.state_dict(), tmp_path / "cnn.pth")
+    backbone = {**TIMM, "model_name": "resnet10t"}
+    judge_classifier(config(images, tmp_path, backbone, tmp_path / "cnn.pth", input_size=64))
+
+
+def test_published_invariant_files_bring_their_invariantization(images, tmp_path):
+    """The released files hold polynomials, whatever the model was built with."""
+    options = {**SIZES, "num_classes": 3, "invariant": "polynomial"}
+    net = build({**OCTIC, **options})()
+    torch.save({"model": {f"_orig_mod.{k}": v for k, v in net.state_dict().items()}},
+               tmp_path / "w.pth")  # fmt: skip
+    judge_classifier(config(images, tmp_path, {**OCTIC, **SIZES}, tmp_path / "w.pth"))
+
+
+def test_another_order_of_classes_is_refused(images, tmp_path):
+    file = export(tmp_path / "w.safetensors", OCTIC, images)
+    for old, new in (("green", "zebra"), ("red", "azure")):
+        other = tmp_path / new
+        other.mkdir()
+        for folder in images.iterdir():
+            (other / (new if folder.name == old else folder.name)).symlink_to(folder)
+        with pytest.raises(UserError, match="class . was '.*' in training and is '.*' in") as error:
+            judge_classifier(config(other, tmp_path, OCTIC, file))
+        assert "\n" not in str(error.value)
+    fewer = tmp_path / "fewer"
+    (fewer / "red").mkdir(parents=True)
+    (fewer / "red" / "a.png").symlink_to(images / "red" / "0.png")
+    with pytest.raises(UserError, match="3 classes were trained, 1 in ImageFolder"):
+        judge_classifier(config(fewer, tmp_path, OCTIC, file))
+
+
+def test_wrong_files_are_one_line(images, tmp_path):
+    file = export(tmp_path / "w.safetensors", OCTIC, images, constructor="{}")
+    with pytest.raises(UserError, match="w.safetensors: the weights do not fit .* shape") as error:
+        judge_classifier(config(images, tmp_path, OCTIC, file))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such weights file"):
+        judge_classifier(config(images, tmp_path, OCTIC, tmp_path / "nothing.pth"))
+    with pytest.raises(UserError, match="the run is not finished"):
+        judge_classifier(config(images, tmp_path, OCTIC, tmp_path))
+    headless = {**OCTIC, **SIZES, "num_classes": 0}
+    with pytest.raises(UserError, match="d8_inv_early_deit_small_patch16 has no classifier"):
+        judge_classifier(config(images, tmp_path, headless))
+
+
+def test_published_figures_stand_beside_theirs():
+    figure = published_figure(
+        "hybrid_deit_huge_patch14", exported_by_us=False, num_images=50_000, num_classes=1000
+    )
+    assert figure and str(figure).startswith(
+        "published: Acc@1 84.996 Acc@5 96.390 loss 0.799 (octic-vits"
+    )
+    for other in ({"exported_by_us": True}, {"num_images": 49_999}, {"num_classes": 10}):
+        options = {"exported_by_us": False, "num_images": 50_000, "num_classes": 1000, **other}
+        assert published_figure("hybrid_deit_huge_patch14", **options) is None
+    from timm import is_model
+
+    assert all(is_model(name) for name in PUBLISHED)
+
+
+def test_published_command(monkeypatch):
+    monkeypatch.delenv("IMAGENET_PATH", raising=False)
+    config = parse_deit_evaluation(
+        [
+            *("--model", "hybrid_deit_huge_patch14", "--eval", "w's.pth", "--data-path", "in"),
+            *("--rot-eval", "--flop-eval", "--input-size=192", "--eval-crop-ratio", "0.875"),
+            *("--batch-size", "32", "--dist-eval"),
+        ]
+    )
+    assert config["backbone"]["_target_"] == "octic.models.hybrid_deit_huge_patch14"
+    assert config["weights"] == "w's.pth"
+    assert config["data"]["val"]["_target_"] == "utils.data.imagenet.ImageNetTree"
+    assert config["data"]["val"]["root"] == "in"
+    probe = config["probes"]["accuracy"]
+    assert (probe["rot_eval"], probe["flop_eval"], probe["symmetries"]) == (True, True, False)
+    assert (probe["input_size"], probe["eval_crop_ratio"], probe["batch_size"]) == (192, 0.875, 32)
+    assert config["probes"]["knn"] is None
+
+
+def test_timm_models_and_other_data():
+    config = parse_deit_evaluation(["--model", "deit3_small_patch16_224", "--data-set", "INAT19"])
+    assert config["backbone"]["model_name"] == "deit3_small_patch16_224"
+    assert config["data"]["val"]["year"] == 2019
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval"], "--eval needs a value: file of weights"),
+        (["--eval", "--rot-eval"], "--eval needs a value"),
+        (["--data-set", "INET"], "unknown --data-set 'INET'; did you mean 'IMNET'?"),
+    ],
+)
+def test_mistakes_are_one_line(words, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        read_deit_arguments(words)
+
+
+def test_unknown_model_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_deit_evaluation(["--model", "hybrid_deit_hug_patch14"])
+    assert left.value.code == 2
+    assert "did you mean 'hybrid_deit_huge_patch14'?" in capsys.readouterr().err
+
+
+def test_what_a_run_leaves_is_judged_and_guarded(images, tmp_path):
+    """The loop writes constructor and classes beside the weights; the evaluation reads them."""
+    from utils.run import _leave
+
+    backbone = {**OCTIC, **SIZES, "num_classes": 3}
+    summary = {"name": "run", "output_dir": str(tmp_path), "step": 1}
+    _leave(tmp_path, {"backbone": backbone}, summary, build(backbone)(), ImageFolder(images))
+    judge_classifier(config(images, tmp_path, OCTIC, tmp_path))
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for folder in images.iterdir():
+        (renamed / f"my_{folder.name}").symlink_to(folder)
+    with pytest.raises(UserError, match="class 0 was 'blue' in training and is 'my_blue'"):
+        judge_classifier(config(renamed, tmp_path, OCTIC, tmp_path))

@@ -1,0 +1,247 @@
+"""Runners of DeiT III: schedules, LAMB, losses, decay groups, and complete steps of the recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.mixup import mixup_target
+from timm.optim import Lamb
+from torch import Tensor, nn
+
+import octic.models
+import vit.models
+from deit.losses import classification_loss, cosub_loss
+from deit.param_groups import undecayed
+from deit.recipe import DeiT
+from deit.schedules import Schedules
+from evaluation.accuracy import CorrectCounts
+from tests.parity.harness import check, load, strip
+from utils.optimizers import apply_schedules, clip_parts, make_optimizer
+from utils.schedules import Constant
+from vit.keys import from_published, to_published
+
+DTYPES = (torch.float64, torch.float32)
+CONSTRUCTORS = {
+    "hybrid": octic.models.hybrid_deit_small_patch16,
+    "invariant": octic.models.d8_inv_early_deit_small_patch16,
+    "plain": vit.models.deit_small_patch16_LS,
+}
+Case = dict[str, Any]
+
+
+def run_schedule(case: Case, folder: Path) -> None:
+    """The rate of every epoch, late as published; a resumed published run is late after its first.
+
+    Departs from DeiT: the epoch we resume at runs at the uninterrupted run's rate, not one ahead.
+    """
+    data, args = load(case, folder), case["args"]["args"]
+    build = {"epochs": args["epochs"], "epoch_length": 3, "batch_size": 2048}
+    keys = ("lr", "warmup_epochs", "warmup_lr", "min_lr")
+    given = {key: args[key] for key in keys}
+    late = Schedules(**given, update="one_epoch_late").build(**build)["lr"]
+    right = Schedules(**given, update="every_epoch").build(**build)["lr"]
+    exact = Schedules(**given).build(**build)["lr"]
+
+    def rates(schedule: Any, epochs: range) -> Tensor:
+        for epoch in epochs:
+            if schedule is not exact:
+                assert schedule(3 * epoch) == schedule(3 * epoch + 2)
+        return torch.tensor([schedule(3 * e) for e in epochs], dtype=torch.float64)
+
+    tol, every = case["tolerance"], range(args["epochs"])
+    check("lr", rates(late, every), data["out.lr_used_per_epoch"], tol, "floored")
+    first = case["args"]["resume_at"]
+    stored = data["out.lr_used_from_resumed_epoch"]
+    check("resumed at", rates(right, range(first, first + 1)), stored[:1], tol, "floored")
+    check("resumed", rates(late, range(first + 1, len(every))), stored[1:], tol, "floored")
+    assert torch.equal(rates(exact, every), rates(right, every))
+
+
+def run_lamb(case: Case, folder: Path) -> None:
+    """Trajectories of timm's Lamb against timm's and the restated apex rule, in both layouts."""
+    args = case["args"]
+    for foreach in (None, False):
+        for dtype in DTYPES:
+            data = load(case, folder, dtype)
+            count = len(args["shapes"])
+            parameters = [nn.Parameter(data[f"in.param.{i}"].clone()) for i in range(count)]
+            decayed = set(args["decay_idx"])
+            groups = [
+                {"params": [parameters[i] for i in range(count) if i not in decayed]},
+                {"params": [parameters[i] for i in sorted(decayed)]},
+            ]
+            optimizer = Lamb(groups, eps=args["eps"], foreach=foreach)
+            decays = (0.0, args["weight_decay"])
+            for step in range(args["steps"]):
+                for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                    group["lr"], group["weight_decay"] = args["lr"][step], decay
+                gradients = [data[f"in.grad.{step}.{i}"] for i in range(count)]
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient.clone()
+                norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+                check(
+                    "norm",
+                    norm,
+                    data[f"out.apex.global_grad_norm.{step}"],
+                    case["tolerance"],
+                    "floored",
+                )
+                optimizer.step()
+                for which in ("apex", "timm"):
+                    for i, parameter in enumerate(parameters):
+                        name = f"out.{which}.param.{step}.{i}"
+                        check(name, parameter, data[name], case["tolerance"], "floored")
+
+
+def run_targets(case: Case, folder: Path) -> None:
+    """Mixed targets, their binarised form, the losses and accuracies."""
+    args = case["args"]
+    for dtype in DTYPES:
+        data = load(case, folder, dtype)
+        logits, labels = data["in.logits"].requires_grad_(), data["in.labels"]
+        mixed = mixup_target(labels, args["num_classes"], args["lam"], args["smoothing"])
+        bce = classification_loss(logits, mixed)
+        soft = classification_loss(logits, mixed, loss="ce")
+        counts = CorrectCounts(args["num_classes"])
+        counts.add(logits.detach(), labels)
+        ours = {
+            "out.targets_mixed": mixed,
+            "out.targets_bce": (mixed > 0).to(dtype),
+            "out.bce": bce,
+            "out.grad.bce": torch.autograd.grad(bce, logits)[0],
+            "out.soft_ce": soft,
+            "out.grad.soft_ce": torch.autograd.grad(soft, logits)[0],
+            "out.label_smoothing_ce": classification_loss(
+                logits, labels, loss="ce", smoothing=args["smoothing"]
+            ),
+            "out.eval_ce": classification_loss(logits, labels, loss="ce"),
+            "out.acc1": counts.percentages()[1],
+            "out.acc5": counts.percentages()[5],
+        }
+        check_all(case, ours, data)
+
+
+def run_cosub(case: Case, folder: Path) -> None:
+    """The loss of two subnetworks that learn from each other."""
+    for dtype in DTYPES:
+        data = load(case, folder, dtype)
+        first, second = (data[f"in.out{i}"].requires_grad_() for i in range(2))
+        loss = cosub_loss(first, second, data["in.targets"])
+        loss.backward()
+        ours = {"out.loss": loss, "out.grad.out0": first.grad, "out.grad.out1": second.grad}
+        check_all(case, ours, data)
+
+
+def run_decay_groups(case: Case, folder: Path) -> None:
+    """Which parameters decay, by published names (compilation changes no name of ours)."""
+    for entry in json.loads((folder / case["file"]).read_text()):
+        model = make_model(entry["model"])
+        octic_names = entry["model"]["family"] != "plain"
+        exempt = undecayed(model)
+        groups = {
+            key: {name.removeprefix("_orig_mod.") for name in entry[key]}
+            for key in ("no_decay", "decay")
+        }
+        for name, _ in model.named_parameters():
+            theirs = to_published(name, octic=octic_names, deit=True)
+            assert theirs in groups["no_decay" if name in exempt else "decay"], name
+        assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+def run_steps(case: Case, folder: Path) -> None:
+    """Complete steps: our recipe, optimiser and moving average."""
+    for dtype in DTYPES:
+        data = load(case, folder, dtype)
+        ours = train_steps(case["args"], data, dtype)
+        for optimizer in case["args"]["optimizers"]:  # one rule under two names
+            for name in data:
+                if name.startswith(f"out.{optimizer}."):
+                    ours[name] = ours[name.replace(optimizer, "lamb", 1)]
+        for name in data:
+            if name.startswith("out."):
+                kind = "tolerance" if ".grad." in name else "tolerance_non_grad"
+                check(f"{dtype} {name}", ours[name], data[name], case[kind], "floored")
+
+
+def train_steps(
+    args: dict[str, Any], data: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Run the steps of a case; returns everything that it stores, the optimiser called `lamb`."""
+    recipe = DeiT(
+        backbone=lambda **keywords: make_model({**args["model"], **keywords}),
+        dataset=range(args["batch"]),  # its length is all that is asked for
+        epochs=1,
+        epoch_length=args["steps"],
+        batch_size_per_gpu=args["batch"],
+        drop_path_rate=0.0,
+        loss="bce" if args["bce_loss"] else "ce",
+        ema_decay=args["ema_decay"],
+        schedules=Schedules(warmup_epochs=0, weight_decay=args["weight_decay"]),
+    ).to(dtype)
+    recipe.schedules["lr"] = Constant(args["lr"])
+    state = from_published(strip(data, "state."), recipe.model)
+    recipe.model.load_state_dict(state)
+    recipe.ema.load_state_dict(state)
+    optimizer = make_optimizer(
+        lambda groups: Lamb(groups, eps=args["opt_eps"]), recipe.param_groups(), recipe
+    )
+    octic_names = args["model"]["family"] != "plain"
+
+    def named(part: nn.Module) -> dict[str, nn.Parameter]:
+        return {
+            to_published(name, octic=octic_names, deit=True): p
+            for name, p in part.named_parameters()
+        }
+
+    ours: dict[str, Tensor] = {}
+    for step in range(args["steps"]):
+        images, labels = data[f"in.images.{step}"], data[f"in.labels.{step}"]
+        targets = mixup_target(
+            labels, args["model"]["num_classes"], args["lam"][step], args["smoothing"]
+        )
+        ours[f"out.targets_mixed.{step}"] = targets
+        binary = (targets > 0).to(dtype)
+        ours[f"out.targets_loss.{step}"] = binary if args["bce_loss"] else targets
+        if step == 0:
+            ours["out.logits.0"] = recipe.model(images)
+        apply_schedules(optimizer, recipe.schedules, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = recipe.losses({"images": images, "targets": targets}, step)["loss"]
+        loss.backward()
+        ours[f"out.lamb.loss.{step}"] = loss
+        if step == 0:
+            ours |= {f"out.grad.0.{n}": p.grad.clone() for n, p in named(recipe.model).items()}
+        ours[f"out.grad_norm.{step}"] = clip_parts(recipe.clipped_parts())["model"]
+        optimizer.step()
+        recipe.after_step(step)
+    ours |= {f"out.lamb.after.{n}": p for n, p in named(recipe.model).items()}
+    ours |= {f"out.lamb.ema_after.{n}": p for n, p in named(recipe.ema).items()}
+    return ours
+
+
+def make_model(model: dict[str, Any]) -> nn.Module:
+    """The network of a case."""
+    spelling = {"init_scale": "init_values"}
+    keywords = {spelling.get(k, k): v for k, v in model.items() if k != "family"}
+    return CONSTRUCTORS[model["family"]](**keywords)
+
+
+def check_all(case: Case, ours: dict[str, Any], data: dict[str, Tensor]) -> None:
+    """Every stored output against ours."""
+    for name in data:
+        if name.startswith("out."):
+            check(f"{case['name']} {name}", ours[name], data[name], case["tolerance"], "floored")
+
+
+RUNNERS = {
+    ("recipes", kind): runner
+    for kind, runner in {
+        "timmcos": run_schedule,
+        "lamb": run_lamb,
+        "targets": run_targets,
+        "cosub": run_cosub,
+        "deit": run_steps,
+        "deit_weight_decay_groups": run_decay_groups,
+    }.items()
+}

@@ -1,0 +1,44 @@
+"""The batch per step is kept, or refused with numbers that keep it."""
+
+import re
+
+import pytest
+
+from utils.effective_batch import micro_batches
+
+
+@pytest.mark.parametrize(
+    ("per_gpu", "processes", "steps"), [(128, 16, 1), (64, 32, 1), (64, 8, 4), (128, 1, 16)]
+)
+def test_accumulation_follows_from_the_effective_batch(per_gpu, processes, steps):
+    assert micro_batches(2048, per_gpu, processes) == steps
+    assert micro_batches(2048, per_gpu, processes, steps) == steps
+
+
+def test_without_an_effective_batch():
+    assert micro_batches(None, 48, 7) == 1 and micro_batches(None, 48, 7, 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((48, 16, None), "batch_size_per_gpu=32 accumulation=4 would keep it"),
+        ((64, 32, 2), "batch_size_per_gpu=64 accumulation=1 would keep it"),
+        ((64, 12, None), "8 processes could share it"),
+        ((4096, 1, None), "batch_size_per_gpu=2048 accumulation=1 would keep it"),
+    ],
+)
+def test_refused_with_numbers_that_keep_it(given, said):
+    with pytest.raises(ValueError, match=said) as refusal:
+        micro_batches(2048, *given)
+    offered = re.search(r"batch_size_per_gpu=(\d+) accumulation=(\d+) would", str(refusal.value))
+    if offered:
+        size, steps = map(int, offered.groups())
+        assert micro_batches(2048, size, given[1], steps) == steps
+    other = re.search(r"effective_batch_size=(\d+) would", str(refusal.value))
+    assert other and micro_batches(int(other[1]), *given) >= 1
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        micro_batches(2048, 0, 1)

@@ -1,0 +1,172 @@
+"""Weights move to other image sizes and class counts, and positions keep their symmetries."""
+
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import octic  # noqa: F401 (registers the models)
+from octic.groups import get_group
+from octic.patch_embed import Unfold
+from octic.vision_transformer import OcticVisionTransformer
+from vit.adapters import timm_backbone
+from vit.finetune import adapt_state, load_adapted
+from vit.vision_transformer import VisionTransformer
+
+GROUPS = ("D4", "C4", "V4", "mirror", "half_turn")
+TINY: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TINY |= {"init_values": 0.5}
+
+
+def make(kind: str = "octic", seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    cls = VisionTransformer if kind == "plain" else OcticVisionTransformer
+    options = {**TINY, "img_size": 16, "num_classes": 3, **options}
+    if kind == "invariant":
+        options["invariant"] = True
+    net = cls(**options).eval()
+    for parameter in net.parameters():  # no zero or identity is left
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_folding_undoes_unfolding(group, scaled):
+    """A symmetric field is the unfolding of what it folds to; a second folding changes nothing."""
+    group = get_group(group)
+    unfold = Unfold(6, 4 if len(group.elements) == 2 else 6, scaled=scaled, group=group)
+    slabs = torch.randn(len(group.slots), 3, *unfold.slab, dtype=torch.float64)
+    slabs[0] = 0
+    field = unfold(slabs)
+    folded = unfold.fold(field)
+    assert torch.allclose(unfold(folded), field, atol=1e-12)
+    assert torch.allclose(unfold.fold(unfold(folded)), folded, atol=1e-12)
+    assert folded.norm() <= slabs.norm() + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["octic", "invariant", "plain"])
+def test_other_resolution_is_what_the_old_net_does_there(kind):
+    """A net built for 24 pixels, loaded from one for 16, computes what that one does at 24."""
+    old, new = make(kind), make(kind, seed=1, img_size=24)
+    state, notes = adapt_state(old.state_dict(), new)
+    assert notes == [
+        "pos_embed: resampled from 4 x 4 to 6 x 6 patches"
+        + ("" if kind == "plain" else ", symmetries kept")
+    ]
+    new.load_state_dict(state)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.allclose(new(images), old(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_positions_of_every_group_move(group):
+    old, new = make(group=group, num_heads=1), make(group=group, num_heads=1, img_size=24, seed=1)
+    new.load_state_dict(adapt_state(old.state_dict(), new)[0])
+    images = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.allclose(new(images), old(images), atol=1e-5)
+
+
+def test_resized_octic_net_stays_equivariant():
+    """The logits of an invariant net do not change under a turn, and its features turn along."""
+    new = make("invariant", seed=1, img_size=24).double()
+    old = make("invariant").double()
+    new.load_state_dict(adapt_state(old.state_dict(), new)[0])
+    images = torch.randn(1, 3, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        for turned in (images.rot90(1, (-2, -1)), images.flip(-1)):
+            assert torch.allclose(new(turned), new(images), atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["octic", "plain"])
+def test_head_is_replaced_where_classes_differ(kind):
+    old, new = make(kind), make(kind, seed=1, num_classes=7)
+    fresh = new.head.weight.clone()
+    state, notes = adapt_state(old.state_dict(), new)
+    assert notes == ["head: 3 classes in the file, 7 here; it starts afresh"]
+    assert torch.equal(state["head.weight"], fresh)
+    assert torch.equal(state["norm.weight"], old.norm.weight)
+    for count, said in ((0, "head: 3 classes in the file, dropped"), (3, "")):
+        notes = adapt_state(old.state_dict(), make(kind, num_classes=count))[1]
+        assert "".join(notes).startswith(said) and bool(notes) == bool(said)
+
+
+def test_a_self_supervised_teacher_becomes_a_classifier():
+    teacher = make("plain", num_classes=0, class_position=True, mask_token=True)
+    net = make("plain", seed=1)
+    state, notes = adapt_state(
+        {f"backbone.{k}": v for k, v in teacher.state_dict().items()}
+        | {"dino_head.last_layer.weight": torch.ones(2)},
+        net,
+    )
+    assert [note.split(":")[0] for note in notes] == ["head", "mask_token", "pos_embed"]
+    net.load_state_dict(state)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(
+            net.forward_features(images), teacher.forward_features(images), atol=1e-6
+        )
+
+
+def test_everything_else_must_fit():
+    net = make("plain")
+    state = dict(net.state_dict())
+    state["blocks.0.extra"] = state.pop("blocks.0.norm1.bias")
+    with pytest.raises(ValueError, match="missing: blocks.0.norm1.bias; left over: blocks.0.extra"):
+        adapt_state(state, make("plain", num_classes=5))
+    with pytest.raises(ValueError, match="of another shape: .*head.weight"):
+        adapt_state(make("plain", embed_dim=64).state_dict(), net)
+    with pytest.raises(ValueError, match="no square grid"):
+        adapt_state(net.state_dict() | {"pos_embed": torch.zeros(1, 12, 32)}, net)
+
+
+def test_timm_weights_go_into_ours_and_into_timm(tmp_path):
+    """timm's ViT, at its own resolution, computes the same in our plain ViT without a class
+    position; its adapter takes the file at another resolution and class count."""
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+    file = tmp_path / "timm.safetensors"
+    save_file(theirs.state_dict(), file)
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    ours = VisionTransformer(img_size=32, num_classes=4, **options).eval()
+    notes = load_adapted(ours, file)
+    assert notes[0] == "head: 1000 classes in the file, 4 here; it starts afresh"
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+        assert torch.allclose(ours.forward_features(images), expected, atol=1e-5)
+    adapter = timm_backbone("vit_tiny_patch16_224", img_size=48, num_classes=4, **options)
+    notes = load_adapted(adapter, file)
+    assert notes[1] == "pos_embed: resampled from 4 x 4 to 6 x 6 patches"
+    assert torch.equal(adapter.net.pos_embed[:, 0], theirs.pos_embed[:, 0])
+    exported = tmp_path / "adapter.safetensors"
+    save_file(adapter.state_dict(), exported, {"constructor": json.dumps({})})
+    assert load_adapted(
+        timm_backbone("vit_tiny_patch16_224", img_size=48, **options), exported
+    ) == ["head: 4 classes in the file, dropped: the model has no classifier"]
+
+
+def test_timm_names_are_not_taken_for_published_spellings():
+    """A head named fc is found, and timm's own gamma_1 stays."""
+    net = timm.create_model("resnet10t", num_classes=5)
+    state, notes = adapt_state(timm.create_model("resnet10t", num_classes=7).state_dict(), net)
+    assert notes == ["fc: 7 classes in the file, 5 here; it starts afresh"]
+    net.load_state_dict(state)
+    beit = timm.create_model("beit_base_patch16_224", embed_dim=32, depth=1, num_heads=2)
+    assert adapt_state(beit.state_dict(), beit)[1] == []
+
+
+def test_a_wrong_file_is_one_line(tmp_path):
+    file = tmp_path / "w.safetensors"
+    save_file({"x": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"w\.safetensors: the weights do not fit") as error:
+        load_adapted(make("plain"), file)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no such weights file"):
+        load_adapted(make("plain"), tmp_path / "nothing.pth")

@@ -1,0 +1,54 @@
+"""The order of classes as something to compare: weights of a classifier mean nothing without it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.data.images import ImageDataset, Subset
+
+FINGERPRINT, NAMES = "class_fingerprint", "class_names"
+
+
+def class_list(dataset: ImageDataset) -> list[str]:
+    """What identifies each class, in label order: ImageNet's class ids, else the names."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return list(getattr(dataset, "class_ids", None) or dataset.class_names)
+
+
+def class_fingerprint(classes: Sequence[str]) -> str:
+    """A hash of the classes and of their order."""
+    return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()[:16]
+
+
+def class_metadata(dataset: Any) -> dict[str, str]:
+    """What exported weights say of the classes they tell apart; empty where these have no names."""
+    classes = class_list(dataset) if getattr(dataset, "class_names", None) else []
+    if not classes:
+        return {}
+    return {FINGERPRINT: class_fingerprint(classes), NAMES: json.dumps(classes)}
+
+
+def mismatch(metadata: Mapping[str, str], dataset: ImageDataset) -> str | None:
+    """Why labels of `dataset` are not those the weights were trained with, in one line; or None.
+
+    None also where the weights, or the data set, do not say their classes.
+    """
+    ours = class_list(dataset)
+    if FINGERPRINT not in metadata or not ours:
+        return None
+    if metadata[FINGERPRINT] == class_fingerprint(ours):
+        return None
+    theirs = json.loads(metadata.get(NAMES, "[]"))
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} classes were trained, {len(ours)} in {dataset!r}"
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    differ = [index for index, (here, there) in pairs if here != there]
+    if not differ:
+        return "the classes that the weights name have another fingerprint than the one beside them"
+    first = differ[0]
+    return (
+        f"class {first} was {theirs[first]!r} in training and is {ours[first]!r} in {dataset!r} "
+        f"({len(differ)} of {len(ours)} differ)"
+    )

@@ -1,0 +1,180 @@
+"""Images in one LMDB file: the encoded bytes as they lay on disk, read without unpacking anything.
+
+    b"about"         json: version, count, class_names
+    b"labels"        int64 little-endian [count]; absent without labels
+    b"<number>"      bytes of an image file, number with nine digits
+    b"<number>.name" its path below the folder it came from
+
+Written by
+
+    python -m utils.data.lmdb FOLDER FILE
+
+FOLDER is any folder of images, such as ROOT/train of an ImageNet tree; sub-folders are classes.
+Needs the package lmdb (`pip install -e .[lmdb]`).
+"""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utils.data.images import ImageFolder, read_image
+from utils.errors import UserError
+
+VERSION = 1
+BATCH = 1000  # images per transaction
+# A sparse file of the data's size and room for its tree; pages hold 4 KiB, so a small image wastes.
+MAP_SLACK = 1.2
+MAP_PER_IMAGE = 8192
+
+
+class LmdbImages:
+    """Images of a file that `write_lmdb` wrote.
+
+    Each process opens the file for itself, read-only. UserError for a file that is missing or
+    another program's.
+    """
+
+    def __init__(self, file: str | os.PathLike | None) -> None:
+        if file is None or not os.fspath(file):
+            raise UserError("no LMDB file was given; say which: data.train_file=FILE")
+        self.file = os.path.abspath(os.path.expanduser(os.fspath(file)))
+        if not os.path.isfile(self.file):
+            raise UserError(f"there is no LMDB file {self.file}")
+        about = self._about()
+        self._count: int = about["count"]
+        self.class_names: list[str] = about["class_names"]
+        stored = self._get(b"labels")
+        self.labels = None if stored is None else np.frombuffer(stored, "<i8").astype(np.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return f"LmdbImages({self.file}: {len(self):,} images)"
+
+    def read(self, index: int) -> Image.Image:
+        """Decoded RGB image."""
+        if not 0 <= index < self._count:
+            raise IndexError(f"image {index} of {self._count}")
+        return read_image(io.BytesIO(self._get(_key(index)) or b""), name=self.path(index))
+
+    def label(self, index: int) -> int | None:
+        """Class index, or None without labels."""
+        return None if self.labels is None else int(self.labels[index])
+
+    def path(self, index: int) -> str:
+        """The file, and the path the image had."""
+        name = self._get(_key(index) + b".name") or b"?"
+        return f"{self.file}:{os.fsdecode(name)}"
+
+    def _about(self) -> dict[str, Any]:
+        try:
+            about = json.loads(self._get(b"about") or b"{}")
+        except ValueError:
+            about = {}
+        if not isinstance(about, dict) or about.get("version") != VERSION:
+            raise UserError(
+                f"{self.file} was not written by this program: "
+                "python -m utils.data.lmdb FOLDER FILE writes one"
+            )
+        return about
+
+    def _get(self, key: bytes) -> bytes | None:
+        with _environment(self.file).begin() as transaction:
+            return transaction.get(key)
+
+
+def write_lmdb(folder: str | os.PathLike, file: str | os.PathLike) -> int:
+    """Copy the images of a folder into one file; returns how many.
+
+    The file appears when it is whole. UserError where it exists already.
+    """
+    lmdb = _package()
+    images, target = ImageFolder(folder), Path(file).expanduser().absolute()
+    if target.exists():
+        raise UserError(f"{target} exists; choose another file or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    size = sum(os.path.getsize(images.path(index)) for index in range(len(images)))
+    map_size = int(MAP_SLACK * size) + MAP_PER_IMAGE * len(images) + 2**24
+    try:
+        with lmdb.open(
+            os.fspath(partial), subdir=False, map_size=map_size, lock=False
+        ) as environment:
+            for start in range(0, len(images), BATCH):
+                with environment.begin(write=True) as transaction:
+                    for index in range(start, min(start + BATCH, len(images))):
+                        path = images.path(index)
+                        name = os.path.relpath(path, images.root)
+                        transaction.put(_key(index), Path(path).read_bytes())
+                        transaction.put(_key(index) + b".name", os.fsencode(name))
+            about = {
+                "version": VERSION,
+                "count": len(images),
+                "class_names": images.class_names,
+            }
+            with environment.begin(write=True) as transaction:
+                transaction.put(b"about", json.dumps(about).encode())
+                if images.labels is not None:
+                    transaction.put(b"labels", images.labels.astype("<i8").tobytes())
+            environment.sync(True)
+        partial.replace(target)
+    except lmdb.Error as error:
+        raise UserError(f"cannot write {target}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(images)
+
+
+# LMDB allows one environment per file and process, and none of another process: by file, the
+# process that opened it and its environment.
+_opened: dict[str, tuple[int, Any]] = {}
+
+
+def _environment(file: str) -> Any:
+    owner, environment = _opened.get(os.path.realpath(file), (None, None))
+    if owner == os.getpid():
+        return environment
+    if environment is not None:
+        environment.close()  # this fork's copy of its parent's
+    lmdb = _package()
+    try:
+        environment = lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise UserError(f"{file} is no LMDB file: {error}") from None
+    _opened[os.path.realpath(file)] = os.getpid(), environment
+    return environment
+
+
+def _package() -> Any:
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("LMDB files need the package lmdb: pip install lmdb") from None
+    return lmdb
+
+
+def _key(index: int) -> bytes:
+    return b"%09d" % index
+
+
+def main(argv: list[str]) -> None:
+    """The command of the module's docstring."""
+    if len(argv) != 2 or argv[0].startswith("-"):
+        print("usage: python -m utils.data.lmdb FOLDER FILE", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        print(f"{write_lmdb(*argv):,} images in {argv[1]}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

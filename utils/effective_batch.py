@@ -1,0 +1,44 @@
+"""One batch size per optimiser step, whatever the number of GPUs that share it."""
+
+from utils.errors import UserError
+
+
+def micro_batches(
+    effective_batch_size: int | None,
+    batch_size_per_gpu: int,
+    processes: int,
+    accumulation: int | None = None,
+) -> int:
+    """Micro-batches per step that make up `effective_batch_size` images over all processes.
+
+    A given `accumulation` is never changed: UserError, with numbers that would do, where the
+    product is another. Without an effective size, `accumulation` or 1.
+    """
+    if batch_size_per_gpu < 1 or (accumulation is not None and accumulation < 1):
+        raise UserError(
+            "batch_size_per_gpu and accumulation must be at least 1, "
+            f"not {batch_size_per_gpu} and {accumulation}"
+        )
+    if effective_batch_size is None:
+        return accumulation or 1
+    share = batch_size_per_gpu * processes
+    needed, rest = divmod(effective_batch_size, share)
+    if rest == 0 and accumulation in (None, needed):
+        return needed
+    times = "" if accumulation is None else f" x accumulation {accumulation}"
+    raise UserError(
+        f"batch_size_per_gpu {batch_size_per_gpu} x {processes} processes{times} does not make "
+        f"effective_batch_size {effective_batch_size}; "
+        + _what_would_do(effective_batch_size, batch_size_per_gpu, processes)
+        + f", and effective_batch_size={share * (accumulation or 1)} would accept another batch"
+    )
+
+
+def _what_would_do(effective: int, batch_size_per_gpu: int, processes: int) -> str:
+    if effective % processes:
+        fewer = max(n for n in range(1, processes) if effective % n == 0)
+        return f"{fewer} processes could share it"
+    own = effective // processes
+    sizes = [n for n in range(1, min(batch_size_per_gpu, own) + 1) if own % n == 0]
+    size = max([n for n in sizes if n % 2 == 0] or sizes)
+    return f"batch_size_per_gpu={size} accumulation={own // size} would keep it"
