@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
 from utils import distributed
+from utils.meter import Meter
 
 _UNDRAWN = {"step", "waited_for_data", "images_per_second", "memory_gb"}
 
@@ -53,6 +54,7 @@ class Metrics:
         self._window: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
         self._since = time.perf_counter()
         self._rate = 0.0
+        self._meters: dict[str, Meter] = {}
         self._line = (
             _ProgressLine(total_steps, first_step, console) if distributed.is_main() else None
         )
@@ -113,7 +115,11 @@ class Metrics:
         self._window, self._since = [], time.perf_counter()
         self._write(lines)
         if self._line:
-            self._line.show(self.last, means, self._rate)
+            for name in (name for name in names if not name.startswith("grad_norm/")):
+                meter = self._meters.setdefault(name, Meter())
+                for row in rows:
+                    meter.update(row[names.index(name)])
+            self._line.show(self.last, self._meters, self._rate)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write and print values that belong to no window (probes, health)."""
@@ -232,14 +238,14 @@ class _ProgressLine:
             self.task = self.progress.add_task("", total=total_steps, completed=first_step)
             self.progress.start()
 
-    def show(self, line: dict[str, float], means: dict[str, float], rate: float) -> None:
-        """One line: step, rate, ETA, means over the window, lr."""
+    def show(self, line: dict[str, float], meters: Mapping[str, Meter], rate: float) -> None:
+        """One line: step, rate, ETA, losses as median of the last steps (mean of all), lr."""
         eta = timedelta(seconds=round((self.total_steps - line["step"]) / rate)) if rate else "?"
         speed = f"{rate:.2f} steps/s" + (
             f" {line['images_per_second']:.0f} images/s" if "images_per_second" in line else ""
         )
-        losses = {k: v for k, v in means.items() if not k.startswith("grad_norm/")}
-        text = "  ".join([f"{speed}  eta {eta}", *(f"{k} {v:.4g}" for k, v in losses.items())])
+        losses = (f"{name} {meter}" for name, meter in meters.items())
+        text = "  ".join([f"{speed}  eta {eta}", *losses])
         text += f"  lr {line['lr']:.3g}" if "lr" in line else ""
         if self.progress:
             self.progress.update(self.task, completed=line["step"], description=text)

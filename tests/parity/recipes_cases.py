@@ -1,6 +1,7 @@
 """Runners of the training recipes: DINOv2 through the recipe itself; see deit_cases.py for DeiT."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dinov2.param_groups import multipliers
 from dinov2.schedules import Schedules
 from tests.parity.harness import NotBuilt, check, load, strip
 from tests.parity.ssl_steps import make_backbone, published_name, run_ssl
+from utils.meter import Meter
 from utils.schedules import Cosine, Schedule
 
 DTYPES = (torch.float64, torch.float32)
@@ -224,6 +226,18 @@ def run_mask_generator(case: Case, folder: Path) -> None:
         assert abs(float(counts.mean()) - entry["mean"]) <= max(0.3, 3 * error), entry
 
 
+def run_smoothed_value(case: dict[str, Any], folder: Path) -> None:
+    """The meter that the console's losses are told with."""
+    for row in json.loads((folder / case["file"]).read_text()):
+        meter = Meter(row["window_size"], **({"text": row["fmt"]} if row["fmt"] else {}))
+        for value, count in row["updates"]:
+            meter.update(value, count)
+        assert str(meter) == row["text"]
+        for name in ("median", "avg", "global_avg", "max", "value"):
+            # The reference's deque goes through a float32 tensor.
+            assert math.isclose(getattr(meter, name), row[name], rel_tol=1e-6), name
+
+
 def run_mask_upperbound(case: Case, folder: Path) -> None:
     """How many images are masked, by how much, and the length of the buffer."""
     for entry in json.loads((folder / case["file"]).read_text()):
@@ -285,7 +299,7 @@ RUNNERS = {
         "param_groups": run_param_groups,
         "mask_generator": run_mask_generator,
         "mask_upperbound": run_mask_upperbound,
-        "smoothed_value": not_built("the windowed meter; raw values are logged instead"),
+        "smoothed_value": run_smoothed_value,
         "slurm_node_list": not_built("expansion of Slurm node lists"),
     }.items()
 }

@@ -30,7 +30,7 @@ def feed(metrics, steps, *, start=0):
             metrics.flush()
 
 
-def test_raw_values_in_the_file_means_on_the_console(tmp_path):
+def test_raw_values_in_the_file_median_and_mean_on_the_console(tmp_path):
     metrics, text = make(tmp_path, log_every=4, images_per_step=32)
     feed(metrics, 6)
     metrics.flush()
@@ -40,8 +40,10 @@ def test_raw_values_in_the_file_means_on_the_console(tmp_path):
     assert lines[2]["lr"] == pytest.approx(0.3) and lines[2]["grad_norm/net"] == 3.0
     assert "images_per_second" in lines[3] and "images_per_second" not in lines[2]
     first, second = text.getvalue().splitlines()
-    assert first.startswith("step 4/20") and "loss 3 " in first and "eta" in first
-    assert "images/s" in first and second.startswith("step 6/20") and "loss 6 " in second
+    assert first.startswith("step 4/20") and "eta" in first
+    assert "loss 2.5000 (3.0000)" in first  # lower median of the last 20 steps, mean of all
+    assert "images/s" in first and second.startswith("step 6/20")
+    assert "loss 3.5000 (4.0000)" in second
 
 
 def test_a_resumed_run_leaves_no_line_twice(tmp_path):
