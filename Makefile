@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint format typecheck wheel clean
+.PHONY: help install quickstart test test-slow test-gpu test-slurm lint format typecheck wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test-slow: install ## the tests that take minutes
 
 test-gpu: install ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-slurm: install ## tests on a throwaway Slurm (as root on Debian or Ubuntu; installs its packages)
+	@.ci/install_slurm $(BIN)/python
+	$(BIN)/python -m pytest -m slurm -rs $(ARGS)
 
 lint: install ## check style and format
 	$(BIN)/ruff check .

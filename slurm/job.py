@@ -2,9 +2,15 @@
 
 import importlib
 import os
-from collections.abc import Callable
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -22,6 +28,7 @@ class Job:
     def __init__(self, function: Function, config: dict[str, Any]) -> None:
         self.function = function
         self.config = config
+        self.mark = uuid.uuid4().hex  # by which its pickle can be told from others
 
     def __call__(self) -> Any:
         """Run in this process, as one of the job's tasks."""
@@ -29,6 +36,8 @@ class Job:
         if "SUBMITIT_EXECUTOR" in os.environ:
             job_id = _join_peers()
             config["output_dir"] = str(config["output_dir"]).replace("%j", job_id)
+            with _failure_shown():
+                return import_function(self.function)(config)
         return import_function(self.function)(config)
 
     def checkpoint(self) -> "DelayedSubmission":
@@ -55,7 +64,40 @@ def _join_peers() -> str:
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if os.environ["SUBMITIT_EXECUTOR"] == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # the host's own name need not resolve
+    elif (address := os.environ.get("SLURM_LAUNCH_NODE_IPADDR")) and not _resolves():
+        os.environ["MASTER_ADDR"] = address  # a node's name in Slurm need not be its host's
     return JobEnvironment().job_id
+
+
+@contextmanager
+def _failure_shown() -> Iterator[None]:
+    """Say what failed on another rank in rank 0's output as well, the one that people follow."""
+    from submitit import JobEnvironment
+    from submitit.core.utils import JobPaths
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            sys.tracebacklimit = 0  # submitit lets Python print it: one line is enough
+        job = JobEnvironment()
+        if job.global_rank:
+            followed = JobPaths(job.paths.folder, job.job_id, 0).stdout
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            with suppress(OSError), followed.open("a") as file:
+                file.write(
+                    f"error: rank {job.global_rank} failed: {what}; "
+                    f"its output: {job.paths.stdout}\n"
+                )
+        raise
+
+
+def _resolves() -> bool:
+    """Whether the network knows the node of rank 0 by its name."""
+    try:
+        return bool(socket.getaddrinfo(os.environ["MASTER_ADDR"], None))
+    except OSError:
+        return False
 
 
 def run_rank(rank: int, job: Job, world_size: int, port: int, folder: str) -> None:

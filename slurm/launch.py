@@ -10,6 +10,8 @@ import shutil
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +54,16 @@ def submit(function: Function, config: Mapping[str, Any]) -> "submitit.Job[Any]"
     # submitit's local executor cannot put the id of a job into the folder of its logs.
     logs = folder if executor_name == "slurm" else Path(str(folder).replace("%j", "local"))
     requeues = {f"{executor_name}_max_num_timeout": cluster["max_requeues"]}
+    job = Job(function, {**config, "output_dir": str(folder)})
+    asked = parameters(config)
+    executor = submitit.AutoExecutor(logs / "slurm", cluster=executor_name, **requeues)
+    executor.update_parameters(**asked)
     try:
-        executor = submitit.AutoExecutor(logs / "slurm", cluster=executor_name, **requeues)
-        executor.update_parameters(**parameters(config))
-        return executor.submit(Job(function, {**config, "output_dir": str(folder)}))
+        with redirect_stderr(StringIO()):  # where submitit repeats what Slurm said
+            return executor.submit(job)
     except submitit.core.utils.FailedJobError as error:
-        said = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
-        raise UserError(f"Slurm refused the job: {' '.join(said) or error}") from error
+        _remove_unsent(logs / "slurm", job, error)
+        raise UserError(_refusal(str(error), asked)) from error
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +95,8 @@ def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             for key in ("partition", "account", "qos", "constraint", "exclude", "comment")
         },
         "slurm_setup": cluster["setup"] or None,
-        "slurm_srun_args": cluster["srun_args"] or None,
+        # Otherwise the other ranks wait for the one that failed, and keep their nodes.
+        "slurm_srun_args": ["--kill-on-bad-exit=1", *cluster["srun_args"]],
         "slurm_signal_delay_s": cluster["signal_delay_s"],
         "local_setup": cluster["setup"] or None,
         "gpus_per_node": count if cluster["executor"] == "local" else None,
@@ -135,8 +141,36 @@ def _launch(function: Function, config: dict[str, Any]) -> Any:
     folder = str(Path(config["output_dir"]).absolute()).replace("%j", job.job_id)
     print(f"Submitted job_id: {job.job_id}")
     print(f"Logs and checkpoints will be saved at: {folder}")
-    print(f"Output of rank 0: {job.paths.stdout}")
+    print(f"Follow rank 0: tail -F {job.paths.stdout}")
+    if config["cluster"]["executor"] == "slurm":
+        print(f"State: squeue -j {job.job_id}; after its end: sacct -j {job.job_id}")
+        print(f"Cancel: scancel {job.job_id}")
     return None
+
+
+def _refusal(said: str, asked: Mapping[str, Any]) -> str:
+    """What Slurm said of a job it did not take, and what it was asked for, in one line."""
+    pattern = r"^sbatch: (?:error|fatal): (?:Batch job submission failed: )?(.+)"
+    reasons = "; ".join(re.findall(pattern, said, re.MULTILINE)) or " ".join(said.split())
+    if "configuration source" in reasons:
+        return f"Slurm's commands find no cluster here: {reasons}; is SLURM_CONF set as it should?"
+    keys = ("nodes", "tasks_per_node", "cpus_per_task", "mem_gb", "timeout_min")
+    flags = ("partition", "account", "qos", "constraint", "exclude", "gres", "gpus_per_node")
+    words = [f"{key}={asked[key]}" for key in keys if key in asked]
+    words += [f"{key}={asked[f'slurm_{key}']}" for key in flags if f"slurm_{key}" in asked]
+    return f"Slurm refused the job: {reasons} (asked for {', '.join(words)})"
+
+
+def _remove_unsent(folder: Path, job: Job, error: Exception) -> None:
+    """Delete what submitit wrote for a job that Slurm did not take."""
+    from submitit.core.utils import JobPaths
+
+    for path in JobPaths.get_first_id_independent_folder(folder).glob("*.pkl"):
+        if job.mark.encode() in path.read_bytes():
+            path.unlink()
+    for word in getattr(error.__cause__, "cmd", []):
+        if Path(word).name.startswith(".submission_file_"):
+            Path(word).unlink(missing_ok=True)
 
 
 def _run_local(function: Function, config: dict[str, Any]) -> None:

@@ -159,7 +159,8 @@ def test_slurm_job_asks_for_what_the_config_says(tmp_path: Path, monkeypatch, ca
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Submitted job_id: 77"
     assert said[1] == f"Logs and checkpoints will be saved at: {tmp_path}/runs/77"
-    assert said[2] == f"Output of rank 0: {tmp_path}/runs/77/slurm/77_0_log.out"
+    assert said[2] == f"Follow rank 0: tail -F {tmp_path}/runs/77/slurm/77_0_log.out"
+    assert said[3:] == ["State: squeue -j 77; after its end: sacct -j 77", "Cancel: scancel 77"]
     asked = (tmp_path / "bin" / "submitted.sh").read_text()
     for line in (
         *("--nodes=2", "--ntasks-per-node=4", "--gres=gpu:a100:4", "--time=30"),
