@@ -73,11 +73,14 @@ def complete(
 ) -> dict[str, Any]:
     """The backbone node with the keywords that it leaves open and the file knows.
 
-    Those of the constructor that a file of ours names, and the number of classes.
+    Those of the constructor that a file of ours names, and the number of classes. UserError where
+    the file is of another model.
     """
     theirs = json.loads(metadata.get("constructor", "{}"))
-    same = all(theirs.get(key) == backbone.get(key) for key in ("_target_", "model_name"))
-    backbone = {**(theirs if same else {}), **backbone}
+    if theirs and any(theirs.get(key) != backbone.get(key) for key in ("_target_", "model_name")):
+        name = name_of(theirs)
+        raise UserError(f"these weights are of a {name}, not a {name_of(backbone)}; --model {name}")
+    backbone = {**theirs, **backbone}
     if "num_classes" in backbone or backbone.get("pretrained"):
         return {"num_classes": 1000, **backbone}
     count = None if state is None else count_classes(state)

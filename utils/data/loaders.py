@@ -7,6 +7,7 @@ step, and one process reads the samples that several would share.
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
@@ -157,6 +158,8 @@ def _load(
     prefetch: int,
 ) -> Iterator[tuple[Any, list[Failure]]]:
     """The batches for `requests`, in order; a failure not to be skipped becomes a UserError."""
+    # More workers than cores gain nothing, and torch warns; the batches are the same anyway.
+    num_workers = min(num_workers, _available_cores())
     loader = DataLoader(
         source,
         batch_size=None,  # a request is a whole batch
@@ -193,6 +196,13 @@ def _unreadable(dataset: ImageDataset, failure: Failure) -> UserError:
         f"cannot read image {failure.number} of {len(dataset):,}, {failure.path}: {failure.reason} "
         "(on_error=skip leaves such images out)"
     )
+
+
+def _available_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _worker_died(error: RuntimeError, num_workers: int) -> str:
