@@ -41,7 +41,7 @@ def tell(command: str, folder: Path = FOLDER) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="session")
 def standing() -> Iterator[None]:
-    """The testbed, for the time of the tests; another session's tests wait for it."""
+    """The testbed, for the time of the tests; another run's tests wait for it."""
     if missing := lacking():
         pytest.skip(f"needs {', '.join(missing)}: see docs/launching.md")
     if os.geteuid():
