@@ -44,12 +44,14 @@ def extract_features(
     dtype: torch.dtype = torch.float32,
     store_on: str = "cpu",
     read: Callable[[Backbone, Tensor], Tensor] = class_token,
+    on_error: str = "raise",
     label: str = "features",
     shown: bool = True,
 ) -> FeatureSet:
     """Rows of this rank's share of `dataset`, L2-normalised; every rank must call this.
 
     The store is allocated once and filled batch by batch, so no second copy of it ever exists.
+    With on_error="skip" images that cannot be read have no row.
     `read` turns a batch of images into rows; `precision` is the autocast of the net.
     """
     world = distributed.world_size()
@@ -64,6 +66,7 @@ def extract_features(
             num_workers=num_workers,
             rank=distributed.rank(),
             world_size=world,
+            on_error=on_error,
         )
         shown = shown and distributed.is_main()
         batches = track(batches, total=capacity, label=label, size=_batch_length, shown=shown)
@@ -95,6 +98,12 @@ def gather_features(part: FeatureSet) -> FeatureSet:
 def gather_labels(part: FeatureSet) -> Tensor:
     """All ranks' labels [N] by index, on every rank; the rows stay where they are."""
     return gather_features(FeatureSet(part.indices[:, None], part.labels, part.indices)).labels
+
+
+def renumber(part: FeatureSet) -> FeatureSet:
+    """Indices from 0 without gaps over all ranks, in their order; every rank must call this."""
+    everyone = gather_features(FeatureSet(part.indices[:, None], part.labels, part.indices))
+    return part._replace(indices=torch.searchsorted(everyone.indices, part.indices))
 
 
 @contextmanager

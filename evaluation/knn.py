@@ -13,6 +13,7 @@ from evaluation.features import (
     extract_features,
     gather_features,
     gather_labels,
+    renumber,
 )
 from evaluation.neighbours import (
     SEARCH_DTYPES,
@@ -41,6 +42,8 @@ class KnnProbe:
     similarities and with them ties at the cut; images count once however many ranks there are.
     """
 
+    needs_labels = True  # a training on images without any leaves this probe out
+
     def __init__(
         self,
         *,
@@ -56,6 +59,7 @@ class KnnProbe:
         precision: str = "fp32",
         search_precision: str = "fp32",
         chunk_size: int = 65536,
+        on_error: str = "raise",
     ) -> None:
         if not ks or min(ks) < 1:
             raise ValueError(f"kNN needs values of k of at least 1, got {list(ks)}")
@@ -78,6 +82,7 @@ class KnnProbe:
         self.precision = precision
         self.search_precision = search_precision
         self.chunk_size = chunk_size
+        self.on_error = on_error
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -107,6 +112,7 @@ class KnnProbe:
             num_workers=self.num_workers,
             precision=self.precision,
             dtype=SEARCH_DTYPES[self.search_precision],
+            on_error=self.on_error,
             label=f"{split} features",
         )
         unlabelled = part.indices[part.labels < 0]
@@ -114,7 +120,8 @@ class KnnProbe:
             raise ValueError(
                 f"kNN needs labels, but image {int(unlabelled[0])} of the {split} set has none"
             )
-        return part
+        # The search counts rows; where images were left out that is another number than theirs.
+        return renumber(part) if self.on_error == "skip" else part
 
     def evaluate(
         self, train: FeatureSet, val: FeatureSet, *, device: torch.device | str = "cpu"

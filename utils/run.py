@@ -73,20 +73,13 @@ def run_built(
         config, recipe, optimizer_factory, checkpoints, precision, device
     )
     last_step = min(recipe.total_steps, training["max_steps"] or recipe.total_steps)
-    metrics = Metrics(
-        folder,
-        first_step=first_step,
-        total_steps=last_step,
-        log_every=training["log_every"],
-        images_per_step=recipe.batch_size_per_gpu * recipe.accumulation * distributed.world_size(),
-        sinks=make_sinks(folder, name=config["name"], config=dict(config), **config["logging"])
-        if distributed.is_main()
-        else (),
-    )
+    metrics = _make_metrics(folder, config, recipe, first_step, last_step)
     for note in [*notes, *more]:
         metrics.say(note)
     health = Health(nan_patience=training["nan_patience"])
-    judge = Judge(probes, recipe.exported, data, folder, every=config["probe_every"])
+    judge = Judge(
+        _fitting(probes, data, metrics), recipe.exported, data, folder, every=config["probe_every"]
+    )
     try:
         step = fit(
             recipe,
@@ -105,6 +98,8 @@ def run_built(
         if step < last_step:
             metrics.say(f"stopped at step {step} of {last_step}; the same command goes on there")
         else:
+            # Before the probes: what they stumble over must not cost what was trained.
+            _export(folder, config, step, recipe.exported, data.get("train"))
             metrics.record(step, judge.final(step))
     finally:
         metrics.close()
@@ -120,7 +115,36 @@ def run_built(
         "alarm": health.alarm,
         **(metrics.last | {"step": step} | judge.results),
     }
-    return _leave(folder, config, summary, recipe.exported, data.get("train"))
+    if step < last_step:
+        _export(folder, config, step, recipe.exported, data.get("train"))
+    return _leave(folder, summary)
+
+
+def _make_metrics(
+    folder: Path, config: Mapping[str, Any], recipe: Recipe, first_step: int, last_step: int
+) -> Metrics:
+    sinks: Any = ()
+    if distributed.is_main():
+        sinks = make_sinks(folder, name=config["name"], config=dict(config), **config["logging"])
+    return Metrics(
+        folder,
+        first_step=first_step,
+        total_steps=last_step,
+        log_every=config["training"]["log_every"],
+        images_per_step=recipe.batch_size_per_gpu * recipe.accumulation * distributed.world_size(),
+        sinks=sinks,
+    )
+
+
+def _fitting(
+    probes: Mapping[str, Callable[..., dict[str, float]]], data: Mapping[str, Any], metrics: Metrics
+) -> dict[str, Callable[..., dict[str, float]]]:
+    # The probes that this data can serve; said at the start, not found out at the end.
+    bare = [name for name, part in data.items() if getattr(part, "labels", part) is None]
+    unfit = [name for name, p in probes.items() if bare and getattr(p, "needs_labels", False)]
+    for name in unfit:
+        metrics.say(f"probe {name} is left out: data.{bare[0]} has no labels")
+    return {name: probe for name, probe in probes.items() if name not in unfit}
 
 
 def _prepare(folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
@@ -245,25 +269,27 @@ class Judge:
         return results
 
 
-def _leave(
-    folder: Path,
-    config: Mapping[str, Any],
-    summary: dict[str, Any],
-    exported: nn.Module,
-    dataset: Any,
-) -> dict[str, Any]:
-    # What others read without knowing the loop; rank 0 writes, every rank must call.
+def _export(
+    folder: Path, config: Mapping[str, Any], step: int, exported: nn.Module, dataset: Any
+) -> None:
+    # The net a run is for, with what it was built from; rank 0 writes, every rank must call.
     weights = state.whole_state(exported)
     if not distributed.is_main():
-        return summary
+        return
     metadata = {
         "constructor": json.dumps(config["backbone"]),
-        "step": str(summary["step"]),
+        "step": str(step),
         "code": describe_code(),
         # Of a net without a classifier it says what it has seen.
         **class_metadata(dataset),
     }
     export_weights(folder / EXPORTED, weights, metadata)
+
+
+def _leave(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    # Rank 0's last act: what others read without knowing the loop.
+    if not distributed.is_main():
+        return summary
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     table = Table(title=f"{summary['name']}: {folder}", show_header=False)
     for key, value in summary.items():
