@@ -99,7 +99,7 @@ def run_built(
             metrics.say(f"stopped at step {step} of {last_step}; the same command goes on there")
         else:
             # Before the probes: what they stumble over must not cost what was trained.
-            _export(folder, config, step, recipe.exported, data.get("train"))
+            export_net(folder, config, step, recipe.exported, data.get("train"))
             metrics.record(step, judge.final(step))
     finally:
         metrics.close()
@@ -116,7 +116,7 @@ def run_built(
         **(metrics.last | {"step": step} | judge.results),
     }
     if step < last_step:
-        _export(folder, config, step, recipe.exported, data.get("train"))
+        export_net(folder, config, step, recipe.exported, data.get("train"))
     return _leave(folder, summary)
 
 
@@ -269,10 +269,10 @@ class Judge:
         return results
 
 
-def _export(
+def export_net(
     folder: Path, config: Mapping[str, Any], step: int, exported: nn.Module, dataset: Any
 ) -> None:
-    # The net a run is for, with what it was built from; rank 0 writes, every rank must call.
+    """Write the net a run is for, with what it was built from; every rank must call this."""
     weights = state.whole_state(exported)
     if not distributed.is_main():
         return

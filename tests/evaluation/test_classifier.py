@@ -190,11 +190,10 @@ def test_unknown_model_names_the_nearest(capsys):
 
 def test_what_a_run_leaves_is_judged_and_guarded(images, tmp_path):
     """The loop writes constructor and classes beside the weights; the evaluation reads them."""
-    from utils.run import _leave
+    from utils.run import export_net
 
     backbone = {**OCTIC, **SIZES, "num_classes": 3}
-    summary = {"name": "run", "output_dir": str(tmp_path), "step": 1}
-    _leave(tmp_path, {"backbone": backbone}, summary, build(backbone)(), ImageFolder(images))
+    export_net(tmp_path, {"backbone": backbone}, 1, build(backbone)(), ImageFolder(images))
     judge_classifier(config(images, tmp_path, OCTIC, tmp_path))
     renamed = tmp_path / "renamed"
     renamed.mkdir()
