@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.judge import make_data
+from evaluation.judge import make_data, name_of
 from evaluation.progress import say
 from evaluation.published import published_figure
 from evaluation.results import write_results
@@ -112,11 +112,6 @@ def make_classifier(
     if f"{head_of(getattr(net, 'net', net))}.weight" not in getattr(net, "net", net).state_dict():
         raise UserError(f"{name_of(backbone)} has no classifier; probe its features instead")
     return net.eval()
-
-
-def name_of(backbone: Mapping[str, Any]) -> str:
-    """The registered name of a backbone node's model."""
-    return backbone.get("model_name") or backbone["_target_"].split(".")[-1]
 
 
 def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:

@@ -1,6 +1,6 @@
-"""Judge one net by the probes of a config: what experiments/eval_dinov2_classification.py runs."""
+"""Judge one net by the probes of a config: what experiments/eval_dinov2_*.py run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from evaluation.progress import say
-from evaluation.results import in_words, print_table, write_results
+from evaluation.results import in_words, print_figures, write_results
 from utils import distributed
 from utils.build import build, plain
 from utils.data.images import ImageDataset
@@ -26,15 +26,22 @@ def judge(config: Mapping[str, Any]) -> dict[str, float]:
     with distributed.session(config["device"]) as device:
         probes = {name: build(node) for name, node in config["probes"].items() if node}
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
-        data = {split: make_data(config["data"], split) for split in ("train", "val")}
+        data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}
         if distributed.is_main():
             _say_what_is_judged(config, data)
-        results = {name: probe(net, data, folder / name, 0) for name, probe in probes.items()}
-        if distributed.is_main():
-            for name, figures in results.items():
-                _report(config, folder, name, figures, probes[name])
+        results = {}
+        for name, probe in probes.items():
+            results[name] = probe(net, data, folder / name, 0)
+            if distributed.is_main():  # at once: a later probe's mishap costs nothing of this one
+                _report(config, folder, name, results[name], probe)
         distributed.barrier()
     return {f"{name}/{key}": value for name, part in results.items() for key, value in part.items()}
+
+
+def splits_of(probes: Iterable[Callable]) -> list[str]:
+    """The splits of `data` that the probes read; a probe that says nothing reads both."""
+    asked = {split for probe in probes for split in getattr(probe, "splits", ("train", "val"))}
+    return sorted(asked)
 
 
 def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0) -> nn.Module:
@@ -76,19 +83,16 @@ def _report(
     figures: Mapping[str, float],
     probe: Callable,
 ) -> None:
-    backbone = config["backbone"].get("model_name") or config["backbone"]["_target_"].split(".")[-1]
+    backbone = name_of(config["backbone"])
     judged = {"backbone": backbone, "weights": config["weights"], "seed": config["seed"]}
     protocol = dict(getattr(probe, "protocol", {}))
     path = write_results(folder, name, protocol=judged | protocol, figures=figures)
-    rows = [
-        (key.removesuffix("_top1"), value, figures.get(f"{key.removesuffix('_top1')}_top5"))
-        for key, value in figures.items()
-        if key.endswith("_top1")
-    ]
-    print_table(
-        f"{backbone}, weights: {config['weights']}",
-        (name, "top-1 %", "top-5 %"),
-        rows,
-        protocol=in_words(protocol),
+    print_figures(
+        f"{backbone}, weights: {config['weights']}", name, figures, protocol=in_words(protocol)
     )
     say(f"written: {path}, {folder / name}")
+
+
+def name_of(backbone: Mapping[str, Any]) -> str:
+    """The registered name of a backbone node's model."""
+    return backbone.get("model_name") or backbone["_target_"].split(".")[-1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,14 +40,29 @@ def print_table(
     """Print a table of results with the protocol named below; the first column is the label."""
     table = Table()
     for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position else "left")
+        table.add_column(column, justify="right" if position else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    console = Console()
     # A log file has no width of its own: rich would fold the table at 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     print(title)
-    console.print(table, width=None if console.is_terminal else 140)
+    console.print(table)
     print(f"protocol: {protocol}", flush=True)
+
+
+def print_figures(title: str, probe: str, figures: Mapping[str, float], *, protocol: str) -> None:
+    """Print what a probe returned: accuracies side by side, one row per other figure."""
+    rows: list[tuple[object, ...]] = []
+    columns: tuple[str, ...] = (probe, "figure")
+    for key, value in figures.items():
+        stem, _, top = key.rpartition("_top")
+        if top == "1":
+            columns = (probe, "top-1 %", "top-5 %")
+            rows.append((stem, value, figures.get(f"{stem}_top5")))
+        elif not (top == "5" and f"{stem}_top1" in figures):
+            rows.append((key, value))
+    rows = [(*row, *[""] * (len(columns) - len(row))) for row in rows]
+    print_table(title, columns, rows, protocol=protocol)
 
 
 def in_words(protocol: Mapping[str, object]) -> str:

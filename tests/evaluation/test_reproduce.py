@@ -1,0 +1,97 @@
+"""A published file is recognised, judged by its own protocol, and held against what is stated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation import reproduce as command
+from evaluation.published import PUBLISHED, Figure
+from utils.config import CONFIGS
+from utils.errors import UserError
+
+LAYOUTS = json.loads(
+    (Path(__file__).parents[1] / "parity/selection/octic/checkpoint_layouts.json").read_text()
+)["models"]
+PLAIN = {"vit_huge": "dinov2_vit_huge_patch16", "vit_large": "dinov2_vit_large_patch16"}
+OF_LAYOUT = {
+    layout: entry.get("registered_name") or PLAIN[entry["arch_name"]]
+    for layout, entry in LAYOUTS.items()
+}
+
+
+@pytest.mark.parametrize("layout", [key for key in LAYOUTS if OF_LAYOUT[key] in PUBLISHED])
+def test_every_published_file_is_recognised(layout, monkeypatch):
+    """By names and shapes alone; none passes for another."""
+    # Zero strides: real tensors of those shapes without their memory.
+    shapes = LAYOUTS[layout]["state_dict"]
+    state = {f"_orig_mod.{key}": torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    monkeypatch.setattr(command, "read_state", lambda path: state)
+    assert command.model_of("w.pth", None) == OF_LAYOUT[layout]
+
+
+def test_every_published_model_has_a_layout_a_config_and_a_link():
+    assert set(PUBLISHED) <= set(OF_LAYOUT.values())
+    for name, entry in PUBLISHED.items():
+        assert (CONFIGS / entry.config).is_file() and entry.link.startswith("https://")
+        if entry.recipe == "DINOv2":
+            assert f"override /backbone: {name}\n" in (CONFIGS / entry.config).read_text()
+
+
+def test_wrong_and_truncated_files_are_refused(tmp_path, capsys):
+    torch.save({"teacher": {"weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    whole = (tmp_path / "other.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    for name, words, complaint in (
+        ("other.pth", [], "has the layout of no published checkpoint (hybrid_deit"),
+        ("other.pth", ["--model", "dinov2_vit_large_patch16"], "missing: blocks.0"),
+        ("other.pth", ["--model", "dinov2_vit_larg"], "did you mean 'dinov2_vit_large_patch16'?"),
+        ("cut.pth", [], "truncated or not a torch file"),
+        ("gone.pth", [], "no such weights file"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            command.parse_reproduction([str(tmp_path / name), *words])
+        printed = capsys.readouterr().err
+        assert left.value.code == 2 and complaint in printed and printed.count("\n") == 1
+
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+def test_from_file_to_verdict(tmp_path, monkeypatch, capsys):
+    """The whole command on a small model: with a stated figure that is right, and a wrong one."""
+    node = command.backbone_node("hybrid_deit_small_patch16") | SMALL | {"num_classes": 10}
+    monkeypatch.setattr(command, "backbone_node", lambda name: node)
+    net = command.build({**node})()
+    torch.save({"model": net.state_dict()}, tmp_path / "w.pth")
+    name, words = "hybrid_deit_small_patch16", [f"backbone.{k}={v}" for k, v in SMALL.items()]
+    words += ["+backbone.num_classes=10", "data=digits", "device=cpu", f"output_dir={tmp_path}/out"]
+    monkeypatch.setattr(command, "IMAGENET_VAL", 359)
+    figures = {"accuracy/acc1": Figure(10.0, 100.0)}
+    entry = PUBLISHED["hybrid_deit_large_patch16"]._replace(figures=figures)
+    monkeypatch.setitem(PUBLISHED, name, entry)
+    words += ["probes.accuracy.num_workers=0"]
+    config = command.parse_reproduction([str(tmp_path / "w.pth"), "--model", name, *words])
+    assert command.reproduce(config)
+    assert "reproduces" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out/results.json").read_text())["reproduction"]["figures"]
+    assert written["published"] == {"accuracy/acc1": 10.0} and written["ours"]["accuracy/acc1"] >= 0
+    monkeypatch.setitem(PUBLISHED, name, entry._replace(figures={"accuracy/acc1": Figure(-5, 1)}))
+    assert not command.reproduce(config)
+    assert "does NOT reproduce" in capsys.readouterr().out
+    monkeypatch.setattr(command, "IMAGENET_VAL", 50_000)
+    with pytest.raises(UserError, match="50,000 validation images, and data.val holds 359"):
+        command.reproduce(config)
+
+
+def test_knn_is_held_against_the_best_k():
+    figures = {"knn/knn10_top1": 80.0, "knn/knn20_top1": 81.4, "knn/knn5_5_per_class_top1": 99.0}
+    assert command.best_of_knn(figures) == {"knn/best_top1": 81.4}
+
+
+def test_table_without_a_file(capsys):
+    assert command.parse_reproduction([]) is None
+    printed = capsys.readouterr().out
+    for name, entry in PUBLISHED.items():
+        assert name in printed and entry.link in printed
