@@ -1,21 +1,49 @@
 """The flags of DINOv2's classification evaluations, as overrides of configs/evaluate.yaml."""
 
+import contextlib
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from utils.build import plain
-from utils.config import fail, parse_config
+from utils.build import keywords_of, nearest, plain, resolve
+from utils.config import CONFIGS, compose_config, fail, parse_config
 from utils.errors import UserError
-from utils.flags import FLAGS
+from utils.flags import FLAGS, read_arguments
+
+
+def dataset(string: str) -> dict[str, str]:
+    """The config node of a data set that is named by a string."""
+    return {"_target_": "utils.data.strings.parse_dataset", "string": string}
+
+
+def optional(word: str) -> str | None:
+    """The word, or None where it says so."""
+    return None if word in ("None", "null") else word
+
+
+def device(word: str) -> str:
+    """Where features are kept: a GPU under any name is the net's device."""
+    return "cpu" if word == "cpu" else "device"
 
 
 class Option(NamedTuple):
-    """A flag of the evaluation: the key it sets, how its words are read, what it means."""
+    """A flag of the evaluation: the key it sets, how its words are read, what it means.
+
+    A key `probes.*.x` is x of every probe that has it.
+    """
 
     key: str
     kind: Callable[[str], Any]
     many: bool
+    help: str
+
+
+class Switch(NamedTuple):
+    """A flag without a value: the key it sets, the value, what it means; no key: no effect."""
+
+    key: str
+    value: Any
     help: str
 
 
@@ -24,105 +52,240 @@ OPTIONS = {
     "--weights": Option("weights", str, False, "the same"),
     "--train-dataset": Option("data.train", str, False, "such as ImageNet:split=TRAIN:root=DIR"),
     "--val-dataset": Option("data.val", str, False, "such as ImageNet:split=VAL:root=DIR"),
+    "--batch-size": Option("probes.*.batch_size", int, False, "images per process"),
+    "--num-workers": Option("probes.*.num_workers", int, False, "processes that read images"),
+    "--precision": Option("probes.*.precision", str, False, "of the net: fp32, bf16 or fp16"),
     "--nb_knn": Option("probes.knn.ks", int, True, "numbers of neighbours"),
     "--temperature": Option("probes.knn.temperature", float, False, "of the vote"),
-    "--batch-size": Option("probes.knn.batch_size", int, False, "images per process"),
-    "--num-workers": Option("probes.knn.num_workers", int, False, "processes that read images"),
-    "--precision": Option("probes.knn.precision", str, False, "of the net: fp32, bf16 or fp16"),
     "--n-per-class-list": Option("probes.knn.n_per_class_list", int, True, "few-shot; -1: all"),
     "--n-tries": Option("probes.knn.num_tries", int, False, "draws per few-shot setting"),
+    "--epochs": Option("probes.linear.epochs", int, False, "length of the training of heads"),
+    "--epoch-length": Option("probes.linear.epoch_length", int, False, "steps"),
+    "--learning-rates": Option("probes.linear.learning_rates", float, True, "at 256 images a step"),
+    "--eval-period-iterations": Option(
+        "probes.linear.eval_period", int, False, "steps between looks at val; 0: at the end only"
+    ),
+    "--val-metric-type": Option(
+        "probes.linear.val_metric_type", str, False, "mean_accuracy, mean_per_class_accuracy, ..."
+    ),
+    "--test-datasets": Option(
+        "probes.linear.test_datasets", dataset, True, "further data sets, as --val-dataset"
+    ),
+    "--test-metric-types": Option(
+        "probes.linear.test_metric_types", str, True, "one for all, or one each"
+    ),
+    "--val-class-mapping-fpath": Option(
+        "probes.linear.val_class_mapping", optional, False, ".npy of columns of the logits to keep"
+    ),
+    "--test-class-mapping-fpaths": Option(
+        "probes.linear.test_class_mappings", optional, True, "one each, None for none"
+    ),
+    "--classifier-fpath": Option(
+        "probes.linear.classifier", optional, False, "heads to judge, or to train on"
+    ),
+    "--real-labels": Option(
+        "probes.linear.real_labels", str, False, "real.json, for imagenet_real_accuracy"
+    ),
+    "--finetune-dataset-str": Option(
+        "probes.logreg.finetune", dataset, False, "images that choose C, as --val-dataset"
+    ),
+    "--max-train-iters": Option("probes.logreg.max_iter", int, False, "steps for each C"),
+    "--train-dtype": Option("probes.logreg.dtype", str, False, "float64 or float32"),
+    "--train-features-device": Option(
+        "probes.logreg.features_on", device, False, "cpu, or the net's device"
+    ),
 }
-SWITCHES = {"--gather-on-cpu": "features are always kept in host memory, each process its share"}
-LINEAR_FLAGS = {
-    *("--epochs", "--epoch-length", "--learning-rates", "--save-checkpoint-frequency"),
-    *("--eval-period-iterations", "--val-metric-type", "--test-metric-types", "--test-datasets"),
-    *("--classifier-fpath", "--val-class-mapping-fpath", "--test-class-mapping-fpaths"),
+SWITCHES = {
+    "--no-resume": Switch("probes.*.resume", False, "train heads anew where files of them stand"),
+    "--finetune-on-val": Switch("probes.logreg.select_on", "val", "choose C on the images judged"),
+    "--gather-on-cpu": Switch(
+        "", None, "features are always kept in host memory, each process its share"
+    ),
 }
+# Flags with a value that nothing here depends on.
+IGNORED = {
+    "--save-checkpoint-frequency": "heads are saved after each epoch and at the end",
+    "--metric-type": "logistic regression tells top-1 and top-5 over images",
+}
+CHOICE = "--probes"
+PROBES = ("linear", "knn", "logreg", "attentive")
 TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
     "--config-file",
     "--config",
 }
 
 
+class Setting(NamedTuple):
+    """What a flag sets of the probes: `probe` is * for each that takes the keyword."""
+
+    flag: str
+    probe: str
+    keyword: str
+    value: str  # in the grammar of overrides
+
+
 class EvaluationArguments(NamedTuple):
-    """What is left for `utils.config.parse_config`, and the two data sets given as strings."""
+    """What is left for `utils.config.parse_config`, and what the flags say of data and probes."""
 
     argv: list[str]
     datasets: dict[str, str]  # "train", "val" -> DINOv2's string
+    settings: list[Setting]
     notes: list[str]
 
 
 def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
-    """Turn `OUTPUT [flags] [key=value ...]` into overrides; other flags pass as they are."""
-    words, rest, datasets, notes = list(argv), [], {}, []
-    output = ""
+    """Sort `OUTPUT [flags] [key=value ...]`; flags that are not of the evaluation pass as is."""
+    words, found, output = list(argv), EvaluationArguments([], {}, [], []), ""
     while words:
         word = words.pop(0)
         name, _, inline = word.partition("=")
-        if name in OPTIONS:
+        if name == CHOICE:
+            found.argv.extend(_choose_probes(inline or (words.pop(0) if words else "")))
+        elif name in OPTIONS:
             option = OPTIONS[name]
-            values = _read_values(name, option, [inline] if inline else _take(words, option.many))
-            if option.key.startswith("data."):
-                datasets[option.key.removeprefix("data.")] = str(values[0])
-            else:
-                rest.append(f"{option.key}={_override(values if option.many else values[0])}")
+            taken = [inline] if inline else _take(words, option)
+            values = _read_values(name, option, taken)
+            _sort(found, name, option.key, values if option.many else values[0])
+        elif word in SWITCHES and SWITCHES[word].key:
+            _sort(found, word, SWITCHES[word].key, SWITCHES[word].value)
         elif word in SWITCHES:
-            notes.append(f"{word} has no effect: {SWITCHES[word]}")
-        elif name in LINEAR_FLAGS:
-            raise UserError(f"{name} belongs to the linear probe, which is not built yet; drop it")
-        elif word.startswith("-") or "=" in word or word.startswith("~"):
-            rest.append(word)
+            found.notes.append(f"{word} has no effect: {SWITCHES[word].help}")
+        elif name in IGNORED:
+            if not inline and not words:
+                raise UserError(f"{name} needs a value")
+            found.notes.append(f"{name} has no effect: {IGNORED[name]}")
+            del words[: 0 if inline else 1]
+        elif word.startswith("-") or _is_override(word):
+            found.argv.append(word)
             if word in TAKES_VALUE and words:
-                rest.append(words.pop(0))
+                found.argv.append(words.pop(0))
         elif output:
             raise UserError(f"two output folders, {output!r} and {word!r}; key=value sets a key")
         else:
             output = word
     if output:
-        rest.append(f"output_dir={_override(output)}")
-    return EvaluationArguments(rest, datasets, notes)
+        found.argv.append(f"output_dir={_override(output)}")
+    return found
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
+    asks_help = bool({"-h", "--help"} & set(argv))
+    if asks_help:
         print(_help())
     try:
-        arguments = read_evaluation_arguments(argv)
+        found = read_evaluation_arguments(argv)
+        settings = [] if asks_help else _apply(found)
     except UserError as error:
         fail(error)
-    config = plain(parse_config(default="evaluate.yaml", argv=arguments.argv, base="evaluate"))
-    for split, string in arguments.datasets.items():
-        config["data"][split] = {"_target_": "utils.data.strings.parse_dataset", "string": string}
-    for note in arguments.notes:
+    # In front, so that a spelt-out key=value has the last word.
+    words = [*settings, *found.argv]
+    config = plain(parse_config(default="evaluate.yaml", argv=words, base="evaluate"))
+    for split, string in found.datasets.items():
+        config["data"][split] = dataset(string)
+    for note in found.notes:
         print(note)
     return config
 
 
-def _take(words: list[str], many: bool) -> list[str]:
-    """The values that follow a flag: one, or all up to the next word that is no number."""
+def _choose_probes(listed: str) -> list[str]:
+    """Overrides that leave the probes of a comma list, and no others."""
+    chosen = [name for name in listed.split(",") if name]
+    unknown = [name for name in chosen if name not in PROBES]
+    if unknown or not chosen:
+        what = f"{unknown[0]!r}{nearest(unknown[0], PROBES)}" if unknown else "nothing"
+        raise UserError(f"{CHOICE} takes a list of {', '.join(PROBES)}; got {what}")
+    defaults = plain(compose_config("evaluate.yaml", base="evaluate"))["probes"]
+    dropped = [f"probes.{name}=null" for name in defaults if name not in chosen]
+    added = [f"+probe@probes.{name}={name}" for name in chosen if name not in defaults]
+    return [*added, *dropped]
+
+
+def _sort(found: EvaluationArguments, flag: str, key: str, value: Any) -> None:
+    where, _, keyword = key.rpartition(".")
+    if where == "data":
+        found.datasets[keyword] = str(value)
+    elif where.startswith("probes."):
+        found.settings.append(
+            Setting(flag, where.removeprefix("probes."), keyword, _override(value))
+        )
+    else:
+        found.argv.append(f"{key}={_override(value)}")
+
+
+def _apply(found: EvaluationArguments) -> list[str]:
+    """Overrides of the probes that the command line leaves; a note where there is none."""
+    if not found.settings:
+        return []
+    arguments = read_arguments(found.argv, CONFIGS, "evaluate.yaml", "evaluate")
+    with contextlib.redirect_stderr(io.StringIO()):  # its notes come again with the whole config
+        config = plain(
+            compose_config(
+                arguments.config_file or "evaluate.yaml", arguments.overrides, base="evaluate"
+            )
+        )
+    probes = {name: node for name, node in config["probes"].items() if node}
+    overrides = []
+    for flag, probe, keyword, value in found.settings:
+        chosen = [
+            name
+            for name, node in probes.items()
+            if name == probe or (probe == "*" and _takes(node, keyword))
+        ]
+        overrides += [f"probes.{name}.{keyword}={value}" for name in chosen]
+        if not chosen:
+            missing = f"takes {keyword}" if probe == "*" else f"is called {probe}"
+            found.notes.append(f"{flag} has no effect: no probe of this evaluation {missing}")
+    return overrides
+
+
+def _takes(node: Mapping[str, Any], keyword: str) -> bool:
+    return keyword in keywords_of(resolve(node["_target_"]))
+
+
+def _take(words: list[str], option: Option) -> list[str]:
+    """The values that follow a flag: one, or all up to a word that cannot be one of them."""
     taken = [words.pop(0)] if words else []
-    while many and words and words[0].lstrip("-").isdigit():
+    while option.many and words and _can_follow(words[0], option.kind):
         taken.append(words.pop(0))
     return taken
 
 
+def _can_follow(word: str, kind: Callable[[str], Any]) -> bool:
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            kind(word)
+            return True
+        return False
+    return not word.startswith("-") and not _is_override(word)
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is key=value or ~key; the = of a data set's string comes after a colon."""
+    return word.startswith("~") or ("=" in word and ":" not in word.partition("=")[0])
+
+
 def _read_values(name: str, option: Option, words: list[str]) -> list[Any]:
+    if not words:
+        raise UserError(f"{name} needs a value")
     try:
-        values = [option.kind(word) for word in words]
+        return [option.kind(word) for word in words]
     except ValueError:
         raise UserError(f"{name} takes {option.kind.__name__}, not {' '.join(words)!r}") from None
-    if not values:
-        raise UserError(f"{name} needs a value")
-    return values
 
 
 def _override(value: object) -> str:
     """A value in the grammar of overrides."""
     if isinstance(value, str):
         return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
-    return str(value).replace(" ", "")
+    if isinstance(value, list):
+        return f"[{','.join(map(_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_override(part)}" for key, part in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
 
 
 def _help() -> str:
@@ -131,9 +294,13 @@ def _help() -> str:
         f"{script.__doc__ or ''}",
         "usage: eval_dinov2_classification.py OUTPUT [flags] [key=value ...]",
         "",
-        "flags of the evaluation (they come before those below of the same name):",
+        "flags of the evaluation (before those below of the same name; * is every probe):",
     ]
-    for name, option in OPTIONS.items():
-        lines.append(f"  {name:<22} {option.help} ({option.key})")
-    lines += [f"  {name:<22} accepted: {why}" for name, why in SWITCHES.items()]
+    rows = {CHOICE: f"these alone, such as linear,logreg: of {', '.join(PROBES)}"}
+    rows |= {name: f"{option.help} ({option.key})" for name, option in OPTIONS.items()}
+    for name, switch in SWITCHES.items():
+        value = _override(switch.value)
+        rows[name] = switch.help + (f" ({switch.key}={value})" if switch.key else ": no effect")
+    rows |= {name: f"{why}: no effect" for name, why in IGNORED.items()}
+    lines += [f"  {name:<28} {text}" for name, text in rows.items()]
     return "\n".join(lines) + "\n\nall other flags and keys:\n"

@@ -32,7 +32,6 @@ def class_token(net: Backbone, images: Tensor) -> Tensor:
     return net.features(images)[0].cls
 
 
-@torch.inference_mode()
 def extract_features(
     net: Backbone,
     dataset: ImageDataset,
@@ -44,6 +43,7 @@ def extract_features(
     dtype: torch.dtype = torch.float32,
     store_on: str = "cpu",
     read: Callable[[Backbone, Tensor], Tensor] = class_token,
+    normalized: bool = True,
     on_error: str = "raise",
     label: str = "features",
     shown: bool = True,
@@ -54,10 +54,59 @@ def extract_features(
     With on_error="skip" images that cannot be read have no row.
     `read` turns a batch of images into rows; `precision` is the autocast of the net.
     """
-    world = distributed.world_size()
-    capacity = -(-len(dataset) // world)
+    capacity = -(-len(dataset) // distributed.world_size())
     store: FeatureSet | None = None
     done = 0
+
+    def keep(rows: Tensor, labels: Tensor, indices: Tensor) -> None:
+        nonlocal store, done
+        rows = normalize_rows(rows) if normalized else rows
+        if store is None:
+            store = allocate_features(capacity, rows.shape[1], dtype, store_on)
+        share = slice(done, done + len(rows))
+        store.features[share] = rows.to(store.features)
+        store.labels[share], store.indices[share] = labels, indices
+        done = share.stop
+
+    walk_features(
+        net,
+        dataset,
+        keep,
+        transform=transform,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+        read=read,
+        on_error=on_error,
+        label=label,
+        shown=shown,
+    )
+    if store is None:
+        return allocate_features(0, net.embed_dim, dtype, store_on)
+    return _ordered(FeatureSet(*(part[:done] for part in store)))
+
+
+@torch.inference_mode()
+def walk_features(
+    net: Backbone,
+    dataset: ImageDataset,
+    keep: Callable[[Tensor, Tensor, Tensor], None],
+    *,
+    transform: Callable,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    read: Callable[[Backbone, Tensor], Tensor] = class_token,
+    on_error: str = "raise",
+    label: str = "features",
+    shown: bool = True,
+) -> None:
+    """Hand float32 rows, labels and indices of this rank's share to `keep`, batch by batch.
+
+    Every rank must call this. Rows come by ascending index: rank, rank + ranks, and so on.
+    """
+    world = distributed.world_size()
+    capacity = -(-len(dataset) // world)
     with evaluating(net, precision) as device:
         batches = evaluation_batches(
             dataset,
@@ -73,19 +122,26 @@ def extract_features(
         calls = 0
         for images, labels, indices in batches:
             calls += 1
-            rows = _normalized_rows(read, net, images.to(device, non_blocking=True))
-            if store is None:
-                store = _allocate(capacity, rows.shape[1], dtype, store_on)
-            share = slice(done, done + len(rows))
-            store.features[share] = rows.to(store.features)
-            store.labels[share], store.indices[share] = labels, indices
-            done = share.stop
+            keep(read(net, images.to(device, non_blocking=True)).float(), labels, indices)
         # A sharded net gathers its weights in every call, so all ranks must make the same number.
-        for _ in range(-(-capacity // batch_size) - calls if store is not None else 0):
+        for _ in range(-(-capacity // batch_size) - calls if calls else 0):
             read(net, images[:1].to(device))
-    if store is None:
-        return _allocate(0, net.embed_dim, dtype, store_on)
-    return _ordered(FeatureSet(*(part[:done] for part in store)))
+
+
+def normalize_rows(rows: Tensor) -> Tensor:
+    """Rows [n, D] of length one, as kNN compares them; a row of zeros stays."""
+    return nn.functional.normalize(rows, dim=-1, eps=1e-12)
+
+
+def allocate_features(
+    rows: int, width: int, dtype: torch.dtype, store_on: torch.device | str = "cpu"
+) -> FeatureSet:
+    """Room for that many rows, to be filled."""
+    return FeatureSet(
+        torch.empty(rows, width, dtype=dtype, device=store_on),
+        torch.empty(rows, dtype=torch.int64),
+        torch.empty(rows, dtype=torch.int64),
+    )
 
 
 def gather_features(part: FeatureSet) -> FeatureSet:
@@ -127,26 +183,26 @@ def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]
             module.training = was_training
 
 
+@contextmanager
+def full_float32_products(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: TF32 is wrong in the fourth digit already."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def device_of(net: Backbone) -> torch.device:
     """Device of the first parameter; the CPU for a net without any."""
     parameters = net.parameters() if isinstance(net, nn.Module) else ()
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
-def _normalized_rows(read: Callable, net: Backbone, images: Tensor) -> Tensor:
-    return nn.functional.normalize(read(net, images).float(), dim=-1, eps=1e-12)
-
-
 def _batch_length(batch: tuple) -> int:
     return len(batch[1])
-
-
-def _allocate(rows: int, width: int, dtype: torch.dtype, store_on: str) -> FeatureSet:
-    return FeatureSet(
-        torch.empty(rows, width, dtype=dtype, device=store_on),
-        torch.empty(rows, dtype=torch.int64),
-        torch.empty(rows, dtype=torch.int64),
-    )
 
 
 def _ordered(part: FeatureSet) -> FeatureSet:

@@ -6,13 +6,13 @@ Letters: Q queries, N training rows, D width, k neighbours, C classes.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evaluation.accuracy import CorrectCounts
+from evaluation.class_metrics import CorrectCounts
+from evaluation.features import full_float32_products
 from utils import distributed
 
 SEARCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -48,7 +48,7 @@ def find_neighbours(
     names = torch.arange(len(rows)) if indices is None else indices
     blocks = queries.to(dtype).split(query_batch)
     best = [_no_neighbours(len(block), device) for block in blocks]
-    with _full_float32_products(device):
+    with full_float32_products(device):
         for start in range(0, len(rows), chunk_size):
             chunk = rows[start : start + chunk_size].to(device=device, dtype=dtype)
             chunk_names = names[start : start + chunk_size].to(device)
@@ -160,15 +160,3 @@ def _no_neighbours(queries: int, device: torch.device) -> Neighbours:
         torch.empty(queries, 0, device=device),
         torch.empty(queries, 0, dtype=torch.int64, device=device),
     )
-
-
-@contextmanager
-def _full_float32_products(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: similarities wrong in the fourth digit pick other neighbours."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -100,11 +100,11 @@ def report(config: Mapping[str, Any], published: Published, figures: Mapping[str
             "stated: the best of those asked",
         )
         judged = {"weights": config["weights"], "model": name, "config": published.config}
-        measured = {key: figures.get(key) for key in published.figures}
-        path = write_results(
-            config["output_dir"], "reproduction", protocol=judged,
-            figures={"ours": measured, "published": {k: f.value for k, f in published.figures.items()}},
-        )  # fmt: skip
+        both = {
+            "published": {key: stated.value for key, stated in published.figures.items()},
+            "ours": {key: figures.get(key) for key in published.figures},
+        }
+        path = write_results(config["output_dir"], "reproduction", protocol=judged, figures=both)
         say(f"written: {path}")
     return bool(verdicts) and all(verdicts)
 

@@ -1,4 +1,4 @@
-"""Judge a frozen net by kNN: OUTPUT --config-file FILE --pretrained-weights FILE."""
+"""Judge a frozen net by linear probe, kNN and more: OUTPUT --config-file FILE --weights FILE."""
 
 from evaluation.arguments import parse_evaluation
 from slurm.launch import launch

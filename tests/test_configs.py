@@ -13,6 +13,11 @@ RUNS = sorted(
     path for folder in ("dinov2", "deit", "flopping") for path in (CONFIGS / folder).glob("*.yaml")
 )
 EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))
+OWN_ENCODER = """
+from torch import nn
+def __model_loader__():
+    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten())
+"""
 BACKBONES = sorted((CONFIGS / "backbone").glob("*.yaml"))
 
 
@@ -48,8 +53,12 @@ def test_evaluation_files_compose_and_build(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", BACKBONES, ids=name_of)
-def test_backbones_build(path: Path) -> None:
-    config = compose_config("evaluate.yaml", [f"backbone={path.stem}"], base="evaluate")
+def test_backbones_build(path: Path, tmp_path: Path) -> None:
+    words = [f"backbone={path.stem}"]
+    if path.stem == "file":  # of the user's own: there is none to name in the config
+        (tmp_path / "mine.py").write_text(OWN_ENCODER)
+        words.append(f"backbone.path={tmp_path}/mine.py")
+    config = compose_config("evaluate.yaml", words, base="evaluate")
     net, _ = networks(plain(config))
     assert net.embed_dim > 0 and hasattr(net, "features")
 

@@ -248,7 +248,8 @@ def _schema(base: str) -> dict[str, Any]:
     content = _content(OmegaConf.load(CONFIGS / f"{base}.yaml"))
     for entry in content.pop("defaults", []):
         for group in entry if isinstance(entry, dict) else ():
-            content.setdefault(group.split("@")[-1].split(".")[0], None)
+            # Also where the file itself refines the group: its targets answer for their keywords.
+            content[group.split("@")[-1].split(".")[0]] = None
     for group in ("launcher", "cluster", "data"):
         fixed: dict[str, Any] = {}
         for file in sorted((CONFIGS / group).glob("*.yaml")):

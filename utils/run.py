@@ -230,8 +230,8 @@ class Judge:
     """The probes of a run, called every `every` steps (0: only at the end) on every rank.
 
     A probe is `probe(net, data, output_dir, step) -> dict of numbers`; its numbers are reported as
-    `name/key`. It finds the net in evaluation mode and cannot disturb the training's random
-    numbers.
+    `name/key`, and it may write to `folder/name`. It finds the net in evaluation mode and cannot
+    disturb the training's random numbers.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Judge:
         results: dict[str, float] = {}
         with torch.no_grad(), preserved_randomness():
             for name, probe in self.probes.items():
-                values = probe(self.net, data=self.data, output_dir=self.folder, step=step)
+                values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
                 results |= {f"{name}/{key}": float(value) for key, value in values.items()}
         for part, mode in modes.items():
             part.training = mode

@@ -4,7 +4,14 @@ import sys
 
 import pytest
 
-from evaluation.arguments import parse_evaluation, read_evaluation_arguments
+from evaluation.arguments import (
+    IGNORED,
+    OPTIONS,
+    SWITCHES,
+    parse_evaluation,
+    read_evaluation_arguments,
+)
+from utils.config import CONFIGS
 from utils.errors import UserError
 
 PUBLISHED = [
@@ -31,6 +38,67 @@ def test_published_command():
     }
 
 
+PUBLISHED_LINEAR = [
+    *("OUT", "--config-file", "configs/eval/hybrid_vith16.yaml"),
+    *("--epochs", "5", "--epoch-length", "100", "--learning-rates", "1e-5", "0.1"),
+    *("--save-checkpoint-frequency", "20", "--eval-period-iterations", "50", "--no-resume"),
+    *("--val-metric-type", "mean_per_class_accuracy", "--val-class-mapping-fpath", "None"),
+    *("--test-datasets", "ImageNet:split=VAL:root=a", "ImageNet:split=VAL:root=b"),
+    *("--test-metric-types", "mean_accuracy", "per_class_accuracy"),
+    *("--test-class-mapping-fpaths", "None", "it's.npy"),
+    *("--classifier-fpath", "model_final.pth", "--batch-size", "64", "--num-workers", "2"),
+    *("--precision", "bf16"),
+]
+
+
+def with_probe(name, words):
+    """The words, with a probe switched on where the default config leaves it out."""
+    content = (CONFIGS / "evaluate.yaml").read_text()
+    on = f"probes.{name}: {name}" in content
+    return [*words, *([] if on else [f"+probe@probes.{name}={name}"])]
+
+
+def test_published_command_of_the_linear_probe(capsys):
+    probes = parse_evaluation(with_probe("linear", PUBLISHED_LINEAR))["probes"]
+    linear = probes["linear"]
+    assert (linear["epochs"], linear["epoch_length"], linear["eval_period"]) == (5, 100, 50)
+    assert linear["learning_rates"] == [1e-5, 0.1]
+    assert linear["val_metric_type"] == "mean_per_class_accuracy"
+    assert linear["val_class_mapping"] is None
+    assert [node["string"][-1] for node in linear["test_datasets"]] == ["a", "b"]
+    assert linear["test_datasets"][0]["_target_"] == "utils.data.strings.parse_dataset"
+    assert linear["test_metric_types"] == ["mean_accuracy", "per_class_accuracy"]
+    assert linear["test_class_mappings"] == [None, "it's.npy"]
+    assert linear["classifier"] == "model_final.pth"
+    assert linear["resume"] is False
+    for probe in (linear, probes["knn"]):
+        assert (probe["batch_size"], probe["num_workers"]) == (64, 2)
+        assert probe["precision"] == "bf16"
+    assert "resume" not in probes["knn"]
+    assert "--save-checkpoint-frequency has no effect" in capsys.readouterr().out
+
+
+def test_a_probe_that_is_off_leaves_its_flags_without_effect(capsys):
+    config = parse_evaluation(
+        [*with_probe("linear", ["OUT"]), "probes.linear=null", "--epochs", "3"]
+    )
+    assert not config["probes"]["linear"]
+    printed = capsys.readouterr().out
+    assert "--epochs has no effect: no probe of this evaluation is called linear" in printed
+
+
+def test_a_spelt_out_key_has_the_last_word():
+    config = parse_evaluation(["probes.knn.batch_size=7", "--batch-size", "9"])
+    assert config["probes"]["knn"]["batch_size"] == 7
+
+
+def test_flags_of_logistic_regression():
+    words = ["--finetune-on-val", "--max-train-iters", "50", "--train-features-device", "cuda"]
+    logreg = parse_evaluation(with_probe("logreg", words))["probes"]["logreg"]
+    assert (logreg["select_on"], logreg["max_iter"]) == ("val", 50)
+    assert logreg["features_on"] == "device"
+
+
 def test_our_own_style(capsys):
     words = ["backbone=timm", "backbone.model_name=vit_tiny_patch16_224", "probes.knn.ks=[7]"]
     config = parse_evaluation([*words, "output_dir=x", "--device", "cpu"])
@@ -45,7 +113,8 @@ def test_our_own_style(capsys):
         (["a", "b"], "two output folders, 'a' and 'b'"),
         (["--nb_knn", "ten"], "--nb_knn takes int, not 'ten'"),
         (["--temperature"], "--temperature needs a value"),
-        (["--epochs", "10"], "--epochs belongs to the linear probe, which is not built yet"),
+        (["--learning-rates", "fast"], "--learning-rates takes float, not 'fast'"),
+        (["--save-checkpoint-frequency"], "--save-checkpoint-frequency needs a value"),
     ],
 )
 def test_mistakes_are_one_line(words, message):
@@ -65,4 +134,17 @@ def test_help_names_the_flags(capsys, monkeypatch):
     with pytest.raises(SystemExit) as left:
         parse_evaluation()
     assert left.value.code == 0
-    assert "--nb_knn" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for flag in (*OPTIONS, *SWITCHES, *IGNORED, "--config-file"):
+        assert flag in printed
+
+
+def test_probes_by_name(tmp_path, capsys):
+    """--probes leaves those named; flags then reach them alone."""
+    config = parse_evaluation([str(tmp_path), "--probes", "logreg,knn", "--batch-size", "8"])
+    chosen = {name: node for name, node in config["probes"].items() if node}
+    assert set(chosen) == {"logreg", "knn"}
+    assert {node["batch_size"] for node in chosen.values()} == {8}
+    with pytest.raises(SystemExit):
+        parse_evaluation(["--probes=linar"])
+    assert "got 'linar'; did you mean 'linear'?" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""What a probe that trains leaves on disk to go on from: weights, optimiser, and whose they are.
+
+The layout is that of DINOv2's files: `model` holds the heads by their names, `iteration` the number
+of the last step done, counted from 0; a text file names the newest file of weights.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.progress import say
+from utils import distributed
+from utils.checkpoint import write_text
+from utils.errors import UserError
+from vit.weights import read_pickle
+
+OWNER = "probe"  # the key that says of which net and which settings the heads are
+
+
+class StoredHeads(Protocol):
+    """Heads that are stored under published names."""
+
+    def published_state(self) -> dict[str, Tensor]:
+        """All parameters by name."""
+        ...
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back; UserError where they are of other heads."""
+        ...
+
+
+class ProbeFiles:
+    """The files `<running>.pth`, `<final>.pth` and `<pointer>` of one probe in its folder.
+
+    `owner` is what the heads depend on: the net, by `checksum`, the step it was trained to, and the
+    protocol. Files of another net are replaced; those of other settings are refused.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        owner: Mapping[str, object],
+        *,
+        running: str,
+        final: str,
+        pointer: str = "last_checkpoint",
+    ) -> None:
+        self.folder, self.owner = Path(folder), json.loads(json.dumps(owner))
+        self.running, self.final, self.pointer = running, final, pointer
+
+    def save(
+        self, name: str, heads: StoredHeads, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """Write a file whole or not at all, and then the pointer to it; rank 0 alone does."""
+        if not distributed.is_main():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.pth"
+        partial = path.with_name(f".{path.name}.partial")
+        content = {
+            # The names are views; without a copy each would be written with its whole storage.
+            "model": {
+                key: value.detach().to("cpu", copy=True)
+                for key, value in heads.published_state().items()
+            },
+            "optimizer": optimizer.state_dict(),
+            "iteration": step,
+            OWNER: self.owner,
+        }
+        torch.save(content, partial)
+        os.replace(partial, path)
+        write_text(self.folder / self.pointer, path.name)
+
+    def resume(self, heads: StoredHeads, optimizer: torch.optim.Optimizer) -> int | None:
+        """Load the newest file; the first step still to do, None without such a file.
+
+        Raises UserError for a damaged file and for one of other settings; every rank must call.
+        """
+        path = distributed.broadcast_object(self._newest() if distributed.is_main() else None)
+        if path is None:
+            return None
+        saved = _read(path)
+        owner = saved.get(OWNER)
+        if not isinstance(owner, Mapping):
+            raise UserError(
+                f"{path} was not written by this probe; use another output_dir, resume=false, or "
+                "classifier=FILE to judge it"
+            )
+        if any(owner.get(key) != self.owner[key] for key in ("net", "step")):
+            if distributed.is_main():
+                say(f"{path} is of another net: the probe starts anew")
+            return None
+        differ = _differences(owner.get("protocol", {}), self.owner["protocol"])
+        if differ:
+            raise UserError(
+                f"{path} is of other settings ({'; '.join(differ)}); use another output_dir or "
+                "resume=false"
+            )
+        _load(path, heads, saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["iteration"]) + 1
+
+    def _newest(self) -> Path | None:
+        pointer = self.folder / self.pointer
+        name = pointer.read_text().strip() if pointer.is_file() else ""
+        # Nothing but our own two names: a pointer is no way to another file.
+        known = (f"{self.running}.pth", f"{self.final}.pth")
+        return self.folder / name if name in known and (self.folder / name).is_file() else None
+
+
+def load_classifier(path: str | Path, heads: StoredHeads, num_steps: int) -> int:
+    """Load heads from a file of ours or of DINOv2; the first step still to do.
+
+    A file that does not say how far it was trained is taken for finished.
+    """
+    saved = _read(Path(path))
+    model = saved.get("model", saved)
+    if not isinstance(model, Mapping):
+        raise UserError(f"{path}: 'model' holds no named weights")
+    _load(path, heads, model)
+    return min(int(saved.get("iteration", num_steps)) + 1, num_steps)
+
+
+@torch.no_grad()
+def checksum(net: object) -> str:
+    """A short hash of a net's parameters and buffers, as this rank holds them."""
+    digest = hashlib.sha256()
+    state = net.state_dict() if isinstance(net, nn.Module) else {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            local = value.to_local() if hasattr(value, "to_local") else value
+            digest.update(f"{name} {[*value.shape]} {value.dtype} {_sum_of_bits(local)};".encode())
+    return digest.hexdigest()[:16]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    # A sum of integers is the same in any order, so the device may take its own.
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().flatten().view(integers[tensor.element_size()])
+    weights = torch.arange(1, 1 + len(bits), device=bits.device) % 65521
+    return int((bits.long() * weights).sum())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of heads")
+    try:
+        return read_pickle(path)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _load(path: str | Path, heads: StoredHeads, state: Mapping[str, Tensor]) -> None:
+    try:
+        heads.load_published(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    return [
+        f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+        for key in keys
+        if theirs.get(key) != ours.get(key)
+    ]

@@ -1,0 +1,311 @@
+"""Training and judging many classifiers at once on the features of a frozen net.
+
+Every batch goes through the net once, whatever the number of heads. Letters: H heads, B batch, C
+classes, N images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.class_metrics import make_counts
+from evaluation.exams import Exam
+from evaluation.features import PRECISIONS, device_of
+from evaluation.linear_heads import head_losses
+from evaluation.progress import track
+from utils import distributed
+from utils.data.images import ImageDataset
+from utils.data.loaders import ON_ERROR, evaluation_batches, training_batches
+from utils.data.samplers import SAMPLERS
+from utils.data.transforms import evaluation_transform, training_transform
+from utils.effective_batch import micro_batches
+from utils.errors import UserError
+from utils.schedules import Schedule
+from vit.backbone import Backbone, Features
+
+LONGEST_EPOCH = 1250  # steps
+
+
+class Heads(Protocol):
+    """Classifiers of one number of classes that read the same features."""
+
+    names: list[str]
+    num_classes: int
+    layers: tuple[int, ...]  # the blocks they read
+    loss_weights: Tensor  # [H], what each head's loss counts for
+
+    def read(self, features: Sequence[Features]) -> Any:
+        """What the heads need of the features, each input once."""
+        ...
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """Logits [H B C]."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTraining:
+    """How long heads are trained, on how many images a step, and how the images are read.
+
+    `epoch_length` steps are an epoch; None is one pass over data.train, but no more than the
+    published 1250 (which ImageNet gives at 1024 images a step). `batch_size` is per process; a step
+    of `global_batch_size` images is the same on any number of processes, by accumulation.
+    ValueError for what cannot be.
+    """
+
+    epochs: int
+    epoch_length: int | None
+    global_batch_size: int
+    batch_size: int
+    num_workers: int
+    precision: str
+    sampler: str
+    seed: int
+    resize_size: int
+    crop_size: int
+    transform: Callable | None
+    train_transform: Callable | None
+    on_error: str
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "global_batch_size", "batch_size", "resize_size", "crop_size")
+        for name in counts + (("epoch_length",) if self.epoch_length is not None else ()):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, known in (
+            ("precision", PRECISIONS),
+            ("sampler", SAMPLERS),
+            ("on_error", ON_ERROR),
+        ):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+    def on(self, num_images: int) -> "HeadTraining":
+        """The same with the length of an epoch on so many training images settled."""
+        one_pass = max(1, round(num_images / self.global_batch_size))
+        return replace(self, epoch_length=self.epoch_length or min(one_pass, LONGEST_EPOCH))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch; only where its length is settled."""
+        assert self.epoch_length is not None
+        return self.epoch_length
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training; only where the length of an epoch is settled."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step on the processes there are; UserError where they do not fit."""
+        world = distributed.world_size()
+        try:
+            return micro_batches(self.global_batch_size, self.batch_size, world)
+        except UserError:
+            own = self.global_batch_size // world
+            hint = f"global_batch_size={max(own, 1) * world} would"
+            if own * world == self.global_batch_size:
+                fitting = (n for n in range(min(own, self.batch_size), 0, -1) if own % n == 0)
+                hint = f"batch_size={next(fitting)} would"
+            raise UserError(
+                f"batches of {self.batch_size} on {world} processes do not add up to "
+                f"global_batch_size={self.global_batch_size}; {hint}"
+            ) from None
+
+    def batches(self, dataset: ImageDataset, *, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's training batches (images, labels) from a step on, without end."""
+        return training_batches(
+            dataset,
+            self.train_transform or training_transform(crop_size=self.crop_size),
+            _stack,
+            self.batch_size,
+            first_step=first_step,
+            seed=self.seed,
+            sampler=self.sampler,
+            num_workers=self.num_workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            on_error=self.on_error,
+            micro_batches=self.accumulation,
+        )
+
+    def evaluation_transform(self) -> Callable:
+        """What the images of validation and test sets go through."""
+        return self.transform or evaluation_transform(
+            resize_size=self.resize_size, crop_size=self.crop_size
+        )
+
+    def in_words(self, num_images: int) -> str:
+        """Length of the training, as a line."""
+        steps, images = self.num_steps, self.global_batch_size
+        passes = steps * images / num_images
+        line = f"{steps:,} steps of {images:,} images, {passes:.4g} passes over {num_images:,}"
+        if passes > 100:
+            line += "; epoch_length=null makes an epoch one pass"
+        return line
+
+    def protocol(self) -> dict[str, object]:
+        """What the trained heads depend on."""
+        settled = self.epoch_length is not None
+        steps = self.num_steps if settled else f"{self.epochs} x one pass, {LONGEST_EPOCH} at most"
+        seen = self.num_steps * self.global_batch_size if settled else steps
+        words: dict[str, object] = {
+            "iterations": steps,
+            "global_batch_size": self.global_batch_size,
+            "images_seen": seen,
+            "epochs": self.epochs,
+            "epoch_length": self.epoch_length,
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "precision": self.precision,
+            "train_transform": _words(self.train_transform)
+            or f"random resized crop {self.crop_size}, mirrored at random, bicubic",
+            "transform": _words(self.transform)
+            or f"resize {self.resize_size}, centre crop {self.crop_size}, bicubic",
+            "on_error": self.on_error,
+        }
+        # In the published orders, which images make a step depends on who shares them.
+        if self.sampler != "shuffled":
+            words |= {"world_size": distributed.world_size(), "batch_size": self.batch_size}
+        return words
+
+
+class FrozenFeatures:
+    """The features of a net that is not trained, under the autocast of `precision`."""
+
+    def __init__(self, net: Backbone, layers: Sequence[int], precision: str) -> None:
+        self.net, self.layers, self.dtype = net, tuple(layers), PRECISIONS[precision]
+        self.device = device_of(net)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Features]:
+        """Features of the blocks, earliest first."""
+        images = images.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.net.features(images, self.layers)
+
+
+def train_heads(
+    heads: Heads,
+    frozen: Callable[[Tensor], list[Features]],
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    schedule: Schedule,
+    num_steps: int,
+    first_step: int = 0,
+    accumulation: int = 1,
+    images_per_step: int = 1,
+    label: str = "probe",
+) -> Iterator[int]:
+    """Train, giving the number of each step when it is done; every rank must walk through this.
+
+    The rate of a parameter group at a step is its `initial_lr` times `schedule(step)`. Gradients
+    are means over the images of all ranks.
+    """
+    steps = track(
+        range(first_step, num_steps),
+        total=(num_steps - first_step) * images_per_step,
+        label=f"{label}, training images",
+        size=lambda _: images_per_step,
+        shown=distributed.is_main(),
+    )
+    for step in steps:
+        for _ in range(accumulation):
+            images, labels = next(batches)
+            _accumulate(heads, frozen(images), labels, share=1 / accumulation)
+        for parameter in heads.parameters():
+            assert parameter.grad is not None
+            parameter.grad = distributed.all_reduce_mean(parameter.grad)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step
+
+
+@torch.inference_mode()
+def judge_heads(
+    heads: Heads,
+    frozen: Callable[[Tensor], list[Features]],
+    exam: Exam,
+    training: HeadTraining,
+    *,
+    label: str = "probe",
+) -> dict[int, Tensor]:
+    """Fractions correct by k, [H] or class by class [H C], on every rank; every rank must call.
+
+    Every image counts once over all ranks.
+    """
+    world, dataset, mapping = distributed.world_size(), exam.dataset, exam.mapping
+    share = -(-len(dataset) // world)
+    batches = track(
+        evaluation_batches(
+            dataset,
+            training.evaluation_transform(),
+            training.batch_size,
+            num_workers=training.num_workers,
+            rank=distributed.rank(),
+            world_size=world,
+            on_error=training.on_error,
+        ),
+        total=share,
+        label=f"{label}, {exam.name}",
+        size=lambda batch: len(batch[1]),
+        shown=distributed.is_main(),
+    )
+    columns = heads.num_classes if mapping is None else len(mapping)
+    device = heads.loss_weights.device
+    counts = make_counts(exam.metric, len(heads.names), columns, device=device)
+    calls = 0
+    for images, labels, indices in batches:
+        logits = heads(heads.read(frozen(images)))
+        logits = logits if mapping is None else logits[..., mapping.to(device)]
+        right = labels if exam.answers is None else exam.answers[indices]
+        counts.add(logits, right.to(device))
+        calls += 1
+    # A sharded net gathers its weights in every call, so all ranks must make the same number.
+    for _ in range(-(-share // training.batch_size) - calls if calls else 0):
+        frozen(images[:1])
+    counts.reduce()
+    return {k: fractions.cpu() for k, fractions in counts.fractions(exam.metric).items()}
+
+
+def best_head(top1: Tensor) -> int:
+    """The head with the highest fraction [H], the first of several."""
+    values = top1.tolist()
+    return values.index(max(values))
+
+
+def check_list(name: str, values: Sequence[float], *, above: float | None = None) -> list:
+    """The values as a list; ValueError where there is none, one comes twice, or one is too low."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} is {list(values)}; it needs values, each of them once")
+    if above is not None and min(values) <= above:
+        raise ValueError(f"{name} holds {min(values)}; each must be above {above}")
+    return list(values)
+
+
+@torch.enable_grad()
+def _accumulate(heads: Heads, features: list[Features], labels: Tensor, *, share: float) -> None:
+    logits = heads(heads.read(features))
+    losses = head_losses(logits, labels.to(logits.device, non_blocking=True))
+    (losses @ heads.loss_weights * share).backward()
+
+
+def _stack(samples: list[tuple[Tensor, int]], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _words(transform: Callable | None) -> str:
+    return "" if transform is None else " ".join(str(transform).split())
