@@ -1,6 +1,6 @@
 """Judge a published checkpoint and say whether it gives its published figures: FILE [flags]."""
 
-from evaluation.reproduce import parse_reproduction
+from evaluation.reproduce_arguments import parse_reproduction
 from slurm.launch import launch
 
 if __name__ == "__main__" and (config := parse_reproduction()):

@@ -8,6 +8,7 @@ import torch
 
 from evaluation import reproduce as command
 from evaluation.published import PUBLISHED, Figure
+from evaluation.reproduce_arguments import parse_reproduction
 from utils.config import CONFIGS
 from utils.errors import UserError
 
@@ -51,7 +52,7 @@ def test_wrong_and_truncated_files_are_refused(tmp_path, capsys):
         ("gone.pth", [], "no such weights file"),
     ):
         with pytest.raises(SystemExit) as left:
-            command.parse_reproduction([str(tmp_path / name), *words])
+            parse_reproduction([str(tmp_path / name), *words])
         printed = capsys.readouterr().err
         assert left.value.code == 2 and complaint in printed and printed.count("\n") == 1
 
@@ -72,7 +73,7 @@ def test_from_file_to_verdict(tmp_path, monkeypatch, capsys):
     entry = PUBLISHED["hybrid_deit_large_patch16"]._replace(figures=figures)
     monkeypatch.setitem(PUBLISHED, name, entry)
     words += ["probes.accuracy.num_workers=0"]
-    config = command.parse_reproduction([str(tmp_path / "w.pth"), "--model", name, *words])
+    config = parse_reproduction([str(tmp_path / "w.pth"), "--model", name, *words])
     assert command.reproduce(config)
     assert "reproduces" in capsys.readouterr().out
     written = json.loads((tmp_path / "out/results.json").read_text())["reproduction"]["figures"]
@@ -91,7 +92,7 @@ def test_knn_is_held_against_the_best_k():
 
 
 def test_table_without_a_file(capsys):
-    assert command.parse_reproduction([]) is None
+    assert parse_reproduction([]) is None
     printed = capsys.readouterr().out
     for name, entry in PUBLISHED.items():
         assert name in printed and entry.link in printed
