@@ -8,18 +8,22 @@ import torch
 
 from evaluation.equivariance import layer_errors, worst_error
 from evaluation.judge import make_data, make_net
-from evaluation.pictures import draw_losses, draw_neighbours, draw_pca_maps
+from evaluation.pictures.curves import draw_losses
+from evaluation.pictures.neighbours import draw_neighbours
+from evaluation.pictures.pca import draw_pca_maps
 from evaluation.progress import say
 from evaluation.results import in_words, print_table, write_results
 from utils import distributed
 from utils.build import build, plain
-from utils.check import multiply_adds
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
+from utils.flops import multiply_adds
 from utils.metrics import read_metrics
 from utils.training import train
 
 Figures = dict[str, float | None]
+SHOWN = ("_top1", "_miou")
+CLASSIFIERS = {"knn": "kNN", "logreg": "logistic regression", "linear": "linear"}
 
 
 def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
@@ -54,8 +58,8 @@ def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.d
     figures: Figures = {}
     for name, node in run["probes"].items():
         judged = build(node)(nets["untrained"], data, folder / "untrained", 0)
-        for key in (key for key in judged if key.endswith("_top1")):
-            label = f"{name} top-1, k = {key.removeprefix(name).removesuffix('_top1')}"
+        for key in (key for key in judged if key.endswith(SHOWN)):
+            label = _label(key)
             figures[f"{label}, trained teacher"] = summary[f"{name}/{key}"]
             figures[f"{label}, untrained"] = judged[key]
     images = _some_images(run, data["val"])
@@ -131,10 +135,21 @@ def _transform(run: Mapping[str, Any], enlarged: int = 1) -> torch.nn.Module:
     return evaluation_transform(resize_size=size, crop_size=size)
 
 
+def _label(key: str) -> str:
+    """A probe's figure in words: `knn10_top1`, `linear_top1`, `logreg_miou`."""
+    stem, _, measure = key.rpartition("_")
+    name = stem.rstrip("0123456789")
+    words = CLASSIFIERS.get(name, name)
+    if measure == "miou":
+        return f"segmentation mIoU, {words}"
+    k = stem.removeprefix(name)
+    return f"{words} top-1, k = {k}" if k else f"{words} top-1"
+
+
 def _written(key: str, value: float | None) -> str | None:
     if value is None:
         return None
-    if "top-1" in key:
+    if "top-1" in key or "mIoU" in key:
         return f"{value:.1f} %"
     if "error" in key:
         return f"{value:.1e}"

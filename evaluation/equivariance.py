@@ -1,20 +1,26 @@
 """How far a net is from the law f(g x) = g f(x), for the symmetries g of the square.
 
-Two questions. Of any Backbone: does its class token stay when the image is turned, and do its
-patches turn along? Of a net with an octic half: does every layer of that half obey the law of its
-own group? The latter reads the net's `group` (elements and matrices); no group is known here.
+Two questions. Of any net: does its class token stay when the image is turned, and do its patches
+turn along, at the end and after each layer? Of a net with an octic half: does every layer of that
+half obey the law of its own group, which mixes channels too? The latter reads the net's `group`
+(elements and matrices); no group is known here.
 Letters: B images, T tokens, P prefix tokens, h w grid of patches, D channels, G order of the group.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation.features import evaluating
+from evaluation.progress import track
 from utils.symmetry import SYMMETRIES, transform_image, transform_map
-from vit.backbone import Backbone
+from vit.backbone import Backbone, Features
+
+# Where ViTs keep their blocks: ours, timm's behind the adapter, torchvision's, those of DINO's kin.
+BLOCKS = ("blocks", "net.blocks", "net.encoder.layers", "net.encoder.layer")
 
 
 class Group(Protocol):
@@ -32,12 +38,6 @@ class OcticNet(Backbone, Protocol):
 
     group: Group
     switch: int
-    num_prefix_tokens: int
-    blocks: Sequence
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Tokens [B T D] of images."""
-        ...
 
 
 class TurnError(NamedTuple):
@@ -47,54 +47,109 @@ class TurnError(NamedTuple):
     patches: float | None  # of the patches, g turning their map; None for a net without patches
 
 
+class LayerError(NamedTuple):
+    """Relative errors of one layer's tokens by element; None for elements its group lacks."""
+
+    octic: bool  # whether g mixes channels as the net's group says; else it only moves patches
+    errors: dict[str, float | None]
+
+
+class Measured(NamedTuple):
+    """A net under symmetries: each layer, and its end."""
+
+    layers: dict[str, LayerError]  # "patch_embed", "blocks.0", ...
+    turns: dict[str, TurnError]  # by element
+
+
+class _Pass(NamedTuple):
+    stages: dict[str, Tensor]  # tokens [B T D], or maps [B h w D] of nets without token blocks
+    end: Features
+
+
 @torch.no_grad()
+def measure(
+    net: Backbone | OcticNet,
+    images: Tensor,
+    *,
+    elements: Sequence[str] = tuple(SYMMETRIES),
+    shown: bool = False,
+) -> Measured:
+    """Errors after each layer and at the end, of any net, by element.
+
+    `images` [B 3 H H] are square. The layers are `patch_embed` (tokens and positions included) and
+    `blocks.i`, before the final norm; of nets without blocks of tokens, `features.i` of all that
+    `features` gives. The entry of the identity is 0: the net is deterministic.
+    """
+    matrices = _channel_matrices(net, images.dtype)
+    layers: dict[str, LayerError] = {}
+    turns: dict[str, TurnError] = {}
+    with evaluating(net) as device:
+        images = images.to(device)
+        still = _run(net, images)
+        grid = _grid(net, images, still.end)
+        octic = {name: _obeys_group(net, name) for name in still.stages}
+        layers = {name: LayerError(octic[name], {}) for name in still.stages}
+        for element in track(
+            elements, total=len(elements), label="elements", size=_one, shown=shown
+        ):
+            turned = _run(net, transform_image(images, element))
+            for name, tokens in still.stages.items():
+                error = None
+                if not octic[name] or element in matrices:
+                    matrix = matrices[element].to(device) if octic[name] else None
+                    moved = _move(tokens, element, grid, matrix)
+                    error = relative_error(turned.stages[name], moved)
+                layers[name].errors[element] = error
+            turns[element] = _end_error(turned.end, still.end, element)
+    return Measured(layers, turns)
+
+
 def turn_errors(
     net: Backbone, images: Tensor, *, elements: Sequence[str] = tuple(SYMMETRIES)
 ) -> dict[str, TurnError]:
-    """Invariance of the class token and equivariance of the patches of any net, by element.
-
-    `images` [B 3 H H] are square. The entry of the identity is 0: the net is deterministic.
-    """
-    with evaluating(net) as device:
-        images = images.to(device)
-        still = net.features(images)[0]
-        errors = {}
-        for element in elements:
-            turned = net.features(transform_image(images, element))[0]
-            patches = None
-            if still.patches is not None and turned.patches is not None:
-                patches = relative_error(turned.patches, transform_map(still.patches, element))
-            errors[element] = TurnError(relative_error(turned.cls, still.cls), patches)
-    return errors
+    """Invariance of the class token and equivariance of the patches of any net, by element."""
+    return measure(net, images, elements=elements).turns
 
 
-@torch.no_grad()
 def layer_errors(net: Backbone | OcticNet, images: Tensor) -> dict[str, dict[str, float]]:
     """Error of the law after each layer of the octic half: layer -> element -> relative error.
 
-    Empty for a net without a group. The layers are `patch_embed` (with tokens and positions) and
-    `blocks.i` for every block before the switch to plain layers.
+    Empty for a net without a group. The elements are those of its group.
     """
     if not _is_octic(net):
         return {}
-    group = net.group
-    with evaluating(net) as device:
-        images = images.to(device)
-        still = _octic_tokens(net, images)
-        grid = (images.shape[-2] // net.patch_size, images.shape[-1] // net.patch_size)
-        errors: dict[str, dict[str, float]] = {name: {} for name in still}
-        for element in group.elements:
-            turned = _octic_tokens(net, transform_image(images, element.name))
-            matrix = torch.as_tensor(group.action(element), dtype=images.dtype, device=device)
-            for name, tokens in still.items():
-                moved = _move_tokens(tokens, element.name, matrix, grid, net.num_prefix_tokens)
-                errors[name][element.name] = relative_error(turned[name], moved)
-    return errors
+    names = [element.name for element in net.group.elements]
+    return octic_only(measure(net, images, elements=names).layers)
 
 
-def worst_error(errors: dict[str, dict[str, float]]) -> float | None:
+def octic_only(layers: Mapping[str, LayerError]) -> dict[str, dict[str, float]]:
+    """The layers that must obey their group's law, with its elements alone."""
+    return {
+        name: {element: error for element, error in layer.errors.items() if error is not None}
+        for name, layer in layers.items()
+        if layer.octic
+    }
+
+
+def worst_error(errors: Mapping[str, Mapping[str, float]]) -> float | None:
     """Largest error of `layer_errors` over layers and elements; None where there are none."""
     return max((max(by_element.values()) for by_element in errors.values()), default=None)
+
+
+@torch.no_grad()
+def logit_errors(
+    net: nn.Module, images: Tensor, *, elements: Sequence[str] = tuple(SYMMETRIES)
+) -> dict[str, tuple[float, float]]:
+    """For each element the relative change of the logits, and the share of classes that stay."""
+    with evaluating(net) as device:
+        images = images.to(device)
+        still = net(images)
+        errors = {}
+        for element in elements:
+            turned = net(transform_image(images, element))
+            same = (turned.argmax(dim=-1) == still.argmax(dim=-1)).double().mean()
+            errors[element] = (relative_error(turned, still), float(same))
+    return errors
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -106,20 +161,93 @@ def _is_octic(net: Backbone | OcticNet) -> TypeGuard[OcticNet]:
     return getattr(net, "group", None) is not None
 
 
-def _octic_tokens(net: OcticNet, images: Tensor) -> dict[str, Tensor]:
-    tokens = net.embed(images)
-    stages = {"patch_embed": tokens}
-    for index, block in enumerate(net.blocks[: net.switch]):
-        tokens = block(tokens)
-        stages[f"blocks.{index}"] = tokens
-    return stages
+def _obeys_group(net: Backbone | OcticNet, name: str) -> bool:
+    if not _is_octic(net):
+        return False
+    return name == "patch_embed" or int(name.rpartition(".")[2]) < net.switch
 
 
-def _move_tokens(
-    tokens: Tensor, element: str, matrix: Tensor, grid: tuple[int, int], num_prefix_tokens: int
-) -> Tensor:
-    """Act on tokens [B T D]: patches change places, the channels of all tokens mix by `matrix`."""
-    prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
-    moved = transform_map(patches.unflatten(1, grid), element).flatten(1, 2)
-    tokens = torch.cat([prefix, moved], dim=1)
+def _channel_matrices(net: Backbone | OcticNet, dtype: torch.dtype) -> dict[str, Tensor]:
+    if not _is_octic(net):
+        return {}
+    group = net.group
+    return {
+        element.name: torch.as_tensor(group.action(element), dtype=dtype)
+        for element in group.elements
+    }
+
+
+def _run(net: Backbone, images: Tensor) -> _Pass:
+    """One forward pass, with the tokens after each layer."""
+    stages: dict[str, Tensor] = {}
+    blocks = _find_blocks(net)
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            hooks.enter_context(_kept_output(block, f"blocks.{index}", stages))
+        if blocks:
+            hooks.enter_context(_kept_input(blocks[0], "patch_embed", stages))
+        end = net.features(images)[0]
+    height, width = _grid(net, images, end)
+    stages = {
+        name: tokens
+        for name, tokens in stages.items()
+        if tokens.ndim == 3 and tokens.shape[1] >= height * width
+    }
+    if not stages:
+        found = net.features(images, range(getattr(net, "depth", 1)))
+        maps = {f"features.{index}": entry.patches for index, entry in enumerate(found)}
+        stages = {name: part for name, part in maps.items() if part is not None}
+    return _Pass(stages, end)
+
+
+def _find_blocks(net: Any) -> list[nn.Module]:
+    for path in BLOCKS:
+        found = net
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList | nn.Sequential):
+            return list(found)
+    return []
+
+
+def _kept_output(block: nn.Module, name: str, stages: dict[str, Tensor]) -> Any:
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        stages[name] = out[0] if isinstance(out, tuple) else out
+
+    return block.register_forward_hook(keep)
+
+
+def _kept_input(block: nn.Module, name: str, stages: dict[str, Tensor]) -> Any:
+    def keep(module: nn.Module, args: tuple) -> None:
+        stages[name] = args[0]
+
+    return block.register_forward_pre_hook(keep)
+
+
+def _grid(net: Backbone, images: Tensor, end: Features) -> tuple[int, int]:
+    if end.patches is not None:
+        return end.patches.shape[1], end.patches.shape[2]
+    return images.shape[-2] // net.patch_size, images.shape[-1] // net.patch_size
+
+
+def _move(tokens: Tensor, element: str, grid: tuple[int, int], matrix: Tensor | None) -> Tensor:
+    """Act on tokens [B T D] or maps [B h w D]: patches change places, channels mix by `matrix`."""
+    if tokens.ndim == 4:
+        return transform_map(tokens, element)
+    prefix = tokens.shape[1] - grid[0] * grid[1]
+    moved = transform_map(tokens[:, prefix:].unflatten(1, grid), element).flatten(1, 2)
+    tokens = torch.cat([tokens[:, :prefix], moved], dim=1)
+    if matrix is None:
+        return tokens
     return (matrix.to(tokens.dtype) @ tokens.unflatten(-1, (len(matrix), -1))).flatten(-2)
+
+
+def _end_error(turned: Features, still: Features, element: str) -> TurnError:
+    patches = None
+    if still.patches is not None and turned.patches is not None:
+        patches = relative_error(turned.patches, transform_map(still.patches, element))
+    return TurnError(relative_error(turned.cls, still.cls), patches)
+
+
+def _one(element: str) -> int:
+    return 1

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from evaluation.equivariance import layer_errors, turn_errors, worst_error
+from evaluation.equivariance import (
+    layer_errors,
+    logit_errors,
+    measure,
+    octic_only,
+    turn_errors,
+    worst_error,
+)
 from octic.vision_transformer import OcticVisionTransformer
+from tests.evaluation.backbones import DEPTH, any_backbone, make
 from utils.symmetry import SYMMETRIES
+from vit.adapters import timm_backbone
 from vit.vision_transformer import VisionTransformer
 
 SIZES = {
@@ -59,3 +68,54 @@ def test_plain_net_has_no_layers_and_no_law():
     errors = turn_errors(net, images)
     assert errors["e"].cls == 0
     assert min(errors[name].cls for name in list(errors)[1:]) > 1e-3
+
+
+@any_backbone
+def test_every_layer_of_every_kind_of_net(backbone):
+    """Embedding and blocks are found in ours, timm's and torchvision's nets alike."""
+    net = shaken(make(backbone))
+    layers, turns = measure(net, torch.randn(2, 3, 32, 32).double())
+    assert list(layers) == ["patch_embed", *(f"blocks.{index}" for index in range(DEPTH))]
+    assert list(turns) == list(SYMMETRIES)
+    for layer in layers.values():
+        assert list(layer.errors) == list(SYMMETRIES) and layer.errors["e"] == 0
+        largest = max(layer.errors.values())
+        assert largest < 1e-10 if layer.octic else largest > 1e-3
+    is_octic = hasattr(net, "group")
+    assert [layer.octic for layer in layers.values()] == [is_octic] * 3 + [False] * 2
+
+
+def test_plain_blocks_of_an_invariant_net_move_patches_alone():
+    net = shaken(OcticVisionTransformer(**SIZES, invariant=True))
+    layers, _ = measure(net, torch.randn(2, 3, 16, 16).double())
+    assert [layer.octic for layer in layers.values()] == [True, True, True, False, False]
+    assert max(max(layer.errors.values()) for layer in layers.values()) < 1e-12
+
+
+def test_elements_outside_the_group_have_no_error():
+    """A mirror net promises nothing of turns, so its octic layers say nothing of them."""
+    net = shaken(OcticVisionTransformer(**SIZES, group="mirror"))
+    layers, turns = measure(net, torch.randn(2, 3, 16, 16).double())
+    errors = layers["blocks.0"].errors
+    assert {name for name, error in errors.items() if error is not None} == {"e", "m"}
+    assert set(octic_only(layers)["blocks.0"]) == {"e", "m"}
+    assert turns["r"].cls > 1e-3
+
+
+def test_a_net_without_blocks_of_tokens_is_measured_by_its_maps():
+    net = timm_backbone("resnet10t").double()
+    layers, turns = measure(net, torch.randn(1, 3, 64, 64).double(), elements=["e", "m"])
+    assert list(layers) == [f"features.{index}" for index in range(net.depth)]
+    assert layers["features.4"].errors["e"] == 0 < layers["features.4"].errors["m"]
+    assert turns["m"].cls > 0
+
+
+def test_logits():
+    sizes = {**SIZES, "num_classes": 5}
+    images = torch.randn(6, 3, 16, 16).double()
+    for error, same in logit_errors(
+        shaken(OcticVisionTransformer(**sizes, invariant=True)), images
+    ).values():
+        assert error < 1e-12 and same == 1
+    found = logit_errors(shaken(VisionTransformer(**sizes)), images)
+    assert found["e"] == (0, 1) and found["r"][0] > 1e-3

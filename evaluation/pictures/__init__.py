@@ -1,0 +1,1 @@
+"""Pictures of what a net sees, drawn without a window system."""

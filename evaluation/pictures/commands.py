@@ -1,0 +1,280 @@
+"""One picture of one net: what experiments/draw.py runs.
+
+A picture of a config is a function below with its keywords; it is called with the net, the data
+node and a folder, on every rank, and gives the paths it wrote.
+Letters: B images, h w grid of patches, p pixels a side of a patch, R resolution.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaluation.judge import make_data, make_net
+from evaluation.pictures.attention import draw_attention
+from evaluation.pictures.neighbours import draw_neighbours
+from evaluation.pictures.pca import draw_pca_maps, patch_maps
+from evaluation.pictures.published_pca import write_published_pca
+from evaluation.pictures.segmentation import draw_segmentation
+from evaluation.progress import say
+from evaluation.sample import image_size_of, sample_images, squash_transform
+from evaluation.segmentation.patch_knn import PatchKnn
+from evaluation.segmentation.probe import SegmentationProbe
+from utils import distributed
+from utils.build import build, plain
+from utils.data.images import ImageDataset, Subset
+from utils.data.segmentation import SegmentationDataset
+from utils.data.segmentation_transforms import squash_image, squash_mask
+from utils.data.transforms import evaluation_transform
+from utils.errors import UserError
+from utils.symmetry import SYMMETRIES
+from vit.backbone import Backbone
+
+STYLES = ("ours", "capi")
+Data = Mapping[str, Any]
+
+
+def draw(config: Mapping[str, Any]) -> list[Path]:
+    """Build the net, load its weights strictly, draw the config's picture into `output_dir`.
+
+    Reads the keys of configs/draw.yaml; every rank must call this, and the first one writes.
+    """
+    config = plain(config)
+    with distributed.session(config["device"]) as device:
+        picture = build({**config["picture"], "_partial_": True})
+        net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
+        backbone = config["backbone"]
+        if distributed.is_main() and not any(
+            (config["weights"], backbone.get("pretrained"), backbone.get("weights"))
+        ):
+            say("no weights given (--weights FILE): drawing the random initialisation")
+        paths = picture(net=net, data=config["data"], folder=Path(config["output_dir"]))
+        if distributed.is_main():
+            say(f"written: {', '.join(str(path) for path in paths)}")
+        distributed.barrier()
+    return paths
+
+
+def main_only(picture: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
+    """A picture that the first rank draws alone."""
+
+    @functools.wraps(picture)
+    def drawn(**keywords: Any) -> list[Path]:
+        return picture(**keywords) if distributed.is_main() else []
+
+    return drawn
+
+
+@main_only
+def draw_pca(
+    *,
+    net: Backbone,
+    data: Data,
+    folder: Path,
+    style: str = "ours",
+    num_images: int = 4,
+    image_size: int | None = None,
+    element: str = "r",
+    whiten: bool = True,
+) -> list[Path]:
+    """PCA maps of validation images: `pca.png`, or with style="capi" the files of capi.
+
+    capi takes every (N // num_images)-th image, pressed into a square; files bear its index.
+    """
+    if style not in STYLES:
+        raise UserError(f"unknown style {style!r} of PCA maps; known: {', '.join(STYLES)}")
+    _check_element(element)
+    dataset = make_data(data, "val")
+    size = image_size or image_size_of(net)
+    if style == "ours":
+        images = sample_images(dataset, size=size, count=num_images)
+        return [draw_pca_maps(net, images, folder / "pca.png", element=element)]
+    if num_images < 1:
+        raise UserError(f"num_images is {num_images}; it must be at least 1")
+    names = range(0, len(dataset), max(1, len(dataset) // num_images))
+    squash = squash_transform(size)
+    images = torch.stack([squash(dataset.read(index)) for index in names])
+    return write_published_pca(images, patch_maps(net, images), folder, names=names, whiten=whiten)
+
+
+@main_only
+def draw_attention_maps(
+    *,
+    net: Backbone,
+    data: Data,
+    folder: Path,
+    block: int = -1,
+    query: str = "class",
+    rollout: bool = False,
+    num_images: int = 4,
+    image_size: int | None = None,
+    element: str = "r",
+) -> list[Path]:
+    """`attention.png` and `attention_heads.png` of validation images."""
+    _check_element(element)
+    size = image_size or image_size_of(net)
+    images = sample_images(make_data(data, "val"), size=size, count=num_images)
+    return draw_attention(
+        net, images, folder, element=element, block=block, query=query, rollout=rollout
+    )
+
+
+@main_only
+def draw_nearest(
+    *,
+    net: Backbone,
+    data: Data,
+    folder: Path,
+    num_queries: int = 8,
+    k: int = 7,
+    num_train: int | None = None,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> list[Path]:
+    """`neighbours.png`: validation images and their nearest training images."""
+    if min(num_queries, k, 1 if num_train is None else num_train) < 1:
+        raise UserError("num_queries, k and num_train must be at least 1")
+    train, val = (make_data(data, split) for split in ("train", "val"))
+    size = image_size or image_size_of(net)
+    path = draw_neighbours(
+        net,
+        _thinned(train, num_train),
+        val,
+        folder / "neighbours.png",
+        transform=evaluation_transform(resize_size=size, crop_size=size),
+        num_queries=num_queries,
+        k=k,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shown=True,
+    )
+    return [path]
+
+
+def draw_segmentations(
+    *,
+    net: Backbone,
+    data: Data,
+    folder: Path,
+    train: SegmentationDataset,
+    test: SegmentationDataset,
+    predictions: str | None = None,
+    num_images: int = 6,
+    num_train: int = 240,
+    num_neighbors: int = 10,
+    distance: str = "cosine",
+    image_size: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> list[Path]:
+    """`segmentation.png`: test images, their masks, and those of a kNN on patches.
+
+    The kNN learns from `num_train` images spread over `train`. `predictions` replaces it: a
+    `preds_*.pth` that a segmentation probe left of all images of `test` (dump_predictions=true).
+    `data` is not read. Every rank must call this.
+    """
+    if min(num_images, num_train) < 1:
+        raise UserError("num_images and num_train must be at least 1")
+    shown = _Part(test, num_images)
+    if predictions is not None:
+        found = _labels(_read_predictions(predictions, len(test)), len(test))
+        found = found[torch.tensor(shown.indices)]
+    else:
+        probe = SegmentationProbe(
+            train=_Part(train, num_train),
+            test=shown,
+            classifiers=["knn"],
+            knn=PatchKnn(num_neighbors=[num_neighbors], distances=[distance]),
+            resolution=image_size or image_size_of(net),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            dump_predictions=True,
+        )
+        probe(net, {}, folder)
+        distributed.barrier()
+        if distributed.is_main():
+            found = _labels(_read_predictions(folder / "preds_knn.pth", len(shown)), len(shown))
+    if not distributed.is_main():
+        return []
+    size = found.shape[-1]
+    path = draw_segmentation(
+        [squash_image(shown.read(index), size) for index in range(len(shown))],
+        [squash_mask(shown.read_mask(index), size) for index in range(len(shown))],
+        list(found.numpy()),
+        folder / "segmentation.png",
+        class_names=test.class_names,
+        ignore=test.ignore_labels,
+    )
+    return [path]
+
+
+class _Part:
+    """Some images of a data set with masks, spread over it."""
+
+    def __init__(self, dataset: SegmentationDataset, count: int) -> None:
+        self.dataset = dataset
+        self.indices: list[int] = (
+            torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+        )
+        self.name, self.class_names = dataset.name, dataset.class_names
+        self.ignore_labels = dataset.ignore_labels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"{len(self):,} images of {self.dataset!r}"
+
+    def read(self, index: int) -> Image.Image:
+        return self.dataset.read(self.indices[index])
+
+    def read_mask(self, index: int) -> np.ndarray:
+        return self.dataset.read_mask(self.indices[index])
+
+    def path(self, index: int) -> str:
+        return self.dataset.path(self.indices[index])
+
+
+def _read_predictions(path: str | Path, num_images: int) -> Tensor:
+    """Labels [B h w, p p] as a probe leaves them; UserError where they are of other images."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of predictions; a segmentation probe leaves one")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the reader raise almost anything
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a file of predictions ({reason})") from None
+    cells = len(found) / num_images if isinstance(found, Tensor) and found.ndim == 2 else 0.5
+    if cells != int(cells) or not all(_is_square(n) for n in (int(cells), found.shape[1])):
+        raise UserError(f"{path}: these are no predictions of the patches of {num_images} images")
+    return found
+
+
+def _labels(predictions: Tensor, num_images: int) -> Tensor:
+    """Predictions [B h w, p p] as maps of labels [B R R]."""
+    grid = round((len(predictions) / num_images) ** 0.5)
+    pixels = round(predictions.shape[1] ** 0.5)
+    cells = predictions.view(num_images, grid, grid, pixels, pixels)
+    return cells.permute(0, 1, 3, 2, 4).reshape(num_images, grid * pixels, grid * pixels)
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number
+
+
+def _thinned(dataset: ImageDataset, count: int | None) -> ImageDataset:
+    if count is None or count >= len(dataset):
+        return dataset
+    return Subset(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
+
+
+def _check_element(element: str) -> None:
+    if element not in SYMMETRIES:
+        raise UserError(f"unknown symmetry {element!r}; known: {', '.join(SYMMETRIES)}")

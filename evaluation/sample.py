@@ -1,0 +1,71 @@
+"""A few images to look at a net with, of the size that the net was built for.
+
+Letters: B images, H height and width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from utils.data.images import ImageDataset
+from utils.data.transforms import evaluation_transform, to_normalized_tensor
+from utils.errors import UserError
+from vit.backbone import Backbone
+
+# Where further crops of one image lie, as fractions of the free width and height.
+CORNERS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
+CROP = 0.7  # side of these crops, of the image's shorter side
+
+
+def image_size_of(net: Backbone) -> int:
+    """Side in pixels of the images a net was built for; 224 where it does not say."""
+    inner = getattr(net, "net", net)
+    for owner in (net, inner, getattr(inner, "patch_embed", None)):
+        size = getattr(owner, "img_size", None)
+        if size:
+            return int(size if isinstance(size, int) else size[0])
+    return int((getattr(inner, "default_cfg", None) or {}).get("input_size", (3, 224))[-1])
+
+
+def num_classes_of(net: Backbone) -> int:
+    """Number of logits that `net(images)` gives; 0 where it gives none."""
+    return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)
+
+
+def sample_images(dataset: ImageDataset, *, size: int, count: int, squash: bool = False) -> Tensor:
+    """`count` normalised images [B 3 size size], spread evenly over the data set.
+
+    The shorter side becomes `size` before a central crop; with `squash` the whole image is pressed
+    into the square, as capi does it. A set of fewer images gives other crops of them as well.
+    """
+    if count < 1 or size < 1:
+        raise UserError(f"{count} images of {size} pixels asked for; both must be at least 1")
+    if not len(dataset):
+        raise UserError(f"{dataset!r} holds no image")
+    transform = (
+        squash_transform(size) if squash else evaluation_transform(resize_size=size, crop_size=size)
+    )
+    if count <= len(dataset):
+        spread = torch.linspace(0, len(dataset) - 1, count).long().tolist()
+        return torch.stack([transform(dataset.read(index)) for index in spread])
+    rounds = (divmod(index, len(dataset)) for index in range(count))
+    return torch.stack([transform(_crop(dataset.read(index), turn)) for turn, index in rounds])
+
+
+def squash_transform(size: int) -> Callable:
+    """PIL image to a normalised tensor [3 size size], its aspect ratio lost."""
+    resize = v2.Resize((size, size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, *to_normalized_tensor()])
+
+
+def _crop(image: Image.Image, turn: int) -> Image.Image:
+    """The whole image at first, then squares at its corners."""
+    if turn == 0:
+        return image
+    side = max(1, int(CROP * min(image.size) / (1 + (turn - 1) // len(CORNERS))))
+    right, down = CORNERS[(turn - 1) % len(CORNERS)]
+    left, top = int(right * (image.width - side)), int(down * (image.height - side))
+    return image.crop((left, top, left + side, top + side))

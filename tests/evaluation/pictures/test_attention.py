@@ -1,0 +1,143 @@
+"""Attention read from the call of torch is what a net computes with, and turns with the image."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from evaluation.pictures.attention import (
+    AttentionRecorder,
+    attention_maps,
+    attention_rollout,
+    draw_attention,
+)
+from octic.vision_transformer import OcticVisionTransformer
+from tests.evaluation.backbones import DEPTH, any_backbone, make
+from utils.errors import UserError
+from vit.adapters import timm_backbone
+from vit.vision_transformer import VisionTransformer
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+
+
+def shaken(net: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return net.double().eval()
+
+
+@any_backbone
+def test_maps_of_every_kind_of_net(backbone):
+    """One map per head; all weights together are those of one softmax."""
+    net = make(backbone)
+    for block in (0, DEPTH - 1, -1):
+        maps = attention_maps(net, IMAGES, block=block)
+        assert maps.shape == (2, 2, 4, 4) and (maps >= 0).all()
+        assert (maps.mean(dim=(2, 3)) <= 17 / 16 + 1e-5).all(), "the class token takes the rest"
+    assert attention_maps(net, IMAGES, query="patches").shape == (2, 2, 4, 4)
+    assert attention_rollout(net, IMAGES).shape == (2, 1, 4, 4)
+    torch.testing.assert_close(attention_maps(net, IMAGES, block=-1), maps)
+
+
+@any_backbone
+def test_features_are_unharmed_by_the_recording(backbone):
+    net = make(backbone)
+    with torch.no_grad():
+        expected = net.features(IMAGES)[0].cls
+        with AttentionRecorder(slice(None)) as recorder:
+            found = net.features(IMAGES)[0].cls
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(recorder.weights) == DEPTH
+    for weights in recorder.weights:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 17), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_masks_and_biases_count(kind):
+    """The weights recorded give the output of torch's own attention."""
+    q, k, v = torch.randn(3, 1, 2, 5, 4).double()
+    mask = torch.rand(5, 5) > 0.3 if kind == "bool" else torch.randn(1, 2, 5, 5).double()
+    if kind == "bool":
+        mask.fill_diagonal_(True)
+    with AttentionRecorder(slice(None)) as recorder:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.7)
+    torch.testing.assert_close(recorder.weights[0] @ v, out)
+
+
+def test_last_block_by_hand():
+    """Queries and keys of a plain block, written out."""
+    net = shaken(VisionTransformer(**SIZES, num_classes=0))
+    images = IMAGES.double()
+    with torch.no_grad():
+        tokens = net.embed(images)
+        for block in net.blocks[:-1]:
+            tokens = block(tokens)
+        last = net.blocks[-1]
+        q, k, _ = last.attn.qkv(last.norm1(tokens)).unflatten(-1, (3, 2, 32)).unbind(2)
+        weights = (torch.einsum("bhk,bthk->bht", q[:, 0], k) / 32**0.5).softmax(dim=-1)
+    maps = attention_maps(net, images)
+    torch.testing.assert_close(maps, 17 * weights[..., 1:].unflatten(-1, (4, 4)))
+
+
+@pytest.mark.parametrize("element", [(1, False), (0, True), (3, True)])
+@pytest.mark.parametrize("query", ["class", "patches"])
+def test_maps_turn_with_the_image(element, query):
+    """In every block of an invariant net, and in the octic half of a hybrid alone."""
+
+    def turn(images: torch.Tensor) -> torch.Tensor:
+        turned = images.rot90(element[0], dims=(-2, -1))
+        return turned.flip(-1) if element[1] else turned
+
+    images = IMAGES.double()
+    for invariant, blocks in ((True, (0, 1, 2, 3)), (False, (0, 1))):
+        net = shaken(OcticVisionTransformer(**SIZES, num_classes=0, invariant=invariant))
+        for block in blocks:
+            still = attention_maps(net, images, block=block, query=query)
+            turned = attention_maps(net, turn(images), block=block, query=query)
+            torch.testing.assert_close(turned, turn(still), atol=1e-10, rtol=0)
+    assert (turned - turn(still)).abs().max() < 1e-10
+    still = attention_maps(net, images, query=query)
+    assert (attention_maps(net, turn(images), query=query) - turn(still)).abs().max() > 1e-3
+    plain = shaken(VisionTransformer(**SIZES, num_classes=0))
+    still = attention_maps(plain, images, query=query)
+    assert (attention_maps(plain, turn(images), query=query) - turn(still)).abs().max() > 1e-3
+
+
+def test_rollout_of_one_block():
+    """Half of the attention, as the class token keeps half of itself."""
+    net = shaken(VisionTransformer(**{**SIZES, "depth": 1}, num_classes=0))
+    images = IMAGES.double()
+    mean = attention_maps(net, images).mean(dim=1, keepdim=True)
+    torch.testing.assert_close(attention_rollout(net, images), mean / 2)
+
+
+@any_backbone
+def test_pictures_are_written(backbone, tmp_path):
+    net = make(backbone)
+    paths = draw_attention(net, IMAGES[:1], tmp_path / "new")
+    assert [path.name for path in paths] == ["attention.png", "attention_heads.png"]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+    (path,) = draw_attention(net, IMAGES[:1], tmp_path, rollout=True, element="m")
+    assert path.is_file()
+
+
+def test_nets_that_have_no_such_maps_are_refused():
+    with pytest.raises(UserError, match="no attention over all its patches"):
+        attention_maps(timm_backbone("resnet18"), IMAGES)
+    net = timm_backbone("vit_base_patch16_siglip_224", depth=1, embed_dim=64, num_heads=2)
+    images = torch.randn(1, 3, 224, 224)
+    with pytest.raises(UserError, match="no class token; query=patches"):
+        attention_maps(net, images)
+    assert attention_maps(net, images, query="patches").shape == (1, 2, 14, 14)
+
+
+def test_words_are_checked():
+    net = VisionTransformer(**SIZES, num_classes=0)
+    with pytest.raises(UserError, match="unknown query 'all'"):
+        attention_maps(net, IMAGES, query="all")
+    with pytest.raises(UserError, match="block 4 asked of a net with attention in 4 blocks"):
+        attention_maps(net, IMAGES, block=4)
