@@ -1,0 +1,274 @@
+"""The per-pixel linear probe of DINOv3 (Siméoni et al. 2025): a linear head on frozen patches.
+
+Letters: C classes, S side of a window, H W size of a mask.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.features import PRECISIONS, evaluating
+from evaluation.pictures.segmentation import draw_segmentation
+from evaluation.progress import track
+from evaluation.results import print_table, write_results
+from evaluation.segmentation.dense_head import PixelHead
+from evaluation.segmentation.dense_training import HeadRecipe, HeadTraining, patches_of, upsample
+from evaluation.segmentation.dense_transforms import (
+    ClassTable,
+    Pairs,
+    WholeImage,
+    round_to_patches,
+)
+from evaluation.segmentation.iou import Confusion, Scores
+from evaluation.segmentation.sliding_window import corners, slide
+from utils import distributed
+from utils.data.loaders import evaluation_batches
+from utils.data.segmentation import SegmentationDataset
+from vit.backbone import Backbone
+
+NAME = "seg_linear"
+
+
+class PixelLinearProbe:
+    """Judge a frozen net by a linear layer on its patches, trained and judged pixel by pixel.
+
+    Dropout of channels, batch normalisation and a 1 x 1 convolution on the last block's map after
+    the final norm; logits upsampled to the crop; cross-entropy, averaged over all pixels, of which
+    ignored ones add nothing; AdamW. Judged on whole images, their shorter side `image_size`, by
+    windows of `crop_size` every `stride` pixels, whose mean logits are upsampled to the mask. Both
+    sizes become multiples of the patch size. A step is the same on any number of GPUs
+    (evaluation/segmentation/dense_head.py), and `effective_batch_size` is kept by accumulation. A
+    probe that was stopped goes on from its last checkpoint, bit for bit.
+    Departs from DINOv3: the head after the last step is judged, once; DINOv3 judges every 5000
+    steps and reports the best, which chooses on the images that it reports. And the head stays in
+    float32 under every `precision`, which is the net's.
+    """
+
+    splits = ()  # the data sets are its own
+
+    def __init__(
+        self,
+        *,
+        train: SegmentationDataset,
+        test: SegmentationDataset,
+        crop_size: int = 512,
+        image_size: int = 512,
+        stride: int = 341,
+        scale: tuple[float, float] = (0.5, 2.0),
+        hflip_probability: float = 0.5,
+        photometric: bool = True,
+        num_steps: int = 40_000,
+        warmup_steps: int = 1500,
+        effective_batch_size: int = 16,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-3,
+        dropout_rate: float = 0.1,
+        seed: int = 0,
+        batch_size_per_gpu: int = 2,
+        num_workers: int = 6,
+        precision: str = "fp32",
+        checkpoint_every: int = 1000,
+        num_overlays: int = 6,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        if image_size < crop_size or not 0 < stride <= crop_size:
+            raise ValueError(
+                f"image_size {image_size} must be at least crop_size {crop_size}, and stride "
+                f"{stride} lie between 1 and crop_size"
+            )
+        if train.class_names != test.class_names or train.ignore_labels != test.ignore_labels:
+            raise ValueError(f"train and test have different classes: {train!r}, {test!r}")
+        self.train, self.test = train, test
+        self.table = ClassTable(len(train.class_names), train.ignore_labels)
+        self.recipe = HeadRecipe(
+            crop_size=crop_size,
+            image_size=image_size,
+            scale=(float(scale[0]), float(scale[-1])),
+            hflip_probability=hflip_probability,
+            photometric=photometric,
+            num_steps=num_steps,
+            warmup_steps=warmup_steps,
+            effective_batch_size=effective_batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            dropout_rate=dropout_rate,
+            seed=seed,
+        )
+        self.stride, self.precision = stride, precision
+        self.batch_size_per_gpu, self.num_workers = batch_size_per_gpu, num_workers
+        self.checkpoint_every, self.num_overlays = checkpoint_every, num_overlays
+
+    def __call__(
+        self, net: Backbone, data: Mapping[str, Any], output_dir: Path, step: int = 0
+    ) -> dict[str, float]:
+        """Train the head, judge it, write; every rank must call this. Percentages by flat name.
+
+        Writes results.json, seg_linear_head.pt, seg_linear_steps.jsonl and overlays.png.
+        """
+        folder = Path(output_dir)
+        head = self.fit(net, folder, step)
+        scores, shown = self.evaluate(net, head)
+        figures = {
+            "pixel_linear_miou": 100 * scores.miou,
+            "pixel_linear_acc": 100 * scores.acc,
+            "pixel_linear_miou_classes": 100 * scores.miou_classes,
+        }
+        if distributed.is_main():
+            self._write(folder, head, scores, figures, shown, self._used(net) | {"step": step})
+        distributed.barrier()
+        return figures
+
+    def fit(self, net: Backbone, folder: Path, step: int = 0) -> PixelHead:
+        """The trained head, resumed where `folder` holds a checkpoint of this very training."""
+        with evaluating(net, self.precision) as device:
+            recipe = HeadRecipe(**{**vars(self.recipe), **self._used(net)})
+            training = HeadTraining(
+                net,
+                self.train,
+                self.table,
+                recipe,
+                folder=folder,
+                name=NAME,
+                device=device,
+                batch_size_per_gpu=self.batch_size_per_gpu,
+                num_workers=self.num_workers,
+                checkpoint_every=self.checkpoint_every,
+                tolerance=1e-3 if self.precision == "fp32" else 3e-2,
+                key=f"{self.precision}, step {step}",
+            )
+            return training.run()
+
+    @torch.no_grad()
+    def evaluate(self, net: Backbone, head: PixelHead) -> tuple[Scores, dict[int, np.ndarray]]:
+        """Scores on the test set, and the predicted labels [H W] of the images to be shown.
+
+        Every rank must call this; the scores are every rank's, the pictures all ranks' as well.
+        """
+        used, shown = self._used(net), {}
+        count = min(self.num_overlays, len(self.test))
+        chosen = set(np.linspace(0, len(self.test) - 1, count).astype(int).tolist())
+        with evaluating(net, self.precision) as device:
+            confusion = Confusion(device)
+            labels = torch.from_numpy(self.table.labels).to(device)
+            images = self._images(used["image_size"])
+            # A sharded net gathers its weights in every call: all ranks make the same number.
+            for _ in range(-(-len(self.test) // distributed.world_size())):
+                image, mask, index = next(images, (None, None, -1))
+                calls = self._calls(image, used["crop_size"])
+                most = int(distributed.all_reduce_max(torch.tensor(calls)))
+                if image is not None and mask is not None:
+                    logits = self._logits(net, head, image.to(device), used["crop_size"])
+                    predicted = labels[upsample(logits[None], mask.shape)[0].argmax(dim=0)]
+                    confusion.add(mask, predicted)
+                    if index in chosen:
+                        shown[index] = predicted.cpu().numpy()
+                for _ in range(most - calls):
+                    patches_of(net, torch.zeros(1, 3, *2 * (used["crop_size"],), device=device))
+            next(images, None)  # ends the progress line
+            scores = confusion.scores(self.test.ignore_labels)
+        gathered = distributed.gather_objects(shown)
+        return scores, dict(sorted(pair for part in gathered for pair in part.items()))
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What the figures depend on."""
+        recipe = self.recipe
+        return {
+            "probe": NAME,
+            "feature": "patches of the last block after the final norm",
+            "head": f"dropout of channels {recipe.dropout_rate}, batch norm over the whole batch, "
+            "1 x 1 convolution",
+            "vote": "mean logits of overlapping windows, upsampled to the mask; argmax",
+            "transform": f"shorter side {recipe.image_size}, windows of {recipe.crop_size} every "
+            f"{self.stride}",
+            "train": repr(self.train),
+            "test": repr(self.test),
+            "ignore_labels": list(self.train.ignore_labels),
+            "num_classes": len(self.table),
+            "augmentation": f"scale {recipe.scale[0]} to {recipe.scale[1]}, crop "
+            f"{recipe.crop_size}, flip {recipe.hflip_probability}"
+            + (", photometric distortion" if recipe.photometric else ""),
+            "optimizer": f"AdamW, rate {recipe.learning_rate}, weight decay "
+            f"{recipe.weight_decay}, warm-up {recipe.warmup_steps} steps, cosine to 0",
+            "num_steps": recipe.num_steps,
+            "effective_batch_size": recipe.effective_batch_size,
+            "seed": recipe.seed,
+            "precision": self.precision,
+            "selection": "none, the head after the last step",
+        }
+
+    def _used(self, net: Backbone) -> dict[str, int]:
+        """Sizes in whole patches of a net."""
+        sizes = {"crop_size": self.recipe.crop_size, "image_size": self.recipe.image_size}
+        return {name: round_to_patches(size, net.patch_size) for name, size in sizes.items()}
+
+    def _images(self, image_size: int) -> Any:
+        """This rank's test images one by one: (image [3 h w], mask [H W], index)."""
+        batches = evaluation_batches(
+            Pairs(self.test),  # type: ignore[arg-type]  # pairs stand where images do
+            WholeImage(image_size=image_size),  # type: ignore[arg-type]
+            1,  # they differ in size
+            num_workers=self.num_workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        shown = distributed.is_main()
+        total = len(range(distributed.rank(), len(self.test), distributed.world_size()))
+        label = f"{NAME}: test images"
+        for (images, masks), _, indices in track(
+            batches, total=total, label=label, size=lambda batch: len(batch[1]), shown=shown
+        ):
+            yield images[0], masks[0], int(indices[0])
+
+    def _calls(self, image: Tensor | None, window: int) -> int:
+        if image is None:
+            return 0
+        height, width = image.shape[-2:]
+        return -(-len(corners(height, width, window, self.stride)) // self.batch_size_per_gpu)
+
+    def _logits(self, net: Backbone, head: PixelHead, image: Tensor, window: int) -> Tensor:
+        """Mean logits [C h w] of an image [3 h w]."""
+
+        def predict(views: Tensor) -> Tensor:
+            patches = patches_of(net, views)
+            with torch.autocast(views.device.type, enabled=False):
+                return upsample(head(patches), views.shape[-2:])
+
+        return slide(
+            predict, image, window=window, stride=self.stride, batch_size=self.batch_size_per_gpu
+        )
+
+    def _write(
+        self,
+        folder: Path,
+        head: PixelHead,
+        scores: Scores,
+        figures: dict[str, float],
+        shown: dict[int, np.ndarray],
+        used: dict[str, int],
+    ) -> None:
+        names = self.test.class_names
+        per_class = {names[label]: 100 * iou for label, iou in scores.class_iou.items()}
+        protocol = self.protocol | {"used": used}
+        everything = figures | {"IoU": per_class}
+        write_results(folder, NAME, protocol=protocol, figures=everything)
+        torch.save(head.state_dict(), folder / f"{NAME}_head.pt")
+        if shown:
+            draw_segmentation(
+                [self.test.read(index) for index in shown],
+                [self.test.read_mask(index) for index in shown],
+                list(shown.values()),
+                folder / "overlays.png",
+                class_names=names,
+                ignore=self.test.ignore_labels,
+            )
+        shutil.rmtree(folder / f"{NAME}_checkpoints", ignore_errors=True)
+        rows = [*figures.items(), *((f"IoU {name}", iou) for name, iou in per_class.items())]
+        words = "; ".join(f"{key}: {value}" for key, value in protocol.items())
+        print_table(f"per-pixel linear probe of {self.test!r}", (NAME, "%"), rows, protocol=words)

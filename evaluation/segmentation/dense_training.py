@@ -1,0 +1,254 @@
+"""Training of the per-pixel linear probe's head on crops, in steps that can be taken up again.
+
+Letters: B images of a micro-batch, S side of a crop, h w grid of patches, D channels.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.data import default_collate
+
+from evaluation.progress import say, track
+from evaluation.segmentation.dense_head import (
+    PixelHead,
+    drop_channels,
+    learning_rate,
+    sum_over_ranks,
+    whole_batch_statistics,
+)
+from evaluation.segmentation.dense_transforms import IGNORED, ClassTable, Pairs, TrainingCrop
+from utils import distributed
+from utils.checkpoint import Checkpoints
+from utils.data.loaders import training_batches
+from utils.data.segmentation import SegmentationDataset
+from utils.effective_batch import micro_batches
+from vit.backbone import Backbone
+
+LOG_EVERY = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRecipe:
+    """How a head is trained; sizes in pixels, steps counted in whole batches."""
+
+    crop_size: int
+    image_size: int
+    scale: tuple[float, float]
+    hflip_probability: float
+    photometric: bool
+    num_steps: int
+    warmup_steps: int
+    effective_batch_size: int
+    learning_rate: float
+    weight_decay: float
+    dropout_rate: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or not 0 <= self.warmup_steps <= self.num_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must lie between 0 and num_steps "
+                f"{self.num_steps}, which must be at least 1"
+            )
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(
+                f"scale {list(self.scale)} must be two positive numbers, smaller first"
+            )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate {self.dropout_rate} must be at least 0 and below 1")
+
+
+class HeadTraining:
+    """One training of a head on a frozen net; the net is in evaluation mode, under its autocast.
+
+    `name` begins the files in `folder` and the lines printed; a checkpoint is taken up only where
+    `recipe`, data, step of the net and the net itself are those that it was written with.
+    """
+
+    def __init__(
+        self,
+        net: Backbone,
+        dataset: SegmentationDataset,
+        table: ClassTable,
+        recipe: HeadRecipe,
+        *,
+        folder: Path,
+        name: str,
+        device: torch.device,
+        batch_size_per_gpu: int,
+        num_workers: int,
+        checkpoint_every: int,
+        tolerance: float,
+        key: str = "",
+    ) -> None:
+        self.net, self.dataset, self.recipe, self.name = net, dataset, recipe, name
+        self.device, self.tolerance = device, tolerance
+        self.batch_size_per_gpu, self.num_workers = batch_size_per_gpu, num_workers
+        self.accumulation = micro_batches(
+            recipe.effective_batch_size, batch_size_per_gpu, distributed.world_size()
+        )
+        self.table = table
+        self.head = PixelHead(net.embed_dim, len(table), seed=recipe.seed).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.log_file = folder / f"{name}_steps.jsonl"
+        self.checkpoints = Checkpoints(
+            folder / f"{name}_checkpoints",
+            every=checkpoint_every,
+            keep_last=1,
+            fingerprint=json.dumps([asdict(recipe), repr(dataset), key]),
+        )
+
+    @torch.enable_grad()
+    def run(self) -> PixelHead:
+        """The head after the last step; every rank must call this."""
+        recipe, identity = self.recipe, self._identity()
+        first = self._resume(identity)
+        self._start_log(first)
+        batches = self._batches(first)
+        steps = track(
+            range(first, recipe.num_steps),
+            total=(recipe.num_steps - first) * recipe.effective_batch_size,
+            label=f"{self.name}: crops",
+            size=lambda _: recipe.effective_batch_size,
+            shown=distributed.is_main(),
+        )
+        for step in steps:
+            rate = learning_rate(
+                step,
+                base=recipe.learning_rate,
+                num_steps=recipe.num_steps,
+                warmup_steps=recipe.warmup_steps,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss = self._gradients(batches)
+            self.optimizer.step()
+            last = step + 1 == recipe.num_steps
+            if step % LOG_EVERY == 0 or last:
+                self._log(step, loss, rate)
+            if self.checkpoints.due(step + 1) and not last:
+                self._save(step + 1, identity)
+        return self.head
+
+    def _gradients(self, batches: Iterator) -> Tensor:
+        """Gradients of one step, summed over its micro-batches and all ranks; its loss."""
+        parts = []
+        for _ in range(self.accumulation):
+            images, targets, seeds = next(batches)
+            patches = patches_of(self.net, images.to(self.device, non_blocking=True))
+            targets = targets.to(self.device, non_blocking=True)
+            parts.append((drop_channels(patches, seeds, self.recipe.dropout_rate), targets))
+        statistics = whole_batch_statistics([patches for patches, _ in parts])
+        self.head.remember(statistics)
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            for patches, targets in parts:
+                logits = upsample(self.head.classify(patches, statistics), targets.shape[1:])
+                loss = nn.functional.cross_entropy(
+                    logits, targets.long(), ignore_index=IGNORED, reduction="sum"
+                )
+                loss = loss / (self.recipe.effective_batch_size * targets[0].numel())
+                loss.backward()
+                total += loss.detach()
+        return sum_over_ranks(self.head, total)
+
+    def _batches(self, first: int) -> Iterator:
+        recipe = self.recipe
+        transform = TrainingCrop(
+            self.table,
+            crop_size=recipe.crop_size,
+            image_size=recipe.image_size,
+            scale=recipe.scale,
+            hflip_probability=recipe.hflip_probability,
+            photometric=recipe.photometric,
+        )
+        return training_batches(
+            Pairs(self.dataset),  # type: ignore[arg-type]  # pairs stand where images do
+            transform,  # type: ignore[arg-type]
+            _collate,
+            self.batch_size_per_gpu,
+            first_step=first,
+            seed=recipe.seed,
+            num_workers=self.num_workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            micro_batches=self.accumulation,
+        )
+
+    def _identity(self) -> Tensor:
+        """What this net makes of noise [D]: tells whether a checkpoint was trained on its maps."""
+        size = self.recipe.crop_size
+        noise = torch.randn(1, 3, size, size, generator=Generator().manual_seed(0))
+        return patches_of(self.net, noise.to(self.device)).mean(dim=(0, 1, 2)).cpu()
+
+    def _resume(self, identity: Tensor) -> int:
+        found = self.checkpoints.load()
+        if found is None:
+            return 0
+        step, parts, description, notes = found
+        allowed = self.tolerance * float(identity.abs().max())
+        same = description["fingerprint"] == self.checkpoints.fingerprint and torch.allclose(
+            parts["net"]["identity"], identity, rtol=0, atol=allowed
+        )
+        where = f"the checkpoint of step {step} in {self.checkpoints.folder}"
+        told = (
+            f"going on from {where}" if same else f"{where} is of another net or protocol, so anew"
+        )
+        if distributed.is_main():
+            for note in [*notes, told]:
+                say(f"{self.name}: {note}")
+        if not same:
+            return 0
+        self.head.load_state_dict(parts["head"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        return step
+
+    def _save(self, step: int, identity: Tensor) -> None:
+        parts = {
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "net": {"identity": identity},
+        }
+        problem = self.checkpoints.save(step, parts)
+        if problem and distributed.is_main():
+            say(f"{self.name}: {problem}")
+
+    def _start_log(self, first: int) -> None:
+        if not distributed.is_main():
+            return
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        old = self.log_file.read_text().splitlines() if first and self.log_file.exists() else []
+        kept = [line for line in old if json.loads(line)["step"] < first]
+        self.log_file.write_text("".join(f"{line}\n" for line in kept))
+
+    def _log(self, step: int, loss: Tensor, rate: float) -> None:
+        if distributed.is_main():
+            with self.log_file.open("a") as file:
+                line = {"step": step, "loss": float(loss), "learning_rate": rate}
+                file.write(json.dumps(line) + "\n")
+
+
+@torch.no_grad()
+def patches_of(net: Backbone, images: Tensor) -> Tensor:
+    """The map of the last block after the final norm [B h w D], in float32."""
+    patches = net.features(images)[0].patches
+    if patches is None:
+        raise ValueError("this net gives no map of patches, so there is none to segment by")
+    return patches.float()
+
+
+def upsample(logits: Tensor, size: torch.Size) -> Tensor:
+    """Logits [B C h w] at another height and width, bilinear."""
+    return nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def _collate(samples: list, generator: Generator) -> list[Tensor]:
+    """(crops [B 3 S S], classes [B S S], seeds [B])."""
+    return default_collate([sample for sample, _ in samples])
