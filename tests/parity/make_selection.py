@@ -24,11 +24,7 @@ TOPICS: dict[str, set[str] | None] = {
         *("dino_loss", "center", "sk", "ibot", "koleo", "head", "cosine", "sched", "ssl"),
         *("samplers", "json"),
     },
-    "evaluation": {
-        *("imagenet_knn", "imagenet_knn_fewshot", "imagenet_knn_e2e", "samplers"),
-        *("imagenet_extra", "imagenet_test_split", "imagenet22k", "dataset_strings"),
-        "train_transform",
-    },
+    "evaluation": None,
 }
 LEFT_OUT = {
     # large; what stays in covers the same code
@@ -36,6 +32,10 @@ LEFT_OUT = {
     *("deit_hybrid_defaultblocks_nohead", "deit_hybrid_globalpool_break1"),
     *("deit_hybrid_frozen_tokens_nonzero", "stdblock_deit_ls", "dino_hybrid", "dino_hybrid_masks"),
     *("dino_invariant_reg4_masks", "dino_invariant_resolution", "knn_default_ks"),
+    *("transform_eval_landscape", "transform_eval_small_portrait", "transform_eval_logreg_224"),
+    *("transform_eval_gray", "transform_train_seeded", "seg_transform_ade_like"),
+    *("seg_e2e_ade_like", "seg_extract", "seg_knn_bf16_clusters", "knn_two_ranks"),
+    *("seg_transform_voc_like", "knn_end_to_end", "attn_pool", "invariant_maxfiltering"),
     "ssl_step_invariant_sinkhorn_separate",
     # of the supervised recipe and the reference's own log format and launcher
     *("deit_weight_decay_groups", "smoothed_value", "slurm_node_list"),
