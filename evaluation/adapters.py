@@ -26,8 +26,8 @@ class TorchvisionBackbone(nn.Module):
     """A Vision Transformer of torchvision, SWAG's among them, at any image size.
 
     weights: torchvision's own word for released weights ("IMAGENET1K_SWAG_E2E_V1"), which it then
-    downloads; other keywords are torchvision's, sizes included. `features` resamples the positions
-    to the images' grid; `forward` takes the size that the net was built for.
+    downloads; other keywords are torchvision's, sizes included. Positions are resampled to the
+    images' grid.
     """
 
     def __init__(self, model_name: str, *, weights: str | None = None, **kwargs: Any) -> None:
@@ -49,7 +49,7 @@ class TorchvisionBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B classes]."""
-        return self.net(images)
+        return self.net.heads(self.features(images)[0].cls)
 
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Features of the asked blocks after the final norm (Backbone contract)."""
@@ -57,7 +57,8 @@ class TorchvisionBackbone(nn.Module):
         encoder = self.net.encoder
         grid = self.net.conv_proj(images)
         height, width = grid.shape[-2:]
-        x = torch.cat([self.net.class_token.expand(len(grid), -1, -1), grid.flatten(2).mT], dim=1)
+        cls = self.net.class_token.expand(grid.shape[0], -1, -1)
+        x = torch.cat([cls, grid.flatten(2).mT], dim=1)
         x, kept = encoder.dropout(x + self._positions(height, width)), {}
         for index, block in enumerate(encoder.layers[: max(indices) + 1]):
             x = block(x)

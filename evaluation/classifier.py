@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.judge import make_data, name_of
+from evaluation.judge import brings_weights, make_data, name_of
 from evaluation.progress import say
 from evaluation.published import published_figure
 from evaluation.results import write_results
@@ -83,6 +83,8 @@ def complete(
     backbone = {**theirs, **backbone}
     if "num_classes" in backbone or backbone.get("pretrained"):
         return {"num_classes": 1000, **backbone}
+    if brings_weights(backbone):  # and the head with them
+        return {"num_classes": None, **backbone} if ":" in name_of(backbone) else backbone
     count = None if state is None else count_classes(state)
     return {**backbone, "num_classes": count or len(class_list(dataset))}
 
@@ -126,7 +128,7 @@ def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:
 def _say_what_is_judged(
     backbone: Mapping[str, Any], path: str | None, dataset: ImageDataset
 ) -> None:
-    if not path and not backbone.get("pretrained"):
+    if not path and not brings_weights(backbone):
         say("no weights given (--eval FILE): judging the random initialisation")
     say(f"{name_of(backbone)}, weights: {path}")
     say(f"val: {dataset!r}")

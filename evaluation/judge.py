@@ -70,10 +70,16 @@ def make_data(node: Mapping[str, Any], split: str) -> ImageDataset:
 
 def _say_what_is_judged(config: Mapping[str, Any], data: Mapping[str, ImageDataset]) -> None:
     backbone = config["backbone"]
-    if not config["weights"] and not backbone.get("pretrained", False):
+    if not config["weights"] and not brings_weights(backbone):
         say("no weights given (--pretrained-weights FILE): judging the random initialisation")
     for split, dataset in data.items():
         say(f"{split}: {dataset!r}")
+
+
+def brings_weights(backbone: Mapping[str, Any]) -> bool:
+    """Whether a backbone node is of a net that comes with weights: pretrained, or of the hub."""
+    named = ":" in str(backbone.get("model_name", ""))
+    return bool(backbone.get("pretrained") or backbone.get("weights") or named)
 
 
 def _report(

@@ -3,8 +3,8 @@
 May import: torch, timm, triton where present, and `vit`.
 """
 
-from octic import models
+from octic import decompositions, models
 from octic.groups import get_group
 from octic.vision_transformer import OcticVisionTransformer
 
-__all__ = ["OcticVisionTransformer", "get_group", "models"]
+__all__ = ["OcticVisionTransformer", "decompositions", "get_group", "models"]

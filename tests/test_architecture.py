@@ -55,7 +55,10 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 }
 # Imported inside the function that uses them. Triton alone wants modules of its own: kernels are
 # written at the top of `octic/triton_*.py`, and these in turn are imported late.
-OPTIONAL = {"wandb", "tensorboard", "xformers", "fvcore", "triton", "faiss", "cuml", "lmdb"}
+OPTIONAL = {
+    *("wandb", "tensorboard", "xformers", "fvcore", "triton", "lmdb"),
+    *("onnx", "onnxruntime", "onnxscript", "huggingface_hub"),
+}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_LINES = {"utils/training.py": 120}

@@ -10,6 +10,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "experiments/train_dinov2.py"
+# What reads no config: a page made of a folder, arithmetic about probes.
+WITHOUT_CONFIG = ("report.py", "plan_probes.py")
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 
 
@@ -45,7 +47,8 @@ def test_help_answers_at_once_without_torch(script: str) -> None:
     used = after.children_user + after.children_system
     used -= before.children_user + before.children_system
     assert used < 1, "the processor's time, as other tests may keep the machine busy"
-    assert "--ngpus" in done.stdout and "hybrid_vitl16" in done.stdout
+    if script not in WITHOUT_CONFIG:
+        assert "--ngpus" in done.stdout and "hybrid_vitl16" in done.stdout
 
 
 @pytest.mark.parametrize(

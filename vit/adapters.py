@@ -1,9 +1,14 @@
 """Other people's networks as a Backbone."""
 
+import importlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from vit.backbone import Features
@@ -11,15 +16,27 @@ from vit.trunk import take_indices
 
 
 class TimmBackbone(nn.Module):
-    """Any timm network with `forward_intermediates`: ViTs, and CNNs by their pooled map."""
+    """Any timm network with `forward_intermediates`: ViTs, and CNNs by their pooled map.
+
+    A name "local-dir:FOLDER" or "hf-hub:user/name" means a network in the hub's format with its
+    weights (`vit.hub`).
+    """
 
     def __init__(self, model_name: str, *, pretrained: bool = False, **kwargs: Any) -> None:
         super().__init__()
-        if not timm.is_model(model_name):
-            near = timm.list_models(f"*{model_name.split('_')[0]}*")[:5]
-            raise ValueError(f"timm has no model {model_name!r}; near: {', '.join(near) or 'none'}")
-        options = {"num_classes": 0, **_dynamic(model_name), **kwargs}
-        self.net = timm.create_model(model_name, pretrained=pretrained, **options)
+        source = model_name.partition(":")[0] if ":" in model_name else ""
+        architecture = _architecture(model_name) if source else model_name
+        if not timm.is_model(architecture):
+            near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
+            raise ValueError(
+                f"timm has no model {architecture!r}; near: {', '.join(near) or 'none'}"
+            )
+        self.options = {**_dynamic(architecture), **kwargs}
+        if source:
+            self.net = _from_hub(model_name, self.options)
+        else:
+            self.options = {"num_classes": 0, **self.options}
+            self.net = timm.create_model(model_name, pretrained=pretrained, **self.options)
         if not hasattr(self.net, "forward_intermediates"):
             raise ValueError(f"timm's {model_name} has no forward_intermediates")
         self.embed_dim = self.net.num_features
@@ -49,6 +66,51 @@ class TimmBackbone(nn.Module):
         else:
             cls = maps.mean(dim=(2, 3))
         return Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
+
+
+def _architecture(model_name: str) -> str:
+    """The registered name of a network in the hub's format; ValueError where there is none."""
+    source, _, where = model_name.partition(":")
+    if source not in ("local-dir", "hf-hub"):
+        raise ValueError(
+            f"unknown source in {model_name!r}; known: local-dir:FOLDER, hf-hub:user/name"
+        )
+    if source == "hf-hub":
+        architecture = load_model_config_from_hf(where)[1]
+    else:
+        architecture = _described(Path(where) / "config.json")
+    if not timm.is_model(architecture):
+        # One wheel carries vit and octic; whose models timm knows once it is imported.
+        with suppress(ImportError):
+            importlib.import_module("octic")
+    return architecture
+
+
+def _described(file: Path) -> str:
+    """The architecture that a config.json names."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file.parent} holds no config.json, so it is no network in the hub's format"
+        )
+    try:
+        return str(json.loads(file.read_text())["architecture"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} names no architecture") from None
+
+
+def _from_hub(model_name: str, options: dict[str, Any]) -> nn.Module:
+    """The network of a folder or repository; its head stays where `num_classes` is its own or None.
+
+    By default the head is left out.
+    """
+    options = dict(options)
+    num_classes = options.pop("num_classes", 0)
+    net = timm.create_model(model_name, pretrained=True, **options)
+    if num_classes not in (0, None, net.num_classes):
+        raise ValueError(f"{model_name} tells {net.num_classes} classes apart, not {num_classes}")
+    if num_classes == 0 and net.num_classes:
+        net.reset_classifier(0)
+    return net
 
 
 def _dynamic(model_name: str) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def draw_segmentation(
     """One row per image: it, its mask over it, the predicted mask over it; a legend below.
 
     Masks and predictions are labels [H W], each of any size; `class_names[label]` names them, in
-    VOC's colours. Pixels whose ground truth is ignored stay bare in both, and so does label 0, whose
-    black would hide the image. Raises ValueError where there is nothing to draw or the numbers
-    differ.
+    VOC's colours. Pixels whose ground truth is ignored stay bare in both, and so does label 0,
+    whose black would hide the image. Raises ValueError where there is nothing to draw or the
+    numbers differ.
     """
     if not images or not len(images) == len(masks) == len(predictions):
         raise ValueError(

@@ -20,7 +20,7 @@ def test_torchvision_features_are_the_nets_own():
     torch.nn.init.normal_(net.net.heads.head.weight)
     with torch.no_grad():
         first, last = net.features(IMAGES, layers=(0, -1))
-        assert torch.allclose(net.net.heads(last.cls), net(IMAGES), atol=1e-5)
+        assert torch.allclose(net(IMAGES), net.net(IMAGES), atol=1e-5)
     assert last.patches.shape == (2, 4, 4, net.embed_dim)
     assert not torch.allclose(first.cls, last.cls)
 
@@ -29,6 +29,7 @@ def test_torchvision_takes_other_sizes_and_oblong_images():
     """Positions are resampled, and left as they are on their own grid."""
     net = make(BACKBONES["torchvision"])
     assert net.features(torch.zeros(1, 3, 48, 64))[0].patches.shape[1:3] == (6, 8)
+    assert net(torch.zeros(1, 3, 48, 64)).shape == (1, 1000)
 
 
 def test_torchvision_weights_load_strictly(tmp_path):

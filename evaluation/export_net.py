@@ -1,0 +1,173 @@
+"""Write a net as a torch.export program, as ONNX or in the hub's format: experiments/export.py."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.classifier import complete, count_classes, weights_file
+from evaluation.judge import name_of
+from evaluation.progress import say
+from utils import distributed
+from utils.build import build, plain, resolve
+from utils.data.classes import NAMES
+from utils.data.images import ImageDataset
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.errors import UserError
+from vit import export, hub
+from vit.finetune import head_of
+from vit.weights import load_state, read_metadata, read_state
+
+FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_net(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the net, load its weights strictly, write the file, load that anew and compare.
+
+    Reads the keys of configs/export.yaml. Returns what was written (`path`) and the `difference`,
+    max |difference| / max |output|; a UserError tells where it exceeds 1e-4, and of every mistake.
+    """
+    config = plain(config)
+    with distributed.session("cpu"):
+        if not distributed.is_main():
+            return {}
+        path = weights_file(config["weights"])
+        try:
+            metadata = read_metadata(path) if path else {}
+            net, backbone = make_any_net(config, path, metadata)
+            write = _write_for_hub if config["format"] == "hub" else _write_program
+            return write(config, net, backbone, json.loads(metadata.get(NAMES, "[]")))
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from None
+
+
+def make_any_net(
+    config: Mapping[str, Any], path: str | None, metadata: Mapping[str, str]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The net in eval mode on the CPU, with or without classes, and the complete backbone node."""
+    backbone = config["backbone"] or json.loads(metadata.get("constructor", "null"))
+    if backbone is None:
+        raise UserError(f"{path} does not say which net it is of; give --model NAME")
+    if ":" in backbone.get("model_name", ""):
+        backbone = {"num_classes": None, **backbone}  # a folder's or repository's own classes
+    state = read_state(path) if path else None
+    backbone = _with_classes(backbone, metadata, state)
+    torch.manual_seed(config["seed"])
+    net = build({**backbone, "_partial_": True})()
+    if state is not None:
+        # Files of our own runs hold the adapter of a timm net, others the net alone.
+        inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
+        try:
+            load_state(inner, state)
+        except ValueError as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    elif not backbone.get("pretrained") and ":" not in backbone.get("model_name", ""):
+        say("no weights given (--weights FILE): exporting the random initialisation")
+    return net.eval().requires_grad_(False), backbone
+
+
+def _with_classes(
+    backbone: Mapping[str, Any], metadata: Mapping[str, str], state: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """The node with the keywords that the weights tell, the number of classes among them."""
+    if state is None or not _takes_classes(backbone):
+        return dict(backbone)
+    backbone = {"num_classes": count_classes(state) or 0, **backbone}
+    # So no data set is asked for the number of its classes.
+    return complete(backbone, metadata, state, cast(ImageDataset, None))
+
+
+def _takes_classes(backbone: Mapping[str, Any]) -> bool:
+    parameters = inspect.signature(resolve(backbone["_target_"])).parameters.values()
+    return any(part.name == "num_classes" or part.kind == part.VAR_KEYWORD for part in parameters)
+
+
+def _write_program(
+    config: Mapping[str, Any], net: nn.Module, backbone: Mapping[str, Any], names: list[str]
+) -> dict[str, Any]:
+    kind = config["format"]
+    if kind == "onnx":
+        _require(ONNX_PACKAGES)
+    size, output = config["size"] or own_size(net), config["output"]
+    if output == "auto":
+        output = "logits" if has_classes(net) else "features"
+    say(f"{name_of(backbone)}, weights: {config['weights']}: {output} at {size} x {size} pixels")
+    program = export.trace(net, size=size, output=output)
+    mean, std = normalisation(net)
+    description = {"model": name_of(backbone), "output": output, "size": size}
+    description |= {"mean": mean, "std": std, "class_names": names}
+    path = Path(config["output_dir"]) / FILES[kind]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (export.save_onnx if kind == "onnx" else export.save_program)(program, path, description)
+    say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    say(f"input: images [batch, 3, {size}, {size}], RGB in 0..1, minus {mean}, divided by {std}")
+    difference = export.largest_difference(path, net, size=size, output=output)
+    return _judged(path, difference, "loaded in a process without octic, at batch 1 and 3")
+
+
+def _write_for_hub(
+    config: Mapping[str, Any], net: nn.Module, backbone: Mapping[str, Any], names: list[str]
+) -> dict[str, Any]:
+    folder, size = Path(config["output_dir"]), config["size"]
+    say(f"{name_of(backbone)}, weights: {config['weights']}: in the Hugging Face hub's format")
+    about: dict[str, Any] = {"options": backbone, "class_names": names, "size": size}
+    hub.save_to_folder(net, folder, **about)
+    weights = (folder / "model.safetensors").stat().st_size / 1e6
+    say(f"written: {folder}/: config.json, model.safetensors ({weights:.1f} MB)")
+    side = size or own_size(net)
+    batches = [export.example_images(net, side, batch=batch) for batch in (1, 3)]
+    how = f'loaded by timm.create_model("local-dir:{folder}", pretrained=True), at batch 1 and 3'
+    result = _judged(folder, hub.largest_difference(net, folder, batches), how)
+    if config["push"]:
+        say(f"pushed: {hub.push(net, config['push'], **about)}")
+    return result
+
+
+def _judged(path: Path, difference: float, how: str) -> dict[str, Any]:
+    bound = export.TOLERANCE
+    if not difference <= bound:
+        raise UserError(
+            f"{path} does not compute what the net does: largest difference {difference:.1e} of "
+            f"the largest output, {how}; {bound:.0e} is allowed"
+        )
+    say(f"{how}: largest difference {difference:.1e} of the largest output ({bound:.0e} allowed)")
+    return {"path": str(path), "difference": difference}
+
+
+def own_size(net: nn.Module) -> int:
+    """Pixels a side that a net was built for; 224 where it does not say."""
+    inner = getattr(net, "net", net)
+    described = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    parts = (net, inner, getattr(inner, "patch_embed", None))
+    sizes = (getattr(part, "img_size", None) for part in parts)
+    size = next((size for size in sizes if size), described[-2:])
+    return int(size if isinstance(size, int) else size[0])
+
+
+def has_classes(net: nn.Module) -> bool:
+    """Whether a net ends in a classifier."""
+    inner = getattr(net, "net", net)
+    heads = {f"{head_of(inner)}.weight", "heads.head.weight"}  # the second is torchvision's
+    return bool(heads & inner.state_dict().keys())
+
+
+def normalisation(net: nn.Module) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the colours that a net wants; ImageNet's where it does not say."""
+    described = getattr(getattr(net, "net", net), "pretrained_cfg", None) or {}
+    mean, std = described.get("mean", IMAGENET_MEAN), described.get("std", IMAGENET_STD)
+    return list(mean), list(std)
+
+
+def _require(packages: tuple[str, ...]) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")

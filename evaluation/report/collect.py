@@ -1,0 +1,215 @@
+"""What a run folder holds: of a training, of an evaluation, or of several runs below one roof.
+
+Nothing has to be there; what cannot be read is left out and noted.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+REPORT = "report.html"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+RUN_MARKS = ("config.yaml", "metrics.jsonl", "summary.json")
+# Too many, too large or of no interest to a reader; checkpoints are listed as folders.
+SKIPPED = {"checkpoints", "slurm", "logs", "wandb", "__pycache__"}
+MOST_FILES = 40
+
+
+@dataclass
+class Results:
+    """One probe's figures, as a results.json has them, with what they depend on."""
+
+    probe: str
+    source: str
+    figures: dict[str, Any]
+    protocol: dict[str, Any]
+
+
+@dataclass
+class Contents:
+    """What was found in a folder; `runs` are the runs in folders below it, told apart by path."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    code: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    results: list[Results] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+    files: list[tuple[str, int]] = field(default_factory=list)  # name, bytes
+    checkpoints: list[tuple[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    runs: list["Contents"] = field(default_factory=list)
+    began: datetime | None = None
+    ended: datetime | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's own name, else the folder's."""
+        return str(self.config.get("name") or self.summary.get("name") or self.folder.name)
+
+
+def collect(folder: str | Path) -> Contents:
+    """Read a folder; UserError, in one line, where it is missing or holds nothing to report."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; give the folder of a run or of an evaluation")
+    found = _read(folder.resolve(), str(folder))
+    if not _holds_anything(found):
+        raise UserError(
+            f"{folder} holds nothing to report: no config.yaml, metrics.jsonl, summary.json, "
+            "results.json or picture"
+        )
+    return found
+
+
+def _read(folder: Path, shown: str) -> Contents:
+    found = Contents(folder)
+    found.config_text = _text(found, "config.yaml")
+    found.config = _mapping(found, "config.yaml", found.config_text, yaml.safe_load)
+    found.summary = _mapping(found, "summary.json", _text(found, "summary.json"), json.loads)
+    found.code = _text(found, "git.txt").strip()
+    found.metrics = _metrics(found)
+    _walk(found, folder)
+    found.results += _from_summary(found)
+    found.checkpoints = _checkpoints(folder)
+    found.began, found.ended = _times(folder)
+    return found
+
+
+def _walk(found: Contents, folder: Path) -> None:
+    """Results, pictures and files of `folder` and of all below that are no runs of their own."""
+    for path in sorted(folder.iterdir(), key=_natural):
+        if path.name.startswith(".") or path.is_symlink():
+            continue
+        if path.is_dir():
+            if any((path / mark).is_file() for mark in RUN_MARKS):
+                found.runs.append(_read(path, path.name))
+            elif path.name not in SKIPPED:
+                _walk(found, path)
+            continue
+        name = path.relative_to(found.folder).as_posix()
+        if path.name == "results.json":
+            found.results += _results(found, name)
+        elif path.suffix.lower() in PICTURES:
+            # The page draws the curves itself.
+            if not (path.name == "curves.png" and found.metrics):
+                found.pictures.append(path)
+        elif path.name not in (*RUN_MARKS, "git.txt", REPORT):
+            found.files.append((name, path.stat().st_size))
+
+
+def _results(found: Contents, name: str) -> list[Results]:
+    content = _mapping(found, name, _text(found, name), json.loads)
+    results = []
+    for probe, entry in content.items():
+        if isinstance(entry, Mapping) and isinstance(entry.get("figures"), Mapping):
+            protocol = entry.get("protocol")
+            protocol = dict(protocol) if isinstance(protocol, Mapping) else {}
+            results.append(Results(str(probe), name, dict(entry["figures"]), protocol))
+        else:
+            found.notes.append(f"{name}: {probe} has no figures")
+    return results
+
+
+def _from_summary(found: Contents) -> list[Results]:
+    """Figures of probes that only the summary has, beside the probes' own settings."""
+    probes = found.config.get("probes")
+    probes = probes if isinstance(probes, Mapping) else {}
+    known = {result.probe for result in found.results}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in found.summary.items():
+        probe, _, figure = key.partition("/")
+        if probe in probes and probe not in known:
+            parts.setdefault(probe, {})[figure] = value
+    return [
+        Results(probe, "summary.json", figures, dict(probes[probe] or {}))
+        for probe, figures in parts.items()
+    ]
+
+
+def _metrics(found: Contents) -> list[dict[str, float]]:
+    lines, broken = [], 0
+    for text in _text(found, "metrics.jsonl").splitlines():
+        try:
+            line = json.loads(text)
+            step = line["step"]
+            numbers = {k: v for k, v in line.items() if isinstance(v, int | float) or v is None}
+            lines.append({k: math.nan if v is None else float(v) for k, v in numbers.items()})
+            lines[-1]["step"] = int(step)
+        except (ValueError, KeyError, TypeError):
+            broken += 1
+    if broken:
+        found.notes.append(f"metrics.jsonl: {broken} of {broken + len(lines)} lines cannot be read")
+    return lines
+
+
+def _checkpoints(folder: Path) -> list[tuple[str, int]]:
+    parent = folder / "checkpoints"
+    steps = sorted(parent.iterdir(), key=_natural) if parent.is_dir() else []
+    return [
+        (f"checkpoints/{path.name}", sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
+        for path in steps
+        if path.is_dir()
+    ]
+
+
+def _times(folder: Path) -> tuple[datetime | None, datetime | None]:
+    marks = [*RUN_MARKS, "git.txt", "results.json"]
+    times = [(folder / mark).stat().st_mtime for mark in marks if (folder / mark).is_file()]
+    if not times:
+        return None, None
+    first, last = (datetime.fromtimestamp(time) for time in (min(times), max(times)))
+    return first, last
+
+
+def _text(found: Contents, name: str) -> str:
+    path = found.folder / name
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        found.notes.append(f"{name}: {os.strerror(error.errno or 0)}")
+        return ""
+
+
+def _mapping(found: Contents, name: str, text: str, read: Any) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        content = read(text)
+    except (ValueError, yaml.YAMLError) as error:
+        found.notes.append(f"{name} cannot be read: {str(error).splitlines()[0]}")
+        return {}
+    if not isinstance(content, dict):
+        found.notes.append(f"{name} is no mapping")
+        return {}
+    return {str(key): value for key, value in content.items()}
+
+
+def _natural(path: Path) -> tuple[bool, int, str]:
+    """Numbers by value, before names."""
+    return not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name
+
+
+def _holds_anything(found: Contents) -> bool:
+    return bool(
+        found.config_text
+        or found.summary
+        or found.metrics
+        or found.results
+        or found.pictures
+        or found.runs
+    )

@@ -1,0 +1,261 @@
+"""One self-contained HTML page of what a run folder holds: no script, no request, opens from disk.
+
+Everything that was read is text: it is escaped wherever it goes into the page.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from evaluation.report.charts import chart, panels
+from evaluation.report.collect import MOST_FILES, REPORT, Contents, Results, collect
+from evaluation.report.images import MOST_PICTURES, embed
+
+STYLE = Path(__file__).with_name("style.css")
+ROWS_PER_TABLE = 16
+# "knn10_top1", "('full', 10) Top 1", "rrr_loss": what was judged, and the kind of figure.
+KIND = re.compile(r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|loss|changed|mIoU|miou|accuracy)$")
+# What a picture shows, by the beginning of its file's name.
+CAPTIONS = {
+    "losses": "losses",
+    "curves": "curves of the training",
+    "pca": "principal components of the patch features as colours",
+    "neighbours": "validation images and their nearest training images",
+    "attention_heads": "attention of the class token, head by head",
+    "attention": "attention of the class token",
+    "segmentation": "segmentation",
+    "equivariance": "equivariance",
+}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `folder`/report.html and return its path; UserError where there is nothing to tell."""
+    found = collect(folder)
+    path = Path(folder) / REPORT
+    partial = path.with_name(f".{REPORT}")
+    partial.write_text(page(found), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def page(found: Contents) -> str:
+    """The whole page."""
+    every_picture = list(_pictures_of(found))
+    embedded = embed(every_picture)
+    body = "\n".join(_run(found, embedded, top=True))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(found.name)}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n<footer>{_text(found.folder)}</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _run(found: Contents, embedded: Mapping[Path, str], *, top: bool) -> Iterator[str]:
+    yield from _header(found, found.name if top else found.folder.name)
+    yield from _facts(found)
+    if found.notes:
+        lines = "<br>".join(_text(note) for note in found.notes)
+        yield f'<p class="notes">{lines}</p>'
+    yield from _section("Results", "", map(_result, found.results))
+    drawn = panels(found.metrics)
+    if len(found.runs) > 1:
+        drawn = _side_by_side(found.runs) | drawn
+    yield from _section("Curves", "charts", (chart(title, drawn[title]) for title in drawn))
+    pictures = [_picture(path, found, embedded) for path in found.pictures]
+    yield from _section("Pictures", "pictures", pictures)
+    for run in found.runs:
+        yield f'<section class="run" id="{_text(run.folder.name)}">'
+        yield from _run(run, embedded, top=False)
+        yield "</section>"
+    yield from _files(found)
+    if found.config_text:
+        text = _text(found.config_text)
+        yield f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
+
+
+def _header(found: Contents, title: str) -> Iterator[str]:
+    yield f"<header><h1>{_text(title)}</h1>"
+    what = _what(found.config)
+    if what:
+        yield f'<p class="what">{_text(what)}</p>'
+    facts = []
+    if found.began and found.ended:
+        began, ended = (time.strftime("%Y-%m-%d %H:%M") for time in (found.began, found.ended))
+        facts.append(began if began == ended else f"{began} to {ended}")
+    if found.code:
+        facts.append(f"code {found.code}")
+    if facts:
+        yield f'<p class="what">{_text(" · ".join(facts))}</p>'
+    yield "</header>"
+
+
+def _what(config: Mapping[str, Any]) -> str:
+    """What was trained, by which recipe, on what."""
+    parts = []
+    backbone = config.get("backbone")
+    if isinstance(backbone, Mapping):
+        said = {k: v for k, v in backbone.items() if k[:1] != "_" and k != "model_name"}
+        options = ", ".join(f"{key} {value}" for key, value in said.items())
+        parts.append(_target(backbone) + (f" ({options})" if options else ""))
+    for key in ("recipe", "data"):
+        node = config.get(key)
+        if key == "data" and isinstance(node, Mapping):
+            node = node.get("train") or node.get("val")
+        if isinstance(node, Mapping) and _target(node):
+            where = f" {node['root']}" if node.get("root") else ""
+            parts.append(f"{key} {_target(node)}{where}")
+    return " · ".join(parts)
+
+
+def _target(node: Mapping[str, Any]) -> str:
+    return str(node.get("model_name") or str(node.get("_target_", "")).split(".")[-1])
+
+
+def _facts(found: Contents) -> Iterator[str]:
+    summary = dict(found.summary)
+    facts: dict[str, str] = {}
+    if "step" in summary:
+        step, total = summary.pop("step"), summary.pop("total_steps", None)
+        facts["step"] = _value(step) + (f" of {_value(total)}" if total else "")
+        if not summary.pop("finished", True):
+            facts["step"] += ", unfinished"
+    elif found.metrics:
+        facts["last step logged"] = _value(found.metrics[-1]["step"])
+    seconds = summary.pop("seconds", None)
+    if isinstance(seconds, int | float):
+        facts["time"] = str(timedelta(seconds=round(seconds)))
+    for key, value in summary.items():
+        if "/" not in key and key not in ("name", "output_dir") and value not in ("", None):
+            facts[key.replace("_", " ")] = _value(value)
+    if facts:
+        cells = (f"<div><dt>{_text(key)}</dt><dd>{_text(facts[key])}</dd></div>" for key in facts)
+        yield f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _result(result: Results) -> str:
+    """One probe: its figures on the left, what they depend on at the right."""
+    columns, rows = _table(result.probe, result.figures)
+    head = "".join(f'<th class="number">{_text(column)}</th>' for column in columns)
+    head = f"<thead><tr><th></th>{head}</tr></thead>" if any(columns) else ""
+    tables = []
+    for start in range(0, len(rows), ROWS_PER_TABLE):
+        lines = []
+        for label, values in rows[start : start + ROWS_PER_TABLE]:
+            cells = "".join(f'<td class="number">{_text(_value(value))}</td>' for value in values)
+            lines.append(f"<tr><td>{_text(label)}</td>{cells}</tr>")
+        tables.append(f"<table>{head}<tbody>{''.join(lines)}</tbody></table>")
+    known = _flat(result.protocol)
+    terms = (f"<dt>{_text(key)}</dt><dd>{_text(_value(value))}</dd>" for key, value in known)
+    source = f'<span class="quiet"> {_text(result.source)}</span>'
+    protocol = f"<dl>{''.join(terms)}</dl>" if result.protocol else ""
+    if protocol:
+        protocol = f'<div class="protocol"><h3>protocol</h3>{protocol}</div>'
+    return (
+        f'<div class="result"><div><h3>{_text(result.probe)}{source}</h3>'
+        f'<div class="figures">{"".join(tables)}</div></div>{protocol}</div>'
+    )
+
+
+def _table(probe: str, figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+    """Columns and rows: nets side by side where each has its own mapping, else kinds of figures."""
+    if figures and all(isinstance(value, Mapping) for value in figures.values()):
+        keys = dict.fromkeys(key for part in figures.values() for key in part)
+        return list(figures), [(key, [part.get(key) for part in figures.values()]) for key in keys]
+    flat = _flat(figures)
+    split = [match and (match[1] or probe, match[2]) for match in (KIND.match(k) for k, _ in flat)]
+    kinds = list(dict.fromkeys(pair[1] for pair in split if pair))
+    if len(kinds) < 2:
+        return [""], [(key, [value]) for key, value in flat]
+    rows: dict[str, dict[str, Any]] = {}
+    rest: list[tuple[str, list[Any]]] = []
+    for pair, (key, value) in zip(split, flat, strict=True):
+        if pair:
+            rows.setdefault(pair[0], {})[pair[1]] = value
+        else:
+            rest.append((key, [value]))
+    return kinds, [(row, [rows[row].get(kind, "") for kind in kinds]) for row in rows] + rest
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            flat += _flat(value, f"{prefix}{key}.")
+        elif str(key) != "_target_":
+            flat.append((f"{prefix}{key}", value))
+    return flat
+
+
+def _side_by_side(runs: Iterable[Contents]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The loss of every run in one chart."""
+    losses = {
+        run.folder.name: [(int(at["step"]), at["loss"]) for at in run.metrics if "loss" in at]
+        for run in runs
+    }
+    losses = {name: points for name, points in losses.items() if len(points) > 2}
+    return {"loss of each run": losses} if losses else {}
+
+
+def _picture(path: Path, found: Contents, embedded: Mapping[Path, str]) -> str:
+    name = path.relative_to(found.folder).as_posix()
+    starts = (start for start in CAPTIONS if path.stem.startswith(start))
+    what = CAPTIONS.get(next(starts, ""), path.stem.replace("_", " "))
+    caption = f"<figcaption><b>{_text(what)}</b> {_text(name)}</figcaption>"
+    if path not in embedded:
+        return f"<figure>{caption}<p>not shown: unreadable, or one too many</p></figure>"
+    return f'<figure><img src="{embedded[path]}" alt="{_text(what)}">{caption}</figure>'
+
+
+def _files(found: Contents) -> Iterator[str]:
+    files = [*found.checkpoints, *found.files[:MOST_FILES]]
+    if not files:
+        return
+    rows = "".join(
+        f'<tr><td>{_text(name)}</td><td class="number">{_size(size)}</td></tr>'
+        for name, size in files
+    )
+    more = len(found.files) - MOST_FILES
+    rest = f'<p class="quiet">and {more} more files</p>' if more > 0 else ""
+    yield f"<h2>Checkpoints and files</h2><table><tbody>{rows}</tbody></table>{rest}"
+
+
+def _pictures_of(found: Contents) -> Iterator[Path]:
+    yield from found.pictures[:MOST_PICTURES]
+    for run in found.runs:
+        yield from _pictures_of(run)
+
+
+def _section(title: str, style: str, parts: Iterable[str]) -> Iterator[str]:
+    content = "\n".join(part for part in parts if part)
+    if content:
+        yield f'<h2>{title}</h2>\n<div class="{style}">\n{content}\n</div>'
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    return str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)

@@ -1,0 +1,82 @@
+"""Our operators in PyTorch's words, for programs that run where octic is not (`vit.export`).
+
+Functions of the operators' own arguments, forward alone and without in-place operations; importing
+`octic` makes them known. Letters as in `octic.kernels` and `octic.irrep_linear`.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from octic import irrep_linear, kernels  # noqa: F401  (they define the operators)
+from vit.export import DECOMPOSITIONS
+
+
+def norm(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute `octic::irrep_norm`."""
+    wide = _statistics_dtype(x)
+    order = sum(lengths)
+    channels, start = x.shape[-1] // order, 0
+    centred, variances = [], []
+    for (length, weight), equal in groupby(zip(lengths, weights, strict=True)):
+        count, width = len(list(equal)), length * channels
+        part = wide[..., start : start + count * width].unflatten(-1, (count, width))
+        part = part - part.mean(-1, keepdim=True)
+        centred.append(part.flatten(-2))
+        variances.append(part.square().sum((-2, -1)) * (weight / width))
+        start += count * width
+    variance = torch.stack(variances).sum(0) + eps
+    y = torch.cat(centred, -1) * (variance / order).rsqrt()[..., None]
+    if scale is not None:
+        y = y * scale
+    if shift is not None:
+        y = y + F.pad(shift, (0, x.shape[-1] - shift.shape[0]))
+    return y.to(dtype)
+
+
+def gelu(x: Tensor, transform: Sequence[float]) -> Tensor:
+    """Compute `octic::regular_gelu`."""
+    order = math.isqrt(len(transform))
+    wide = _statistics_dtype(x).unflatten(-1, (order, x.shape[-1] // order))
+    matrix = torch.tensor(list(transform), dtype=wide.dtype, device=x.device).view(order, order)
+    return (matrix @ F.gelu(matrix.T @ wide)).flatten(-2).to(x.dtype)
+
+
+def linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Compute `octic::irrep_linear`."""
+    count, _, channels = lines.shape
+    split = count * channels
+    first = x[:, :split].unflatten(1, (count, channels)).transpose(0, 1)
+    out = torch.bmm(first, lines.transpose(1, 2)).transpose(0, 1).flatten(1)
+    if plane is not None:
+        width = plane.shape[1]
+        rows = x[:, split:].unflatten(1, ((x.shape[1] - split) // width, width))
+        out = torch.cat([out, F.linear(rows, plane).flatten(1)], 1)
+    if bias is not None:
+        out = out + F.pad(bias, (0, out.shape[1] - bias.shape[0]))
+    return out
+
+
+def _statistics_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+DECOMPOSITIONS.update(
+    {
+        torch.ops.octic.irrep_norm.default: norm,
+        torch.ops.octic.regular_gelu.default: gelu,
+        torch.ops.octic.irrep_linear.default: linear,
+    }
+)

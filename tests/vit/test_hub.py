@@ -1,0 +1,126 @@
+"""The hub's format: what is written is read back by timm and by our adapter, with equal outputs."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import octic  # noqa: F401  (registers its models)
+from vit import hub
+from vit.adapters import TimmBackbone
+from vit.weights import load_state
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+OCTIC = {**SMALL, "num_classes": 5, "init_values": 1.0}
+
+
+def create(name, options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hybrid_deit_small_patch16", OCTIC),
+        ("hybrid_deit_small_patch16", {**OCTIC, "group": "C4", "octic_equi_break_layer": 2}),
+        ("d8_inv_early_deit_small_patch16", {**OCTIC, "invariant": "polynomial"}),
+        ("dinov2_vit_small_patch16", {**SMALL, "init_values": 1.0}),
+        ("deit_small_patch16_LS", OCTIC),
+        ("resnet18", {"num_classes": 5}),
+    ],
+)
+def test_other_sizes_survive_the_round_trip(name, options, tmp_path):
+    """timm builds the same net from the folder, sizes and classes included."""
+    net = create(name, options)
+    hub.save_to_folder(net, tmp_path, options=options, class_names=list("abcde"))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(again(images), net(images), rtol=0, atol=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == name
+    assert config.get("label_names") == (list("abcde") if net.num_classes == 5 else None)
+    assert hub.largest_difference(net, tmp_path, [torch.randn(2, 3, 32, 32)]) == 0
+
+
+def test_an_invariantization_taken_from_the_weights_survives(tmp_path):
+    """A net that changed itself to its file is written as what it became."""
+    name = "d8_inv_early_deit_small_patch16"
+    net = create(name, OCTIC)
+    load_state(net, create(name, {**OCTIC, "invariant": "polynomial"}).state_dict())
+    hub.save_to_folder(net, tmp_path, options=OCTIC)
+    assert hub.largest_difference(net, tmp_path, [torch.randn(2, 3, 32, 32)]) == 0
+
+
+@pytest.mark.parametrize("name", ["hybrid_deit_small_patch16", "vit_tiny_patch16_224"])
+def test_the_adapter_takes_a_folder_for_a_name(name, tmp_path):
+    """`TimmBackbone("local-dir:...")` has the weights, and the head only where it is asked for."""
+    options = {**SMALL, "num_classes": 5}
+    torch.manual_seed(0)
+    net = TimmBackbone(name, **options).eval()
+    hub.save_to_folder(net, tmp_path, options=options)
+    images = torch.randn(2, 3, 48, 48)
+    again = TimmBackbone(f"local-dir:{tmp_path}").eval()
+    for ours, theirs in zip(net.features(images)[0], again.features(images)[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert again(images).shape == (2, 64)
+    for num_classes in (5, None):
+        whole = TimmBackbone(f"local-dir:{tmp_path}", num_classes=num_classes).eval()
+        torch.testing.assert_close(whole(images), net(images), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="tells 5 classes apart, not 7"):
+        TimmBackbone(f"local-dir:{tmp_path}", num_classes=7)
+
+
+def test_names_that_lead_nowhere_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match="holds no config.json"):
+        TimmBackbone(f"local-dir:{tmp_path}")
+    with pytest.raises(ValueError, match="unknown source in 'ftp:x'; known: local-dir:FOLDER"):
+        TimmBackbone("ftp:x")
+    with pytest.raises(ValueError, match="timm has no model 'vit_x'; near: "):
+        TimmBackbone("vit_x")
+
+
+def test_a_size_asked_for_is_the_size_that_is_written(tmp_path):
+    net = create("hybrid_deit_small_patch16", OCTIC)
+    hub.save_to_folder(net, tmp_path, options=OCTIC, size=48)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
+    assert hub.largest_difference(net, tmp_path, [torch.randn(2, 3, 48, 48)]) == 0
+
+
+def test_what_timm_cannot_build_again_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a Linear is not registered with timm"):
+        hub.save_to_folder(torch.nn.Linear(2, 2), tmp_path, options={})
+
+
+def test_pushing_without_token_or_network_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    net = create("hybrid_deit_small_patch16", OCTIC)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="no token of the Hugging Face hub here"):
+        hub.push(net, "user/name", options=OCTIC)
+    with pytest.raises(ValueError, match="'name' is no repository of the hub"):
+        hub.push(net, "name", options=OCTIC)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Name or service not known\nand a second line")
+
+    monkeypatch.setattr(hub, "push_to_hf_hub", unreachable)
+    with pytest.raises(ValueError, match="^could not push to user/name: Name or service"):
+        hub.push(net, "user/name", options=OCTIC)
+
+
+def test_what_is_pushed_is_what_is_written(monkeypatch):
+    import huggingface_hub
+
+    net, sent = create("hybrid_deit_small_patch16", OCTIC), {}
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(hub, "push_to_hf_hub", lambda *words, **options: sent.update(options))
+    address = hub.push(net, "user/name", options=OCTIC, class_names=list("abcde"))
+    assert address == "hf-hub:user/name" and sent["safe_serialization"] is True
+    assert sent["model_args"]["embed_dim"] == 64
+    assert sent["model_config"]["label_names"] == list("abcde")

@@ -1,0 +1,124 @@
+"""Networks in the Hugging Face hub's format, as timm writes and reads it: a folder or a repository.
+
+`config.json` names the registered model and the keywords it was built with, so that other widths,
+depths and patch sizes than the registered ones survive; `model.safetensors` holds the weights.
+`timm.create_model("local-dir:FOLDER" or "hf-hub:user/name", pretrained=True)` reads them, for our
+octic models after `import octic`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import push_to_hf_hub, save_for_hf
+from torch import nn
+
+# Whose errors on the way to the hub are the network's or the account's, not ours: names begin so.
+NETWORK = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
+_NOT_OPTIONS = {"_target_", "_partial_", "model_name", "pretrained"}
+
+
+def save_to_folder(
+    net: nn.Module,
+    folder: Path,
+    *,
+    options: Mapping[str, Any],
+    class_names: Sequence[str] = (),
+    size: int | None = None,
+) -> None:
+    """Write config.json and model.safetensors of a registered network or of timm's in its adapter.
+
+    options: the keywords it was built with. class_names: written where there is one per class.
+    size: pixels a side that images should have, where it is not the network's own. Raises
+    ValueError for a network that timm could not build again.
+    """
+    registered = _registered(net)
+    save_for_hf(
+        registered,
+        str(folder),
+        safe_serialization=True,
+        **_description(net, options, class_names, size),
+    )
+
+
+def push(
+    net: nn.Module,
+    repository: str,
+    *,
+    options: Mapping[str, Any],
+    class_names: Sequence[str] = (),
+    size: int | None = None,
+) -> str:
+    """Upload the same two files to `user/name` on the hub; returns its address.
+
+    Raises ValueError, in one line, without a token, a network or the right to write there.
+    """
+    from huggingface_hub import get_token
+
+    registered = _registered(net)
+    if repository.count("/") != 1:
+        raise ValueError(f"{repository!r} is no repository of the hub; it is spelt user/name")
+    if not get_token():
+        raise ValueError(
+            "no token of the Hugging Face hub here: run `hf auth login`, or set HF_TOKEN"
+        )
+    try:
+        push_to_hf_hub(
+            registered,
+            repository,
+            safe_serialization=True,
+            **_description(net, options, class_names, size),
+        )
+    except Exception as error:
+        if not type(error).__module__.startswith(NETWORK) and not isinstance(error, OSError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"could not push to {repository}: {reason}") from error
+    return f"hf-hub:{repository}"
+
+
+@torch.no_grad()
+def largest_difference(net: nn.Module, folder: Path, images: Sequence[torch.Tensor]) -> float:
+    """Max |difference| / max |output| between a network and the one that timm makes of a folder."""
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    worst = 0.0
+    for batch in images:
+        ours, theirs = net.eval()(batch), again(batch)
+        if ours.shape != theirs.shape:
+            return float("inf")
+        scale = ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny)
+        worst = max(worst, float((ours - theirs).abs().max() / scale))
+    return worst
+
+
+def _registered(net: nn.Module) -> nn.Module:
+    registered = getattr(net, "net", net)
+    config = getattr(registered, "pretrained_cfg", None) or {}
+    if not timm.is_model(config.get("architecture", "")):
+        raise ValueError(
+            f"a {type(registered).__name__} is not registered with timm, so the hub's format has "
+            "no name for it; export a program instead"
+        )
+    return registered
+
+
+def _description(
+    net: nn.Module, options: Mapping[str, Any], class_names: Sequence[str], size: int | None
+) -> dict[str, Any]:
+    registered = _registered(net)
+    # What the adapter of a network of timm's added, then what was asked for.
+    arguments = {**getattr(net, "options", {}), **options}
+    arguments = {key: value for key, value in arguments.items() if key not in _NOT_OPTIONS}
+    arguments["num_classes"] = registered.num_classes
+    if hasattr(registered, "invariant"):
+        # An octic model may have changed itself to what its weights need.
+        arguments["invariant"] = registered.invariant
+    description: dict[str, Any] = {"model_args": json.loads(json.dumps(arguments))}
+    if class_names and len(class_names) == registered.num_classes:
+        description["model_config"] = {"label_names": list(class_names)}
+    if size is not None:
+        description["data_config"] = {"img_size": size}
+    return description
