@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evaluation.feature_cache import class_tokens, transform_in_words
 from evaluation.features import (
     PRECISIONS,
     FeatureSet,
     device_of,
-    extract_features,
     gather_features,
     gather_labels,
     renumber,
@@ -38,6 +38,7 @@ class KnnProbe:
 
     `precision` is the net's autocast (fp32, bf16, fp16), `search_precision` that of the
     similarities; `transform` replaces resizing, cropping and ImageNet's normalisation.
+    `features_dir` keeps the class tokens there, and takes them from there where they are the same.
     Departs from DINOv2: the search is fp32 unless asked, because fp16 leaves about 1024 distinct
     similarities and with them ties at the cut; images count once however many ranks there are.
     """
@@ -60,6 +61,7 @@ class KnnProbe:
         search_precision: str = "fp32",
         chunk_size: int = 65536,
         on_error: str = "raise",
+        features_dir: str | None = None,
     ) -> None:
         if not ks or min(ks) < 1:
             raise ValueError(f"kNN needs values of k of at least 1, got {list(ks)}")
@@ -83,6 +85,7 @@ class KnnProbe:
         self.search_precision = search_precision
         self.chunk_size = chunk_size
         self.on_error = on_error
+        self.features_dir = features_dir
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -103,17 +106,20 @@ class KnnProbe:
 
     def extract(self, net: Backbone, dataset: ImageDataset, split: str) -> FeatureSet:
         """This rank's rows of one split, on the host; every rank must call this."""
-        part = extract_features(
+        part = class_tokens(
             net,
             dataset,
+            split,
+            features_dir=self.features_dir,
             transform=self.transform
             or evaluation_transform(resize_size=self.resize_size, crop_size=self.crop_size),
+            transform_words=self._transform_in_words(),
+            normalized=True,
+            dtype=SEARCH_DTYPES[self.search_precision],
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             precision=self.precision,
-            dtype=SEARCH_DTYPES[self.search_precision],
             on_error=self.on_error,
-            label=f"{split} features",
         )
         unlabelled = part.indices[part.labels < 0]
         if len(unlabelled):
@@ -196,9 +202,7 @@ class KnnProbe:
         }
 
     def _transform_in_words(self) -> str:
-        if self.transform is not None:
-            return " ".join(str(self.transform).split())
-        return f"resize {self.resize_size}, centre crop {self.crop_size}, bicubic"
+        return transform_in_words(self.transform, self.resize_size, self.crop_size)
 
     def _write(self, figures: Figures, output_dir: Path, step: int) -> None:
         lines = {

@@ -67,8 +67,8 @@ def print_figures(title: str, probe: str, figures: Mapping[str, float], *, proto
 
 def in_words(protocol: Mapping[str, object]) -> str:
     """The parts of a protocol that its figures depend on most, as one line."""
-    keys = ("feature", "vote", "transform")
-    return "; ".join(str(protocol[key]) for key in keys if key in protocol)
+    keys = ("feature", "classifier", "vote", "transform")
+    return "; ".join(str(protocol[key]) for key in keys if protocol.get(key))
 
 
 def _cell(value: object) -> str:

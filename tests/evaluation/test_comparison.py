@@ -20,6 +20,10 @@ TINY = [
     "recipe.dino_head.bottleneck_dim=8",
     "training.max_steps=2",
     "data.train.split=val",  # a quarter of the images to judge on
+    "probes.linear.epochs=1",
+    "probes.segmentation.train.split=val",  # a quarter of the scenes to judge on
+    "probes.segmentation.resolution=32",
+    "probes.segmentation.logreg.C=[1.0]",
     "device=cpu",
 ]
 RUNS = {"octic": "dinov2/quickstart.yaml", "plain": "dinov2/quickstart_plain.yaml"}
@@ -44,6 +48,8 @@ def test_table_and_pictures(config, tmp_path_factory, capsys):
     assert twin["equivariance error of the octic half"] is None
     assert octic["multiply-adds"] < twin["multiply-adds"]
     assert octic["steps"] == twin["steps"] == 2
+    for figure in ("linear top-1", "segmentation mIoU, kNN"):
+        assert 0 < octic[f"{figure}, untrained"] <= 100
     names = ("losses", "pca_octic", "pca_plain", "neighbours_octic", "neighbours_plain")
     for name in names:
         path = f"{config['output_dir']}/{name}.png"
