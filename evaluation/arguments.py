@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from evaluation.command_line import TAKES_VALUE, help_page, quoted
 from utils.build import keywords_of, nearest, plain, resolve
 from utils.config import CONFIGS, compose_config, fail, parse_config
 from utils.errors import UserError
-from utils.flags import FLAGS, read_arguments
+from utils.flags import read_arguments
 
 
 def dataset(string: str) -> dict[str, str]:
@@ -109,10 +110,6 @@ IGNORED = {
 }
 CHOICE = "--probes"
 PROBES = ("linear", "knn", "logreg", "attentive")
-TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
-    "--config-file",
-    "--config",
-}
 
 
 class Setting(NamedTuple):
@@ -278,7 +275,7 @@ def _read_values(name: str, option: Option, words: list[str]) -> list[Any]:
 def _override(value: object) -> str:
     """A value in the grammar of overrides."""
     if isinstance(value, str):
-        return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+        return quoted(value)
     if isinstance(value, list):
         return f"[{','.join(map(_override, value))}]"
     if isinstance(value, dict):
@@ -289,18 +286,11 @@ def _override(value: object) -> str:
 
 
 def _help() -> str:
-    script = sys.modules["__main__"]
-    lines = [
-        f"{script.__doc__ or ''}",
-        "usage: eval_dinov2_classification.py OUTPUT [flags] [key=value ...]",
-        "",
-        "flags of the evaluation (before those below of the same name; * is every probe):",
-    ]
     rows = {CHOICE: f"these alone, such as linear,logreg: of {', '.join(PROBES)}"}
     rows |= {name: f"{option.help} ({option.key})" for name, option in OPTIONS.items()}
     for name, switch in SWITCHES.items():
         value = _override(switch.value)
         rows[name] = switch.help + (f" ({switch.key}={value})" if switch.key else ": no effect")
     rows |= {name: f"{why}: no effect" for name, why in IGNORED.items()}
-    lines += [f"  {name:<28} {text}" for name, text in rows.items()]
-    return "\n".join(lines) + "\n\nall other flags and keys:\n"
+    usage = "eval_dinov2_classification.py OUTPUT [flags] [key=value ...]; * is every probe"
+    return help_page(rows, usage=usage)

@@ -5,10 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from evaluation.probe_costs import MODELS, SEARCH_BYTES, Plan, Rates
-from evaluation.probe_measure import measure, measure_rates
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils.build import nearest
@@ -65,7 +62,7 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[str, Plan, bool]:
     if values["search_precision"] not in SEARCH_BYTES:
         raise UserError(f"--search-precision is {' or '.join(SEARCH_BYTES)}")
     if values["device"] is None:
-        values["device"] = "cpu" if measured or not torch.cuda.is_available() else "cuda"
+        values["device"] = "cpu" if measured else _device()
     if values["device"] not in ("cpu", "cuda"):
         raise UserError(f"--device is cpu or cuda, not {values['device']!r}")
     numbers = [*values["ks"], *(value for value in values.values() if isinstance(value, int))]
@@ -76,7 +73,9 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[str, Plan, bool]:
 
 def show(probe: str, plan: Plan, *, with_measurement: bool) -> None:
     """Print memory and time by part, by formula, and the measured totals beside them."""
-    here = "cuda" if plan.device == "cuda" and torch.cuda.is_available() else "cpu"
+    from evaluation.probe_measure import measure, measure_rates  # late: --help needs no torch
+
+    here = _device() if plan.device == "cuda" else "cpu"
     rates = measure_rates(probe, plan._replace(device=here))
     found = measure(probe, plan) if with_measurement else None
     if found:
@@ -108,3 +107,9 @@ def show(probe: str, plan: Plan, *, with_measurement: bool) -> None:
         f"machine's {here} just now; the net's own pass over the images is not in it",
     )
     say(f"rates: {rates}")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

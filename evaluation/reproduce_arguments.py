@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluation.command_line import quoted
 from evaluation.progress import say
 from evaluation.published import DEIT, LAYOUTS, PUBLISHED, Published
 from evaluation.results import print_table
@@ -44,7 +45,7 @@ def parse_reproduction(argv: Sequence[str] | None = None) -> dict[str, Any] | No
         from evaluation.reproduce import model_of  # late: --help and the table need no torch
 
         name = model_of(argv.pop(0), options.get("--model"))
-        words = [f"weights={_quoted(files[0])}", *_overrides(name, options), *argv]
+        words = [f"weights={quoted(files[0])}", *_overrides(name, options), *argv]
     except UserError as error:
         fail(error)
     config = plain(parse_config(default=PUBLISHED[name].config, argv=words, base="evaluate"))
@@ -98,10 +99,5 @@ def _overrides(name: str, options: Mapping[str, str]) -> list[str]:
         words.append(f"backbone={name}")
     for task in TASKS:
         if root := options.get(_flag(task)):
-            words += [f"+probe@probes.{task}={task}", f"probes.{task}.root={_quoted(root)}"]
+            words += [f"+probe@probes.{task}={task}", f"probes.{task}.train.root={quoted(root)}"]
     return words
-
-
-def _quoted(value: str) -> str:
-    """Text in the grammar of overrides."""
-    return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"

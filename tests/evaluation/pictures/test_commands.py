@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(words, said, tmp_path):
     [
         ([], "error: which? (pictures: attention, neighbours, pca, segmentation)"),
         (["attentoin"], "error: no picture 'attentoin'; did you mean 'attention'?"),
-        (["pca", "a", "b"], "error: cannot read 'b'"),
+        (["pca", "a", "b"], "error: too many words, 'pca' and 'a' and 'b'"),
         (["pca", "--weights"], "error: --weights needs a value"),
     ],
 )

@@ -1,0 +1,120 @@
+"""Flags of the evaluation commands: each is another name of one key of the command's config.
+
+What a command's own flags leave over is read by `utils.flags`, as for every script.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from utils.config import CONFIGS
+from utils.errors import UserError
+from utils.flags import FLAGS
+
+TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
+    "--config-file",
+    "--config",
+}
+
+
+class Option(NamedTuple):
+    """A flag: the key it sets, what it means, and its value (None: the next word).
+
+    Text is quoted on its way into the config; `text=False` lets a number or a list be one.
+    """
+
+    key: str
+    help: str
+    value: str | None = None
+    text: bool = True
+
+
+class Words(NamedTuple):
+    """A command line, sorted."""
+
+    places: list[str]  # words that stand for themselves, such as an output folder
+    overrides: list[str]  # key=value, and flags that are not the command's, in their order
+    notes: list[str]  # what is said of flags that have no effect
+
+
+def read_words(
+    argv: Sequence[str],
+    options: Mapping[str, Option],
+    *,
+    same: Mapping[str, str] | None = None,
+    ignored: Mapping[str, str] | None = None,
+    num_places: int = 0,
+    spell: Callable[[str, str], list[str] | None] = lambda name, value: None,
+) -> Words:
+    """Sort `[words] [flags] [key=value ...]`; flags of other commands pass as they are.
+
+    same: other spellings of flags. ignored: flags without an effect, and why. num_places: words
+    that may stand for themselves; with none they pass too. spell: overrides for a flag's value
+    where they are not simply key=value. Raises UserError for a flag without its value and for one
+    word too many.
+    """
+    words, found, same, ignored = list(argv), Words([], [], []), same or {}, ignored or {}
+    while words:
+        word = words.pop(0)
+        name, _, inline = word.partition("=")
+        name = same.get(name, name)
+        if name in ignored:
+            found.notes.append(f"{name} has no effect: {ignored[name]}")
+        elif name in options:
+            option = options[name]
+            value = option.value or inline or (words.pop(0) if words else "")
+            if not value or (option.value is None and not inline and value.startswith("--")):
+                raise UserError(f"{name} needs a value: {option.help}")
+            found.overrides.extend(spell(name, value) or [_override(option, value)])
+        elif word.startswith(("-", "+", "~")) or "=" in word or not num_places:
+            found.overrides.append(word)
+            if word in TAKES_VALUE and words:
+                found.overrides.append(words.pop(0))
+        elif len(found.places) == num_places:
+            what = "two output folders" if num_places == 1 else "too many words"
+            given = " and ".join(map(repr, [*found.places, word]))
+            raise UserError(f"{what}, {given}; key=value sets a key")
+        else:
+            found.places.append(word)
+    return found
+
+
+def backbone_words(name: str) -> list[str]:
+    """Overrides for a model: our config of that name, else timm's model or one of the hub.
+
+    For a name of none of them, the config's own complaint will say so.
+    """
+    if not (CONFIGS / "backbone" / f"{name}.yaml").is_file():
+        import timm  # late: --help and our own models need none of it
+
+        if ":" in name or timm.is_model(name.split(".")[0]):
+            return ["backbone=timm", f"backbone.model_name={quoted(name)}"]
+    return [f"backbone={name}"]
+
+
+def quoted(text: str) -> str:
+    """Text in the grammar of overrides."""
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def help_page(rows: Mapping[str, str], *, usage: str = "") -> str:
+    """What --help prints before the flags and keys of all scripts; rows: flag -> what it means."""
+    lines = [f"{sys.modules['__main__'].__doc__ or ''}"]
+    lines += [f"usage: {usage}", ""] if usage else []
+    lines.append("flags of this command (they come before those below of the same name):")
+    width = max(map(len, rows), default=0)
+    lines += [f"  {name:<{width}}  {meaning}" for name, meaning in rows.items()]
+    return "\n".join(lines) + "\n\nall other flags and keys:\n"
+
+
+def meanings(
+    options: Mapping[str, Option], ignored: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The rows of `help_page` for flags, and for those without an effect."""
+    rows = {name: f"{option.help} ({option.key})" for name, option in options.items()}
+    return rows | {name: f"accepted: {why}" for name, why in (ignored or {}).items()}
+
+
+def _override(option: Option, value: str) -> str:
+    bare = option.value is not None or not option.text
+    return f"{option.key}={value if bare else quoted(value)}"
