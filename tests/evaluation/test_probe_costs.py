@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation import probe_plan
+from evaluation import probe_measure, probe_plan
 from evaluation.probe_costs import MODELS, Plan, Rates, knn_costs, linear_costs
 from evaluation.probe_measure import measure, measure_rates
 from utils.errors import UserError
@@ -73,7 +73,7 @@ def test_real_memory_is_near_the_model(probe, plan):
 
 
 def test_command_prints_model_and_measurement(capsys, monkeypatch):
-    monkeypatch.setattr(probe_plan, "measure_rates", lambda probe, plan: RATES)
+    monkeypatch.setattr(probe_measure, "measure_rates", lambda probe, plan: RATES)
     probe_plan.main(["--probe", "knn", "--processes", "8", "--device", "cuda"])
     printed = capsys.readouterr().out
     assert "knn, one of 8 processes on cuda: 1,281,167 + 50,000 images" in printed

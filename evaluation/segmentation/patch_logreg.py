@@ -1,0 +1,189 @@
+"""Logistic regression on patches: one label per patch, copied to its pixels.
+
+Protocol of capi's segmentation probe (Darcet et al. 2025), whose tables call it linear.
+Letters: m patches of a chunk, D width, K classes, p pixels a side of a patch.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from evaluation.logistic import LogisticModel, Moments, fit_logistic, measure_moments
+from evaluation.progress import say
+from evaluation.segmentation.fit_rows import FitRows
+from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
+from evaluation.segmentation.store import PatchStore
+from utils import distributed
+from utils.errors import UserError
+
+# 10^linspace(-6, 5, 8), to the last digit, because they are part of the published keys.
+PUBLISHED_C = (
+    *(1e-06, 3.727593720314938e-05, 0.0013894954943731374, 0.05179474679231213),
+    *(1.9306977288832496, 71.96856730011514, 2682.6957952797275, 100000.0),
+)
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+class PatchLogreg:
+    """The classifier and its grid of C, the inverse strength of the L2 penalty.
+
+    Classes are the labels that are some training patch's most frequent one. hold_gb: standardised
+    patches kept on the device during a fit, by each process; null: half of a GPU's free memory, 2
+    on the CPU. Beyond that every evaluation of the objective reads them anew. warm_start begins
+    each C at the fit of the one before.
+    Departs from capi and octic-vits: torch's L-BFGS instead of cuML's, with the same objective,
+    over all processes at once instead of one C each.
+    """
+
+    name = "logreg"
+
+    def __init__(
+        self,
+        *,
+        C: Sequence[float] = PUBLISHED_C,
+        max_iter: int = 1000,
+        tol: float = 1e-12,
+        history: int = 5,
+        warm_start: bool = False,
+        subsampling: int = 1,
+        chunk_size: int = 65536,
+        hold_gb: float | None = None,
+    ) -> None:
+        if not C or min(C) <= 0:
+            raise ValueError(f"C must be positive numbers, got {list(C)}")
+        if min(max_iter, history, subsampling, chunk_size) < 1:
+            raise ValueError("max_iter, history, subsampling and chunk_size must be 1 or more")
+        self.C, self.max_iter, self.tol, self.history = list(map(float, C)), max_iter, tol, history
+        self.warm_start, self.subsampling = warm_start, subsampling
+        self.chunk_size, self.hold_gb = chunk_size, hold_gb
+        self.fitted: dict[str, Tensor] = {}
+
+    @property
+    def points(self) -> dict[str, float]:
+        """The grid by its published keys, in order."""
+        # The bound on line search steps is cuML's setting, and part of the key; ours has its own.
+        rest = f"linesearch_max_iter=50_lbfgs_hessian_rank={self.history}"
+        return {f"C={C}_max_iter={self.max_iter}_tol={self.tol}_{rest}": C for C in self.C}
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What the figures depend on."""
+        return {
+            "C": self.C,
+            "max_iter": self.max_iter,
+            "tol": self.tol,
+            "lbfgs_memory": self.history,
+            "warm_start": self.warm_start,
+            "subsampling": self.subsampling,
+        }
+
+    def score(
+        self, rows: FitRows, queries: PatchStore, *, device: torch.device
+    ) -> dict[str, Scores]:
+        """Scores of the queries at every C; every rank must call this."""
+        found: dict[str, Scores] = {}
+        model: LogisticModel | None = None
+        batches = hold_batches(rows, device, hold_gb=self.hold_gb)
+        moments = self._moments(batches, rows, device)
+        for key, C in self.points.items():
+            begin = time.perf_counter()
+            start = model if self.warm_start else None
+            model = self.fit(batches, rows, C, device=device, start=start, moments=moments)
+            confusion = Confusion(device)
+            for share, labels in predict(model, rows, queries, device=device):
+                confusion.add(queries.labels[share], labels)
+            found[key] = confusion.scores(rows.ignore_labels)
+            if distributed.is_main():
+                seconds = time.perf_counter() - begin
+                percent = f"{100 * found[key].miou:.2f} % mIoU"
+                say(f"logreg C={C:.4g}: {percent}, {model.steps} steps, {seconds:.0f} s")
+        return found
+
+    def fit_and_predict(
+        self, rows: FitRows, queries: PatchStore, key: str, *, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(own places, labels [m, p^2]) of the queries at one C; every rank must exhaust it.
+
+        The classifier stays in `fitted`, under scikit-learn's names.
+        """
+        batches = hold_batches(rows, device, hold_gb=self.hold_gb)
+        moments = self._moments(batches, rows, device)
+        model = self.fit(batches, rows, self.points[key], device=device, moments=moments)
+        self.fitted = {
+            "coef_": model.weight.cpu(),
+            "intercept_": model.bias.cpu(),
+            "classes_": rows.classes,
+        }
+        yield from predict(model, rows, queries, device=device)
+
+    def fit(
+        self,
+        batches: Batches,
+        rows: FitRows,
+        C: float,
+        *,
+        device: torch.device,
+        start: LogisticModel | None = None,
+        moments: Moments | None = None,
+    ) -> LogisticModel:
+        """The classifier of one C over the patches of all ranks; every rank must call this."""
+        return fit_logistic(
+            batches,
+            num_classes=len(rows.classes),
+            dim=rows.dim,
+            C=C,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            history=self.history,
+            device=device,
+            start=start,
+            moments=moments,
+        )
+
+    def _moments(self, batches: Batches, rows: FitRows, device: torch.device) -> Moments:
+        try:
+            return measure_moments(
+                batches, num_classes=len(rows.classes), dim=rows.dim, device=device
+            )
+        except ValueError as error:
+            raise UserError(f"{error} (standardization: none lets them through)") from None
+
+
+@torch.no_grad()
+def predict(
+    model: LogisticModel, rows: FitRows, queries: PatchStore, *, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """(own places, labels [m, p^2]) of this rank's queries, in order, on `device`."""
+    classes, pixels = rows.classes.to(device, torch.uint8), queries.shape.pixels_per_patch
+    chunks = queries.chunks(rows.chunk_size, device, transform=rows.standardizer)
+    for features, places in chunks:
+        labels = classes[model.scores(features).argmax(1)]
+        share = slice(int(places[0]), int(places[-1]) + 1)
+        yield share, labels[:, None].expand(-1, pixels)
+
+
+@torch.no_grad()
+def hold_batches(rows: FitRows, device: torch.device, *, hold_gb: float | None = None) -> Batches:
+    """Passes over this rank's (features [m, D], class indices [m]): kept where they fit."""
+    index = torch.zeros(NUM_LABELS, dtype=torch.int64)
+    index[rows.classes] = torch.arange(len(rows.classes))
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        for features, labels, _ in rows.chunks(device):
+            yield features, index[labels.int()].to(device)
+
+    needed = rows.own_count * rows.dim * torch.float32.itemsize
+    if needed <= _room(device, hold_gb):
+        held = list(read())
+        return lambda: held
+    if distributed.is_main():
+        say(f"logreg: {needed / 1e9:.1f} GB of patches do not fit; they are read for each pass")
+    return read
+
+
+def _room(device: torch.device, hold_gb: float | None) -> float:
+    if hold_gb is not None:
+        return hold_gb * 1e9
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 2e9

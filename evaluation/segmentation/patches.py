@@ -1,0 +1,151 @@
+"""One pass over images and masks: patch tokens and the labels of their pixels, into a store.
+
+Letters: B images, R resolution, h w the grid, p pixels a side of a patch, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.features import device_of, evaluating
+from evaluation.progress import track
+from evaluation.segmentation.dense_transforms import Pair, Pairs
+from evaluation.segmentation.iou import NUM_LABELS
+from evaluation.segmentation.store import PatchStore, Shape
+from utils import distributed
+from utils.data.loaders import evaluation_batches
+from utils.data.segmentation import SegmentationDataset
+from utils.data.segmentation_transforms import squash
+from utils.errors import UserError
+from vit.backbone import Backbone
+
+
+def split_images(count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Training and validation images: the first tenth of numpy's seeded permutation validates."""
+    order = np.random.RandomState(seed).permutation(count).tolist()
+    return order[count // 10 :], order[: count // 10]
+
+
+def shape_of(net: Backbone, num_images: int, resolution: int) -> Shape:
+    """The size of a store; UserError where the patches do not fill the image."""
+    side = net.patch_size
+    if resolution < side or resolution % side:
+        fitting = max(round(resolution / side), 1) * side
+        raise UserError(
+            f"resolution {resolution} is no multiple of the net's patches of {side} pixels; "
+            f"{fitting} is"
+        )
+    return Shape(num_images, (resolution // side) ** 2, side**2, net.embed_dim)
+
+
+def resolve_precision(precision: str, net: Backbone) -> str:
+    """`auto` as published on a GPU (bf16), and fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device_of(net).type == "cuda" else "fp32"
+
+
+@torch.no_grad()
+def extract_patches(
+    net: Backbone,
+    dataset: SegmentationDataset,
+    order: Sequence[int],
+    store: PatchStore,
+    *,
+    resolution: int,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    transform: Callable | None = None,
+    label: str = "patches",
+) -> None:
+    """Fill the store with this rank's share of the images `order`; every rank must call this.
+
+    `transform` of a pair (image, mask) replaces the published squashing.
+    """
+    batches = evaluation_batches(
+        _Chosen(dataset, order),  # type: ignore[arg-type]  # pairs stand where images do
+        transform or partial(_squash_pair, resolution=resolution),
+        batch_size,
+        num_workers=num_workers,
+        rank=store.rank,
+        world_size=store.world,
+    )
+    batches = track(
+        batches,
+        total=store.num_own_images,
+        label=label,
+        size=lambda batch: len(batch[1]),
+        shown=distributed.is_main(),
+    )
+    start = calls = 0
+    with evaluating(net, precision) as device:
+        for (images, masks), _, _ in batches:
+            features = patch_tokens(net, images.to(device, non_blocking=True))
+            labels = label_patches(masks, net.patch_size).flatten(0, 2)
+            store.write(start, features.flatten(0, 2), labels, majority_labels(labels))
+            start, calls = start + len(labels), calls + 1
+        # A sharded net gathers its weights in every call, so all ranks must make the same number.
+        images = torch.zeros(1, 3, resolution, resolution, device=device)
+        share = -(-store.shape.num_images // store.world)
+        for _ in range(-(-share // batch_size) - calls):
+            patch_tokens(net, images)
+
+
+def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
+    """Patch tokens [B h w D] of the last block after the final norm; UserError without them."""
+    patches = net.features(images)[0].patches
+    if patches is None:
+        raise UserError(
+            f"{type(net).__name__} gives no patch tokens (features(...)[0].patches is None), so "
+            "there is nothing to segment with"
+        )
+    side = images.shape[-1] // net.patch_size
+    expected = (len(images), side, side, net.embed_dim)
+    if tuple(patches.shape) != expected:
+        raise UserError(
+            f"{type(net).__name__} gives patches of shape {list(patches.shape)} for images of "
+            f"{images.shape[-1]} pixels, not {list(expected)}"
+        )
+    return patches
+
+
+def label_patches(masks: Tensor, patch_size: int) -> Tensor:
+    """Masks [B R R] as labels [B h w p^2], the pixels of a patch row by row."""
+    side = masks.shape[-1] // patch_size
+    cells = masks.view(len(masks), side, patch_size, side, patch_size)
+    return cells.permute(0, 1, 3, 2, 4).flatten(3)
+
+
+def majority_labels(labels: Tensor) -> Tensor:
+    """The most frequent label [n] of each row [n, pixels], uint8; the smallest on ties."""
+    rows = torch.arange(len(labels))[:, None] * NUM_LABELS
+    counts = (rows + labels).flatten().bincount(minlength=len(labels) * NUM_LABELS)
+    smaller_first = torch.arange(NUM_LABELS - 1, -1, -1)
+    ranked = counts.view(-1, NUM_LABELS) * NUM_LABELS + smaller_first
+    return ranked.argmax(1).to(torch.uint8)  # no two are equal
+
+
+class _Chosen(Pairs):
+    """Some images of a data set, in an order of their own."""
+
+    def __init__(self, dataset: SegmentationDataset, order: Sequence[int]) -> None:
+        super().__init__(dataset)
+        self.order = np.asarray(order, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def read(self, index: int) -> Pair:
+        return super().read(int(self.order[index]))
+
+    def path(self, index: int) -> str:
+        return super().path(int(self.order[index]))
+
+
+def _squash_pair(pair: Pair, *, resolution: int) -> tuple[Tensor, Tensor]:
+    image, mask = pair
+    return squash(image, mask, resolution)

@@ -1,0 +1,270 @@
+"""Runners of the cases about segmentation probes on patches."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from evaluation.segmentation.fit_rows import FitRows
+from evaluation.segmentation.iou import Confusion
+from evaluation.segmentation.patch_knn import PatchKnn
+from evaluation.segmentation.patch_logreg import PatchLogreg
+from evaluation.segmentation.patches import extract_patches, majority_labels, split_images
+from evaluation.segmentation.probe import SegmentationProbe
+from evaluation.segmentation.standardize import Standardizer, fit_standardizer
+from evaluation.segmentation.store import PatchStore, Shape
+from tests.parity.harness import Runner, check, load
+from utils.data.segmentation import MaskedImages, ade20k
+from vit.backbone import Features
+
+CPU = torch.device("cpu")
+
+
+class PatchConvolution(nn.Module):
+    """An encoder of one convolution."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.embed_dim, self.patch_size = weight.shape[0], weight.shape[-1]
+
+    def features(self, images: Tensor, layers: tuple[int, ...] = (-1,)) -> list[Features]:
+        found = nn.functional.conv2d(images, self.weight, self.bias, stride=self.patch_size)
+        patches = found.permute(0, 2, 3, 1)
+        return [Features(patches.mean((1, 2)), patches) for _ in layers]
+
+
+def make_store(features: Tensor, labels: Tensor, folder: Path | None = None) -> PatchStore:
+    """A store of one patch per image."""
+    shape = Shape(len(features), 1, labels.shape[1], features.shape[1])
+    store = PatchStore(shape, dtype=torch.float32, folder=folder)
+    store.write(0, features, labels, majority_labels(labels))
+    return store
+
+
+def seg_extract(case: dict[str, Any], folder: Path) -> None:
+    """Features and labels by patch, the pixels of one patch row by row."""
+    stored = load(case, folder)
+    net = PatchConvolution(stored["state.weight"], stored["state.bias"])
+    images, masks = stored["in.images"], stored["in.labels"]
+    side, patch = images.shape[-1], case["args"]["patch_size"]
+    grid = side // patch
+    shape = Shape(len(images), grid**2, patch**2, net.embed_dim)
+    store = PatchStore(shape, dtype=torch.float32, folder=None)
+    extract_patches(
+        net,
+        _Tensors(images, masks),
+        range(len(images)),
+        store,
+        resolution=side,
+        batch_size=case["args"]["batch_size"],
+        transform=_unchanged,
+    )
+    features = store.rows.read(0, store.num_rows).view(stored["out.features"].shape)
+    check("features", features, stored["out.features"], _tolerance(case), "close")
+    labels = store.labels.view(stored["out.labels"].shape)
+    check("labels", labels, stored["out.labels"], 0, "exact")
+
+
+def seg_knn(case: dict[str, Any], folder: Path) -> None:
+    """Predictions of each pixel and scores, from memory at once and from a file in small chunks."""
+    stored, args = load(case, folder), case["args"]
+    precision = "bf16" if args.get("dtype") == "bfloat16" else "fp32"
+    for chunk_size, query_batch, in_file in (
+        (args["chunk"], args["inference_bs"], False),
+        (37, 11, True),
+    ):
+        with tempfile.TemporaryDirectory() as scratch:
+            where = Path(scratch) if in_file else None
+            train = make_store(stored["in.train_features"], stored["in.train_labels"], where)
+            test = make_store(stored["in.test_features"], stored["in.test_labels"], where)
+            classifier = PatchKnn(
+                num_neighbors=args["ks"],
+                distances=args["distances"],
+                search_precision=precision,
+                chunk_size=chunk_size,
+                query_batch=query_batch,
+                subsampling=args["subsampling"],
+            )
+            rows = _rows([train], args, chunk_size)
+            for key, scores in classifier.score(rows, test, device=CPU).items():
+                k, distance = classifier.points[key]
+                point = f"{distance}/{k}"
+                predictions = classifier.fit_and_predict(rows, test, key, device=CPU)
+                predicted = torch.cat([labels for _, labels in predictions])
+                check(point, predicted, stored[f"out.preds/{point}"], 0, "exact")
+                _check_scores(case, point, scores)
+
+
+def seg_logreg(case: dict[str, Any], folder: Path) -> None:
+    """Coefficients, predictions and scores for each C."""
+    stored, args, expected = load(case, folder), case["args"], case["expected"]
+    train = make_store(stored["in.train_features"], stored["in.train_labels"])
+    test = make_store(stored["in.test_features"], stored["in.test_labels"])
+    classifier = PatchLogreg(C=args["C"], subsampling=args["subsampling"])
+    rows = _rows([train], args, 64)
+    assert rows.classes.tolist() == expected["classes"]
+    assert rows.count == expected["kept_patches"]
+    scores = classifier.score(rows, test, device=CPU)
+    for number, key in enumerate(classifier.points):
+        predictions = classifier.fit_and_predict(rows, test, key, device=CPU)
+        predicted = torch.cat([labels for _, labels in predictions])
+        assert bool((predicted == predicted[:, :1]).all())
+        check(key, predicted[:, 0], stored[f"out.patch_preds/{number}"], 0, "exact")
+        for ours, theirs in (("coef_", "coef"), ("intercept_", "intercept")):
+            value = classifier.fitted[ours]
+            tolerance = case["tolerance"][f"out.{theirs}"]
+            check(
+                f"{key} {ours}",
+                value - value.mean(0),
+                stored[f"out.{theirs}/{number}"],
+                tolerance,
+                "close",
+            )
+        _check_scores(case, str(number), scores[key])
+
+
+def seg_metrics(case: dict[str, Any], folder: Path) -> None:
+    """mIoU and accuracy under each list of ignored labels."""
+    stored = load(case, folder)
+    for ignored in case["args"]["ignore_sets"]:
+        confusion = Confusion()
+        for target, prediction in zip(
+            stored["in.target"].split(7), stored["in.preds"].split(7), strict=True
+        ):
+            confusion.add(target, prediction)
+        _check_scores(case, json.dumps(ignored), confusion.scores(ignored))
+
+
+def standardize(case: dict[str, Any], folder: Path) -> None:
+    """Every method, fitted chunk by chunk, on other rows."""
+    stored = load(case, folder)
+    train, other = stored["in.train"], stored["in.other"]
+    for key in (name for name in stored if name.startswith("out.")):
+        method = key.removeprefix("out.").removeprefix("abs.")
+        found = fit_standardizer(method, lambda: train.split(33), dim=train.shape[1])(other)
+        found = found.abs() if "abs." in key else found
+        check(method, found, stored[key], case["tolerance"], "close")
+
+
+def seg_e2e(case: dict[str, Any], folder: Path) -> None:
+    """From a tree of files to the published result file, predictions and dumped features."""
+    stored, args, expected = load(case, folder), case["args"], case["expected"]
+    assert (
+        sum(split_images(len(stored["in.train_images"]), seed=args["seed"])[::-1], [])
+        == (expected["permutation"])
+    )
+    net = PatchConvolution(stored["state.weight"], stored["state.bias"])
+    with tempfile.TemporaryDirectory() as temporary:
+        root, output = Path(temporary, "root"), Path(temporary, "output")
+        parts = {"train": "training", "test": "validation"}
+        data = {
+            part: _write_tree(root, split, stored[f"in.{part}_images"], stored[f"in.{part}_labels"])
+            for part, split in parts.items()
+        }
+        probe = SegmentationProbe(
+            **data,
+            classifiers=args["classifiers"],
+            ignore_labels=args["ignore_labels"],
+            standardization=args["standardization"],
+            resolution=args["resolution"],
+            batch_size=args["batch_size"],
+            seed=args["seed"],
+            dump_features=True,
+            dump_predictions=True,
+            dump_classifier=True,
+        )
+        probe(net, {}, output)
+        written = {path.name for path in output.glob("*.pth")}
+        assert written == set(expected["files_written"])
+        results = json.loads((output / "results_eval_segmentation.json").read_text())["results"]
+        assert list(results) == list(expected["results"])
+        for key, value in expected["results"].items():
+            tolerance = case["tolerance"]["results knn" if "knn" in key else "results logreg"]
+            check(key, results[key], value, tolerance, "absolute")
+        features = torch.load(output / "features.pth")
+        _check_dumps(case, stored, features)
+        for name in ("knn", "logreg"):
+            ours = torch.load(output / f"preds_{name}.pth")
+            equal = (ours == stored[f"out.preds_{name}"]).float().mean()
+            assert ours.shape == stored[f"out.preds_{name}"].shape and equal >= 0.995, name
+
+
+def _check_dumps(case: dict[str, Any], stored: dict[str, Tensor], features: Any) -> None:
+    train, val = features["train"], features["val"]
+    theirs = stored["out.train_features_std"]
+    tolerance = case["tolerance"]["out.train_features_std"]
+    check("features", train["features"][: len(theirs)], theirs, tolerance, "close")
+    for name, ours in (("train_first_rows_labels", train), ("val_labels", val)):
+        theirs = stored[f"out.{name}"]
+        check(name, ours["labels"][: len(theirs)], theirs, 0, "exact")
+
+
+def _write_tree(root: Path, split: str, images: Tensor, masks: Tensor) -> MaskedImages:
+    """ADE20K's tree, with lossless content where the ending promises JPEG."""
+    base = root / "ADEChallengeData2016"
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        for kind, array, suffix in (("images", image, ".jpg"), ("annotations", mask, ".png")):
+            path = base / kind / split / f"ADE_{number:05d}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.numpy()).save(path, "PNG")
+    return ade20k(root, split=split)
+
+
+class _Tensors:
+    """Stored tensors in the shape of a data set."""
+
+    name, class_names, ignore_labels = "stored", [str(n) for n in range(256)], ()
+
+    def __init__(self, images: Tensor, masks: Tensor) -> None:
+        self.images, self.masks = images, masks
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def read_mask(self, index: int) -> Tensor:
+        return self.masks[index]
+
+    def path(self, index: int) -> str:
+        return f"image {index}"
+
+
+def _unchanged(pair: Any) -> Any:
+    return pair
+
+
+def _rows(stores: list[PatchStore], args: dict[str, Any], chunk_size: int) -> FitRows:
+    return FitRows(
+        stores,
+        ignore_labels=args["ignore_labels"],
+        standardizer=Standardizer(),
+        subsampling=args["subsampling"],
+        chunk_size=chunk_size,
+    )
+
+
+def _check_scores(case: dict[str, Any], key: str, scores: Any) -> None:
+    expected, tolerance = case["expected"]["scores"][key], case["tolerance"]["scores"]
+    check(f"{key} mIoU", scores.miou, expected["mIoU"], tolerance, "absolute")
+    check(f"{key} acc", scores.acc, expected["acc"], tolerance, "absolute")
+
+
+def _tolerance(case: dict[str, Any]) -> dict[str, float]:
+    return {key: case["tolerance"][key] for key in ("atol", "rtol")}
+
+
+RUNNERS: dict[tuple[str, str], Runner] = {
+    ("evaluation", "seg_extract"): seg_extract,
+    ("evaluation", "seg_knn"): seg_knn,
+    ("evaluation", "seg_logreg"): seg_logreg,
+    ("evaluation", "seg_metrics"): seg_metrics,
+    ("evaluation", "standardize"): standardize,
+    ("evaluation", "seg_e2e"): seg_e2e,
+}
