@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from utils.build import build, check_targets, plain
 from utils.effective_batch import micro_batches
-from utils.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,12 +32,16 @@ def check(config: Any) -> None:
 
 def describe(content: dict[str, Any]) -> list[str]:
     """Lines with parameters and multiply-adds of the networks, and the batch."""
+    from utils.flops import count_one_image
+
     net, recipe = networks(content)
     size = crop_size(content, net)
     name = str(content["backbone"]["_target_"]).rpartition(".")[2]
+    count = count_one_image(net, size, backward=False)
+    missing = f", without {', '.join(count.uncounted)}" if count.uncounted else ""
     lines = [
         f"backbone {name}: {_millions(net)} parameters, "
-        f"{multiply_adds(net, size) / 1e9:.2f} G multiply-adds at {size} x {size}"
+        f"{count.forward / 2e9:.2f} G multiply-adds at {size} x {size}{missing}"
     ]
     for part, module in getattr(recipe, "student", {}).items():
         if part != "backbone":
@@ -83,22 +86,6 @@ def crop_size(content: dict[str, Any], net: "nn.Module") -> int:
     size = crops.get("global_crops_size") or content["backbone"].get("img_size")
     default: dict[str, Any] = getattr(net, "default_cfg", {}) or {}
     return int(size or default.get("input_size", (3, 224, 224))[-1])
-
-
-def multiply_adds(net: "nn.Module", size: int) -> int:
-    """Multiply-adds of one square image of `size` pixels a side."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    channels = getattr(net, "in_chans", 3)
-    device = next(net.parameters()).device
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter:
-            net.eval()(torch.empty(1, channels, size, size, device=device))
-    except ValueError as error:
-        raise UserError(f"the backbone does not take {size} x {size} pixels: {error}") from error
-    return counter.get_total_flops() // 2
 
 
 def _millions(net: "nn.Module") -> str:

@@ -97,6 +97,7 @@ def test_any_backbone(backbone, tmp_path):
     assert max(figures.values()) > 40
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     alone = judge()
     assert in_processes(judge, 2, tmp_path) == [alone, alone]

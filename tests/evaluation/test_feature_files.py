@@ -184,6 +184,7 @@ def extract_in_all(folder: str) -> list:
     return [found.indices.tolist(), again.indices.tolist()]
 
 
+@pytest.mark.slow
 def test_ranks_join_their_parts_in_order(tmp_path):
     one, two = in_processes(functools.partial(extract_in_all, str(tmp_path / "f")), 2, tmp_path)
     assert one[0] + two[0] == list(range(23))

@@ -51,6 +51,7 @@ def test_figures_are_scikit_learns():
     assert figures["logreg_top5"] > figures["logreg_top1"] > 40  # chance: 17
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     alone = judge()
     assert in_processes(judge, 2, tmp_path) == [alone, alone]

@@ -111,6 +111,7 @@ def test_any_backbone(backbone, precision: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_process_or_two_or_in_pieces_make_one_head(tmp_path: Path) -> None:
     """Neither the number of processes nor accumulation changes head or figures."""
     alone = fit_and_judge()

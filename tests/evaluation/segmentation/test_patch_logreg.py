@@ -50,6 +50,7 @@ def _coefficients():
     return fitted()[0]["coef_"].tolist()
 
 
+@pytest.mark.slow
 def test_processes_fit_the_same(tmp_path):
     alone = torch.tensor(_coefficients())
     for rank in in_processes(_coefficients, 2, tmp_path):

@@ -83,6 +83,7 @@ def judged_in(folder):
     return probe(ToyNet(), {}, folder)
 
 
+@pytest.mark.slow
 def test_processes_judge_the_same(tmp_path):
     """Two ranks: the same figures, and the features and predictions of all in one order."""
     alone = judged_in(tmp_path / "one")

@@ -1,0 +1,216 @@
+"""Parameters, multiply-adds, speed and memory of nets beside their plain twins, as one table."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from evaluation.cost.counting import count_cost
+from evaluation.cost.cross_check import count_with_fvcore, explain_difference
+from evaluation.cost.models import Group, Node, find_backbone, make_groups, make_net
+from evaluation.cost.peaks import Peak, arithmetic_of, device_name, find_peak
+from evaluation.cost.picture import draw_costs, heights
+from evaluation.cost.settings import Settings, check_outputs, choose_device, read_settings
+from evaluation.cost.table import Result, print_results, write_json
+from evaluation.cost.timing import (
+    Contestant,
+    free_memory,
+    measure_in_turn,
+    ratio_of,
+    speed_of,
+    unless_out_of_memory,
+)
+from evaluation.progress import say
+from utils import distributed
+from utils.build import plain
+from utils.errors import UserError
+from utils.flops import count_operations
+from utils.run_folder import describe_code
+
+# Each net has two graphs, each group up to three nets, all of one code.
+RECOMPILE_LIMIT = 64
+
+
+def measure(config: Mapping[str, Any]) -> dict[str, Result]:
+    """Compare the nets of `config["models"]`: the keys of configs/complexity.yaml.
+
+    Prints the table; writes `json` and `picture` where they are asked for. A net that runs out of
+    memory is one line, the others go on. Of several processes the first measures, the others wait.
+    Raises UserError for names and settings that cannot be, and for operators nobody counts.
+    """
+    config = dict(plain(config))
+    name = choose_device(config["device"])
+    with distributed.session("cpu" if name == "mps" else name) as found:
+        device = torch.device("mps") if name == "mps" else found
+        settings = read_settings(config, device)
+        check_outputs(config)
+        results = {}
+        if distributed.is_main():
+            with _numerics(config["threads"], device):
+                results = _measure(config, settings)
+        distributed.barrier()
+    return results
+
+
+def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
+    groups = make_groups(config["models"], config["twins"])
+    names = [name for group in groups for name in group.names]
+    keywords = config["keywords"] or {}
+    nodes = {
+        name: find_backbone(name, size=settings.size, keywords=keywords.get(name)) for name in names
+    }
+    results = {}
+    for group in groups:
+        for name in group.names:
+            say(f"counting {name}")
+            cost = count_cost(name, nodes[name], size=settings.size)
+            twin = None if name == group.twin else group.twin
+            results[name] = Result(name, twin, cost, keywords=keywords.get(name) or {})
+    if config["picture_file"] and config["picture_y"] == "accuracy":
+        heights(list(results.values()), "accuracy")  # refused now, not after the measurement
+    protocol, peak = describe(config, settings)
+    if peak:
+        _say_what_is_measured(config, settings, protocol, estimate_s(results, settings, peak))
+    for index, group in enumerate(groups):
+        if settings.passes or config["operators"] or config["fvcore"]:
+            say(f"group {index + 1} of {len(groups)}: {', '.join(group.names)}")
+            _measure_group(group, nodes, results, config, settings)
+    shown = print_results(list(results.values()), settings, protocol, peak)
+    if config["json_file"]:
+        say(f"written: {write_json(Path(config['json_file']), results, protocol, shown)}")
+    if config["picture_file"]:
+        path = draw_costs(
+            list(results.values()), Path(config["picture_file"]), y=config["picture_y"]
+        )
+        say(f"picture: {path}")
+    return results
+
+
+def _measure_group(
+    group: Group,
+    nodes: Mapping[str, Node],
+    results: Mapping[str, Result],
+    config: Mapping[str, Any],
+    settings: Settings,
+) -> None:
+    contestants = {}
+    shape = (settings.batch_size, 3, settings.size, settings.size)
+    images = torch.randn(shape, device=settings.device)
+    for name in group.names:
+        ready = unless_out_of_memory(partial(_prepare, name, nodes[name], images, settings))
+        if ready is None:
+            results[name].lost += settings.passes
+            say(f"{name}: not enough memory for its weights")
+            continue
+        contestants[name] = ready
+        if config["operators"]:
+            with ready.autocast():
+                results[name].operators = count_operations(ready.net.eval(), images[:1])
+        if config["fvcore"]:
+            theirs = results[name].fvcore = count_with_fvcore(ready.net, settings.size)
+            say(explain_difference(name, results[name].cost.multiply_adds, theirs))
+    for kind in settings.passes if contestants else ():
+        turns, lost = measure_in_turn(
+            contestants,
+            kind,
+            steps=settings.steps,
+            rounds=settings.rounds,
+            warmup=settings.warmup,
+        )
+        for name in lost:
+            results[name].lost.append(kind)
+        for name, own in turns.items():
+            results[name].speeds[kind] = speed_of(own, settings.batch_size)
+            if name != group.twin and group.twin in turns:
+                results[name].ratios[kind] = ratio_of(own, turns[group.twin])
+    contestants.clear()
+    if settings.compile:
+        torch.compiler.reset()
+    free_memory()
+
+
+def _prepare(name: str, node: Node, images: torch.Tensor, settings: Settings) -> Contestant:
+    net: nn.Module = make_net(name, node, "cpu", seed=settings.seed).to(settings.device)
+    return Contestant(net, images, dtype=settings.dtype, compile=settings.compile)
+
+
+@contextmanager
+def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
+    """The threads asked for; on CUDA float32 products may be taken in TF32, as published."""
+    import torch._dynamo
+
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be at least 1, got {threads}")
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads or before[0])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+
+
+def describe(config: Mapping[str, Any], settings: Settings) -> tuple[dict[str, Any], Peak | None]:
+    """Everything the figures depend on, and the device's peak if speeds are measured."""
+    device = settings.device
+    arithmetic = arithmetic_of(device, settings.dtype)
+    peak = find_peak(device, arithmetic) if settings.passes else None
+    protocol = {
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "code": describe_code(),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
+        "batch_size": settings.batch_size,
+        "size": settings.size,
+        "arithmetic": arithmetic,
+        "compile": settings.compile,
+        "steps": settings.steps,
+        "rounds": settings.rounds,
+        "warmup": settings.warmup,
+        "passes": list(settings.passes),
+        "training_step": "forward, loss, backward, AdamW",
+        "peak_flops": peak.flops if peak else None,
+        "peak_source": peak.source if peak else None,
+        "seed": settings.seed,
+    }
+    return protocol, peak
+
+
+def estimate_s(results: Mapping[str, Result], settings: Settings, peak: Peak) -> float:
+    """Seconds of all steps if half of the peak is reached."""
+    turns = settings.rounds + (settings.warmup > 0)
+    steps = settings.steps + settings.warmup + turns
+    passes = [r.operations(kind) for r in results.values() for kind in settings.passes]
+    return steps * settings.batch_size * sum(passes) / (peak.flops / 2)
+
+
+def _say_what_is_measured(
+    config: Mapping[str, Any], settings: Settings, protocol: Mapping[str, Any], seconds: float
+) -> None:
+    device = settings.device.type
+    say(f"device: {protocol['device']} ({device}), {protocol['threads']} threads")
+    if config["amp"] and settings.dtype is None:
+        say("--amp has no effect: this CPU has no bfloat16 products; float32 is measured")
+    chosen = ", ".join(f"{key} {getattr(settings, key)}" for key in settings.defaulted)
+    if chosen:
+        say(f"by default on this device: {chosen}")
+    besides = ", compilation besides" if settings.compile else ""
+    say(f"about {seconds / 60:.1f} min at half of the device's peak{besides}")

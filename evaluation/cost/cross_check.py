@@ -1,0 +1,76 @@
+"""The multiply-adds of a net by fvcore, the counter of the published figures, beside torch's."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+# What both count; the rest of fvcore's operators is what it counts besides.
+PRODUCTS = {
+    *("conv", "linear", "matmul", "bmm", "addmm", "baddbmm", "einsum"),
+    *("scaled_dot_product_attention", "irrep_linear"),
+}
+
+
+def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
+    """The same by fvcore, which traces one image: total, parts by operator, what it skips.
+
+    Its own rules stand (five operations per element of a layer norm, say); attention and our
+    matrix product, for which it has none, are given the products' multiply-adds.
+    """
+    try:
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError:
+        raise UserError("--fvcore needs the package fvcore: pip install fvcore") from None
+    device = next(net.parameters()).device
+    analysis = FlopCountAnalysis(net.eval(), torch.zeros(1, 3, size, size, device=device))
+    analysis.set_op_handle(
+        **{
+            "aten::scaled_dot_product_attention": _attention_products,
+            "octic::irrep_linear": _irrep_products,
+        }
+    )
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.tracer_warnings("none")
+    with torch.no_grad():
+        return {
+            "total": int(analysis.total()),
+            "by_operator": {key: int(value) for key, value in analysis.by_operator().items()},
+            "skipped": dict(analysis.unsupported_ops()),
+        }
+
+
+def explain_difference(name: str, ours: int, theirs: dict[str, Any]) -> str:
+    """One line: how far fvcore's count is from ours, and by which of its rules."""
+    more = {key: value for key, value in theirs["by_operator"].items() if key not in PRODUCTS}
+    parts = ", ".join(f"{key} {value / 1e9:.3f}" for key, value in more.items()) or "nothing"
+    rest = theirs["total"] - ours - sum(more.values())
+    line = (
+        f"fvcore: {name}: {theirs['total'] / 1e9:.3f} against {ours / 1e9:.3f}; "
+        f"it counts besides: {parts}"
+    )
+    return line if not rest else f"{line}; not explained: {rest / 1e9:+.3f}"
+
+
+def _shape(value: Any) -> list[int]:
+    return list(value.type().sizes())
+
+
+def _attention_products(inputs: list[Any], outputs: list[Any]) -> int:
+    *heads, queries, channels = _shape(inputs[0])
+    keys, width = _shape(inputs[1])[-2], _shape(inputs[2])[-1]
+    return prod(heads) * queries * keys * (channels + width)
+
+
+def _irrep_products(inputs: list[Any], outputs: list[Any]) -> int:
+    tokens, width = _shape(inputs[0])
+    lines = _shape(inputs[1])  # [L C' C]
+    count = tokens * prod(lines)
+    plane = inputs[2].type()
+    if str(plane) == "NoneType":
+        return count
+    rows, columns = plane.sizes()  # [Q' Q], for each of the rows of the two-dimensional irrep
+    return count + tokens * rows * (width - lines[0] * lines[2])

@@ -1,0 +1,87 @@
+"""Which nets are compared, and which plain twin each is held against: names to backbone nodes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import nn
+
+from utils.build import build, nearest
+from utils.config import CONFIGS
+from utils.errors import UserError
+
+Node = dict[str, Any]
+ALL = "all"
+# Ways to other people's nets, which need a name or a file besides.
+ADAPTERS = ("timm", "torchvision", "file")
+
+
+class Group(NamedTuple):
+    """Nets that are measured in turn: a twin first, if there is one, and those held against it."""
+
+    twin: str | None
+    names: tuple[str, ...]
+
+
+def registered() -> list[str]:
+    """Every backbone of configs/backbone that a name alone describes."""
+    names = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
+    return [name for name in names if name not in ADAPTERS]
+
+
+def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
+    """Each octic net beside its twin, which joins where it was not asked for; others alone.
+
+    In the order of the first that was asked for.
+    """
+    chosen = [word for name in names for word in (registered() if name == ALL else [name])]
+    members: dict[str, list[str]] = {}
+    for name in dict.fromkeys(chosen):
+        members.setdefault(twins.get(name, name), []).append(name)
+    groups = []
+    for twin, group in members.items():
+        octic = [name for name in group if name != twin]
+        groups.append(Group(twin if octic else None, (twin, *octic)))
+    return groups
+
+
+def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | None = None) -> Node:
+    """The node of our config of that name, else of timm's model, for images of `size` pixels.
+
+    keywords: of the constructor, beside those of the config.
+    """
+    path = CONFIGS / "backbone" / f"{name}.yaml"
+    if name in registered():
+        node = {**yaml.safe_load(path.read_text()), **(keywords or {})}
+        return node if size == 224 else {**node, "img_size": size}
+    import timm
+
+    if name in ADAPTERS or not timm.is_model(name.split(".")[0]):
+        known = [*registered(), *timm.list_models()]
+        raise UserError(
+            f"there is no model {name!r}, neither of ours nor of timm{nearest(name, known)}"
+        )
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    node = {"_target_": "vit.adapters.timm_backbone", "model_name": name}
+    if config is not None and config.num_classes != 1000:
+        node["num_classes"] = config.num_classes or 0
+    else:
+        node["num_classes"] = 1000
+    resized = config is not None and config.fixed_input_size and config.input_size[-1] != size
+    return {**node, "img_size": size} if resized else node
+
+
+def make_net(name: str, node: Node, device: torch.device | str, *, seed: int = 0) -> nn.Module:
+    """The net with random weights on `device`; UserError, with its name, for what it refuses."""
+    torch.manual_seed(seed)
+    try:
+        with torch.device(device):
+            return build({**node, "_partial_": True})()
+    except ValueError as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def num_classes_of(net: nn.Module) -> int:
+    """Classes of the net's head, 0 where it gives features."""
+    return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)

@@ -1,0 +1,93 @@
+"""What a comparison of costs is measured with: its config, checked, with the device's defaults."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from evaluation.cost.peaks import has_bfloat16
+from evaluation.cost.timing import PASSES
+from utils.errors import UserError
+
+# A batch of 64, 10 warm-ups and 100 timed steps, as published; on a CPU what ends in minutes.
+DEFAULTS = {"batch_size": 64, "steps": 100, "warmup": 10, "rounds": 5}
+CPU_DEFAULTS = {"batch_size": 1, "steps": 3, "warmup": 0, "rounds": 3}
+PICTURES = (".png", ".pdf", ".svg")
+HEIGHTS = ("throughput", "accuracy")
+
+
+class Settings(NamedTuple):
+    """The protocol of the measurement."""
+
+    device: torch.device
+    batch_size: int
+    size: int  # pixels a side
+    steps: int  # timed, over all rounds
+    rounds: int
+    warmup: int
+    dtype: torch.dtype | None  # of autocast
+    compile: bool
+    passes: tuple[str, ...]
+    seed: int
+    defaulted: tuple[str, ...]  # keys that the device chose
+
+
+def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
+    """The settings of a config of configs/complexity.yaml; UserError for what cannot be."""
+    defaults = CPU_DEFAULTS if device.type == "cpu" else DEFAULTS
+    defaulted = tuple(key for key in defaults if config[key] is None)
+    values = {**defaults, **{key: config[key] for key in defaults if config[key] is not None}}
+    for key, value in {**values, "size": config["size"]}.items():
+        least = 0 if key == "warmup" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    for word in config["passes"]:
+        if word not in PASSES:
+            raise UserError(f"passes are {', '.join(PASSES)}, not {word!r}")
+    values["rounds"] = min(values["rounds"], values["steps"])
+    return Settings(
+        device=device,
+        size=config["size"],
+        dtype=torch.bfloat16 if config["amp"] and has_bfloat16(device) else None,
+        compile=config["compile"],
+        passes=tuple(word for word in PASSES if word in config["passes"]),
+        seed=config["seed"],
+        defaulted=defaulted,
+        **values,
+    )
+
+
+def choose_device(name: str) -> str:
+    """`auto` with Apple's GPU among the choices; other words as they are, if torch knows them."""
+    if name == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        return "mps"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps, but torch sees no GPU of Apple's here; use device=auto")
+    if name != "auto":
+        try:
+            torch.device(name)
+        except RuntimeError:
+            raise UserError(f"device is auto, cpu, cuda or mps, not {name!r}") from None
+    return name
+
+
+def check_outputs(config: Mapping[str, Any]) -> None:
+    """Refuse now what could not be written after minutes of measuring."""
+    if config["picture_y"] not in HEIGHTS:
+        raise UserError(f"picture_y is {' or '.join(HEIGHTS)}, not {config['picture_y']!r}")
+    for key in ("json_file", "picture_file"):
+        if config[key] is None:
+            continue
+        path = Path(config[key])
+        if path.is_dir():
+            raise UserError(f"{key}={path} is a folder; give the name of a file")
+        if key == "picture_file" and path.suffix not in PICTURES:
+            raise UserError(f"{key}={path} must end in {', '.join(PICTURES)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{key}={path}: cannot make its folder: {error.strerror}") from None
+    needed = config["picture_file"] and config["picture_y"] == "throughput"
+    if needed and not config["passes"]:
+        raise UserError("a picture of throughput needs a pass to be measured; picture_y=accuracy")

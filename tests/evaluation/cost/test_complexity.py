@@ -1,0 +1,169 @@
+"""The command from flags to table, JSON and picture."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+
+from evaluation.cost import complexity, settings
+from evaluation.cost.arguments import parse_complexity, read_complexity_arguments
+from evaluation.cost.complexity import measure
+from evaluation.cost.peaks import measure_peak
+from evaluation.cost.timing import INFERENCE, TRAINING, Turn
+from tests.evaluation.toys import in_processes
+from utils.errors import UserError
+
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8}
+HYBRID, PLAIN = "hybrid_deit_small_patch16", "deit_small_patch16_LS"
+HEADLESS, HEADLESS_PLAIN = "hybrid_dinov2_vit_small_patch16", "dinov2_vit_small_patch16"
+
+
+@pytest.fixture(autouse=True)
+def peak_of_a_moment(monkeypatch):
+    """A small product instead of three seconds of large ones."""
+    quick = partial(measure_peak, size=64, budget_s=0.0)
+    monkeypatch.setattr(complexity, "find_peak", quick)
+
+
+def tiny(*words, models=HYBRID):
+    """A config of small nets on small images."""
+    argv = ["--models", models, "--size", "32", "--batch-size", "2", "--device", "cpu", *words]
+    config = parse_complexity(argv)
+    for name in (HYBRID, PLAIN, HEADLESS, HEADLESS_PLAIN):
+        config["keywords"][name] = SMALL
+    return config
+
+
+def test_table_json_and_picture(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "a" / "c.json"), "--picture", str(tmp_path / "c.png")]
+    results = measure(tiny(*files, "--operators", models=f"{HYBRID},{HEADLESS}"))
+    assert list(results) == [PLAIN, HYBRID, HEADLESS_PLAIN, HEADLESS]
+    found = json.loads((tmp_path / "a" / "c.json").read_text())
+    protocol, hybrid, plain = found["protocol"], found["models"][HYBRID], found["models"][PLAIN]
+    for key in ("device", "torch", "code", "command", "date", "peak_flops", "peak_source"):
+        assert protocol[key], key
+    assert hybrid["twin"] == PLAIN and plain["twin"] is None
+    for kind in (INFERENCE, TRAINING):
+        figures = hybrid["passes"][kind]
+        ratio = figures["times_the_twin"]
+        assert 0 < ratio["least"] <= ratio["median"] <= ratio["greatest"]
+        assert figures["mfu"] > 0 and plain["passes"][kind]["times_the_twin"] is None
+        operations = hybrid["multiply_adds" if kind == INFERENCE else "training_multiply_adds"] * 2
+        rate = figures["images_per_second"] * operations / protocol["peak_flops"]
+        assert figures["mfu"] == pytest.approx(rate)
+    assert hybrid["operators"]["forward_calls"] > plain["operators"]["forward_calls"] > 0
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "by default on this device: steps 3, warmup 0, rounds 3" in out
+    assert "depth=2" in out and "best rate of a product" in out and "protocol: 32 x 32" in out
+
+
+def test_counts_alone_time_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(complexity, "measure_in_turn", None)
+    results = measure(tiny("--check"))
+    assert all(not result.speeds for result in results.values())
+    assert "images/s" not in capsys.readouterr().out
+
+
+def test_one_pass_alone():
+    results = measure(tiny("--no-training", "--steps", "1"))
+    assert all(list(result.speeds) == [INFERENCE] for result in results.values())
+
+
+@pytest.mark.parametrize("failing", [HYBRID, PLAIN])
+def test_out_of_memory_of_one_leaves_the_others(failing, monkeypatch, capsys):
+    def turns(contestants, kind, **_):
+        left = {name: [Turn([1.0], None)] for name in contestants if name != failing}
+        return left, [failing]
+
+    monkeypatch.setattr(complexity, "measure_in_turn", turns)
+    results = measure(tiny())
+    assert results[failing].lost == [INFERENCE, TRAINING]
+    assert not results[HYBRID].ratios, "nothing to be held against"
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_bfloat16_that_a_cpu_has_not_is_told_and_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(settings, "has_bfloat16", lambda device: False)
+    measure(tiny("--amp", "--no-training", "--steps", "1"))
+    out = capsys.readouterr().out
+    assert "--amp has no effect" in out and "batch 2, fp32, eager" in out
+
+
+def test_accuracy_is_drawn_for_those_that_have_one(tmp_path):
+    words = ["--check", "--picture", str(tmp_path / "a.svg"), "--picture-y", "accuracy"]
+    config = tiny(*words, models="hybrid_deit_large_patch16,hybrid_deit_huge_patch14")
+    for name in ("deit_large_patch16_LS", "deit_huge_patch14_LS", *config["models"]):
+        config["keywords"][name] = SMALL
+    measure(config)
+    assert (tmp_path / "a.svg").stat().st_size > 1000
+    with pytest.raises(UserError, match="none of these nets has a published accuracy"):
+        measure(tiny(*words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
+        (["--steps", "many"], "steps must be a whole number of at least 1, got 'many'"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["passes=[foo]"], "passes are inference, training step, not 'foo'"),
+        (["--picture", "a.gif"], "must end in .png, .pdf, .svg"),
+        (["--picture", "a.png", "--check"], "a picture of throughput needs a pass"),
+        (["--picture-y", "height"], "picture_y is throughput or accuracy, not 'height'"),
+        (["--json", "configs"], "is a folder"),
+        (["--device", "gpu"], "device is auto, cpu, cuda or mps, not 'gpu'"),
+        (["--models", "resnet17"], "there is no model 'resnet17'"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_measured(words, message, monkeypatch):
+    monkeypatch.setattr(complexity, "measure_in_turn", None)
+    with pytest.raises(UserError, match=message.replace(".", r"\.")) as caught:
+        measure(tiny(*words))
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_are_keys():
+    words = read_complexity_arguments(
+        ["--amp", "--models", "a, b.c", "--no-training", "--json=f'x.json", "--seed", "3", "size=8"]
+    )
+    assert words == [
+        *("amp=true", "models=['a','b.c']", r"json_file='f\'x.json'", "--seed", "3", "size=8"),
+        "passes=[inference]",
+    ]
+    assert read_complexity_arguments(["--no-training", "--no-inference"]) == ["passes=[]"]
+    config = parse_complexity(["--compile", "--no-inference", "--threads", "2"])
+    assert config["compile"] is True and config["passes"] == [TRAINING] and config["threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models"], "--models needs a value"),
+        (["--models", ","], "--models needs names"),
+        (["--oprators"], "unknown flag --oprators; did you mean '--operators'?"),
+        (["--json", "--amp"], "--json needs a value"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, message):
+    with pytest.raises(UserError) as caught:
+        read_complexity_arguments(words)
+    assert message in str(caught.value)
+
+
+def test_a_mistake_leaves_with_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["complexity.py", "--bacth-size", "3"])
+    with pytest.raises(SystemExit) as left:
+        parse_complexity()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unknown flag --bacth-size; did you mean")
+
+
+def count_in_a_process() -> int:
+    return len(measure(tiny("--check")))
+
+
+@pytest.mark.slow
+def test_of_several_processes_the_first_measures(tmp_path):
+    assert in_processes(count_in_a_process, 2, tmp_path) == [2, 0]

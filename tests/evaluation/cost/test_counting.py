@@ -1,0 +1,104 @@
+"""Parameters and multiply-adds of every registered model, the published ones among them."""
+
+from functools import cache
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from evaluation.cost.counting import check_counted, count_cost
+from evaluation.cost.cross_check import count_with_fvcore, explain_difference
+from evaluation.cost.models import find_backbone, make_net, registered
+from evaluation.published import PUBLISHED
+from tests.evaluation.backbones import IMAGE_SIZE, any_backbone
+from utils.config import CONFIGS
+from utils.errors import UserError
+from utils.flops import Operations, count_one_image, count_operations
+
+SETTINGS = yaml.safe_load((CONFIGS / "complexity.yaml").read_text())
+# The published figures count elementwise work too, which is at most so much more.
+ELEMENTWISE = 0.02
+
+
+@cache
+def counted(name: str) -> tuple[int, Operations]:
+    """Parameters and a forward pass on the meta device."""
+    node = find_backbone(name, keywords=SETTINGS["keywords"].get(name))
+    net = make_net(name, node, "meta")
+    return sum(p.numel() for p in net.parameters()), count_one_image(net, 224, backward=False)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """As stated, in whole millions (175.5 as 175) and 10^9 multiply-adds."""
+    parameters, operations = counted(name)
+    gmacs, published = operations.forward / 2e9, PUBLISHED[name]
+    assert abs(parameters / 1e6 - published.parameters_m) < 0.6
+    assert gmacs <= published.gmacs + 0.5 and gmacs * (1 + ELEMENTWISE) > published.gmacs - 0.5
+
+
+@pytest.mark.parametrize("name", registered())
+def test_every_backbone_is_counted_to_the_last_operator(name):
+    """An octic half takes away two fifths of a twin's multiply-adds, and of its parameters."""
+    parameters, operations = counted(name)
+    assert not operations.uncounted
+    twin = SETTINGS["twins"].get(name)
+    if twin:
+        twins_parameters, twins_operations = counted(twin)
+        assert 0.58 < operations.forward / twins_operations.forward < 0.65
+        assert 0.55 < parameters / twins_parameters < 0.6
+
+
+@pytest.mark.parametrize("name", [name for name in registered() if "small" in name])
+def test_backward_too(name):
+    """A step costs three forward passes, less the gradient of the images."""
+    cost = count_cost(name, find_backbone(name))
+    assert 2.9 < cost.training_multiply_adds / cost.multiply_adds < 3
+    assert (cost.multiply_adds * 2, cost.parameters) == (counted(name)[1].forward, counted(name)[0])
+    assert cost.trainable <= cost.parameters
+
+
+@any_backbone
+def test_nets_of_any_kind(backbone):
+    cost = count_cost("net", backbone, size=IMAGE_SIZE)
+    on_cpu = count_operations(
+        make_net("net", backbone, "cpu").eval(), torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    )
+    assert cost.operations[:2] == on_cpu[:2]
+
+
+def test_an_operator_nobody_counts_is_refused_by_name():
+    operations = Operations(2, 2, 1, 1, ("mine.product",))
+    with pytest.raises(UserError, match=r"^my_net: no formula says what mine.product computes"):
+        check_counted("my_net", operations)
+
+
+def test_a_size_that_does_not_fit_names_the_model():
+    with pytest.raises(UserError, match="^hybrid_deit_huge_patch14: .*225"):
+        name = "hybrid_deit_huge_patch14"
+        count_cost(name, find_backbone(name, size=225), size=225)
+
+
+def test_without_fvcore_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fvcore.nn", None)
+    with pytest.raises(UserError, match="pip install fvcore"):
+        count_with_fvcore(nn.Linear(2, 2), 8)
+
+
+@pytest.mark.parametrize("name", ["hybrid_deit_small_patch16", "deit_small_patch16_LS"])
+def test_fvcore_agrees_on_the_products(name):
+    pytest.importorskip("fvcore")
+    node = {**find_backbone(name, size=32), "depth": 2}
+    theirs = count_with_fvcore(make_net(name, node, "cpu"), 32)
+    line = explain_difference(name, count_cost(name, node, size=32).multiply_adds, theirs)
+    assert "layer_norm" in line and "not explained" not in line
+
+
+def test_what_fvcore_counts_besides_is_told_and_the_rest_too():
+    theirs = {"total": 1_500_000_000, "by_operator": {"linear": 1, "layer_norm": 200_000_000}}
+    line = explain_difference("net", 1_000_000_000, theirs)
+    assert line == (
+        "fvcore: net: 1.500 against 1.000; it counts besides: layer_norm 0.200; "
+        "not explained: +0.300"
+    )

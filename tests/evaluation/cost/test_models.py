@@ -1,0 +1,74 @@
+"""Names become nets, and every octic net has its plain twin."""
+
+import pytest
+import yaml
+
+from evaluation.cost.models import (
+    find_backbone,
+    make_groups,
+    make_net,
+    num_classes_of,
+    registered,
+)
+from utils.config import CONFIGS
+from utils.errors import UserError
+
+SETTINGS = yaml.safe_load((CONFIGS / "complexity.yaml").read_text())
+TWINS = SETTINGS["twins"]
+
+
+def target(name):
+    return find_backbone(name)["_target_"]
+
+
+def test_every_octic_net_has_a_twin_and_no_other_has():
+    octic = {name for name in registered() if target(name).startswith("octic.")}
+    assert octic == set(TWINS) and len(octic) == 16
+    assert all(target(twin).startswith("vit.") for twin in TWINS.values())
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS.items())
+def test_twins_are_alike_but_for_the_octic_half(name, twin):
+    nets = [make_net(each, find_backbone(each), "meta") for each in (name, twin)]
+    for key in ("embed_dim", "depth", "patch_size", "num_classes", "img_size"):
+        assert getattr(nets[0], key) == getattr(nets[1], key), key
+    assert nets[0].blocks[-1].attn.num_heads == nets[1].blocks[-1].attn.num_heads
+
+
+def test_the_default_list_is_the_published_deit_nets_and_their_twins():
+    assert set(SETTINGS["models"]) == {
+        *(name for name in TWINS if "deit_large" in name or "deit_huge" in name),
+        *("deit_large_patch16_LS", "deit_huge_patch14_LS"),
+    }
+    assert set(SETTINGS["keywords"]) < set(SETTINGS["models"])
+
+
+def test_groups_take_the_twin_along_and_leave_others_alone():
+    names = ["resnet18", "hybrid_deit_small_patch16", "d8_inv_early_deit_small_patch16"]
+    groups = make_groups([*names, "resnet18"], TWINS)
+    assert groups == [
+        (None, ("resnet18",)),
+        ("deit_small_patch16_LS", ("deit_small_patch16_LS", *names[1:])),
+    ]
+    assert make_groups(["deit_small_patch16_LS"], TWINS) == [(None, ("deit_small_patch16_LS",))]
+
+
+def test_all_means_every_backbone_that_a_name_describes():
+    groups = make_groups(["all"], TWINS)
+    assert sorted(name for group in groups for name in group.names) == registered()
+    assert len(groups) == 8 and len(registered()) == 24
+
+
+def test_nets_of_timm_keep_their_classes_and_take_the_size():
+    assert find_backbone("resnet18", size=64)["num_classes"] == 1000
+    node = find_backbone("vit_tiny_patch16_224", size=64)
+    net = make_net("vit_tiny_patch16_224", node, "meta")
+    assert net.net.patch_embed.grid_size == (4, 4) and num_classes_of(net) == 1000
+    assert find_backbone("vit_small_patch14_dinov2.lvd142m")["num_classes"] == 0
+    assert find_backbone("hybrid_deit_small_patch16", size=64)["img_size"] == 64
+
+
+@pytest.mark.parametrize("name", ["hybrid_deit_smal_patch16", "timm", "resnet17"])
+def test_an_unknown_name_is_one_line(name):
+    with pytest.raises(UserError, match=f"there is no model '{name}'"):
+        find_backbone(name)

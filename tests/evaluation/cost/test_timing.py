@@ -1,0 +1,111 @@
+"""Nets are timed in turn, compared round by round, and one that needs too much memory drops out."""
+
+import pytest
+import torch
+from torch import nn
+
+from evaluation.cost.timing import (
+    INFERENCE,
+    PASSES,
+    TRAINING,
+    Contestant,
+    Turn,
+    measure_in_turn,
+    ratio_of,
+    speed_of,
+)
+from tests.evaluation.backbones import IMAGE_SIZE, any_backbone, make
+
+
+class Stub:
+    """Takes a second a step, notes its turns, and fails in the asked one."""
+
+    def __init__(self, name, log, fails_at=None, error=None):
+        self.name, self.log, self.fails_at = name, log, fails_at
+        self.images, self.turns = torch.zeros(4, 1), 0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def turn(self, kind, steps):
+        self.turns += 1
+        if self.turns == self.fails_at:
+            raise self.error
+        self.log.append((self.name, steps))
+        return Turn([1.0] * steps, 3 * 2**20)
+
+
+def test_turns_alternate_and_steps_are_dealt_out():
+    log = []
+    nets = {name: Stub(name, log) for name in "ab"}
+    turns, lost = measure_in_turn(nets, INFERENCE, steps=5, rounds=2, warmup=7, shown=False)
+    assert log == [("a", 7), ("b", 7), ("a", 3), ("b", 3), ("a", 2), ("b", 2)]
+    assert [len(turn.seconds) for turn in turns["a"]] == [3, 2] and lost == []
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_out_of_memory_is_one_line_and_the_others_go_on(fails_at, capsys):
+    log = []
+    nets = {"a": Stub("a", log, fails_at), "b": Stub("b", log)}
+    turns, lost = measure_in_turn(nets, TRAINING, steps=3, rounds=3, warmup=1)
+    assert lost == ["a"] and list(turns) == ["b"] and len(turns["b"]) == 3
+    said = [line for line in capsys.readouterr().out.splitlines() if "memory" in line]
+    assert said == ["a: out of memory in training step at batch 4; --batch-size N takes less"]
+
+
+def test_other_errors_are_raised():
+    nets = {"a": Stub("a", [], 1, RuntimeError("shapes do not fit"))}
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure_in_turn(nets, INFERENCE, steps=1, rounds=1, warmup=0, shown=False)
+
+
+def test_a_slow_spell_of_the_machine_cancels_out_of_the_ratio():
+    """The twin is twice as slow in every round, though the second round is ten times slower."""
+    ours = [Turn([1.0, 1.0], None), Turn([10.0], None), Turn([1.0], None)]
+    twins = [Turn([2.0, 2.0], None), Turn([20.0], None), Turn([2.2], None)]
+    assert ratio_of(ours, twins) == pytest.approx((2.0, 2.0, 2.2))
+    speed = speed_of(ours, batch=13)
+    assert speed == (13 * 4 / 13, 1.3, 13.0, None)
+    assert speed_of([Turn([1.0], 2**21)], 1).peak_mib == 2
+
+
+@any_backbone
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_steps_of_nets_of_any_kind(backbone, dtype):
+    """A training step moves every trained weight and leaves nothing behind but that."""
+    net = make(backbone)
+    runner = Contestant(net, torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=dtype)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    turn = runner.turn(INFERENCE, 2)
+    assert len(turn.seconds) == 2 and all(second > 0 for second in turn.seconds)
+    assert turn.peak_bytes is None, "a CPU does not tell"
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    runner.turn(TRAINING, 1)
+    moved = [not torch.equal(p, before[name]) for name, p in net.named_parameters()]
+    assert sum(moved) > 0.8 * len(moved)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_classifiers_get_labels_and_others_the_mean_square():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    images = torch.randn(3, 3, 2, 2)
+    output = torch.randn(3, 5)
+    assert Contestant(net, images).loss(output) == output.square().mean()
+    net.num_classes = 5
+    runner = Contestant(net, images)
+    assert runner.loss(output) == nn.functional.cross_entropy(output, runner.labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PASSES)
+def test_a_compiled_net_runs_compiled(kind):
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    runner = Contestant(net, torch.randn(2, 3, 2, 2), compile=True)
+    runner.run = torch.compile(net, backend=backend)
+    runner.turn(kind, 2)
+    assert len(calls) == 1
+    torch.compiler.reset()
