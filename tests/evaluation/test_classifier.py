@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from evaluation.classifier import judge_classifier
 from evaluation.deit_arguments import parse_deit_evaluation, read_deit_arguments
 from evaluation.published import PUBLISHED, published_figure
+from tests.evaluation.backbones import BACKBONES
 from utils.build import build
 from utils.data.classes import class_metadata
 from utils.data.images import ImageFolder
@@ -86,6 +87,15 @@ def test_other_peoples_files(images, tmp_path):
     torch.save(cnn.state_dict(), tmp_path / "cnn.pth")
     backbone = {**TIMM, "model_name": "resnet10t"}
     judge_classifier(config(images, tmp_path, backbone, tmp_path / "cnn.pth", input_size=64))
+
+
+def test_torchvisions_classifiers(images, tmp_path):
+    """By the number of classes that the file has, at the size the net was built for."""
+    node = BACKBONES["torchvision"]
+    net = build({**node, "num_classes": 3})()
+    torch.save(net.net.state_dict(), tmp_path / "w.pth")
+    found = judge_classifier(config(images, tmp_path, node, tmp_path / "w.pth"))
+    assert 0 <= found["accuracy/acc1"] <= 100
 
 
 def test_published_invariant_files_bring_their_invariantization(images, tmp_path):

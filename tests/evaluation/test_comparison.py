@@ -56,6 +56,7 @@ def test_table_and_pictures(config, tmp_path_factory, capsys):
         assert path in printed
         with open(path, "rb") as file:
             assert file.read(4) == b"\x89PNG"
+    assert f"{config['output_dir']}/report.html" in printed
     with open(f"{config['output_dir']}/results.json") as file:
         assert json.load(file)["comparison"]["figures"] == figures
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evaluation.judge import judge, make_net
+from tests.evaluation.backbones import BACKBONES
 from utils.errors import UserError
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -49,7 +50,11 @@ def config(images, folder, backbone, weights=None):
     }
 
 
-@pytest.mark.parametrize("backbone", [OCTIC, PLAIN, TIMM], ids=["octic", "plain", "timm"])
+@pytest.mark.parametrize(
+    "backbone",
+    [OCTIC, PLAIN, TIMM, BACKBONES["torchvision"]],
+    ids=["octic", "plain", "timm", "torchvision"],
+)
 def test_any_backbone_is_judged(backbone, images, tmp_path, capsys):
     figures = judge(config(images, tmp_path, backbone))
     assert figures["knn/knn3_top1"] == 100
