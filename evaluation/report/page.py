@@ -16,6 +16,7 @@ from evaluation.report.images import MOST_PICTURES, embed
 
 STYLE = Path(__file__).with_name("style.css")
 ROWS_PER_TABLE = 16
+LONG_PROTOCOL = 16  # entries; more would stand beside the figures as a narrow tower
 # "knn10_top1", "('full', 10) Top 1", "rrr_loss": what was judged, and the kind of figure.
 KIND = re.compile(r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|loss|changed|mIoU|miou|accuracy)$")
 # What a picture shows, by the beginning of its file's name.
@@ -137,7 +138,7 @@ def _facts(found: Contents) -> Iterator[str]:
 
 
 def _result(result: Results) -> str:
-    """One probe: its figures on the left, what they depend on at the right."""
+    """One probe: its figures, and beside them, or folded below where it is long, the protocol."""
     columns, rows = _table(result.probe, result.figures)
     head = "".join(f'<th class="number">{_text(column)}</th>' for column in columns)
     head = f"<thead><tr><th></th>{head}</tr></thead>" if any(columns) else ""
@@ -145,26 +146,38 @@ def _result(result: Results) -> str:
     for start in range(0, len(rows), ROWS_PER_TABLE):
         lines = []
         for label, values in rows[start : start + ROWS_PER_TABLE]:
-            cells = "".join(f'<td class="number">{_text(_value(value))}</td>' for value in values)
+            cells = "".join(
+                f'<td class="{_kind(value)}">{_text(_value(value))}</td>' for value in values
+            )
             lines.append(f"<tr><td>{_text(label)}</td>{cells}</tr>")
         tables.append(f"<table>{head}<tbody>{''.join(lines)}</tbody></table>")
     known = _flat(result.protocol)
     terms = (f"<dt>{_text(key)}</dt><dd>{_text(_value(value))}</dd>" for key, value in known)
     source = f'<span class="quiet"> {_text(result.source)}</span>'
     protocol = f"<dl>{''.join(terms)}</dl>" if result.protocol else ""
-    if protocol:
+    long = len(known) > LONG_PROTOCOL
+    if protocol and long:
+        title = f"protocol, {len(known)} entries"
+        protocol = f'<details class="protocol"><summary>{title}</summary>{protocol}</details>'
+    elif protocol:
         protocol = f'<div class="protocol"><h3>protocol</h3>{protocol}</div>'
     return (
-        f'<div class="result"><div><h3>{_text(result.probe)}{source}</h3>'
+        f'<div class="result{" long" if long else ""}"><div><h3>{_text(result.probe)}{source}</h3>'
         f'<div class="figures">{"".join(tables)}</div></div>{protocol}</div>'
     )
+
+
+def _kind(value: object) -> str:
+    """Words may be broken to fit the page, numbers may not."""
+    return "words" if isinstance(value, str) else "number"
 
 
 def _table(probe: str, figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
     """Columns and rows: nets side by side where each has its own mapping, else kinds of figures."""
     if figures and all(isinstance(value, Mapping) for value in figures.values()):
-        keys = dict.fromkeys(key for part in figures.values() for key in part)
-        return list(figures), [(key, [part.get(key) for part in figures.values()]) for key in keys]
+        parts = [dict(_flat(part)) for part in figures.values()]
+        keys = dict.fromkeys(key for part in parts for key in part)
+        return list(figures), [(key, [part.get(key) for part in parts]) for key in keys]
     flat = _flat(figures)
     split = [match and (match[1] or probe, match[2]) for match in (KIND.match(k) for k, _ in flat)]
     kinds = list(dict.fromkeys(pair[1] for pair in split if pair))
