@@ -52,6 +52,7 @@ def test_definitions():
         assert macro1[head] == pytest.approx(sum(by_class1[head]) / CLASSES)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     alone = count_mine()
     assert in_processes(count_mine, 2, tmp_path) == [alone, alone]

@@ -62,6 +62,7 @@ def test_any_backbone(backbone, tmp_path):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.slow
 def test_batches_and_processes_do_not_matter(tmp_path):
     figures, sums = judge()
     assert judge(batch_size=4)[1] == pytest.approx(sums, rel=1e-5)

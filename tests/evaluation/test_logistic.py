@@ -74,6 +74,7 @@ def fit_share(C: float) -> list:
     return [model.weight.tolist(), model.bias.tolist()]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     alone, both = fit_share(0.1), in_processes(functools.partial(fit_share, 0.1), 2, tmp_path)
     assert both[0] == both[1]

@@ -80,6 +80,7 @@ def test_command_prints_model_and_measurement(capsys, monkeypatch):
     assert "by the model" in printed and "measured on this machine's" in printed
 
 
+@pytest.mark.slow
 def test_rates_are_measured():
     plan = Plan(train=500, val=10, dim=8, classes=5, batch_size=4, device="cpu")
     for probe in MODELS:

@@ -124,6 +124,7 @@ def _searched():
     return found
 
 
+@pytest.mark.slow
 def test_processes_find_the_same(tmp_path):
     """Two ranks: each predicts its own queries as one process does."""
     alone = _searched()
