@@ -59,7 +59,7 @@ def test_precision_halves_what_is_searched():
         ("knn", Plan(train=100_000, val=2000, dim=256, classes=50, device="cpu")),
         (
             "linear",
-            Plan(val=128, dim=256, classes=400, steps=2, global_batch_size=256, device="cpu"),
+            Plan(val=128, dim=768, classes=1000, steps=2, global_batch_size=256, device="cpu"),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
