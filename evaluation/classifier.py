@@ -105,15 +105,20 @@ def make_classifier(
     torch.manual_seed(seed)
     net = build({**backbone, "_partial_": True})()
     if state is not None:
-        # Files of our own runs hold the adapter of a timm net, others the net alone.
-        inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
-        try:
-            load_state(inner, state)
-        except ValueError as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        load_strictly(net, state, path)
     if f"{head_of(getattr(net, 'net', net))}.weight" not in getattr(net, "net", net).state_dict():
         raise UserError(f"{name_of(backbone)} has no classifier; probe its features instead")
     return net.eval()
+
+
+def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
+    """Load weights to the last key; UserError that names the file where they do not fit."""
+    # Files of our own runs hold the adapter of a timm net, others the net alone.
+    inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
+    try:
+        load_state(inner, state)
+    except ValueError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:

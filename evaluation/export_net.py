@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from evaluation.classifier import complete, count_classes, weights_file
-from evaluation.judge import name_of
+from evaluation.classifier import complete, count_classes, load_strictly, weights_file
+from evaluation.judge import brings_weights, name_of
 from evaluation.progress import say
 from utils import distributed
 from utils.build import build, plain, resolve
@@ -20,7 +20,7 @@ from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
 from vit import export, hub
 from vit.finetune import head_of
-from vit.weights import load_state, read_metadata, read_state
+from vit.weights import read_metadata, read_state
 
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -62,13 +62,8 @@ def make_any_net(
     torch.manual_seed(config["seed"])
     net = build({**backbone, "_partial_": True})()
     if state is not None:
-        # Files of our own runs hold the adapter of a timm net, others the net alone.
-        inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
-        try:
-            load_state(inner, state)
-        except ValueError as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    elif not backbone.get("pretrained") and ":" not in backbone.get("model_name", ""):
+        load_strictly(net, state, path)
+    elif not brings_weights(backbone):
         say("no weights given (--weights FILE): exporting the random initialisation")
     return net.eval().requires_grad_(False), backbone
 
