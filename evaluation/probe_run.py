@@ -68,7 +68,7 @@ class HeadRun:
             schedule=self.schedule,
             num_steps=self.num_steps,
             first_step=first,
-            accumulation=self.training.accumulation,
+            accumulation=self.training.micro_batches[1],
             images_per_step=self.training.global_batch_size,
             label=self.label,
         ):

@@ -21,7 +21,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import ON_ERROR, evaluation_batches, training_batches
 from utils.data.samplers import SAMPLERS
 from utils.data.transforms import evaluation_transform, training_transform
-from utils.effective_batch import micro_batches
+from utils.effective_batch import shared_batches
 from utils.errors import UserError
 from utils.schedules import Schedule
 from vit.backbone import Backbone, Features
@@ -55,8 +55,9 @@ class HeadTraining:
     """How long heads are trained, on how many images a step, and how the images are read.
 
     `epoch_length` steps are an epoch; None is one pass over data.train, but no more than the
-    published 1250 (which ImageNet gives at 1024 images a step). `batch_size` is per process; a step
-    of `global_batch_size` images is the same on any number of processes, by accumulation.
+    published 1250 (which ImageNet gives at 1024 images a step). `batch_size` is the most that a
+    process sends through the net at once; a step of `global_batch_size` images is the same on any
+    number of processes that share it evenly, by accumulation.
     ValueError for what cannot be.
     """
 
@@ -105,29 +106,21 @@ class HeadTraining:
         return self.epochs * self.steps_per_epoch
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches per step on the processes there are; UserError where they do not fit."""
-        world = distributed.world_size()
+    def micro_batches(self) -> tuple[int, int]:
+        """Images per micro-batch and micro-batches per step; UserError where they do not fit."""
         try:
-            return micro_batches(self.global_batch_size, self.batch_size, world)
-        except UserError:
-            own = self.global_batch_size // world
-            hint = f"global_batch_size={max(own, 1) * world} would"
-            if own * world == self.global_batch_size:
-                fitting = (n for n in range(min(own, self.batch_size), 0, -1) if own % n == 0)
-                hint = f"batch_size={next(fitting)} would"
-            raise UserError(
-                f"batches of {self.batch_size} on {world} processes do not add up to "
-                f"global_batch_size={self.global_batch_size}; {hint}"
-            ) from None
+            return shared_batches(self.global_batch_size, self.batch_size, distributed.world_size())
+        except UserError as error:
+            raise UserError(f"global_batch_size: {error}") from None
 
     def batches(self, dataset: ImageDataset, *, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's training batches (images, labels) from a step on, without end."""
+        size, count = self.micro_batches
         return training_batches(
             dataset,
             self.train_transform or training_transform(crop_size=self.crop_size),
             _stack,
-            self.batch_size,
+            size,
             first_step=first_step,
             seed=self.seed,
             sampler=self.sampler,
@@ -135,7 +128,7 @@ class HeadTraining:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             on_error=self.on_error,
-            micro_batches=self.accumulation,
+            micro_batches=count,
         )
 
     def evaluation_transform(self) -> Callable:
@@ -175,7 +168,7 @@ class HeadTraining:
         }
         # In the published orders, which images make a step depends on who shares them.
         if self.sampler != "shuffled":
-            words |= {"world_size": distributed.world_size(), "batch_size": self.batch_size}
+            words |= {"world_size": distributed.world_size(), "batch_size": self.micro_batches[0]}
         return words
 
 

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "utils": set(),
     "vit": set(),
     "octic": {"vit"},
-    "baselines": {"vit", "utils"},
+    "baselines": {"octic", "vit", "utils"},
     "deit": {"vit", "utils"},
     "dinov2": {"vit", "utils"},
     "evaluation": {"vit", "utils"},

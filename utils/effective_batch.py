@@ -34,6 +34,21 @@ def micro_batches(
     )
 
 
+def shared_batches(effective_batch_size: int, at_most: int, processes: int) -> tuple[int, int]:
+    """Images per micro-batch and micro-batches per step: as few as `at_most` images each allow.
+
+    UserError, with numbers that would do, where the processes cannot share the step evenly.
+    """
+    own, rest = divmod(effective_batch_size, processes)
+    if rest or own < 1 or at_most < 1:
+        raise UserError(
+            f"{effective_batch_size} images per step, {at_most} at a time, cannot be shared evenly "
+            f"by {processes} processes; {max(own, 1) * processes} images per step can"
+        )
+    count = next(n for n in range(-(-own // at_most), own + 1) if own % n == 0)
+    return own // count, count
+
+
 def _what_would_do(effective: int, batch_size_per_gpu: int, processes: int) -> str:
     if effective % processes:
         fewer = max(n for n in range(1, processes) if effective % n == 0)

@@ -25,7 +25,7 @@ from utils import distributed
 from utils.checkpoint import Checkpoints
 from utils.data.loaders import training_batches
 from utils.data.segmentation import SegmentationDataset
-from utils.effective_batch import micro_batches
+from utils.effective_batch import shared_batches
 from vit.backbone import Backbone
 
 LOG_EVERY = 50
@@ -87,8 +87,8 @@ class HeadTraining:
     ) -> None:
         self.net, self.dataset, self.recipe, self.name = net, dataset, recipe, name
         self.device, self.tolerance = device, tolerance
-        self.batch_size_per_gpu, self.num_workers = batch_size_per_gpu, num_workers
-        self.accumulation = micro_batches(
+        self.num_workers = num_workers
+        self.micro_batch, self.accumulation = shared_batches(
             recipe.effective_batch_size, batch_size_per_gpu, distributed.world_size()
         )
         self.table = table
@@ -173,7 +173,7 @@ class HeadTraining:
             Pairs(self.dataset),  # type: ignore[arg-type]  # pairs stand where images do
             transform,  # type: ignore[arg-type]
             _collate,
-            self.batch_size_per_gpu,
+            self.micro_batch,
             first_step=first,
             seed=recipe.seed,
             num_workers=self.num_workers,

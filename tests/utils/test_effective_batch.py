@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from utils.effective_batch import micro_batches
+from utils.effective_batch import micro_batches, shared_batches
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,18 @@ def test_refused_with_numbers_that_keep_it(given, said):
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         micro_batches(2048, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "at_most", "processes", "shared"),
+    [(64, 64, 4, (16, 1)), (1024, 128, 8, (128, 1)), (1026, 128, 3, (114, 3)), (7, 3, 1, (1, 7))],
+)
+def test_a_step_shared_evenly(images, at_most, processes, shared):
+    assert shared_batches(images, at_most, processes) == shared
+
+
+def test_a_step_that_cannot_be_shared():
+    with pytest.raises(ValueError, match="64 images .* by 3 processes; 63 images per step can"):
+        shared_batches(64, 64, 3)
+    with pytest.raises(ValueError, match="2 images .* by 4 processes; 4 images per step can"):
+        shared_batches(2, 8, 4)

@@ -29,7 +29,6 @@ from evaluation.segmentation.dense_transforms import (
 from evaluation.segmentation.sliding_window import slide, window_starts
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.toys import ToyNet, in_processes
-from utils.errors import UserError
 from vit.backbone import Features
 
 COLOURS = np.array([[0, 0, 0], [250, 30, 30], [30, 250, 30], [40, 40, 240]], dtype=np.uint8)
@@ -287,5 +286,11 @@ def test_other_classes_and_nets_without_patches_are_refused(tmp_path: Path) -> N
         make_probe(test=other)
     with pytest.raises(ValueError, match="no map of patches"):
         make_probe()(Blind().eval(), {}, tmp_path)
-    with pytest.raises(UserError, match="does not make effective_batch_size 4"):
-        make_probe(batch_size_per_gpu=3)(ToyNet().eval(), {}, tmp_path)
+
+
+def test_a_batch_that_does_not_divide_the_step_is_made_smaller(tmp_path: Path) -> None:
+    net = ToyNet().eval()
+    figures = [
+        make_probe(batch_size_per_gpu=size)(net, {}, tmp_path / str(size)) for size in (3, 2)
+    ]
+    assert figures[0] == figures[1]
