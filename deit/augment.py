@@ -6,6 +6,7 @@ each sample.
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import ImageFilter
 from PIL.Image import Image
@@ -82,6 +83,10 @@ class ThreeAugment:
         """Augment one image."""
         return self.steps(image)
 
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Nothing is left to the device."""
+        return batch
+
 
 class TimmAugmentation:
     """timm's augmentation (RandAugment and the like, random erasing) with DeiT's defaults."""
@@ -118,3 +123,7 @@ class TimmAugmentation:
     def __call__(self, image: Image) -> Tensor:
         """Augment one image."""
         return self.steps(image)
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Nothing is left to the device."""
+        return batch

@@ -1,11 +1,16 @@
 """Mixing the images of a batch pairwise: mixup (Zhang et al. 2018), CutMix (Yun et al. 2019)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Generator, Tensor
+from torch.utils.data import default_collate
+
+from deit.fast_augment import STAGES
+from utils.data.colour_plan import plan_colours
 
 MODES = ("batch", "pair", "elem")
 
@@ -42,29 +47,40 @@ class Mixing:
             "mode": mode,
         }
 
-    def build(self, num_classes: int, smoothing: float = 0.0) -> Mixup:
-        """The function (images [B 3 S S], labels [B]) -> (mixed images, targets [B C])."""
-        return Mixup(num_classes=num_classes, label_smoothing=smoothing, **self.options)
+    def build(self, num_classes: int, smoothing: float = 0.0) -> "Mixer":
+        """What mixes the batches of a training."""
+        return Mixer(Mixup(num_classes=num_classes, label_smoothing=smoothing, **self.options))
+
+
+class Mixer:
+    """Mixes batches where they lie; what is drawn depends on the batch's own seed alone."""
+
+    def __init__(self, mix: Mixup) -> None:
+        self.mix = mix
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with mixed images [B 3 S S] and targets [B C] for class indices [B]."""
+        state = np.random.get_state()  # timm draws from numpy's global generator
+        np.random.seed(batch["mixing_seed"])
+        images, targets = self.mix(batch["images"], batch["targets"])
+        np.random.set_state(state)
+        return {"images": images, "targets": targets}
 
 
 class Collate:
-    """Samples to {"images": [B 3 S S], "targets": indices [B], or [B C] where images are mixed}.
+    """Samples to {"images": [B 3 S S], "targets": class indices [B], "mixing_seed": a number}.
 
-    What is drawn depends on the batch's generator alone.
+    From an augmentation that leaves the colours to the device the images are uint8, and "colours"
+    is their plan. The seed depends on the batch's generator alone.
     """
 
-    def __init__(self, mix: Mixup | None = None) -> None:
-        self.mix = mix
-
-    def __call__(
-        self, samples: Sequence[tuple[Tensor, int]], generator: Generator
-    ) -> dict[str, Tensor]:
-        """Collate and mix one batch."""
-        images = torch.stack([image for image, _ in samples])
-        targets = torch.tensor([label for _, label in samples])
-        if self.mix is not None:
-            state = np.random.get_state()  # timm draws from numpy's global generator
-            np.random.seed(int(torch.randint(2**31, (), generator=generator)))
-            images, targets = self.mix(images, targets)
-            np.random.set_state(state)
-        return {"images": images, "targets": targets}
+    def __call__(self, samples: Sequence[tuple[Any, int]], generator: Generator) -> dict[str, Any]:
+        """Collate one batch."""
+        batch = default_collate([sample for sample, _ in samples])
+        if isinstance(batch, Tensor):
+            batch = {"images": batch}
+        else:
+            batch["colours"] = plan_colours(batch["colours"], STAGES)
+        batch["targets"] = torch.tensor([label for _, label in samples])
+        batch["mixing_seed"] = int(torch.randint(2**31, (), generator=generator))
+        return batch

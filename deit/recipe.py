@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.augment import ThreeAugment, TimmAugmentation
+from deit.fast_augment import FastThreeAugment
 from deit.losses import LOSSES, Distillation, classification_loss, cosub_loss, wide
 from deit.mixing import Collate, Mixing
 from deit.param_groups import freeze, param_groups
@@ -59,7 +60,7 @@ class DeiT(nn.Module):
         cosub: bool = False,
         distillation: Distillation | None = None,
         mixing: Mixing | None = None,
-        augmentation: ThreeAugment | TimmAugmentation | None = None,
+        augmentation: ThreeAugment | FastThreeAugment | TimmAugmentation | None = None,
         ema_decay: float = 0.99996,
         export: str = "model",
         trainable: str = "all",
@@ -97,8 +98,7 @@ class DeiT(nn.Module):
         keywords = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
         self.model = backbone(**keywords)
         self.num_classes = _count_classes(self.model, dataset)
-        mix = mixing.build(self.num_classes, smoothing) if mixing else None
-        self.collate = Collate(mix)
+        self.mix = mixing.build(self.num_classes, smoothing) if mixing else None
         self.distillation = distillation
         if distillation is not None and hasattr(self.model, "set_distilled_training"):
             self.model.set_distilled_training(True)  # two heads, as in Touvron et al. 2021
@@ -144,7 +144,7 @@ class DeiT(nn.Module):
         return training_batches(
             self.dataset,
             self.augmentation,
-            self.collate,
+            Collate(),
             self.batch_size_per_gpu,
             first_step=first_step,
             rank=rank(),
@@ -152,6 +152,11 @@ class DeiT(nn.Module):
             micro_batches=self.accumulation,
             **self.loading,
         )
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Finish the augmentation on the device, and mix the images."""
+        batch = self.augmentation.finish(batch)
+        return batch if self.mix is None else self.mix(batch)
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Losses of a micro-batch; `loss` is optimised, the rest is shown."""

@@ -5,6 +5,7 @@ torch's global generator, which the loader seeds for each sample.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -43,19 +44,13 @@ class MultiCrop:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if local_crops_number < 0:
-            raise ValueError(f"local_crops_number cannot be negative, not {local_crops_number}")
-        if len(blur_probabilities) != 3:
-            raise ValueError(
-                "blur_probabilities takes three values (first global, second global, local crops), "
-                f"not {list(blur_probabilities)}"
-            )
-        smallest = min([global_crops_size, *[local_crops_size] * bool(local_crops_number)])
-        if blur_kernel_size % 2 == 0 or blur_kernel_size // 2 >= smallest:
-            raise ValueError(
-                f"blur_kernel_size must be odd and less than twice the smallest crop, {smallest}; "
-                f"not {blur_kernel_size}"
-            )
+        check_crops(
+            global_crops_size,
+            local_crops_number,
+            local_crops_size,
+            blur_probabilities,
+            blur_kernel_size,
+        )
         self.global_crops_size = global_crops_size
         self.local_crops_number = local_crops_number
         self.local_crops_size = local_crops_size
@@ -92,3 +87,30 @@ class MultiCrop:
                 [self.local(image) for _ in range(self.local_crops_number)]
             )
         return crops
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Nothing is left to the device."""
+        return batch
+
+
+def check_crops(
+    global_crops_size: int,
+    local_crops_number: int,
+    local_crops_size: int,
+    blur_probabilities: Sequence[float],
+    blur_kernel_size: int,
+) -> None:
+    """ValueError for what cannot be."""
+    if local_crops_number < 0:
+        raise ValueError(f"local_crops_number cannot be negative, not {local_crops_number}")
+    if len(blur_probabilities) != 3:
+        raise ValueError(
+            "blur_probabilities takes three values (first global, second global, local crops), "
+            f"not {list(blur_probabilities)}"
+        )
+    smallest = min([global_crops_size, *[local_crops_size] * bool(local_crops_number)])
+    if blur_kernel_size % 2 == 0 or blur_kernel_size // 2 >= smallest:
+        raise ValueError(
+            f"blur_kernel_size must be odd and less than twice the smallest crop, {smallest}; "
+            f"not {blur_kernel_size}"
+        )

@@ -7,9 +7,13 @@ of h x w, U rows of the buffer of masked patches.
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dinov2.fast_crops import STAGES
+from utils.data.colour_plan import plan_colours
 
 MIN_BLOCK = 4  # patches
 MIN_ASPECT = 0.3
@@ -102,7 +106,8 @@ class Collate:
 
     The batch: global_crops [2B 3 S S], local_crops [nB 3 s s] (if any), masks [2B N], mask_indices
     [U] (flat positions of masked patches) and mask_weights [U]. U depends on the batch size alone,
-    so shapes never change; unused rows point at patch 0 with weight 0.
+    so shapes never change; unused rows point at patch 0 with weight 0. Where the colours are left
+    to the device, crops are uint8, and global_colours and local_colours are their plans.
     """
 
     def __init__(self, masks: MaskSampler, grid: tuple[int, int]) -> None:
@@ -111,13 +116,16 @@ class Collate:
 
     def __call__(
         self, samples: Sequence[tuple[dict[str, Tensor], int]], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Batch of (crops, label) pairs; labels are not used."""
         crops = [sample[0] for sample in samples]
-        batch = {
+        batch: dict[str, Any] = {
             name: torch.stack([sample[name] for sample in crops], dim=1).flatten(0, 1)
             for name in crops[0]
         }
+        for name in ("global_colours", "local_colours"):
+            if name in batch:
+                batch[name] = plan_colours(batch[name], STAGES)
         num_images = len(batch["global_crops"])
         masks = self.masks.sample(num_images, self.grid, generator)
         upperbound = self.masks.upperbound(num_images, self.grid[0] * self.grid[1])

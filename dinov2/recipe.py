@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinov2.centering import Targets
 from dinov2.crops import MultiCrop
+from dinov2.fast_crops import FastMultiCrop
 from dinov2.head import DINOHead
 from dinov2.losses import dino_loss, ibot_loss, koleo_loss
 from dinov2.masking import Collate, MaskSampler
@@ -59,7 +60,7 @@ class DINOv2(nn.Module):
         layerwise_decay: float = 0.9,
         patch_embed_lr_multiplier: float = 0.2,
         published_param_groups: bool = False,
-        crops: MultiCrop | None = None,
+        crops: MultiCrop | FastMultiCrop | None = None,
         masks: MaskSampler | None = None,
         schedules: Schedules | None = None,
         sampler: str = "shuffled",
@@ -153,6 +154,10 @@ class DINOv2(nn.Module):
             micro_batches=self.accumulation,
             **self.loading,
         )
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Finish the augmentation on the device."""
+        return self.crops.finish(batch)
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Losses of a micro-batch; `loss` is optimised, the rest is shown.

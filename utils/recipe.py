@@ -36,6 +36,9 @@ class Recipe(Protocol):
     def batches(self, first_step: int) -> Iterator[Any]:
         """Endless micro-batches, `accumulation` per step: a function of (seed, step, rank)."""
 
+    def prepare(self, batch: Any) -> Any:
+        """The micro-batch, moved to its device, with what the workers left to that (colours)."""
+
     def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Scalars: `loss` is minimised (mean over the micro-batch), the others are shown."""
 

@@ -74,8 +74,8 @@ SAMPLES = [(torch.full((3, 8, 8), float(i)), i) for i in range(6)]
 
 
 def collate(seed: int, **options) -> dict[str, torch.Tensor]:
-    mix = Mixing(**options).build(6)
-    return Collate(mix)(SAMPLES, torch.Generator().manual_seed(seed))
+    batch = Collate()(SAMPLES, torch.Generator().manual_seed(seed))
+    return Mixing(**options).build(6)(batch)
 
 
 def test_mixtures_tell_their_shares():

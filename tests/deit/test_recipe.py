@@ -225,7 +225,7 @@ def test_batches_are_mixed_and_reproducible():
     def draw(first_step):
         recipe = make_recipe(mixing=Mixing(), accumulation=2)
         batches = recipe.batches(first_step)
-        return [next(batches) for _ in range(4)]
+        return [recipe.prepare(next(batches)) for _ in range(4)]
 
     batches = draw(0)
     assert batches[0]["images"].shape == (4, 3, 16, 16) and batches[0]["targets"].shape == (4, 3)

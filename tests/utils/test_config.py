@@ -312,7 +312,7 @@ def test_build_nests_and_overrides() -> None:
         ("epochs", "ten", "recipe.epochs must be a number, got 'ten'"),
         ("batch_size_per_gpu", 2.5, "recipe.batch_size_per_gpu must be a whole number"),
         ("separate_head", 1, "recipe.separate_head must be true or false"),
-        ("crops", 3, "recipe.crops must be MultiCrop or null, got 3"),
+        ("crops", 3, "recipe.crops must be MultiCrop or FastMultiCrop or null, got 3"),
         ("_recursive_", True, "recipe: _recursive_ is not understood"),
         ("_target_", "dinov2.recipe.DINO", "has no 'DINO'; did you mean 'DINOv2'?"),
         ("_target_", "dinov2.recipee.DINOv2", "there is no module 'dinov2.recipee'"),

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from utils.data.images import ImageFolder, class_folders, existing_folder, read_image
+from utils.data.images import ImageFolder, class_folders, existing_folder, read_file, read_image
 from utils.errors import UserError
 
 SIZES = {"train": 1_281_167, "val": 50_000, "test": 100_000}
@@ -73,6 +73,10 @@ class ImageNetTree:
     def read(self, index: int) -> Image.Image:
         """Decoded RGB image."""
         return read_image(self.path(index))
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image file as stored; `ImageError` names it."""
+        return read_file(self.path(index))
 
     def label(self, index: int) -> int | None:
         """Class index; None in the split test."""

@@ -76,6 +76,19 @@ def read_image(
         raise ImageError(name, f"damaged ({type(error).__name__}: {error})") from None
 
 
+def read_file(path: str) -> bytes:
+    """The bytes of an image file; `ImageError` names it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError(path, "no such file") from None
+    except IsADirectoryError:
+        raise ImageError(path, "is a folder") from None
+    except OSError as error:
+        raise ImageError(path, error.strerror or type(error).__name__) from None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB; 16-bit grey is scaled to 8 bits, CMYK and palettes are converted.
 
@@ -140,6 +153,10 @@ class ImageFolder:
     def read(self, index: int) -> Image.Image:
         """Decoded RGB image."""
         return read_image(self.path(index), exif_orientation=self.exif_orientation)
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image file as stored; `ImageError` names it."""
+        return read_file(self.path(index))
 
     def label(self, index: int) -> int | None:
         """Class index, or None without labels."""

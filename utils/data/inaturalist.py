@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.data.images import existing_folder, read_image
+from utils.data.images import existing_folder, read_file, read_image
 from utils.errors import UserError
 
 YEARS = (2018, 2019)
@@ -77,6 +77,10 @@ class INaturalist:
     def read(self, index: int) -> Image.Image:
         """Decoded RGB image."""
         return read_image(self.path(index))
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image file as stored; `ImageError` names it."""
+        return read_file(self.path(index))
 
     def label(self, index: int) -> int | None:
         """Class index."""

@@ -60,9 +60,13 @@ class LmdbImages:
 
     def read(self, index: int) -> Image.Image:
         """Decoded RGB image."""
+        return read_image(io.BytesIO(self.read_bytes(index)), name=self.path(index))
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image file as stored."""
         if not 0 <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
-        return read_image(io.BytesIO(self._get(_key(index)) or b""), name=self.path(index))
+        return self._get(_key(index)) or b""
 
     def label(self, index: int) -> int | None:
         """Class index, or None without labels."""

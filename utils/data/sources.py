@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Generator
 from torch.utils.data import Dataset, default_collate
 
+from utils.data.encoded import EncodedImage, encoded_image
 from utils.data.images import ImageDataset, ImageError
 from utils.data.samplers import derive_seed
 
 MAX_REPLACEMENTS = 1000  # images tried in place of one, before all of them are taken for damaged
 
-Transform = Callable[[Image.Image], Any]
+# One with an attribute `takes_encoded` gets the file before it is decoded, to do that itself.
+Transform = Callable[[Image.Image], Any] | Callable[[EncodedImage | Image.Image], Any]
 Sample = tuple[Any, int]  # transformed image, label or -1
 Collate = Callable[[list[Sample], Generator], Any]
 
@@ -100,14 +102,16 @@ def read_sample(
     failures: list[Failure],
 ) -> Sample | None:
     """The image, transformed under `seed`, and its label; None after noting a failure."""
+    encoded = getattr(transform, "takes_encoded", False)
     try:
-        image = dataset.read(index)
+        image = encoded_image(dataset, index) if encoded else dataset.read(index)
+        seed_everything(derive_seed(*seed))
+        transformed = transform(image)
     except ImageError as error:
         failures.append(Failure(index, error.path, error.reason))
         return None
-    seed_everything(derive_seed(*seed))
     label = dataset.label(index)
-    return transform(image), -1 if label is None else label
+    return transformed, -1 if label is None else label
 
 
 def seed_everything(seed: int) -> None:

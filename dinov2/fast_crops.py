@@ -1,0 +1,98 @@
+"""Multi-crop augmentation for a busy device: the workers crop, the device colours.
+
+The crops of `dinov2.crops.MultiCrop` with the same distribution. A worker decodes an image once and
+cuts uint8 crops from it; jitter, grey, blur and solarization run on whole batches on the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from dinov2.crops import IMAGENET_MEAN, IMAGENET_STD, check_crops
+from utils.data import colours
+from utils.data.colour_plan import colour, draw_colours
+from utils.data.encoded import EncodedImage
+from utils.data.random_crops import CropKind, cut_crops
+
+JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+STAGES = ("jitter", "greyscale", "blur", "solarize")
+
+
+class FastMultiCrop:
+    """An encoded image to uint8 crops and colours drawn for them; `finish` colours the crops.
+
+    Keywords as of `dinov2.crops.MultiCrop`.
+    """
+
+    takes_encoded = True
+
+    def __init__(
+        self,
+        *,
+        global_crops_size: int = 224,
+        global_crops_scale: Sequence[float] = (0.32, 1.0),
+        local_crops_number: int = 8,
+        local_crops_size: int = 96,
+        local_crops_scale: Sequence[float] = (0.05, 0.32),
+        blur_probabilities: Sequence[float] = (1.0, 0.1, 0.5),
+        blur_kernel_size: int = 9,
+        solarize_probability: float = 0.2,
+        color_jitter_probability: float = 0.8,
+        grayscale_probability: float = 0.2,
+        flip_probability: float = 0.5,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        check_crops(
+            global_crops_size,
+            local_crops_number,
+            local_crops_size,
+            blur_probabilities,
+            blur_kernel_size,
+        )
+        self.global_crops_size = global_crops_size
+        self.local_crops_number = local_crops_number
+        self.local_crops_size = local_crops_size
+        self.flip_probability = flip_probability
+        kinds = [CropKind(2, global_crops_size, _pair(global_crops_scale))]
+        if local_crops_number:
+            kinds.append(CropKind(local_crops_number, local_crops_size, _pair(local_crops_scale)))
+        self.kinds = kinds
+        first, second, local = blur_probabilities
+        self.drawing: dict[str, Any] = {
+            "jitter": JITTER,
+            "jitter_probability": color_jitter_probability,
+            "greyscale_probability": grayscale_probability,
+            "blur_probability": [first, second] + [local] * local_crops_number,
+            "solarize_probability": [0.0, solarize_probability] + [0.0] * local_crops_number,
+        }
+        self.operators = {"blur": partial(colours.gaussian_blur, kernel_size=blur_kernel_size)}
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+
+    def __call__(self, image: EncodedImage | Image) -> dict[str, Tensor]:
+        """uint8 crops of one image, each drawn from the whole of it, and their draws of colours."""
+        crops = cut_crops(image, self.kinds, flip_probability=self.flip_probability)
+        draws = torch.from_numpy(draw_colours(2 + self.local_crops_number, **self.drawing))
+        sample = {"global_crops": crops[0], "global_colours": draws[:2]}
+        if self.local_crops_number:
+            sample |= {"local_crops": crops[1], "local_colours": draws[2:]}
+        return sample
+
+    def finish(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with coloured, normalised crops in place of uint8 ones and their plans."""
+        done = dict(batch)
+        for kind in ("global", "local"):
+            if f"{kind}_crops" in done:
+                pixels, plan = done[f"{kind}_crops"], done.pop(f"{kind}_colours")
+                levels = colour(pixels, plan, self.operators)
+                mean, std = (value.to(levels.device) for value in (self.mean, self.std))
+                done[f"{kind}_crops"] = colours.normalize(levels, mean, std)
+        return done
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    return float(values[0]), float(values[1])

@@ -1,0 +1,111 @@
+"""Which colour operators act on which images of a batch, drawn in the workers, done on the device.
+
+A worker draws a row of numbers per image; a plan sorts the rows of a batch by operator, so that
+each operator runs once on exactly the images it was drawn for, and the device never has to be asked
+how many these are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data import colours
+
+JITTER = ("brightness", "contrast", "saturation", "hue")
+STRENGTHS = (*JITTER, "greyscale", "blur", "solarize")  # columns of a draw; NaN: does not act
+SLOTS = slice(len(STRENGTHS), len(STRENGTHS) + len(JITTER))  # which comes when, 0 to 3
+WIDTH = SLOTS.stop
+
+Operator = Callable[[Tensor, Tensor], Tensor]
+OPERATORS: dict[str, Operator] = {
+    "brightness": colours.brightness,
+    "contrast": colours.contrast,
+    "saturation": colours.saturation,
+    "hue": colours.hue,
+    "greyscale": lambda images, _: colours.greyscale(images),
+    "solarize": lambda images, _: colours.solarize(images),
+}
+
+
+def draw_colours(
+    count: int,
+    *,
+    jitter: Sequence[float],
+    jitter_probability: float | Sequence[float] = 1.0,
+    greyscale_probability: float | Sequence[float] = 0.0,
+    blur_probability: float | Sequence[float] = 0.0,
+    blur_range: tuple[float, float] = (0.1, 2.0),
+    solarize_probability: float | Sequence[float] = 0.0,
+) -> np.ndarray:
+    """Draws for `count` images, float32 [count WIDTH], from numpy's global generator.
+
+    jitter: by how much brightness, contrast and saturation may change (factors in 1 +- it, not
+    below 0), and the hue (shifts in +- it); 0 leaves that one out. All of them act or none, in an
+    order drawn per image, as in torchvision's ColorJitter. Probabilities: one, or one per image.
+    """
+    draws = np.random.random_sample((count, 13)).astype(np.float32)
+    rows = np.full((count, WIDTH), np.nan, dtype=np.float32)
+    bounds = [(max(0.0, 1 - jitter[i]), 1 + jitter[i]) for i in range(3)] + [
+        (-jitter[3], jitter[3])
+    ]
+    acts = draws[:, 4] < jitter_probability
+    for column, (low, high) in enumerate(bounds):
+        if jitter[column]:
+            value = low + (high - low) * draws[:, column]
+            rows[:, column] = np.where(acts, value, np.nan)
+    rows[:, 4] = np.where(draws[:, 5] < greyscale_probability, 1, np.nan)
+    sigma = blur_range[0] + (blur_range[1] - blur_range[0]) * draws[:, 6]
+    rows[:, 5] = np.where(draws[:, 7] < blur_probability, sigma, np.nan)
+    rows[:, 6] = np.where(draws[:, 8] < solarize_probability, 1, np.nan)
+    rows[:, SLOTS] = draws[:, 9:].argsort(1).argsort(1)
+    return rows
+
+
+def plan_colours(draws: Tensor, stages: Sequence[str]) -> dict[str, Any]:
+    """The plan of a batch from its draws [N WIDTH]; `stages` orders operators, `jitter` for four.
+
+    Its keys: names of the steps and how many images each is for (lists), images and strengths of
+    all steps, one after another (tensors).
+    """
+    steps: list[tuple[str, Tensor]] = []
+    for stage in stages:
+        if stage != "jitter":
+            steps.append((stage, ~draws[:, STRENGTHS.index(stage)].isnan()))
+            continue
+        slots, acts = draws[:, SLOTS], ~draws[:, : len(JITTER)].isnan()
+        for slot in range(len(JITTER)):
+            steps += [
+                (name, acts[:, column] & (slots[:, column] == slot))
+                for column, name in enumerate(JITTER)
+            ]
+    found = [(name, chosen.nonzero().flatten()) for name, chosen in steps if chosen.any()]
+    empty = torch.empty(0)
+    return {
+        "names": [name for name, _ in found],
+        "counts": [len(rows) for _, rows in found],
+        "rows": torch.cat([empty.long(), *(rows for _, rows in found)]),
+        "strengths": torch.cat(
+            [empty, *(draws[rows, STRENGTHS.index(name)] for name, rows in found)]
+        ),
+    }
+
+
+@torch.no_grad()
+def colour(
+    pixels: Tensor, plan: Mapping[str, Any], operators: Mapping[str, Operator] | None = None
+) -> Tensor:
+    """Levels 0 to 255 of uint8 images [N 3 H W] after the plan's steps, as float32.
+
+    `operators` adds to those that need no further choice: a blur.
+    """
+    images = pixels.float()
+    known = {**OPERATORS, **(operators or {})}
+    strengths = plan["strengths"].split(plan["counts"])
+    for name, rows, values in zip(
+        plan["names"], plan["rows"].split(plan["counts"]), strengths, strict=True
+    ):
+        images[rows] = known[name](images[rows], values)
+    return images
