@@ -27,12 +27,15 @@ def undecayed(model: nn.Module) -> set[str]:
     }
 
 
-def param_groups(model: nn.Module, *, layerwise_decay: float = 1.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, layerwise_decay: float = 1.0, decay_vectors: bool = False
+) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters, as the loop expects them.
 
     layerwise_decay: the learning rate of a layer is this times that of the layer above it.
+    decay_vectors: weight decay for all parameters, also those of `undecayed`.
     """
-    exempt = undecayed(model)
+    exempt = set() if decay_vectors else undecayed(model)
     if layerwise_decay != 1.0:
         net = model if hasattr(model, "group_matcher") else getattr(model, "net", model)
         if not hasattr(net, "group_matcher"):
@@ -49,7 +52,7 @@ def param_groups(model: nn.Module, *, layerwise_decay: float = 1.0) -> list[dict
             {
                 "params": group["params"],
                 "lr_multiplier": group["lr_scale"],
-                "weight_decay_multiplier": group["weight_decay"],
+                "weight_decay_multiplier": 1.0 if decay_vectors else group["weight_decay"],
             }
             for group in groups
         ]

@@ -41,7 +41,8 @@ class DeiT(nn.Module):
     loss, smoothing: see `deit.losses.classification_loss`. mixing: None leaves images apart.
     ema_decay: of the moving average of parameters and buffers; 0 for none. export: what is saved
         and probed, `model` (as published, where the average was saved but never judged) or `ema`.
-    trainable, layerwise_decay: for fine-tuning, see `deit.param_groups`.
+    trainable, layerwise_decay: for fine-tuning, see `deit.param_groups`. decay_vectors: biases and
+        norms decay too, as an optimiser does that is given all parameters at once.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DeiT(nn.Module):
         export: str = "model",
         trainable: str = "all",
         layerwise_decay: float = 1.0,
+        decay_vectors: bool = False,
         schedules: Schedules | None = None,
         sampler: str = "repeated_augmentation",
         num_workers: int = 10,
@@ -93,6 +95,7 @@ class DeiT(nn.Module):
             "seed": seed,
         }
         self.trainable, self.layerwise_decay = trainable, layerwise_decay
+        self.decay_vectors = decay_vectors
         self.ema_decay, self.export = ema_decay, export
 
         keywords = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
@@ -124,7 +127,9 @@ class DeiT(nn.Module):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of what is trained of the classifier."""
-        return param_groups(self.model, layerwise_decay=self.layerwise_decay)
+        return param_groups(
+            self.model, layerwise_decay=self.layerwise_decay, decay_vectors=self.decay_vectors
+        )
 
     def clipped_parts(self) -> dict[str, nn.Module]:
         """The classifier as a whole (LAMB clips for itself)."""

@@ -13,8 +13,9 @@ class EpochCosine:
     """Warm-up along a line, then a cosine over all epochs, the warm-up included, then `final`.
 
     At the end of the warm-up the rate is that of the cosine there, a little below `base` (timm's
-    cosine scheduler without prefixed warm-up). The time is in epochs: exact at every step, held
-    over an epoch, or, one_epoch_late, held at the value of the epoch before.
+    cosine scheduler without prefixed warm-up). With `cosine_after_warmup` the cosine begins where
+    the warm-up ends, at `base`. The time is in epochs: exact at every step, held over an epoch, or,
+    one_epoch_late, held at the value of the epoch before.
     """
 
     base: float
@@ -24,6 +25,7 @@ class EpochCosine:
     warmup_epochs: float = 0.0
     warmup_start: float = 0.0
     update: str = "every_step"
+    cosine_after_warmup: bool = False
 
     def __call__(self, step: int) -> float:
         """Value at a step."""
@@ -39,7 +41,8 @@ class EpochCosine:
             return self.warmup_start + epoch * rise
         if epoch >= self.epochs:
             return self.final
-        phase = math.cos(math.pi * epoch / self.epochs)
+        before = self.warmup_epochs if self.cosine_after_warmup else 0.0
+        phase = math.cos(math.pi * (epoch - before) / (self.epochs - before))
         return self.final + 0.5 * (self.base - self.final) * (1 + phase)
 
 
@@ -47,7 +50,7 @@ class Schedules:
     """Values and lengths in epochs; `build` turns them into functions of the step.
 
     lr: at the batch size the rule `lr_scaling` names. update: every_step, every_epoch or
-    one_epoch_late.
+    one_epoch_late. cosine_after_warmup: see `EpochCosine`.
 
     Departs from DeiT: there the scheduler is stepped with the number of the epoch that has just
     ended, so that two epochs run at the warm-up's first value and all later ones late; a resume
@@ -64,6 +67,7 @@ class Schedules:
         warmup_lr: float = 1e-6,
         weight_decay: float = 0.02,
         update: str = "every_step",
+        cosine_after_warmup: bool = False,
     ) -> None:
         if lr_scaling not in LR_SCALINGS:
             raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
@@ -76,6 +80,7 @@ class Schedules:
         self.warmup_lr = warmup_lr
         self.weight_decay = weight_decay
         self.update = update
+        self.cosine_after_warmup = cosine_after_warmup
 
     def build(self, *, epochs: float, epoch_length: int, batch_size: int) -> dict[str, Schedule]:
         """Functions of the step; epoch_length in steps, batch_size in images per step."""
@@ -92,5 +97,6 @@ class Schedules:
             warmup_epochs=self.warmup_epochs,
             warmup_start=self.warmup_lr,
             update=self.update,
+            cosine_after_warmup=self.cosine_after_warmup,
         )
         return {"lr": lr, "weight_decay": Constant(self.weight_decay)}

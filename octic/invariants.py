@@ -5,11 +5,13 @@ channels each; the results stand side by side, C channels per polynomial.
 Source: octic-vits, invariantization; polynomials of degree up to 4 in the real irreps of D4.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from octic.groups import Group, get_group
-from octic.layers import channels_per_copy
+from octic.layers import OcticLayerNorm, channels_per_copy
 
 _CUBIC_CORE = (
     lambda x: x[6] ** 2 + x[7] ** 2,
@@ -57,6 +59,18 @@ class NonInvariant(Invariantization):
         return torch.cat(self.components(x), dim=-1).abs()
 
 
+class TrivialPart(Invariantization):
+    """The trivial irrep as it is (the classifier's input in Flopping for FLOPs)."""
+
+    def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
+        super().__init__(dim, group=group)
+        self.output_dim = self.copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [... D] to [... C]."""
+        return x[..., : self.copy]
+
+
 class LinearInvariant(Invariantization):
     """|x| of the trivial irrep."""
 
@@ -70,7 +84,10 @@ class LinearInvariant(Invariantization):
 
 
 class PowerSpectrum(Invariantization):
-    """The trivial irrep as it is, |x| of the other lines, the length of each plane's vectors."""
+    """The trivial irrep as it is, |x| of the other lines, the length of each plane's vectors.
+
+    Of the mirror group, [x+, |x-|]: Flopping for FLOPs, `use_symmetrized_asym_feats`.
+    """
 
     def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
         super().__init__(dim, group=group)
@@ -229,6 +246,7 @@ INVARIANTIZATIONS: dict[str, type[Invariantization]] = {
     "polynomial": Polynomial,
     "third_order": ThirdOrder,
     "linear": LinearInvariant,
+    "trivial": TrivialPart,
     "max_filtering": MaxFiltering,
     "canonization": Canonization,
     "none": NonInvariant,
@@ -241,3 +259,27 @@ def make_invariantization(name: str, dim: int, group: str | Group = "D4") -> Inv
         known = ", ".join(INVARIANTIZATIONS)
         raise ValueError(f"unknown invariantization {name!r}; known: {known}")
     return INVARIANTIZATIONS[name](dim, group=group)
+
+
+class InvariantNorm(OcticLayerNorm):
+    """The norm over irreps, then an invariantization: f(g x) = f(x), [... D] to [... output_dim].
+
+    What a classifier reads whose blocks are all equivariant.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        invariant: str = "trivial",
+        eps: float = 1e-5,
+        irrep_weights: Mapping[str, float] | None = None,
+        group: str | Group = "D4",
+    ) -> None:
+        super().__init__(dim, eps=eps, irrep_weights=irrep_weights, group=group)
+        self.invariantization = make_invariantization(invariant, dim, self.group)
+        self.output_dim = self.invariantization.output_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Invariants of normalised features."""
+        return self.invariantization(super().forward(x))

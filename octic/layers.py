@@ -4,6 +4,7 @@ Each maps features [... D] to features and satisfies layer(g x) = g layer(x) for
 The storage is that of `octic.groups`; C = D / |G| is the number of channels of a copy.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -199,6 +200,12 @@ class OcticAttention(nn.Module):
 
     Logits are inner products of features, so they are invariant; each head is a feature of width
     D / H, which needs C to be a multiple of the number of heads.
+
+    qk_scale: factor of the logits; None is (D / H)^-1/2.
+    mixer: logits are a sum over irreps, weighted by the trained `attn_mixer` (1 for the trivial
+        irrep, 0 for the others at first; Flopping for FLOPs, `use_attn_mixer`).
+    Departs from Flopping for FLOPs: both work with fused attention, where the published code
+    ignores the first and refuses the second.
     """
 
     def __init__(
@@ -209,6 +216,8 @@ class OcticAttention(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         attn_drop: float = 0.0,
+        qk_scale: float | None = None,
+        mixer: bool = False,
         backend: str = "auto",
         group: str | Group = "D4",
     ) -> None:
@@ -218,16 +227,35 @@ class OcticAttention(nn.Module):
         check_backend(backend)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
+        self.qk_scale = qk_scale
         self.backend = backend
+        self.head_dim = dim // num_heads
+        self.attn_mixer: nn.Parameter | None = None
+        if mixer:
+            self.attn_mixer = nn.Parameter(torch.eye(len(self.group.irreps))[0])
         self.qkv = OcticLinear(dim, 3 * dim, bias=qkv_bias, group=self.group)
         self.proj = OcticLinear(dim, dim, bias=proj_bias, group=self.group)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend within each sequence; x and the result are features [B T D]."""
         q, k, v = self._split_heads(self.qkv(x), 3).unbind(2)
+        if self.qk_scale is not None or self.attn_mixer is not None:
+            q = (q * self._query_factor()).to(k.dtype)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
         return self.proj(self._join_heads(out))
+
+    def _query_factor(self) -> Tensor | float:
+        """What queries are multiplied by, so that attention's own scale gives the wanted logits."""
+        scale = 1.0 if self.qk_scale is None else self.qk_scale * math.sqrt(self.head_dim)
+        if self.attn_mixer is None:
+            return scale
+        width = self.head_dim // self.group.order
+        parts = [
+            weight.expand(irrep.dim * irrep.copies * width)
+            for weight, irrep in zip(self.attn_mixer, self.group.irreps, strict=True)
+        ]
+        return scale * torch.cat(parts)
 
     def _split_heads(self, x: Tensor, parts: int) -> Tensor:
         """Features [B T parts*D] to heads [B T parts H D/H], in one copy."""

@@ -87,24 +87,30 @@ class OcticLift(nn.Module):
 
     lift(g image) = g lift(image), where g also moves the patches. The parameters `conv_A1`, ...,
     `conv_E_right` hold quarter filters (octic-vits, LiftD8).
+
+    patch_size: side, or (height, width) for groups without quarter turns.
+    scaled_bias: the bias takes the factor |G|^-1/2 of the filters too (Flopping for FLOPs).
     """
 
     def __init__(
         self,
         in_chans: int,
         embed_dim: int,
-        patch_size: int,
+        patch_size: int | tuple[int, int],
         *,
         bias: bool = True,
+        scaled_bias: bool = False,
         group: str | Group = "D4",
     ) -> None:
         super().__init__()
         self.group = get_group(group)
         self.patch_size = patch_size
-        _check_patch_size(patch_size, self.group)
+        sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        _check_patch_size(sides, self.group)
         copy = channels_per_copy(embed_dim, self.group)
         self.embed_dim = embed_dim
-        self.unfold = Unfold(patch_size, patch_size, scaled=True, group=self.group)
+        self.scaled_bias = scaled_bias
+        self.unfold = Unfold(*sides, scaled=True, group=self.group)
         for index, slot in enumerate(self.group.slots):
             conv = SlabConv(in_chans, copy, self.unfold.slab, bias and index == 0)
             self.add_module(f"conv_{slot.name}", conv)
@@ -120,6 +126,8 @@ class OcticLift(nn.Module):
         """Images [B in H W] to a grid of features [B D H/p W/p]."""
         bias = self.get_submodule(f"conv_{self.group.slots[0].name}").bias
         if bias is not None:
+            if self.scaled_bias:
+                bias = bias * math.sqrt(1 / self.group.order)
             bias = F.pad(bias, (0, self.embed_dim - len(bias)))
         return F.conv2d(images, self.filters(), bias, stride=self.patch_size)
 
@@ -130,16 +138,19 @@ class OcticPatchEmbed(nn.Module):
     def __init__(
         self,
         *,
-        patch_size: int = 16,
+        patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
         bias: bool = True,
+        scaled_bias: bool = False,
         group: str | Group = "D4",
     ) -> None:
         super().__init__()
         self.group = get_group(group)
         self.patch_size = patch_size
-        self.lift8 = OcticLift(in_chans, embed_dim, patch_size, bias=bias, group=self.group)
+        self.lift8 = OcticLift(
+            in_chans, embed_dim, patch_size, bias=bias, scaled_bias=scaled_bias, group=self.group
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B in H W] to tokens on their grid [B H/p W/p D]."""
@@ -194,7 +205,10 @@ class OcticToPatch(nn.Module):
         return components
 
 
-def _check_patch_size(patch_size: int, group: Group) -> None:
-    group.slab(patch_size, patch_size)
-    if patch_size == 2 and group.name == "D4":
+def _check_patch_size(sides: tuple[int, int], group: Group) -> None:
+    try:
+        group.slab(*sides)
+    except ValueError as error:
+        raise ValueError(f"patch_size: {error} pixels") from None
+    if 2 in sides and group.name == "D4":
         raise ValueError("patch_size 2 has no A2 and B1 filters under D4; use 4 or more")

@@ -1,7 +1,9 @@
 """Octic Vision Transformers: hybrid, invariant and fully equivariant, for any pixel-grid group.
 
 Blocks before `octic_equi_break_layer` are equivariant. There the features turn into ordinary ones:
-as they are (hybrid), or made invariant and projected (invariant). Nordstrom et al. 2025.
+as they are (hybrid), or made invariant and projected (invariant). Nordstrom et al. 2025. A net
+whose blocks are all equivariant can instead be made invariant for its classifier alone (Bokman et
+al. 2025, "Flopping for FLOPs").
 """
 
 import math
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from octic.block import OcticBlock
 from octic.groups import Group, get_group
-from octic.invariants import make_invariantization
+from octic.invariants import InvariantNorm, make_invariantization
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
 from vit.block import Block
@@ -22,6 +24,7 @@ from vit.trunk import Trunk, drop_path_rates, init_linear
 from vit.vision_transformer import resample_grid
 
 BASES = ("isotypic", "regular")
+PLACES = ("switch", "head")
 
 
 class OcticVisionTransformer(Trunk):
@@ -29,8 +32,15 @@ class OcticVisionTransformer(Trunk):
 
     invariant: False (hybrid), True (power spectrum), or the name of an invariantization; then
         forward(g image) = forward(image) for every element g.
-    octic_equi_break_layer: number of octic blocks, 0 to depth; None is half of them.
+    invariant_at: "switch", before the plain blocks; or "head": every block is octic, and what the
+        classifier and the probes read are invariants of the normalised tokens, `embed_dim` wide.
+    invariant_proj: whether invariants at the switch are projected; without, they must be D wide.
+    octic_equi_break_layer: number of octic blocks, 0 to depth; None is half of them (all of them
+        with invariant_at "head").
     switch_basis: what a hybrid's plain half sees, "isotypic" (octic-vits) or "regular" (flopping).
+    attention_mixer: trained weights of the irreps in the logits of octic blocks.
+    scaled_patch_bias: see `octic.patch_embed.OcticLift`.
+    pos_embed_std: deviation of the stored positions. A cell of the octic grid is a sum of two.
     Square grids for groups with quarter turns; at other resolutions the unfolded positions are
     resampled, oblong ones too.
     """
@@ -50,10 +60,14 @@ class OcticVisionTransformer(Trunk):
         qkv_bias: bool = True,
         init_values: float | None = 1e-4,
         invariant: bool | str = False,
+        invariant_at: str = "switch",
+        invariant_proj: bool = True,
         octic_equi_break_layer: int | None = None,
         group: str | Group = "D4",
         switch_basis: str = "isotypic",
         irrep_weights: Mapping[str, float] | None = None,
+        attention_mixer: bool = False,
+        scaled_patch_bias: bool = False,
         class_token: bool = True,
         num_register_tokens: int = 0,
         mask_token: bool = False,
@@ -65,6 +79,7 @@ class OcticVisionTransformer(Trunk):
         norm_eps: float = 1e-6,
         octic_norm_eps: float = 1e-5,
         cls_token_std: float = 0.16,
+        pos_embed_std: float = 0.16 * math.sqrt(0.5),
         dynamic_img_size: bool = True,
         attention_backend: str = "auto",
     ) -> None:
@@ -83,23 +98,19 @@ class OcticVisionTransformer(Trunk):
         )
         self.group = get_group(group)
         self.row_major = self.group.row_major
-        self.cls_token_std = cls_token_std
-        self.switch = _checked_switch(octic_equi_break_layer, depth)
-        copy = channels_per_copy(embed_dim, self.group)
-        self.copy_dim = copy
+        self.cls_token_std, self.pos_embed_std = cls_token_std, pos_embed_std
+        self.switch = _checked_switch(octic_equi_break_layer, depth, invariant_at)
+        self.token_dim = embed_dim
+        self.copy_dim = channels_per_copy(embed_dim, self.group)
         self.patch_embed = OcticPatchEmbed(
-            patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, group=self.group
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            scaled_bias=scaled_patch_bias,
+            group=self.group,
         )
-        self.unfold_positions = Unfold(*self.grid_size, scaled=False, group=self.group)
-        slab = self.unfold_positions.slab
-        self.pos_embed = nn.ParameterList(
-            torch.empty(*slab, copy) for _ in range(len(self.group.slots))
-        )
-        self.cls_token = nn.Parameter(torch.empty(1, 1, copy)) if class_token else None
-        self.register_tokens = (
-            nn.Parameter(torch.empty(1, num_register_tokens, copy)) if num_register_tokens else None
-        )
-        self.mask_token = nn.Parameter(torch.empty(1, copy)) if mask_token else None
+        self._check_grid()
+        self._make_tokens(class_token, num_register_tokens, mask_token)
         rates = drop_path_rates(drop_path_rate, depth, drop_path_uniform)
         shared: dict[str, Any] = {
             "num_heads": num_heads,
@@ -110,20 +121,41 @@ class OcticVisionTransformer(Trunk):
             "drop_path_mode": drop_path_mode,
             "attention_backend": attention_backend,
         }
-        octic: dict[str, Any] = {
-            "norm_eps": octic_norm_eps,
-            "irrep_weights": irrep_weights,
-            "group": self.group,
-        }
+        norm: dict[str, Any] = {"irrep_weights": irrep_weights, "group": self.group}
+        self._norm_options = {**norm, "eps": octic_norm_eps}
+        octic = {**norm, "norm_eps": octic_norm_eps, "attention_mixer": attention_mixer}
         self.blocks = nn.ModuleList(
             OcticBlock(embed_dim, drop_path_rate=rate, **shared, **octic)
             if index < self.switch
             else Block(embed_dim, drop_path_rate=rate, norm_eps=norm_eps, **shared)
             for index, rate in enumerate(rates)
         )
+        self.invariant_at, self.has_invariant_proj = invariant_at, invariant_proj
         self._make_transition(invariant, switch_basis)
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        if invariant_at == "switch":
+            self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.init_weights()
+
+    def _make_tokens(self, class_token: bool, num_registers: int, mask_token: bool) -> None:
+        """Positions, class, register and mask tokens: what of them is trained."""
+        self.unfold_positions = Unfold(*self.grid_size, scaled=False, group=self.group)
+        slab = self.unfold_positions.slab
+        self.pos_embed = nn.ParameterList(
+            torch.empty(*slab, self.copy_dim) for _ in range(len(self.group.slots))
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.copy_dim)) if class_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_registers, self.copy_dim)) if num_registers else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, self.copy_dim)) if mask_token else None
+
+    def _check_grid(self) -> None:
+        try:
+            self.group.slab(*self.grid_size)
+        except ValueError as error:
+            raise ValueError(
+                f"img_size {self.img_size} in patches of {self.patch_size}: {error} patches"
+            ) from None
 
     def _make_transition(self, invariant: bool | str, switch_basis: str) -> None:
         if switch_basis not in BASES:
@@ -131,33 +163,66 @@ class OcticVisionTransformer(Trunk):
         name = "power_spectrum" if invariant is True else invariant
         self.invariantization: nn.Module | None = None
         self.invariant_proj: nn.Linear | None = None
-        if name:
-            self.invariantization = make_invariantization(name, self.embed_dim, self.group)
-            self.invariant_proj = nn.Linear(self.invariantization.output_dim, self.embed_dim)
         self.invariant = name or False
         self.switch_basis = switch_basis
+        if self.invariant_at == "head":
+            self._make_invariant_head(name or "trivial")
+        elif name:
+            self.invariantization = make_invariantization(name, self.token_dim, self.group)
+            width = self.invariantization.output_dim
+            if self.has_invariant_proj:
+                self.invariant_proj = nn.Linear(width, self.token_dim)
+            elif width != self.token_dim:
+                raise ValueError(
+                    f"invariant_proj=False needs invariants of {self.token_dim} channels, the "
+                    f"width of the blocks; {name} has {width}"
+                )
+
+    def _make_invariant_head(self, name: str) -> None:
+        """Norm, head and widths of a net whose blocks are all equivariant."""
+        self.invariant = name
+        self.norm = InvariantNorm(self.token_dim, invariant=name, **self._norm_options)
+        self.embed_dim = self.num_features = self.head_hidden_size = self.norm.output_dim
+        self.reset_classifier(self.num_classes)
 
     def transition(self, x: Tensor) -> Tensor:
         """Features [B T D] of the octic half to the plain half's tokens [B T D]."""
-        if self.invariantization is not None and self.invariant_proj is not None:
-            return self.invariant_proj(self.invariantization(x))
+        if self.invariant_at == "head":
+            return x
+        if self.invariantization is not None:
+            x = self.invariantization(x)
+            return x if self.invariant_proj is None else self.invariant_proj(x)
         parts = x.unflatten(-1, (self.group.order, -1))
         if self.switch_basis == "regular":
-            matrix = torch.tensor(self.group.fourier.T.tolist(), dtype=x.dtype, device=x.device)
-            return (matrix @ parts).flatten(-2)
+            return _to_regular(parts, self.group)
         # Copies first within an irrep: octic-vits' order A1 A2 B1 B2 E11 E21 E12 E22.
         return torch.cat([parts[..., index, :] for index in self.row_major], dim=-1)
 
     def adapt_to(self, state: Mapping[str, Tensor]) -> None:
         """Take the invariantization that published weights were trained with, by their shape.
 
-        The released DeiT III code builds the power spectrum for files that hold polynomials.
+        The released DeiT III code builds the power spectrum for files that hold polynomials. Where
+        the classifier reads the invariants, its width tells which.
         """
         name = detect_invariantization(state, self.copy_dim)
+        if self.invariant_at == "head":
+            name = self._invariants_of_head(state)
         if self.invariant and name and name != self.invariant:
-            weight = self.norm.weight
+            reference = self.cls_token if self.cls_token is not None else self.pos_embed[0]
             self._make_transition(name, self.switch_basis)
-            self.to(weight.device, weight.dtype)
+            self.to(reference.device, reference.dtype)
+
+    def _invariants_of_head(self, state: Mapping[str, Tensor]) -> str | None:
+        """Trivial part or power spectrum, by the classifier's width; None where that tells neither.
+
+        Two with the same width cannot be told apart: the model's own then stays.
+        """
+        heads = [t for name, t in state.items() if name.split(".")[-2:] == ["head", "weight"]]
+        if len(heads) != 1 or heads[0].ndim != 2 or heads[0].shape[1] == self.embed_dim:
+            return None
+        copies = sum(irrep.copies for irrep in self.group.irreps)
+        names = {self.copy_dim: "trivial", copies * self.copy_dim: "power_spectrum"}
+        return names.get(heads[0].shape[1])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Where each parameter stands in the depth (timm); the projection with the octic half."""
@@ -171,8 +236,7 @@ class OcticVisionTransformer(Trunk):
         """Draw all weights anew, as octic-vits draws them."""
         self.apply(init_linear)
         for parameter in self.pos_embed:
-            # The deviation 0.16 of the unfolded one-dimensional grids: each cell is a sum of two.
-            nn.init.trunc_normal_(parameter, std=0.16 * math.sqrt(0.5))
+            nn.init.trunc_normal_(parameter, std=self.pos_embed_std)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=self.cls_token_std)
         if self.register_tokens is not None:
@@ -216,7 +280,7 @@ class OcticVisionTransformer(Trunk):
 
     def _stored(self, token: Tensor) -> Tensor:
         # Tokens are invariant: they live in the trivial irrep, which stands first.
-        return F.pad(token, (0, self.embed_dim - self.copy_dim))
+        return F.pad(token, (0, self.token_dim - self.copy_dim))
 
     def octic_features(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
         """Feature tokens [B T D] after the first octic blocks (all of them by default).
@@ -232,7 +296,26 @@ class OcticVisionTransformer(Trunk):
         return x
 
 
-def _checked_switch(index: int | None, depth: int) -> int:
+def _to_regular(parts: Tensor, group: Group) -> Tensor:
+    """Regular components [... D] of the components [... G C] of features."""
+    if group.order == 2:
+        # Sums and differences: no product that TF32 or autocast would round.
+        first, second = (parts * math.sqrt(0.5)).unbind(-2)
+        return torch.cat([first + second, first - second], dim=-1)
+    matrix = torch.tensor(group.fourier.T.tolist(), dtype=parts.dtype, device=parts.device)
+    return (matrix @ parts).flatten(-2)
+
+
+def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
+    if invariant_at not in PLACES:
+        raise ValueError(f"unknown invariant_at {invariant_at!r}; known: {', '.join(PLACES)}")
+    if invariant_at == "head":
+        if index not in (None, depth):
+            raise ValueError(
+                f'invariant_at "head" makes all {depth} blocks octic; octic_equi_break_layer '
+                f"{index} must be left out"
+            )
+        return depth
     if index is None:
         if depth % 2:
             raise ValueError(

@@ -29,9 +29,16 @@ FAMILIES = [
     "d8_inv_early_dinov2_vit_small_patch16",
     "dinov2_vit_small_patch16",
     "deit_small_patch16_LS",
+    "deit_small_patch16_18x2_LS",
+    "d2_deit_small_patch16_LS",
+    "hybrid_deit_small_patch16_LS",
+    "d2_inv_early_deit_small_patch16_LS",
+    "debug_ultra_hybrid_deit_tiny_patch16_LS",
 ]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 GRID = 4
+# What a classifier reads: the invariant half of equivariant tokens.
+WIDTHS = {"d2_deit_small_patch16_LS": 32}
 family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -44,10 +51,10 @@ def images(batch: int = 2, channels: int = 3, size: tuple[int, int] = (32, 32)) 
 
 
 def registered() -> list[str]:
-    """Names that `octic.models` and `vit.models` register."""
+    """Names that the modules of `octic` and `vit` register."""
     return [
         name
-        for module in (octic.models, vit.models)
+        for module in (octic.models, octic.mirror_models, octic.debug_models, vit.models)
         for name in module.default_cfgs
         if callable(getattr(module, name))
     ]
@@ -61,6 +68,19 @@ def test_published_names_are_registered():
     for octic_family in ("hybrid", "d8_inv_early"):
         names += [f"{octic_family}_dinov2_vit_{size}" for size in dinov2]
         names += [f"{octic_family}_deit_{size}" for size in deit]
+    more = ["tiny_patch16", "medium_patch16", "huge_patch14_52"]
+    names += [f"deit_{size}_LS" for size in more]
+    for mirror_family in ("d2", "hybrid", "d2_inv_early"):
+        names += [f"{mirror_family}_deit_{size}_LS" for size in deit + more]
+    names += [f"{name}_deit_tiny_patch16_LS" for name in ("debug_hybrid", "debug_ultra_hybrid")]
+    for size in (
+        "small_patch16_36",
+        "base_patch16_36x1",
+        "small_patch16_18x2",
+        "base_patch16_18x2",
+    ):
+        names += [f"deit_{size}", f"deit_{size}_LS"]
+    names.append("deit_huge_patch14_26x2_LS")
     assert set(names) == set(registered())
     assert all(timm.is_model(name) for name in names)
 
@@ -115,7 +135,7 @@ def test_default_cfg(name):
     """The names, sizes and widths a model tells of itself are true."""
     model = create(name, num_classes=7)
     state, cfg = model.state_dict(), model.default_cfg
-    assert model.num_features == model.head_hidden_size == SMALL["embed_dim"]
+    assert model.num_features == model.head_hidden_size == WIDTHS.get(name, SMALL["embed_dim"])
     assert f"{cfg['first_conv']}.weight" in state
     assert f"{cfg['classifier']}.weight" in state
     assert model.get_classifier() is model.head
@@ -220,7 +240,7 @@ def test_get_intermediate_layers(name):
     torch.testing.assert_close(last[0], tokens[:, model.num_prefix_tokens :])
     torch.testing.assert_close(last[1], tokens[:, 0])
     maps = model.get_intermediate_layers(x, n=[0, 3], reshape=True)
-    assert [tuple(found.shape) for found in maps] == [(2, 64, GRID, GRID)] * 2
+    assert [tuple(found.shape) for found in maps] == [(2, WIDTHS.get(name, 64), GRID, GRID)] * 2
 
 
 @family

@@ -50,14 +50,12 @@ def adapt_state(
     none, is replaced by the model's own, freshly drawn one. A class position is added to the class
     token where the model has no place for it. Raises ValueError for all else that does not fit.
     """
+    if hasattr(model, "rename_state"):
+        state = model.rename_state(state)
     if hasattr(model, "adapt_to"):
         model.adapt_to(state)
     own = model.state_dict()
-    # What timm's networks call gamma_1 is theirs: a name of the model's own is no spelling of ours.
-    found = {name: tensor for name, tensor in state.items() if name in own}
-    renamed, twice = rename_published({n: t for n, t in state.items() if n not in own})
-    twice += sorted(found.keys() & renamed.keys())
-    found = renamed | found
+    found, twice = rename_published(state, own, grid=getattr(model, "grid_size", None))
     notes = [
         *_adapt_head(found, own, head_of(model)),
         *_adapt_unused(found, own),

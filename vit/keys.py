@@ -1,20 +1,25 @@
-"""Published spellings of parameter names, and ours: the one file that knows them.
+"""Published spellings of parameter names, and ours: the file that knows them.
 
 Ours are DINOv2's (`ls1.gamma`), with each token as one tensor of the part that is trained. Others:
 
-    gamma_1, gamma_2                          DeiT III's layer scale
+    gamma_1, gamma_2                          DeiT III's layer scale; gamma_1_1 of parallel branches
     cls_token.0 .. .4 or .7, mask_token.k     octic tokens part by part; all but .0 are zero
     _orig_mod., _fsdp_wrapped_module., module., backbone.    left by wrappers, anywhere
     blocks.<chunk>.<index>.                   DINOv2's block chunks
     invariantization.{rotation,reflection}_action    constants
     dino_head.*, ibot_head.*                  heads beside a backbone
+    *_sym, *_asym                             mirror nets, "Flopping for FLOPs" (`vit.mirror_keys`)
+
+A name that the model has itself is its own, whatever else it could mean.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from vit.mirror_keys import PERMUTATION, STEM, mirror_name, to_slabs
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.", "backbone.")
 HEADS = ("dino_head.", "ibot_head.")
@@ -22,7 +27,7 @@ TOKENS = ("cls_token", "register_tokens", "mask_token")
 _CONSTANTS = re.compile(r"(^|\.)(rotation_action|reflection_action)$")
 _TOKEN_PART = re.compile(rf"^({'|'.join(TOKENS)})\.(\d+)$")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
-_GAMMA = re.compile(r"(^|\.)gamma_([12])(?=\.|$)")
+_GAMMA = re.compile(r"(^|\.)gamma_([12])(_1)?(?=\.|$)")
 
 
 def strip_wrappers(name: str) -> str:
@@ -37,8 +42,9 @@ def from_published(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
 
     Raises ValueError as `check_fit` does.
     """
-    found, left_over = rename_published(state)
-    return check_fit(found, model.state_dict(), type(model).__name__, also_left_over=left_over)
+    own = model.state_dict()
+    found, left_over = rename_published(state, own, grid=getattr(model, "grid_size", None))
+    return check_fit(found, own, type(model).__name__, also_left_over=left_over)
 
 
 def check_fit(
@@ -73,18 +79,32 @@ def check_fit(
     return {name: found[name] for name in expected}
 
 
-def rename_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, without what we do not store; and names given twice."""
+def rename_published(
+    state: Mapping[str, Tensor],
+    own: Container[str] = (),
+    *,
+    grid: tuple[int, int] | None = None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, without what we do not store; and names given twice.
+
+    own: the model's names. grid: its patches, for files that do not tell theirs.
+    """
     found: dict[str, Tensor] = {}
     twice = []
+    order, mirror = None, False
     for name, tensor in state.items():
-        ours = _our_name(strip_wrappers(name), tensor)
+        spelled = name if name in own else strip_wrappers(name)
+        if spelled == PERMUTATION and spelled not in own:
+            order = tensor
+            continue
+        mirror = mirror or (spelled == STEM and spelled not in own)
+        ours = spelled if spelled in own else _our_name(spelled, tensor)
         if ours is None:
             continue
         if ours in found:
             twice.append(name)
         found[ours] = tensor
-    return found, twice
+    return to_slabs(found, order, grid) if mirror else found, twice
 
 
 def _our_name(name: str, tensor: Tensor) -> str | None:
@@ -100,7 +120,7 @@ def _our_name(name: str, tensor: Tensor) -> str | None:
         if tensor.device.type == "meta" or not torch.any(tensor):
             return None
         return name
-    name = _CHUNKED.sub(r"blocks.\1.", name)
+    name = mirror_name(_CHUNKED.sub(r"blocks.\1.", name))
     return _layer_scale_name(name, tensor)
 
 
@@ -110,7 +130,8 @@ def _layer_scale_name(name: str, tensor: Tensor) -> str:
         return name
     # Octic scales have further parts (gamma_1.alpha_A1), the plain one is a single tensor.
     plain = name.endswith(match.group(0))
-    return _GAMMA.sub(r"\1ls\2.gamma" if plain else r"\1ls\2", name)
+    twin = "1" if match.group(3) else ""
+    return _GAMMA.sub(rf"\g<1>ls\g<2>{twin}" + (".gamma" if plain else ""), name)
 
 
 def to_published(name: str, *, octic: bool = True, deit: bool = False) -> str:

@@ -1,7 +1,10 @@
 """Plain ViTs under their published names, registered with timm.
 
-`deit_*_LS`: DeiT III. `dinov2_vit_*_patch16`: the plain DINOv2 baselines of octic-vits. Each
-function takes any keyword of `VisionTransformer`, to override its own.
+`deit_*_LS`: DeiT III, the plain twins of the octic and the mirror nets; without `_LS`: without
+layer scale; `_36`: deeper; `_18x2`, `_26x2`: of parallel branches (Touvron et al. 2022, "Three
+things everyone should know about Vision Transformers"). `dinov2_vit_*_patch16`: the plain DINOv2
+baselines of octic-vits. Each function takes any keyword of `VisionTransformer`, to override its
+own.
 """
 
 from collections.abc import Callable
@@ -11,14 +14,18 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vit.keys import from_published
+from vit.parallel import ParallelVisionTransformer
 from vit.vision_transformer import VisionTransformer
 
 # name -> embed_dim, depth, num_heads
 SIZES = {
+    "tiny": (192, 12, 3),
     "small": (384, 12, 6),
+    "medium": (512, 12, 8),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
+    "huge_52": (1280, 52, 16),
 }
 
 
@@ -69,7 +76,19 @@ default_cfgs = generate_default_cfgs(
     {
         **{
             f"deit_{name}_LS": default_cfg("patch_embed.proj", 1000)
-            for name in ("small_patch16", "base_patch16", "large_patch16", "huge_patch14")
+            for name in (
+                *("tiny_patch16", "small_patch16", "medium_patch16", "base_patch16"),
+                *("large_patch16", "huge_patch14", "huge_patch14_52"),
+                *("small_patch16_36", "base_patch16_36x1", "small_patch16_18x2"),
+                *("base_patch16_18x2", "huge_patch14_26x2"),
+            )
+        },
+        **{
+            f"deit_{name}": default_cfg("patch_embed.proj", 1000)
+            for name in (
+                *("small_patch16_36", "base_patch16_36x1"),
+                *("small_patch16_18x2", "base_patch16_18x2"),
+            )
         },
         **{
             f"dinov2_vit_{name}_patch16": default_cfg("patch_embed.proj", 0)
@@ -79,6 +98,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 DEIT = {"qkv_bias": True, "init_values": 1e-4}
+NO_LAYER_SCALE = {"init_values": None}
 DINOV2 = {
     "qkv_bias": True,
     "init_values": 1e-5,
@@ -95,14 +115,30 @@ def _deit(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build(VisionTransformer, name, pretrained, **{**DEIT, **kwargs})
 
 
+def _parallel(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build(ParallelVisionTransformer, name, pretrained, **{**DEIT, **kwargs})
+
+
 def _dinov2(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build(VisionTransformer, name, pretrained, **{**DINOV2, **kwargs})
+
+
+@register_model
+def deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III ViT-Ti/16."""
+    return _deit("deit_tiny_patch16_LS", pretrained, **{**size("tiny"), **kwargs})
 
 
 @register_model
 def deit_small_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DeiT III ViT-S/16."""
     return _deit("deit_small_patch16_LS", pretrained, **{**size("small"), **kwargs})
+
+
+@register_model
+def deit_medium_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III ViT-M/16."""
+    return _deit("deit_medium_patch16_LS", pretrained, **{**size("medium"), **kwargs})
 
 
 @register_model
@@ -122,6 +158,76 @@ def deit_huge_patch14_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DeiT III ViT-H/14."""
     kwargs = {**size("huge"), "patch_size": 14, **kwargs}
     return _deit("deit_huge_patch14_LS", pretrained, **kwargs)
+
+
+@register_model
+def deit_huge_patch14_52_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III ViT-H/14 of 52 blocks."""
+    kwargs = {**size("huge_52"), "patch_size": 14, **kwargs}
+    return _deit("deit_huge_patch14_52_LS", pretrained, **kwargs)
+
+
+@register_model
+def deit_small_patch16_36_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16 of 36 blocks."""
+    kwargs = {**size("small"), "depth": 36, **kwargs}
+    return _deit("deit_small_patch16_36_LS", pretrained, **kwargs)
+
+
+@register_model
+def deit_small_patch16_36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16 of 36 blocks, without layer scale."""
+    kwargs = {**size("small"), "depth": 36, **NO_LAYER_SCALE, **kwargs}
+    return _deit("deit_small_patch16_36", pretrained, **kwargs)
+
+
+@register_model
+def deit_base_patch16_36x1_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16 of 36 blocks."""
+    kwargs = {**size("base"), "depth": 36, **kwargs}
+    return _deit("deit_base_patch16_36x1_LS", pretrained, **kwargs)
+
+
+@register_model
+def deit_base_patch16_36x1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16 of 36 blocks, without layer scale."""
+    kwargs = {**size("base"), "depth": 36, **NO_LAYER_SCALE, **kwargs}
+    return _deit("deit_base_patch16_36x1", pretrained, **kwargs)
+
+
+@register_model
+def deit_small_patch16_18x2_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16 of 18 blocks with parallel branches."""
+    kwargs = {**size("small"), "depth": 18, **kwargs}
+    return _parallel("deit_small_patch16_18x2_LS", pretrained, **kwargs)
+
+
+@register_model
+def deit_small_patch16_18x2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16 of 18 blocks with parallel branches, without layer scale."""
+    kwargs = {**size("small"), "depth": 18, **NO_LAYER_SCALE, **kwargs}
+    return _parallel("deit_small_patch16_18x2", pretrained, **kwargs)
+
+
+@register_model
+def deit_base_patch16_18x2_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16 of 18 blocks with parallel branches."""
+    kwargs = {**size("base"), "depth": 18, **kwargs}
+    return _parallel("deit_base_patch16_18x2_LS", pretrained, **kwargs)
+
+
+@register_model
+def deit_base_patch16_18x2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16 of 18 blocks with parallel branches, without layer scale."""
+    kwargs = {**size("base"), "depth": 18, **NO_LAYER_SCALE, **kwargs}
+    return _parallel("deit_base_patch16_18x2", pretrained, **kwargs)
+
+
+@register_model
+def deit_huge_patch14_26x2_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-H/14 of 26 blocks with parallel branches."""
+    kwargs = {**size("huge"), "patch_size": 14, "depth": 26, **kwargs}
+    return _parallel("deit_huge_patch14_26x2_LS", pretrained, **kwargs)
 
 
 @register_model

@@ -17,6 +17,8 @@ from vit.trunk import Trunk, drop_path_rates, init_convolution, init_linear
 class VisionTransformer(Trunk):
     """Plain ViT; see the constructor for the options, `vit.models` for the usual sizes."""
 
+    block_class: type[nn.Module] = Block
+
     def __init__(
         self,
         *,
@@ -84,7 +86,7 @@ class VisionTransformer(Trunk):
         )
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim)) if mask_token else None
         self.blocks = nn.ModuleList(
-            Block(
+            self.block_class(
                 embed_dim,
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,

@@ -35,7 +35,12 @@ def load_weights(model: nn.Module, path: str | Path, *, container: str | None = 
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load weights in any published spelling into `model`, strictly."""
+    """Load weights in any published spelling into `model`, strictly.
+
+    A model that wraps another one gives names of its own by `rename_state(state)`.
+    """
+    if hasattr(model, "rename_state"):
+        state = model.rename_state(state)
     if hasattr(model, "adapt_to"):
         model.adapt_to(state)
     model.load_state_dict(from_published(state, model), strict=True)

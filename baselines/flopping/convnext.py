@@ -1,0 +1,225 @@
+"""ConvNeXt whose layers are mirror-equivariant: hierarchical, or isotropic with a single stage.
+
+Bokman et al. 2025, "Flopping for FLOPs" (`ConvNeXt2`, `ConvNeXtIsotropic2`); Liu et al. 2022, "A
+ConvNet for the 2020s". Features are channels-last throughout, [B h w D] with channels [even | odd],
+so that the pointwise layers are those of `octic`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.flopping.activation import RegularActivation
+from baselines.flopping.filters import (
+    MIRROR,
+    MeanDownsample,
+    MirrorDepthwiseConv,
+    MirrorDownsample,
+    MirrorLift,
+)
+from baselines.flopping.keys import mirror_convnext_names
+from baselines.flopping.net import Net, Stage
+from octic.invariants import make_invariantization
+from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
+from vit.trunk import init_linear
+
+DOWNSAMPLING = {"conv": MirrorDownsample, "mean": MeanDownsample}
+EPS = 1e-6
+
+
+class MirrorConvNeXtBlock(nn.Module):
+    """x + gamma(pwconv2(act(pwconv1(norm(dwconv x))))); block(g x) = g block(x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        init_values: float | None = 1e-6,
+        drop_path: float = 0.0,
+        kernel_size: int = 7,
+        depthwise: str = "full",
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.dwconv = MirrorDepthwiseConv(dim, kernel_size=kernel_size, mixing=depthwise)
+        self.norm = OcticLayerNorm(dim, eps=EPS, group=MIRROR)
+        self.pwconv1 = OcticLinear(dim, hidden, group=MIRROR)
+        self.act = RegularActivation(activation)
+        self.pwconv2 = OcticLinear(hidden, dim, group=MIRROR)
+        self.gamma = OcticScale(dim, init_values, group=MIRROR) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
+        """Map features [B h w D] to features, or to their even half alone [B h w C]."""
+        y = self.act(self.pwconv1(self.norm(self.dwconv(x))))
+        if not even_only:
+            return x + self.drop_path(self.gamma(self.pwconv2(y)))
+        even, odd = self.pwconv2.lin_A1, self.pwconv2.lin_A2
+        branch = F.linear(y[..., : even.in_features], even.weight, even.bias)
+        unread = [odd.weight]
+        if isinstance(self.gamma, OcticScale):
+            branch = branch * self.gamma.alpha_A1
+            unread.append(self.gamma.alpha_A2)
+        if torch.is_grad_enabled():
+            # Parameters that nobody reads have a gradient of zero, not none.
+            branch = branch + 0 * sum(parameter.sum() for parameter in unread)
+        return x[..., : even.out_features] + self.drop_path(branch)
+
+
+class MirrorConvNeXt(Net):
+    """ConvNeXt with f(mirrored image) = f(image), for image widths that the reduction divides.
+
+    depths, dims: blocks and width of each stage; one stage is the isotropic ConvNeXt, whose stem
+        has no norm.
+    init_values: of the layer scale; None or 0 for none.
+    invariant: what the classifier reads of the channels, `trivial` (the even half) or
+        `power_spectrum` (with the absolute odd half, `use_symmetrized_asym_feats`); see `octic`.
+    depthwise: full or symmetric, see `MirrorDepthwiseConv`. downsampling: conv or mean.
+    drop_path_rate: of the last block, rising from zero.
+    """
+
+    # What the report on equivariance reads: which symmetries must leave the features' end alone.
+    group = MIRROR
+    switch = 0
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 7,
+        init_values: float | None = 1e-6,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        invariant: str = "trivial",
+        activation: str = "gelu",
+        depthwise: str = "full",
+        downsampling: str = "conv",
+    ) -> None:
+        check_stages(depths, dims)
+        if downsampling not in DOWNSAMPLING:
+            known = ", ".join(DOWNSAMPLING)
+            raise ValueError(f"unknown downsampling {downsampling!r}; known: {known}")
+        invariantization = make_invariantization(invariant, dims[-1], MIRROR)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            dims=dims,
+            depths=depths,
+            num_features=invariantization.output_dim,
+            drop_rate=drop_rate,
+        )
+        self.stem = MirrorLift(in_chans, dims[0], patch_size)
+        reduce = DOWNSAMPLING[downsampling]
+        first = OcticLayerNorm(dims[0], eps=EPS, group=MIRROR) if len(dims) > 1 else nn.Identity()
+        self.entries = nn.ModuleList(
+            [
+                first,
+                *(
+                    nn.Sequential(OcticLayerNorm(old, eps=EPS, group=MIRROR), reduce(old, new))
+                    for old, new in zip(dims, dims[1:], strict=False)
+                ),
+            ]
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                MirrorConvNeXtBlock(
+                    dim,
+                    mlp_ratio=mlp_ratio,
+                    init_values=init_values,
+                    drop_path=rate,
+                    kernel_size=kernel_size,
+                    depthwise=depthwise,
+                    activation=activation,
+                )
+                for rate in of_stage
+            )
+            for dim, of_stage in zip(dims, rates, strict=True)
+        )
+        self.invariant, self.invariantization = invariant, invariantization
+        self.norm = nn.LayerNorm(invariantization.output_dim, eps=EPS)
+        self.init_weights(head_init_scale)
+
+    def init_weights(self, head_init_scale: float = 1.0) -> None:
+        """Draw all weights anew: truncated normal of deviation 0.02, the halves of filters too."""
+        self.apply(init_linear)
+        for slot in MIRROR.slots:
+            half = self.stem.get_submodule(f"conv_{slot.name}")
+            nn.init.trunc_normal_(half.weight, std=0.02)
+            if half.bias is not None:
+                nn.init.zeros_(half.bias)
+        scale_head(self.head, head_init_scale)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages."""
+        return [block for stage in self.stages for block in stage]
+
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError for images whose columns a convolution with stride would cut unevenly."""
+        super().check_size(height, width)
+        if width % self.patch_size:
+            raise ValueError(
+                f"image size {height} x {width}: the width must be a multiple of "
+                f"{self.patch_size} for the mirror symmetry to be kept"
+            )
+
+    def path(self) -> list[Stage]:
+        """The stages, each with its norm and downsampling before it."""
+        return [
+            Stage(entry, list(blocks))
+            for entry, blocks in zip(self.entries, self.stages, strict=True)
+        ]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images to features [B h w D]."""
+        return self.stem(images)
+
+    def vector(self, x: Tensor) -> Tensor:
+        """What the classifier reads [B F]: the mean of the invariants, normalised."""
+        return self.norm(self.invariantization(x).mean((1, 2)))
+
+    def read(self, block: nn.Module, x: Tensor) -> Tensor:
+        """What the classifier reads; of the last block the even half alone, where that is all."""
+        if self.invariant != "trivial":
+            return super().read(block, x)
+        return self.norm(self._through_one(block, x, even_only=True).mean((1, 2)))
+
+    def patch_map(self, x: Tensor) -> Tensor:
+        """The invariants of each place [B h w F], under the final norm."""
+        return self.norm(self.invariantization(x))
+
+    def full_map(self, x: Tensor) -> Tensor:
+        """Features as they are; a mirrored image mirrors them and negates the odd half."""
+        return x
+
+    def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights in the published spelling under our names; others as they are."""
+        return mirror_convnext_names(state)
+
+
+def check_stages(depths: Sequence[int], dims: Sequence[int]) -> None:
+    """ValueError where depths and widths are not of the same stages."""
+    if len(depths) != len(dims) or not depths:
+        raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} are not of equal length")
+
+
+def scale_head(head: nn.Module, factor: float) -> None:
+    """Multiply a fresh classifier's weight and bias."""
+    if isinstance(head, nn.Linear) and factor != 1.0:
+        head.weight.data.mul_(factor)
+        head.bias.data.mul_(factor)

@@ -1,0 +1,224 @@
+"""The plain twins of the mirror nets: ResMLP and ConvNeXt of timm's parts, each a Backbone."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.flopping.convnext import EPS, check_stages, scale_head
+from baselines.flopping.keys import plain_convnext_names, plain_resmlp_names
+from baselines.flopping.net import Net, Stage
+from vit.backbone import Features
+from vit.trunk import init_convolution, init_linear, take_indices
+
+DOWNSAMPLING = ("conv", "mean")
+
+
+class PlainResMlp(MlpMixer):
+    """timm's ResMLP with the features that probes read, and published files that load."""
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 384,
+        depth: int = 12,
+        mlp_ratio: float = 4.0,
+        init_values: float = 1e-4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"image size {height} x {width} is not a multiple of the patch size {patch_size}"
+            )
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            num_blocks=depth,
+            mlp_ratio=mlp_ratio,
+            block_layer=ResBlock,
+            norm_layer=Affine,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        self.img_size, self.patch_size, self.depth = (height, width), patch_size, depth
+        for name, parameter in self.named_parameters():
+            if name.endswith((".ls1", ".ls2")):
+                nn.init.constant_(parameter, init_values)
+        # Departs from timm, which draws them otherwise: as DeiT and Flopping for FLOPs draw them.
+        self.apply(init_linear)
+        init_convolution(self.stem.proj.weight, self.stem.proj.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens [B N D] after the final norm; ValueError for images of another size."""
+        self._check(x)
+        return super().forward_features(x)
+
+    def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
+        """Normalised features of the asked blocks; the class token is the mean one (Backbone)."""
+        self._check(images)
+        maps = self.forward_intermediates(
+            images, take_indices(layers, self.depth), norm=True, intermediates_only=True
+        )
+        # timm gives them in ascending order.
+        order = sorted(set(take_indices(layers, self.depth)))
+        found = dict(zip(order, maps, strict=True))
+        return [
+            Features(found[i].mean((2, 3)), found[i].permute(0, 2, 3, 1))
+            for i in take_indices(layers, self.depth)
+        ]
+
+    def no_weight_decay(self) -> set[str]:
+        """The affine layers' gains and shifts, which timm stores as [1 1 D].
+
+        Their mirror-equivariant counterparts are vectors, which no recipe decays.
+        """
+        return {n for n, _ in self.named_parameters() if n.endswith((".alpha", ".beta"))}
+
+    def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights in the published spelling under our names; others as they are."""
+        return plain_resmlp_names(state)
+
+    def _check(self, images: Tensor) -> None:
+        if tuple(images.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"image size {images.shape[-2]} x {images.shape[-1]} given to a ResMLP of "
+                f"{self.img_size[0]} x {self.img_size[1]}, whose token matrices are of one size"
+            )
+
+
+class MeanPoolLinear(nn.Module):
+    """Mean of 2 x 2 places, then a linear layer: maps [B D h w] to [B D' h/2 w/2]."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce a map."""
+        return self.linear(F.avg_pool2d(x, 2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PlainConvNeXt(Net):
+    """ConvNeXt of timm's blocks, hierarchical or, with a single stage, isotropic.
+
+    Departs from Flopping for FLOPs: the layer scale is a vector, which no recipe decays, as that of
+    the mirror-equivariant ConvNeXt; the published plain one was decayed, the published equivariant
+    one was not. Maps are channels-last in memory, as in the mirror-equivariant net.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 7,
+        init_values: float | None = 1e-6,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        downsampling: str = "conv",
+    ) -> None:
+        check_stages(depths, dims)
+        if downsampling not in DOWNSAMPLING:
+            known = ", ".join(DOWNSAMPLING)
+            raise ValueError(f"unknown downsampling {downsampling!r}; known: {known}")
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            dims=dims,
+            depths=depths,
+            num_features=dims[-1],
+            drop_rate=drop_rate,
+        )
+        self.stem = nn.Conv2d(in_chans, dims[0], patch_size, patch_size)
+        first = LayerNorm2d(dims[0], eps=EPS) if len(dims) > 1 else nn.Identity()
+
+        def reduce(old: int, new: int) -> nn.Module:
+            return nn.Conv2d(old, new, 2, 2) if downsampling == "conv" else MeanPoolLinear(old, new)
+
+        self.entries = nn.ModuleList(
+            [
+                first,
+                *(
+                    nn.Sequential(LayerNorm2d(old, eps=EPS), reduce(old, new))
+                    for old, new in zip(dims, dims[1:], strict=False)
+                ),
+            ]
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                ConvNeXtBlock(
+                    dim,
+                    kernel_size=kernel_size,
+                    mlp_ratio=mlp_ratio,
+                    ls_init_value=init_values or None,
+                    drop_path=rate,
+                )
+                for rate in of_stage
+            )
+            for dim, of_stage in zip(dims, rates, strict=True)
+        )
+        self.norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.apply(_init_weights)
+        scale_head(self.head, head_init_scale)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages."""
+        return [block for stage in self.stages for block in stage]
+
+    def path(self) -> list[Stage]:
+        """The stages, each with its norm and downsampling before it."""
+        return [
+            Stage(entry, list(blocks))
+            for entry, blocks in zip(self.entries, self.stages, strict=True)
+        ]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images to a map [B D h w]."""
+        return self.stem(images.contiguous(memory_format=torch.channels_last))
+
+    def vector(self, x: Tensor) -> Tensor:
+        """What the classifier reads [B F]: the mean, normalised."""
+        return self.norm(x.mean((2, 3)))
+
+    def patch_map(self, x: Tensor) -> Tensor:
+        """Each place [B h w F] under the final norm."""
+        return self.norm(x.permute(0, 2, 3, 1))
+
+    def full_map(self, x: Tensor) -> Tensor:
+        """The map, channels last."""
+        return x.permute(0, 2, 3, 1)
+
+    def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights in the published spelling under our names; others as they are."""
+        return plain_convnext_names(state)
+
+
+def _init_weights(layer: nn.Module) -> None:
+    init_linear(layer)
+    if isinstance(layer, nn.Conv2d):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

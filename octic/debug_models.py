@@ -1,0 +1,87 @@
+"""Two nets that tell where a hybrid's cost goes: plain ViTs with mirror layers on channel halves.
+
+They are not equivariant, since nothing makes the halves of a plain patch embedding symmetric and
+antisymmetric. Published with "Flopping for FLOPs" for the debugging of timings.
+"""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from octic.block import OcticBlock
+from octic.layers import OcticAttention, OcticLayerNorm
+from vit.block import Block
+from vit.models import DEIT, build, default_cfg, size
+from vit.vision_transformer import VisionTransformer
+
+MIRROR = "mirror"
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}_deit_tiny_patch16_LS": default_cfg("patch_embed.proj", 1000)
+        for name in ("debug_hybrid", "debug_ultra_hybrid")
+    }
+)
+
+
+class _HalvesBlock(Block):
+    """A plain block whose attention is that of the mirror group, on channel halves."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        attention_backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_heads=num_heads, **options)
+        self.attn = OcticAttention(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            backend=attention_backend,
+            group=MIRROR,
+        )
+
+
+class HalvesAttentionViT(VisionTransformer):
+    """Plain ViT whose attention alone is that of the mirror group."""
+
+    block_class = _HalvesBlock
+
+
+class _MirrorBlock(OcticBlock):
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, group=MIRROR, **options)
+
+
+class HalvesViT(VisionTransformer):
+    """Plain patch embedding, positions and tokens; blocks and norm of the mirror group."""
+
+    block_class = _MirrorBlock
+
+    def __init__(self, *, norm_eps: float = 1e-6, **options: Any) -> None:
+        super().__init__(norm_eps=norm_eps, **options)
+        self.norm = OcticLayerNorm(self.embed_dim, eps=norm_eps, group=MIRROR)
+
+
+@register_model
+def debug_hybrid_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-Ti/16 with mirror attention on channel halves."""
+    options = {**size("tiny"), **DEIT, **kwargs}
+    return build(HalvesAttentionViT, "debug_hybrid_deit_tiny_patch16_LS", pretrained, **options)
+
+
+@register_model
+def debug_ultra_hybrid_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-Ti/16 with mirror blocks on channel halves."""
+    options = {**size("tiny"), **DEIT, **kwargs}
+    name = "debug_ultra_hybrid_deit_tiny_patch16_LS"
+    return build(HalvesViT, name, pretrained, **options)

@@ -1,0 +1,402 @@
+"""Runners of the parity topic `flopping`: ResMLP, ConvNeXt and their layers.
+
+The ViTs of the topic stand in `mirror_cases.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.flopping.activation import RegularActivation
+from baselines.flopping.convnext import MirrorConvNeXt, MirrorConvNeXtBlock
+from baselines.flopping.filters import (
+    MIRROR,
+    HalfFilter,
+    MeanDownsample,
+    MirrorDepthwiseConv,
+    MirrorDownsample,
+    MirrorLift,
+)
+from baselines.flopping.keys import (
+    mirror_convnext_names,
+    mirror_resmlp_names,
+    plain_convnext_names,
+    plain_resmlp_names,
+)
+from baselines.flopping.plain import PlainConvNeXt, PlainResMlp
+from baselines.flopping.resmlp import (
+    MirrorResMlp,
+    MirrorResMlpBlock,
+    PairLinear,
+    PairMlp,
+    PairScale,
+    TokenLinear,
+    to_pairs,
+)
+from octic.kernels import irrep_norm
+from octic.layers import OcticLayerNorm, OcticLinear, OcticMlp, OcticScale
+from tests.parity import mirror_cases
+from tests.parity.flopping_case import (
+    Golden,
+    channels,
+    first,
+    halves,
+    last,
+    listed,
+    one,
+    pairs,
+    plain_names,
+    unpaired,
+)
+
+# ResMLP.
+
+
+def affine22(c: Golden) -> nn.Module:
+    return PairScale(c.take("dim", 0), bias=c.take("bias", True))
+
+
+def linear22(c: Golden) -> nn.Module:
+    sides = c.take("in_channels", 0), c.take("out_channels", 0)
+    return PairLinear(*sides, bias=c.take("bias", True))
+
+
+def gelu22(c: Golden) -> nn.Module:
+    return RegularActivation("quick_gelu", num_signs=2)
+
+
+def flat_pairs(parts: Sequence[Tensor]) -> Tensor:
+    return pairs(parts).flatten(-2)
+
+
+def unflattened(x: Tensor) -> list[Tensor]:
+    return unpaired(x.unflatten(-1, (2, -1)))
+
+
+def patch_linear22(c: Golden) -> nn.Module:
+    return TokenLinear(c.take("num_patches_side", 0) ** 2 // 2, bias=c.take("bias", True))
+
+
+class PairNorm(nn.Module):
+    """The norms of pairs that no published model uses: one deviation, or one for each part."""
+
+    def __init__(self, c: Golden, *, joint: bool) -> None:
+        super().__init__()
+        dim, self.eps = c.take("channels", 0), c.take("eps", 1e-5)
+        affine, bias = c.take("elementwise_affine", True), c.take("bias", True)
+        self.joint = joint
+        if joint:
+            self.scaling = PairScale(dim, bias=bias) if affine else nn.Identity()
+        else:
+            self.ln_sym = nn.LayerNorm(dim // 2, eps=self.eps)
+            self.ln_asym = nn.LayerNorm(dim // 2, eps=self.eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.joint:
+            segments = ((1, 1.0),) * 4
+            normed = irrep_norm(x.flatten(-2), segments=segments, eps=self.eps)
+            return self.scaling(normed.view(x.shape))
+        x0, x1, x2, x3 = unpaired(x)
+        return pairs([self.ln_sym(x0), self.ln_asym(x1), self.ln_asym(x2), self.ln_sym(x3)])
+
+
+def mlp22(c: Golden) -> nn.Module:
+    dim = c.take("in_features", 0)
+    hidden, out = c.take("hidden_features", dim), c.take("out_features", None)
+    c.take("drop", 0.0)
+    return PairMlp(dim, hidden or dim, out, bias=c.take("bias", True))
+
+
+class PatchEmbed22(nn.Module):
+    """Our stem as it stands in `MirrorResMlp`."""
+
+    def __init__(self, c: Golden) -> None:
+        super().__init__()
+        c.take("img_size", 224), c.take("flatten", True)
+        patch = c.take("patch_size", 16)
+        patch = tuple(patch) if isinstance(patch, list) else patch
+        sides = c.take("in_chans", 3), c.take("embed_dim", 768)
+        self.stem = MirrorLift(*sides, patch, bias=c.take("bias", True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return to_pairs(self.stem(images), 1.0)
+
+
+def embed_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return mirror_resmlp_names({f"patch_embed.{name}": value for name, value in state.items()})
+
+
+def resmlp_block22(c: Golden) -> nn.Module:
+    for name in ("init_values", "drop", "attn_drop", "drop_path"):
+        c.take(name, 0.0)
+    return MirrorResMlpBlock(c.take("dim", 0), c.take("num_patches", 0))
+
+
+def resmlp_options(c: Golden) -> dict[str, Any]:
+    """Keywords that both ResMLPs share, from the published ones."""
+    size = c.take("img_size", 224)
+    options = {
+        "img_size": tuple(size) if isinstance(size, list) else size,
+        "init_values": c.take("init_scale", 1e-4),
+        "embed_dim": c.take("embed_dim", 768),
+        "patch_size": c.take("patch_size", 16),
+        "depth": c.take("depth", 12),
+    }
+    for name in ("in_chans", "num_classes", "drop_rate", "drop_path_rate"):
+        if name in c.kwargs:
+            options[name] = c.take(name, None)
+    return options
+
+
+def resmlp22(c: Golden) -> nn.Module:
+    return MirrorResMlp(**resmlp_options(c), invariant=invariant(c))
+
+
+def invariant(c: Golden) -> str:
+    return "power_spectrum" if c.take("use_symmetrized_asym_feats", False) else "trivial"
+
+
+# The older ResMLP layers, of no published model: put together from those of `octic` and ours.
+
+
+class OldTokenMix(nn.Module):
+    """`PatchLinear2`: tokens in mirrored order; its bias on the odd half breaks the law."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.mix = TokenLinear(num_tokens // 2, bias=False)
+        self.bias = nn.Parameter(torch.empty(num_tokens // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        y = self.mix(torch.stack([left + right, left - right], dim=2) / 2)
+        even, odd = y.unbind(2)
+        shift = self.bias[:, None] / 2
+        return torch.cat([even + odd + shift, even - odd + shift], dim=1)
+
+
+class OldBlock(nn.Module):
+    """`layers_scale_mlp_blocks2`."""
+
+    def __init__(self, dim: int, num_tokens: int) -> None:
+        super().__init__()
+        self.norm1 = OcticScale(dim, bias=True, group=MIRROR)
+        self.attn = OldTokenMix(num_tokens)
+        self.ls1 = OcticScale(dim, group=MIRROR)
+        self.norm2 = OcticScale(dim, bias=True, group=MIRROR)
+        self.mlp = OcticMlp(dim, 4 * dim, group=MIRROR)
+        self.ls2 = OcticScale(dim, group=MIRROR)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in state.items():
+        name = name.replace("linear2.linear_sym.bias", "bias")
+        name = name.replace("gamma_", "ls").replace("linear2.", "mix.")
+        for part, ours in (("asym", "A2"), ("sym", "A1")):
+            name = name.replace(f"linear_{part}", f"lin_{ours}").replace(
+                f"alpha_{part}", f"alpha_{ours}"
+            )
+        found[name] = tensor
+    return found
+
+
+def old_mix(c: Golden) -> nn.Module:
+    return OldTokenMix(c.take("num_patches_side", 0) ** 2)
+
+
+def old_block(c: Golden) -> nn.Module:
+    c.take("init_values", 1e-4)
+    return OldBlock(c.take("dim", 0), c.take("num_patches", 0))
+
+
+# ConvNeXt.
+
+
+class HalfConv(nn.Module):
+    """One of our half filters in a convolution, at the root of its names."""
+
+    def __new__(cls, *args: Any, **options: Any) -> nn.Module:  # the filter itself, with a forward
+        half = HalfFilter(*args, **{k: options[k] for k in ("symmetric", "bias")})
+        rest = {k: v for k, v in options.items() if k not in ("symmetric", "bias")}
+        half.forward = lambda x: F.conv2d(x, half.full(), half.bias, **rest)
+        return half
+
+
+def half_conv(c: Golden) -> nn.Module:
+    sides = c.take("out_channels", 0), c.take("in_channels", 0)
+    kernel = tuple(c.take("kernel_size", (2, 2)))
+    stride = c.take("stride", 1)
+    return HalfConv(
+        *sides, kernel, symmetric=c.take("sym", True), bias=c.take("bias", True), stride=stride
+    )
+
+
+def half_depthwise(c: Golden) -> nn.Module:
+    count, side = c.take("channels", 0), c.take("kernel_size", 7)
+    return HalfConv(
+        count,
+        1,
+        (side, side),
+        symmetric=c.take("sym", True),
+        bias=c.take("bias", True),
+        padding=c.take("padding", 3),
+        groups=count,
+    )
+
+
+def depthwise(mixing: str) -> Callable[[Golden], nn.Module]:
+    def make(c: Golden) -> nn.Module:
+        c.take("kernel_size", 7), c.take("padding", 3)  # the published layer ignores both
+        return MirrorDepthwiseConv(c.take("dim", 0), mixing=mixing)
+
+    return make
+
+
+def downsample(kind: type[nn.Module]) -> Callable[[Golden], nn.Module]:
+    return lambda c: kind(c.take("input_dim", 0), c.take("output_dim", 0))
+
+
+def mean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.replace("linear2.", "linear."): tensor
+        for name, tensor in mirror_convnext_names(state).items()
+    }
+
+
+def affine2(c: Golden) -> nn.Module:
+    return OcticScale(c.take("dim", 0), bias=c.take("bias", True), group=MIRROR)
+
+
+def linear2(c: Golden) -> nn.Module:
+    sides = c.take("input_channels", 0), c.take("output_channels", 0)
+    return OcticLinear(*sides, bias=c.take("bias", True), group=MIRROR)
+
+
+def norm2(c: Golden) -> nn.Module:
+    return OcticLayerNorm(
+        c.take("channels", 0),
+        eps=c.take("eps", 1e-5),
+        affine=c.take("elementwise_affine", True),
+        bias=c.take("bias", True),
+        group=MIRROR,
+    )
+
+
+def convnext_block(c: Golden) -> nn.Module:
+    c.take("drop_path", 0.0)
+    scale = c.take("layer_scale_init_value", 1e-6)
+    return MirrorConvNeXtBlock(c.take("dim", 0), init_values=scale)
+
+
+def convnext_options(c: Golden, *, isotropic: bool) -> dict[str, Any]:
+    """Keywords that both ConvNeXts share, from the published ones."""
+    size = c.take("img_size", 224)
+    options: dict[str, Any] = {"img_size": tuple(size) if isinstance(size, list) else size}
+    if isotropic:
+        options |= {"depths": [c.take("depth", 18)], "dims": [c.take("dim", 384)]}
+        options |= {"patch_size": 16, "init_values": c.take("layer_scale_init_value", 0)}
+    else:
+        options |= {"depths": c.take("depths", [3, 3, 9, 3])}
+        options |= {"dims": c.take("dims", [96, 192, 384, 768])}
+        options |= {"init_values": c.take("layer_scale_init_value", 1e-6)}
+    for name in ("in_chans", "num_classes", "drop_path_rate", "head_init_scale"):
+        if name in c.kwargs:
+            options[name] = c.take(name, None)
+    return options
+
+
+def mirror_convnext(isotropic: bool) -> Callable[[Golden], nn.Module]:
+    return lambda c: MirrorConvNeXt(
+        **convnext_options(c, isotropic=isotropic), invariant=invariant(c)
+    )
+
+
+def plain_convnext(isotropic: bool) -> Callable[[Golden], nn.Module]:
+    def make(c: Golden) -> nn.Module:
+        mean = c.take("use_invariant_downsampling", False)
+        options = convnext_options(c, isotropic=isotropic)
+        return PlainConvNeXt(**options, downsampling="mean" if mean else "conv")
+
+    return make
+
+
+def plain_resmlp(c: Golden) -> nn.Module:
+    return PlainResMlp(**resmlp_options(c))
+
+
+# Published class -> our layer, our names of its parameters, storage of its inputs and outputs.
+Entry = tuple[Callable[[Golden], nn.Module], Any, Callable, Callable]
+CLASSES: dict[str, Entry] = {
+    "Affine22": (affine22, mirror_resmlp_names, pairs, unpaired),
+    "Linear22": (linear22, mirror_resmlp_names, pairs, unpaired),
+    "GELU22Module": (gelu22, plain_names, flat_pairs, unflattened),
+    "PatchLinear22": (patch_linear22, mirror_resmlp_names, pairs, unpaired),
+    "LayerNorm22v2": (lambda c: PairNorm(c, joint=True), mirror_resmlp_names, pairs, unpaired),
+    "LayerNorm22": (lambda c: PairNorm(c, joint=False), plain_names, pairs, unpaired),
+    "Mlp22": (mlp22, mirror_resmlp_names, pairs, unpaired),
+    "PatchEmbed22": (PatchEmbed22, embed_names, one, unpaired),
+    "layers_scale_mlp_blocks22": (resmlp_block22, mirror_resmlp_names, pairs, unpaired),
+    "resmlp_models_equi_d2_22rep": (resmlp22, mirror_resmlp_names, one, listed),
+    "resmlp_models": (plain_resmlp, plain_resmlp_names, one, listed),
+    "PatchLinear2": (old_mix, old_names, channels, halves),
+    "layers_scale_mlp_blocks2": (old_block, old_names, channels, halves),
+    "SymOrAsymConv2d": (half_conv, plain_names, one, listed),
+    "SymOrAsym2x2Conv2d": (half_conv, plain_names, one, listed),
+    "SymOrAsymDepthwiseConv2d": (half_depthwise, plain_names, one, listed),
+    "DepthwiseConv2d2": (depthwise("full"), mirror_convnext_names, last, first),
+    "SymmetricDepthwiseConv2d2": (depthwise("symmetric"), mirror_convnext_names, last, first),
+    "DownsampleConv2d2": (downsample(MirrorDownsample), mirror_convnext_names, last, first),
+    "InvariantDownsampleConv2d2": (downsample(MeanDownsample), mean_names, channels, halves),
+    "Affine2ChannelsFirst": (affine2, mirror_convnext_names, last, first),
+    "Linear2ChannelsFirst": (linear2, mirror_convnext_names, last, first),
+    "ConvNeXtBlock2ChannelsFirst": (convnext_block, mirror_convnext_names, last, first),
+    "ConvNeXt2": (mirror_convnext(False), mirror_convnext_names, one, listed),
+    "ConvNeXtIsotropic2": (mirror_convnext(True), mirror_convnext_names, one, listed),
+    "ConvNeXt": (plain_convnext(False), plain_convnext_names, one, listed),
+    "ConvNeXtIsotropic": (plain_convnext(True), plain_convnext_names, one, listed),
+}
+
+
+EITHER_FORMAT = ("LayerNorm2LastOrFirst", "ConvNeXtBlock2")
+
+
+def formatted(c: Golden) -> Entry:
+    """Of a published class that takes either format, the entry for the one asked for."""
+    name = c.case["reference"]["class"]
+    if name == "LayerNorm2LastOrFirst":
+        is_last = c.take("data_format", "channels_last") == "channels_last"
+        return norm2, mirror_convnext_names, *((channels, halves) if is_last else (last, first))
+    if name == "ConvNeXtBlock2":  # its output is always channels-last
+        is_last = c.take("channels_last_input", True)
+        return convnext_block, mirror_convnext_names, channels if is_last else last, halves
+    return CLASSES[name]
+
+
+def run(case: dict[str, Any], folder: Path) -> None:
+    """Compare one case in float64 and float32."""
+    if case["reference"]["class"] not in {*CLASSES, *EITHER_FORMAT}:
+        mirror_cases.run(case, folder)
+        return
+    for dtype in (torch.float64, torch.float32):
+        c = Golden(case, folder, dtype)
+        make, rename, pack, unpack = formatted(c)
+        module = c.loaded(make(c), rename).train(case.get("mode", "eval") == "train")
+        c.check(unpack(module(pack(c.inputs()))))
+
+
+# What a name begins with; the ViTs and their layers are run by `mirror_cases.py`.
+PREFIXES = (
+    *("affine22", "linear22", "gelu22", "patchlinear", "layernorm22", "mlp22", "patchembed22"),
+    *("resmlp", "baseline_resmlp", "conv2x2", "dwsym", "dwconv", "downsample"),
+    *("affine2_cf", "linear2_cf", "ln2_", "convnext", "baseline_convnext"),
+)
+RUNNERS = {("flopping", f"{prefix}*"): run for prefix in (*PREFIXES, "")}

@@ -1,0 +1,298 @@
+"""Runners of the parity topic `flopping`, ViT side: our layers over the mirror group.
+
+Stored features are pairs (symmetric, antisymmetric) of halves; side by side they are our storage.
+Everything runs in float64 and in float32, to the case's own tolerance.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octic.block import OcticBlock
+from octic.debug_models import HalvesAttentionViT, HalvesViT
+from octic.groups import get_group
+from octic.layers import (
+    OcticAttention,
+    OcticGELU,
+    OcticLayerNorm,
+    OcticLinear,
+    OcticMlp,
+    OcticScale,
+)
+from octic.mirror_models import EQUIVARIANT, HYBRID, INVARIANT
+from octic.patch_embed import OcticPatchEmbed, Unfold
+from octic.vision_transformer import OcticVisionTransformer
+from tests.parity.harness import check, load, strip
+from vit.keys import rename_published
+from vit.mirror_keys import mirrored_order
+from vit.vision_transformer import VisionTransformer
+from vit.weights import load_state
+
+MIRROR = get_group("mirror")
+HALF = 0.5**0.5
+Args = dict[str, Any]
+
+
+class Case:
+    """One golden case in one precision."""
+
+    def __init__(self, case: Args, folder: Path, dtype: torch.dtype) -> None:
+        self.case, self.name, self.args = case, case["name"], case["kwargs"]
+        self.dtype = dtype
+        self.tensors = load(case, folder, dtype)
+        for name, tensor in self.tensors.items():
+            if name.startswith("in.") and tensor.is_floating_point():
+                tensor.requires_grad_()
+        # Names within a model: the stem's alone are told by where it stands.
+        self.place = "patch_embed." if case["reference"]["class"] == "PatchEmbed2" else ""
+        self.state = self.placed("state.")
+
+    def placed(self, prefix: str) -> dict[str, Tensor]:
+        """Stored tensors of a kind under their names within a model."""
+        return {f"{self.place}{name}": t for name, t in strip(self.tensors, prefix).items()}
+
+    def input(self) -> Tensor:
+        """Images as they are, pairs of halves side by side."""
+        if "in.0" in self.tensors:
+            return self.tensors["in.0"]
+        return torch.cat([self.tensors["in.0.0"], self.tensors["in.0.1"]], dim=-1)
+
+    def loaded(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.dtype).train(self.case.get("mode") == "train")
+        load_state(module, self.state)
+        return module
+
+    def compare(self, out: Tensor, module: nn.Module | None = None) -> None:
+        """Check the output, and where they are stored the gradients of inputs and weights."""
+        names = [name for name in self.tensors if name == "out" or name.startswith("out.")]
+        parts = dict(zip(names, [out] if len(names) == 1 else out.chunk(2, dim=-1), strict=True))
+        for name, part in parts.items():
+            tol = self.case["tolerance"]
+            check(f"{self.name} {name}", part, self.tensors[name], tol, metric="close")
+        if self.case["grad"]:
+            loss = sum(
+                (part * self.tensors[name.replace("out", "cot", 1)]).sum()
+                for name, part in parts.items()
+            )
+            loss.backward()
+            self._compare_gradients(module)
+
+    def _compare_gradients(self, module: nn.Module | None) -> None:
+        limit = self.case["grad_tolerance"]
+        named = dict(module.named_parameters()) if module is not None else {}
+        stored = self.placed("grad_state.")
+        whole = {**self.state, **stored}  # what tells how the file is laid out
+        renamed, _ = rename_published(whole, grid=getattr(module, "grid_size", None))
+        ours = {rename_published({name: t})[0].copy().popitem()[0] for name, t in stored.items()}
+        assert ours <= named.keys(), f"no such parameters: {sorted(ours - named.keys())}"
+        found = {name: (named[name].grad, renamed[name]) for name in ours}
+        for name, expected in strip(self.tensors, "grad_in.").items():
+            found[name] = (self.tensors[f"in.{name}"].grad, expected)
+        for name, (gradient, expected) in found.items():
+            bound = limit["rel"] * max(float(expected.abs().max()), limit["floor"])
+            check(f"{self.name} gradient {name}", gradient, expected, bound, metric="absolute")
+
+
+def layer(make: Callable[[Args], nn.Module]) -> Callable[[Case], None]:
+    """A runner of a layer of ours on features."""
+
+    def run(c: Case) -> None:
+        module = c.loaded(make(c.args))
+        c.compare(module(c.input()), module)
+
+    return run
+
+
+def norm(args: Args) -> nn.Module:
+    return OcticLayerNorm(
+        args["channels"],
+        eps=args.get("eps", 1e-5),
+        affine=args.get("elementwise_affine", True),
+        bias=args.get("bias", True),
+        group=MIRROR,
+    )
+
+
+def norm_per_half(c: Case) -> None:
+    """Two independent norms, in no net of the paper nor of ours: torch's own on each half."""
+    plus, minus = c.input().chunk(2, dim=-1)
+    eps = c.args.get("eps", 1e-5)
+    halves = [
+        F.layer_norm(
+            half, half.shape[-1:], c.state.get(f"{n}.weight"), c.state.get(f"{n}.bias"), eps
+        )
+        for n, half in (("ln_sym", plus), ("ln_asym", minus))
+    ]
+    c.compare(torch.cat(halves, dim=-1))
+
+
+def pair(value: Any) -> tuple[Any, Any]:
+    return (value[0], value[1]) if isinstance(value, list | tuple) else (value, value)
+
+
+def mlp(args: Args) -> nn.Module:
+    width, hidden = args["in_features"], args.get("hidden_features") or args["in_features"]
+    out = args.get("out_features") or width
+    net = OcticMlp(width, hidden, out, norm=args.get("norm_layer") is not None, group=MIRROR)
+    biases = pair(args.get("bias", True))
+    net.fc1 = OcticLinear(width, hidden, bias=biases[0], group=MIRROR)
+    net.fc2 = OcticLinear(hidden, out, bias=biases[1], group=MIRROR)
+    return net
+
+
+def attention(args: Args) -> nn.Module:
+    fused = args.get("fused_attn", False)
+    return OcticAttention(
+        args["dim"],
+        num_heads=args.get("num_heads", 8),
+        qkv_bias=args.get("qkv_bias", False),
+        qk_scale=None if fused else args.get("qk_scale"),  # which the fused reference ignores
+        mixer=args.get("use_attn_mixer", False),
+        group=MIRROR,
+    )
+
+
+def block(args: Args) -> nn.Module:
+    fused = args.get("use_fused_attn", args.get("fused_attn", False))
+    return OcticBlock(
+        args["dim"],
+        num_heads=args["num_heads"],
+        mlp_ratio=args.get("mlp_ratio", 4.0),
+        qkv_bias=args.get("qkv_bias", False),
+        qk_scale=None if fused else args.get("qk_scale"),
+        attention_mixer=args.get("use_attn_mixer", False),
+        init_values=args.get("init_values", 1e-4),
+        norm_eps=args.get("norm_eps", 1e-5),
+        group=MIRROR,
+    )
+
+
+def symmetric_convolution(c: Case) -> None:
+    """A half of the lift alone, of any kernel and stride."""
+    unfold = Unfold(*c.args["kernel_size"], scaled=False, group=MIRROR).to(c.dtype)
+    weight = c.state["weight"]
+    index = 0 if c.args["sym"] else 1
+    slots = [weight.flatten(0, 1) if i == index else 0 * weight.flatten(0, 1) for i in (0, 1)]
+    kernel = unfold(torch.stack(slots))[index].unflatten(0, weight.shape[:2])
+    c.compare(F.conv2d(c.input(), kernel, c.state.get("bias"), stride=c.args["stride"]))
+
+
+def patch_embed(c: Case) -> None:
+    """Tokens in the mirrored order, or maps in the natural one; the norm before the factor."""
+    args = c.args
+    size = args.get("patch_size", 16)
+    stem = OcticPatchEmbed(
+        patch_size=size if isinstance(size, int) else tuple(size),
+        in_chans=args.get("in_chans", 3),
+        embed_dim=args.get("embed_dim", 768),
+        bias=args.get("bias", True),
+        scaled_bias=True,
+        group=MIRROR,
+    ).to(c.dtype)
+    state = strip(rename_published(c.state)[0], "patch_embed.")
+    stem.load_state_dict({name: t for name, t in state.items() if not name.startswith("norm.")})
+    x = stem(c.input())
+    if args.get("norm_layer") is not None:
+        after = OcticLayerNorm(args["embed_dim"], group=MIRROR).to(c.dtype)
+        after.load_state_dict(strip(state, "norm."))
+        x = HALF * after(x / HALF)
+    if args.get("flatten", True):
+        x = x.flatten(1, 2)[:, mirrored_order(*x.shape[1:3])]
+        c.compare(x, nn.ModuleDict({"patch_embed": stem}))
+        return
+    plus, minus = x.chunk(2, dim=-1)
+    for name, half in (("out.0", plus), ("out.1", minus)):
+        expected = c.tensors[name]
+        tol = c.case["tolerance"]
+        check(f"{c.name} {name}", half.movedim(-1, 1), expected, tol, metric="close")
+
+
+def flatten_and_permute(c: Case) -> None:
+    order = mirrored_order(c.args["H"], c.args["W"])
+    check(f"{c.name} order", order, c.state["permutation"], None, metric="exact")
+    c.compare(c.input().flatten(2).transpose(1, 2)[:, order])
+
+
+SAME = ("img_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio")
+RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate")
+
+
+def options(args: Args) -> Args:
+    """Our keywords for the published ones that every ViT has; patches are square."""
+    found = {name: args[name] for name in (*SAME, *RATES) if name in args}
+    found["img_size"] = tuple(pair(args.get("img_size", 224)))
+    found["patch_size"] = pair(args.get("patch_size", 16))[0]
+    found["qkv_bias"] = args.get("qkv_bias", False)
+    found["init_values"] = args.get("init_scale", 1e-4)
+    found["norm_eps"] = args.get("norm_eps", 1e-6)
+    return found
+
+
+def mirror_vit(preset: Args) -> Callable[[Args], nn.Module]:
+    def make(args: Args) -> nn.Module:
+        keywords = {**preset, **options(args)}
+        keywords["octic_norm_eps"] = keywords["norm_eps"]
+        keywords["attention_mixer"] = args.get("use_attn_mixer", False)
+        if preset is EQUIVARIANT and args.get("use_symmetrized_asym_feats", False):
+            keywords["invariant"] = "power_spectrum"
+        return OcticVisionTransformer(**keywords)
+
+    return make
+
+
+def half_of_the_blocks(preset: Args) -> Callable[[Args], nn.Module]:
+    def make(args: Args) -> nn.Module:
+        switch = args.get("depth", 12) // 2
+        return mirror_vit({**preset, "octic_equi_break_layer": switch})(args)
+
+    return make
+
+
+LAYERS: dict[str, Callable[[Case], None]] = {
+    "Affine2": layer(lambda a: OcticScale(a["dim"], bias=a.get("bias", True), group=MIRROR)),
+    "Linear2": layer(
+        lambda a: OcticLinear(
+            a["input_channels"], a["output_channels"], bias=a.get("bias", True), group=MIRROR
+        )
+    ),
+    "GELU2Module": layer(lambda a: OcticGELU(group=MIRROR)),
+    "LayerNorm2v2": layer(norm),
+    "LayerNorm2": norm_per_half,
+    "Mlp2": layer(mlp),
+    "Attention2": layer(attention),
+    "Layer_scale_init_Block2": layer(block),
+    "SymOrAsymConv2d": symmetric_convolution,
+    "PatchEmbed2": patch_embed,
+    "FlattenAndPermuteBCHWGrid": flatten_and_permute,
+    "d2_vit_models": layer(mirror_vit(EQUIVARIANT)),
+    "hybrid_vit_models": layer(half_of_the_blocks(HYBRID)),
+    "d2_inv_early_vit_models": layer(half_of_the_blocks(INVARIANT)),
+    "debug_ultra_hybrid_vit_models": layer(lambda a: HalvesViT(**options(a))),
+}
+
+
+def run(case: Args, folder: Path) -> None:
+    """Run one case in float64 and in float32, by the class that it was stored from."""
+    reference = case["reference"]
+    if reference["class"] == "vit_models":
+        kind = HalvesAttentionViT if "hybrid" in reference["source"] else VisionTransformer
+        runner = layer(lambda args: kind(**options(args)))
+    else:
+        runner = LAYERS[reference["class"]]
+    for dtype in (torch.float64, torch.float32):
+        runner(Case(case, folder, dtype))
+
+
+PREFIXES = (
+    *("affine2_bias", "linear2_bias", "layernorm2v2", "layernorm2_", "mlp2", "symconv"),
+    *("patchembed2_", "flatten_permute", "attention2", "block2", "d2vit", "hybrid", "inv_early"),
+    *("baseline_vit", "debug"),
+)
+RUNNERS = {
+    ("flopping", "gelu2"): run,
+    **{("flopping", f"{prefix}*"): run for prefix in PREFIXES},
+}
