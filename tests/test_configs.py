@@ -10,7 +10,9 @@ from utils.check import describe, networks
 from utils.config import CONFIGS, compose_config
 
 RUNS = sorted(
-    path for folder in ("dinov2", "deit", "flopping") for path in (CONFIGS / folder).glob("*.yaml")
+    path
+    for folder in ("dinov2", "deit", "flopping", "gevit")
+    for path in (CONFIGS / folder).glob("*.yaml")
 )
 EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))
 OWN_ENCODER = """

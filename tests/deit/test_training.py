@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from utils.build import plain
+from utils.checkpoint_files import Parts
 from utils.config import compose_config
 from utils.metrics import read_metrics
 from utils.training import train
@@ -36,7 +37,7 @@ def run(folder: Path, *words: str, steps: int = 6, file: str = "deit/quickstart.
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
     step = (folder / "checkpoints" / "last").read_text().strip()
-    return torch.load(folder / "checkpoints" / step / "recipe.pt", weights_only=True)
+    return Parts(folder / "checkpoints" / step)["recipe"]
 
 
 def losses_of(folder: Path) -> list[float]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils.data.images import existing_folder
+from utils.data.images import ImageDataset, Subset, existing_folder
 from utils.errors import UserError
 
 SIDE = 32
@@ -95,6 +95,29 @@ class Cifar:
     def path(self, index: int) -> str:
         """Folder and number, as images have no files of their own."""
         return f"{self.root} {self.split} {index}"
+
+
+def held_out(
+    root: str | os.PathLike | None,
+    *,
+    version: int = 10,
+    split: str = "train",
+    level: str = "fine",
+    num_val: int = 5_000,
+) -> ImageDataset:
+    """CIFAR with a validation set: the last `num_val` training images are val, the test set test.
+
+    What is tuned or chosen on val can then be judged on images that nothing was chosen on.
+    """
+    if split == "test":
+        return Cifar(root, version=version, split="val", level=level)
+    images = Cifar(root, version=version, level=level)
+    if split not in ("train", "val"):
+        raise UserError(f"no split {split!r} of CIFAR held out; there are train, val and test")
+    first = len(images) - num_val
+    if not 0 < first < len(images):
+        raise UserError(f"num_val is {num_val}, of {len(images):,} training images")
+    return Subset(images, range(first) if split == "train" else range(first, len(images)))
 
 
 def _find(root: Path, layout: _Version, version: int) -> Path:

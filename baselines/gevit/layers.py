@@ -1,0 +1,76 @@
+"""Norms and activations of GE-ViT, under the names of its checkpoints."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-12
+
+
+class Swish(nn.Module):
+    """x sigmoid(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activate."""
+        return F.silu(x)
+
+
+class GroupNorm(nn.Module):
+    """Normalise each sample over all but the batch, with a gain and a bias per channel.
+
+    Called LayerNorm in the paper. Statistics over channels, group and space do not change when a
+    symmetry moves these, so the norm commutes with the group.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer_norm = nn.GroupNorm(1, channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B C ...]."""
+        return self.layer_norm(x)
+
+
+NORMS = {"layer": GroupNorm, "batch": nn.BatchNorm3d}
+ACTIVATIONS = {"swish": Swish, "relu": nn.ReLU}
+
+
+def make_norm(name: str, channels: int) -> nn.Module:
+    """Norm of a group map [B C G H W]: `layer` or `batch`."""
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+    return NORMS[name](channels)
+
+
+def make_activation(name: str) -> nn.Module:
+    """Activation: `swish` or `relu`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown act {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+def initialise(net: nn.Module, whitening_scale: float = math.sqrt(2)) -> None:
+    """Weights of convolutions N(0, whitening_scale / sqrt(fan in)), tables of the group N(0, 1).
+
+    Biases of convolutions are 0; norms start as they are made, at gain 1 and bias 0.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=whitening_scale / math.sqrt(fan_in))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+
+def crop(x: Tensor, pixels: int) -> Tensor:
+    """Cut `pixels` off each side of maps [... H W]."""
+    return x[..., pixels:-pixels, pixels:-pixels] if pixels else x
+
+
+def tensor_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one number."""
+    return torch.empty((), dtype=dtype, device="meta").element_size()

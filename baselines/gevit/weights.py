@@ -1,0 +1,131 @@
+"""Published GE-ViT checkpoints, loaded strictly.
+
+Their names are ours but for these, each accounted for by name:
+
+    module.                                          left by data parallelism
+    transformer.<last>.weight                        the classifier: head.weight
+    project.*, layernorm.*, gevit.*                  the patch stem, and the network behind it
+    group.{_elements,_identity,_relative_positions}  constants, repeated in every layer
+    row_indices, col_indices, g_indices              tables, which follow from the settings
+
+The tables are compared before they are dropped: weights fit a model of another window or another
+group table just as well, and would give other figures without a word.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from baselines.gevit.attention import GroupSelfAttention, LiftingSelfAttention
+from vit.keys import check_fit
+from vit.weights import read_state
+
+_CONSTANT = re.compile(r"(^|\.)group\.(_elements|_identity|_relative_positions)$")
+_TABLE = re.compile(r"^(?:(.*)\.)?(row_indices|col_indices|g_indices)$")
+_PATCH_STEM = ("project.", "layernorm.")
+
+
+def load_published(model: nn.Module, path: str | Path) -> None:
+    """Load a published file, or one of our own, into `model`; every key must be accounted for.
+
+    Raises ValueError naming the file and what is missing, left over or of another shape, or which
+    setting of the model the file contradicts.
+    """
+    try:
+        model.load_state_dict(published_state(read_state(path), model), strict=True)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def published_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A published checkpoint as the state dict of `model`: a network, a block or a layer."""
+    found, twice = renamed_state(state, model)
+    return check_fit(found, model.state_dict(), type(model).__name__, also_left_over=twice)
+
+
+def renamed_state(
+    state: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, without tables, which are compared; and names given twice.
+
+    ValueError where a table contradicts the settings of `model`.
+    """
+    found: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
+    twice = []
+    for published, tensor in state.items():
+        name = _our_name(published, model)
+        if _CONSTANT.search(name):
+            continue
+        if _TABLE.match(name):
+            tables[name] = tensor
+            continue
+        if name in found:
+            twice.append(published)
+        found[name] = tensor
+    _check_tables(tables, model)
+    return found, twice
+
+
+def _our_name(name: str, model: nn.Module) -> str:
+    name = name.removeprefix("module.")
+    if name.startswith(_PATCH_STEM):
+        return f"stem.{name}"
+    name = name.removeprefix("gevit.")
+    layers = getattr(model, "transformer", None)
+    last = f"transformer.{len(layers)}." if isinstance(layers, nn.ModuleList) else "."
+    return f"head.{name.removeprefix(last)}" if name.startswith(last) else name
+
+
+def _check_tables(tables: Mapping[str, Tensor], model: nn.Module) -> None:
+    """ValueError for a file whose tables are not those of the model's settings."""
+    for name, table in tables.items():
+        owner, _, kind = name.rpartition(".")
+        layer = dict(_attentions(model)).get(owner or "")
+        if layer is None:
+            raise ValueError(f"{name} in the file belongs to no attention layer of the model")
+        if kind == "g_indices":
+            _check_relations(name, table, layer)
+        elif not _same_positions(table, layer):
+            raise ValueError(
+                f"{name} in the file has the shape {tuple(table.shape)} for a model with "
+                f"{_described(layer)}; set group, window and img_size as the file had them"
+            )
+
+
+def _check_relations(name: str, table: Tensor, layer: nn.Module) -> None:
+    ours = getattr(layer, "relations", None)
+    if ours is None or table.shape != ours.shape:
+        raise ValueError(f"{name} in the file is that of another group than the model's")
+    if ours.device.type != "meta" and not torch.equal(table.to(ours), ours):
+        published = layer.group.relations("reference")
+        stored = torch.equal(table.cpu(), torch.as_tensor(published))
+        wanted = "reference" if stored else "exact"
+        raise ValueError(
+            f"the file was trained with another group table ({name}); build the model with "
+            f"group_table={wanted}"
+        )
+
+
+def _same_positions(table: Tensor, layer: nn.Module) -> bool:
+    neighbours, order = layer.neighbours, layer.group.order
+    if hasattr(neighbours, "side"):
+        return tuple(table.shape) == (order, *(neighbours.side,) * 4)
+    return tuple(table.shape) == (order, neighbours.size, neighbours.size)
+
+
+def _described(layer: nn.Module) -> str:
+    neighbours, group = layer.neighbours, layer.group.name
+    side = getattr(neighbours, "side", None)
+    what = f"window {neighbours.size}" if side is None else f"maps of {side}"
+    return f"group {group} and {what}"
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LiftingSelfAttention | GroupSelfAttention):
+            yield name, module

@@ -1,0 +1,339 @@
+"""Runners of the parity topic `gevit`: groups, attention, blocks, nets, stems and the schedule."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baselines.gevit.attention import GroupSelfAttention, LiftingSelfAttention
+from baselines.gevit.block import Block
+from baselines.gevit.gcnn import GCNN, GroupConv, LiftingConv
+from baselines.gevit.groups import PlaneGroup
+from baselines.gevit.network import GEViT
+from baselines.gevit.positions import global_offsets, local_offsets, turned
+from baselines.gevit.published_gcnn import (
+    PublishedGCNN,
+    PublishedGroupConv,
+    PublishedLiftingConv,
+)
+from baselines.gevit.stems import patch_elements
+from baselines.gevit.weights import published_state
+from deit.schedules import EpochCosine
+from tests.parity.harness import Runner, check, load, strip
+
+NORMS = {"LayerNorm": "layer", "BatchNorm": "batch"}
+# Adding the same number to all scores of a query changes nothing: their gradient is rounding.
+INERT = ("key.bias", "row_embedding.3.bias", "col_embedding.3.bias")
+
+
+class Loaded:
+    """A case in float64: its tensors, and our module with its weights."""
+
+    def __init__(self, case: dict[str, Any], folder: Path, module: nn.Module) -> None:
+        self.tensors = load(case, folder, torch.float64)
+        self.tolerance = case["tolerance"]["rel_float64"]
+        self.module = module.double().eval()
+        state = strip(self.tensors, case.get("state_prefix", "state."))
+        self.module.load_state_dict(published_state(state, self.module), strict=True)
+        self.x = self.tensors["in.x"].requires_grad_("grad.x" in self.tensors)
+
+    def check(self, name: str, value: Tensor) -> None:
+        check(name, value.reshape(self.tensors[name].shape), self.tensors[name], self.tolerance)
+
+    def check_gradients(self, output: Tensor) -> None:
+        stored = strip(self.tensors, "grad.")
+        if not stored:
+            return
+        (output * self.tensors["in.cotangent"]).sum().backward()
+        ours = {_published(name, self.module): p for name, p in self.module.named_parameters()}
+        for name, expected in stored.items():
+            found = self.x.grad if name == "x" else ours.pop(name).grad
+            if name.endswith(INERT):
+                scale = float(stored[name.replace("bias", "weight")].abs().max())
+                check(f"grad.{name}", found, expected, 1e-9 * scale, "absolute")
+            else:
+                check(f"grad.{name}", found, expected, self.tolerance)
+        without = {name for name, parameter in ours.items() if parameter.grad is not None}
+        assert not without, f"no stored gradient for {sorted(without)}"
+
+
+def _published(name: str, module: nn.Module) -> str:
+    if name.startswith("head.") and isinstance(module, GEViT):
+        return name.replace("head", f"transformer.{len(module.transformer)}", 1)
+    return name
+
+
+def group_of(case: dict[str, Any]) -> PlaneGroup:
+    order = case["group"]["num_elements"]
+    if case["group"]["class"] == "SE2":
+        return PlaneGroup(order, mirrors=False)
+    return PlaneGroup(order // 2, mirrors=True)
+
+
+def group_tables(case: dict[str, Any], folder: Path) -> None:
+    """Elements, products, inverses, both relation tables and the tables of positions."""
+    stored, group = load(case, folder), group_of(case)
+    count = range(group.order)
+    exact = {
+        "out.g_indices": group.relations("reference"),
+        "out.g_indices_exact": group.relations("exact"),
+        "out.compose": [[group.compose(a, b) for b in count] for a in count],
+        "out.inverse": [group.inverse(a) for a in count],
+    }
+    for name, ours in exact.items():
+        if name in stored:
+            check(name, torch.as_tensor(ours), stored[name], 0, "exact")
+    atol = case["tolerance"]["atol"]
+    check("elements", torch.as_tensor(group.elements()), stored["out.elements"], atol, "absolute")
+    for name, expected in stored.items():
+        kind, _, size = name.removeprefix("out.").partition(".")
+        if kind.startswith(("local_", "global_")):
+            side = int(size[1:])
+            both = (_local if kind.startswith("local") else _global)(side, group)
+            ours = both[0] if kind.endswith("row") else both[1]
+            check(name, ours.reshape(expected.shape), expected, atol, "absolute")
+
+
+def _local(side: int, group: PlaneGroup) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(table) for table in turned(local_offsets(side), group))
+
+
+def _global(side: int, group: PlaneGroup) -> tuple[Tensor, ...]:
+    """Tables of offsets spelt out for every pair of pixels."""
+    line = torch.arange(side)
+    apart = line - line[:, None] + side - 1
+    place = apart[:, None, :, None] * (2 * side - 1) + apart[None, :, None, :]
+    return tuple(torch.as_tensor(table)[:, place] for table in turned(global_offsets(side), group))
+
+
+def attention_options(case: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    """Published keywords of an attention layer, as ours."""
+    return {
+        "in_channels": args["in_channels"],
+        "mid_channels": args["mid_channels"],
+        "out_channels": args["out_channels"],
+        "num_heads": args["num_heads"],
+        "attn_drop_rate": args["attention_dropout_rate"],
+        "window": args.get("patch_size"),
+        "map_size": args.get("max_pos_embedding"),
+    }
+
+
+def lifting(case: dict[str, Any], folder: Path) -> None:
+    """Outputs, probabilities and gradients, in one piece and in tiles."""
+    layer = LiftingSelfAttention(group_of(case), **attention_options(case, case["ctor"]))
+    run_attention(Loaded(case, folder, layer))
+
+
+def group_attention(case: dict[str, Any], folder: Path) -> None:
+    layer = GroupSelfAttention(
+        group_of(case),
+        **attention_options(case, case["ctor"]),
+        group_table=case.get("group_table", "reference"),
+    )
+    run_attention(Loaded(case, folder, layer))
+
+
+def run_attention(c: Loaded) -> None:
+    for memory_mb, recompute in ((64.0, False), (1e-6, True)):
+        c.module.memory_mb, c.module.recompute = memory_mb, recompute
+        c.module.zero_grad()
+        c.x.grad = None
+        y = c.module(c.x)
+        c.check("out.y", y)
+        c.check_gradients(y)
+    if "out.attn" in c.tensors:
+        c.check("out.attn", c.module.probabilities(c.x))
+
+
+def block(case: dict[str, Any], folder: Path) -> None:
+    args = case["ctor"]
+    inner = attention_options(case, args["attention"])
+    module = Block(
+        group_of(case),
+        args["in_channels"],
+        args["out_channels"],
+        inner["num_heads"],
+        mid_channels=inner["mid_channels"],
+        window=inner["window"],
+        map_size=inner["map_size"],
+        crop=args["crop_size"],
+        norm=NORMS[args["norm_type"]],
+        act=args["activation_function"].lower(),
+        attn_drop_rate=inner["attn_drop_rate"],
+        value_drop_rate=args["value_dropout_rate"],
+        group_table=case.get("group_table", "reference"),
+    )
+    c = Loaded(case, folder, module)
+    y = c.module(c.x)
+    c.check("out.y", y)
+    c.check_gradients(y)
+
+
+def net(case: dict[str, Any], folder: Path) -> None:
+    """Logits, the lifting, and every item of `transformer`, the classifier being the last."""
+    args = case["ctor"]
+    module = GEViT(
+        group=group_of(case),
+        group_table=case.get("group_table", "reference"),
+        img_size=args["image_size"],
+        in_chans=args["in_channels"],
+        num_classes=args.get("num_classes", 10),
+        num_channels=args["num_channels"],
+        num_heads=args["num_heads"],
+        norm=NORMS[args.get("norm_type", "LayerNorm")],
+        block_sizes=args["block_sizes"],
+        expansion=args["expansion_per_block"],
+        crop=args["crop_per_layer"],
+        norm_between=args["normalize_between_layers"],
+        pool_last=args["maxpool_after_last_block"],
+        pool_drop_rate=args.get("dropout_rate_after_maxpooling", 0.0),
+        window=args.get("patch_size"),
+        act=args["activation_function"].lower(),
+        attn_drop_rate=args["attention_dropout_rate"],
+        value_drop_rate=args["value_dropout_rate"],
+        input_drop_rate=args.get("input_dropout_rate", 0.0),
+        whitening_scale=args.get("whitening_scale", 2**0.5),
+        allow_odd=True,
+    )
+    c = Loaded(case, folder, module)
+    logits = c.module(c.x)
+    c.check("out.logits", logits)
+    c.check_gradients(logits)
+    with torch.no_grad():
+        if "out.lift" in c.tensors:
+            c.check("out.lift", c.module.lift(c.x))
+        last, kept = c.module.trace(c.x)
+        kept[len(kept)] = c.module.head(last)
+        for name in c.tensors:
+            if name.startswith("out.feat."):
+                c.check(name, kept[int(name.removeprefix("out.feat."))])
+
+
+def modern_vit(case: dict[str, Any], folder: Path) -> None:
+    args = case["ctor"]
+    side = int(args["num_patches"] ** 0.5) * args["patch_size"]
+    module = modern_vit_of(
+        img_size=side,
+        in_chans=args.get("num_channels", 1),
+        num_classes=args.get("num_classes", 10),
+        window=args.get("att_patch_size"),
+        allow_odd=True,
+        stem_options={
+            "patch_size": args["patch_size"],
+            "width": args.get("n_embd", 64),
+            "mirrors": args.get("flips", False),
+        },
+    )
+    # The published class may average over fewer rotations than its attention has.
+    module.stem.elements = patch_elements(args.get("n_rotations", 4), args.get("flips", False))
+    c = Loaded(case, folder, module)
+    y = c.module(c.x)
+    c.check("out.y", y)
+    c.check_gradients(y)
+
+
+def modern_vit_of(**options: Any) -> GEViT:
+    """The published settings of the modern equivariant ViT."""
+    fixed = {"group": "p4", "num_channels": 20, "num_heads": 9, "block_sizes": (2, 3)}
+    return GEViT(stem="patch", crop=(1, 0, 0, 0, 0), norm_between=True, **fixed, **options)
+
+
+def kernel_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of interpolated layers under our names, without their grids."""
+    return {
+        name.replace("kernel.weight", "weight"): tensor
+        for name, tensor in state.items()
+        if name.endswith("kernel.weight")
+    }
+
+
+def published_gcnn(case: dict[str, Any], folder: Path) -> None:
+    """Interpolated kernels: lifting, group convolution, and the whole stem."""
+    args, order = case["ctor"], case["group"]["order"]
+    if case["kind"] == "gcnn":
+        module: nn.Module = PublishedGCNN(
+            args["in_channels"],
+            out_channels=args["out_channels"],
+            kernel_size=args["kernel_size"],
+            num_hidden=args["num_hidden"],
+            hidden_channels=args["hidden_channels"],
+            order=order,
+        )
+    else:
+        sizes = (args["in_channels"], args["out_channels"], args["kernel_size"])
+        padding = args.get("padding", 0)
+        if case["kind"] == "gcnn_group":
+            module = PublishedGroupConv(*sizes, order=order, padding=padding)
+        else:
+            mirrors = case["group"]["class"] == "E2Group"
+            module = PublishedLiftingConv(*sizes, order=order, mirrors=mirrors, padding=padding)
+    tensors = load(case, folder, torch.float64)
+    state = kernel_weights(strip(tensors, "state."))
+    module = module.double().eval()
+    module.load_state_dict(state, strict=True)
+    check("out.y", module(tensors["in.x"]), tensors["out.y"], case["tolerance"]["rel_float64"])
+
+
+def exact_gcnn(case: dict[str, Any], folder: Path) -> None:
+    """Our exact convolutions against an oracle written for the sheet."""
+    args, group = case["ctor"], case["ctor"].get("group", "D4")
+    if case["kind"] == "exact_gcnn_stem":
+        module: nn.Module = GCNN(
+            args["in_channels"],
+            out_channels=args["hidden_channels"],
+            hidden_channels=args["hidden_channels"],
+            kernel_size=args["kernel_size"],
+            num_hidden=args["num_hidden"],
+            pool=args["pool"],
+            group=group,
+        )
+    else:
+        made = LiftingConv if case["kind"] == "exact_gcnn_lift" else GroupConv
+        module = made(
+            args["in_channels"],
+            args["out_channels"],
+            args["kernel_size"],
+            padding=args.get("padding", 0),
+            group=group,
+        )
+    c = Loaded(case, folder, module)
+    y = c.module(c.x)
+    c.check("out.y", y)
+    c.check_gradients(y)
+
+
+def schedule(case: dict[str, Any], folder: Path) -> None:
+    """Warm-up from zero, then a cosine of its own: the recipe's schedule, an epoch being a step."""
+    for settings, values in case["values"].items():
+        ratio, steps = (float(part.split("=")[1]) for part in settings.split(","))
+        ours = EpochCosine(
+            base=1.0,
+            final=0.0,
+            epochs=steps,
+            epoch_length=1,
+            warmup_epochs=int(steps * ratio),
+            cosine_after_warmup=True,
+        )
+        for step, expected in values.items():
+            check(f"{settings} step {step}", ours(int(step)), expected, 1e-9, "absolute")
+
+
+RUNNERS: dict[tuple[str, str], Runner] = {
+    ("gevit", "group_tables"): group_tables,
+    ("gevit", "lift_local"): lifting,
+    ("gevit", "lift_global"): lifting,
+    ("gevit", "group_local"): group_attention,
+    ("gevit", "group_global"): group_attention,
+    ("gevit", "block"): block,
+    ("gevit", "net"): net,
+    ("gevit", "modern_vit"): modern_vit,
+    ("gevit", "gcnn_lift"): published_gcnn,
+    ("gevit", "gcnn_group"): published_gcnn,
+    ("gevit", "gcnn"): published_gcnn,
+    ("gevit", "exact_gcnn_lift"): exact_gcnn,
+    ("gevit", "exact_gcnn_group"): exact_gcnn,
+    ("gevit", "exact_gcnn_stem"): exact_gcnn,
+    ("gevit", "schedule"): schedule,
+}
