@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml
 quickstart: install ## train a small octic ViT on the embedded digits and show what it learnt
 	$(BIN)/python experiments/quickstart.py
 
+# A process per core; a file's tests stay together, for the nets that they share.
 test: lint typecheck ## lint, types and the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -77,6 +77,12 @@ def complete(
     the file is of another model.
     """
     theirs = json.loads(metadata.get("constructor", "{}"))
+    if isinstance(backbone.get("backbone"), Mapping):
+        # A net around another one: the file is of the whole, or of the one inside alone.
+        if theirs.get("_target_") == backbone["_target_"]:
+            return {**theirs, **backbone, "backbone": theirs["backbone"]}
+        inner = complete(backbone["backbone"], metadata, state, dataset)
+        return {**backbone, "backbone": {**inner, "_partial_": True}}
     if theirs and any(theirs.get(key) != backbone.get(key) for key in ("_target_", "model_name")):
         name = name_of(theirs)
         raise UserError(f"these weights are of a {name}, not a {name_of(backbone)}; --model {name}")

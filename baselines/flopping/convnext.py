@@ -6,6 +6,7 @@ so that the pointwise layers are those of `octic`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates
@@ -134,7 +135,10 @@ class MirrorConvNeXt(Net):
                 ),
             ]
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(
+            list[list[float]],
+            calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True),
+        )
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 MirrorConvNeXtBlock(
@@ -167,7 +171,7 @@ class MirrorConvNeXt(Net):
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks of all stages."""
-        return [block for stage in self.stages for block in stage]
+        return [block for stage in self.stages.children() for block in stage.children()]
 
     def check_size(self, height: int, width: int) -> None:
         """ValueError for images whose columns a convolution with stride would cut unevenly."""

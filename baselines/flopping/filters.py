@@ -8,6 +8,7 @@ Letters: B images, h w places, D channels, C = D/2 of each half, k the side of a
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +80,7 @@ class MirrorLift(KeepsFilters, OcticLift):
         *,
         bias: bool = True,
     ) -> None:
-        options = {"bias": bias, "scaled_bias": True, "group": MIRROR}
-        super().__init__(in_chans, embed_dim, patch_size, **options)
+        super().__init__(in_chans, embed_dim, patch_size, bias=bias, scaled_bias=True, group=MIRROR)
 
     def filters(self) -> Tensor:
         """All full filters [D in p p]."""
@@ -173,7 +173,7 @@ class MirrorDepthwiseConv(KeepsFilters):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve features [B h w D] with zeros around them."""
-        parts = list(self.children())
+        parts = [cast(HalfFilter, part) for part in self.children()]
         bias = _side_by_side(parts)
         padding = self.kernel_size // 2
         maps = x.permute(0, 3, 1, 2)

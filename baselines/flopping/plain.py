@@ -1,6 +1,7 @@
 """The plain twins of the mirror nets: ResMLP and ConvNeXt of timm's parts, each a Backbone."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
@@ -41,7 +42,7 @@ class PlainResMlp(MlpMixer):
                 f"image size {height} x {width} is not a multiple of the patch size {patch_size}"
             )
         super().__init__(
-            img_size=img_size,
+            img_size=cast(int, img_size),  # oblong too, whatever its annotation says
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
@@ -74,7 +75,7 @@ class PlainResMlp(MlpMixer):
         )
         # timm gives them in ascending order.
         order = sorted(set(take_indices(layers, self.depth)))
-        found = dict(zip(order, maps, strict=True))
+        found: dict[int, Tensor] = dict(zip(order, cast(list[Tensor], maps), strict=True))
         return [
             Features(found[i].mean((2, 3)), found[i].permute(0, 2, 3, 1))
             for i in take_indices(layers, self.depth)
@@ -165,7 +166,10 @@ class PlainConvNeXt(Net):
                 ),
             ]
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(
+            list[list[float]],
+            calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True),
+        )
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 ConvNeXtBlock(
@@ -186,7 +190,7 @@ class PlainConvNeXt(Net):
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks of all stages."""
-        return [block for stage in self.stages for block in stage]
+        return [block for stage in self.stages.children() for block in stage.children()]
 
     def path(self) -> list[Stage]:
         """The stages, each with its norm and downsampling before it."""

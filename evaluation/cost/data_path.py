@@ -40,12 +40,12 @@ DECODING = "decoding"
 
 
 class Stage(NamedTuple):
-    """One thing done to images; `run` does it to `count` of them, where `place` says."""
+    """One thing done to images; `run` does it to so many of them, where `place` says."""
 
     pipeline: str
     name: str
     place: str
-    count: int
+    images: int
     run: Callable[[], object]
 
 
@@ -152,7 +152,7 @@ def _time(stages: list[Stage], rounds: int, device: torch.device) -> list[list[f
             stage.run()
             synchronize(device)
             if round:
-                found.append(stage.count / (time.perf_counter() - start))
+                found.append(stage.images / (time.perf_counter() - start))
     return rates
 
 

@@ -14,7 +14,7 @@ from utils.errors import UserError
 Node = dict[str, Any]
 ALL = "all"
 # Ways to other people's nets, which need a name or a file besides.
-ADAPTERS = ("timm", "torchvision", "file")
+ADAPTERS = ("timm", "torchvision", "file", "symmetrized")
 
 
 class Group(NamedTuple):
@@ -25,9 +25,8 @@ class Group(NamedTuple):
 
 
 def registered() -> list[str]:
-    """Every backbone of configs/backbone that a name alone describes."""
-    names = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
-    return [name for name in names if name not in ADAPTERS]
+    """Every backbone of configs/backbone that a name alone describes, for images of any size."""
+    return [name for name in _named() if "img_size" not in _read(name)]
 
 
 def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
@@ -51,14 +50,16 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
 
     keywords: of the constructor, beside those of the config.
     """
-    path = CONFIGS / "backbone" / f"{name}.yaml"
-    if name in registered():
-        node = {**yaml.safe_load(path.read_text()), **(keywords or {})}
+    if name in _named():
+        node = {**_read(name), **(keywords or {})}
+        own = node.get("img_size", size)
+        if own != size:
+            raise UserError(f"{name} is for images of {own} pixels: size={own}, not {size}")
         return node if size == 224 else {**node, "img_size": size}
     import timm
 
     if name in ADAPTERS or not timm.is_model(name.split(".")[0]):
-        known = [*registered(), *timm.list_models()]
+        known = [*_named(), *timm.list_models()]
         raise UserError(
             f"there is no model {name!r}, neither of ours nor of timm{nearest(name, known)}"
         )
@@ -70,6 +71,15 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
         node["num_classes"] = 1000
     resized = config is not None and config.fixed_input_size and config.input_size[-1] != size
     return {**node, "img_size": size} if resized else node
+
+
+def _named() -> list[str]:
+    names = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
+    return [name for name in names if name not in ADAPTERS]
+
+
+def _read(name: str) -> Node:
+    return yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())
 
 
 def make_net(name: str, node: Node, device: torch.device | str, *, seed: int = 0) -> nn.Module:

@@ -212,7 +212,7 @@ class PixelLinearProbe:
         """This rank's test images one by one: (image [3 h w], mask [H W], index)."""
         batches = evaluation_batches(
             Pairs(self.test),  # type: ignore[arg-type]  # pairs stand where images do
-            WholeImage(image_size=image_size),  # type: ignore[arg-type]
+            WholeImage(image_size=image_size),
             1,  # they differ in size
             num_workers=self.num_workers,
             rank=distributed.rank(),

@@ -171,7 +171,7 @@ class HeadTraining:
         )
         return training_batches(
             Pairs(self.dataset),  # type: ignore[arg-type]  # pairs stand where images do
-            transform,  # type: ignore[arg-type]
+            transform,
             _collate,
             self.micro_batch,
             first_step=first,

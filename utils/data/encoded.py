@@ -70,8 +70,8 @@ def encoded_image(dataset: ImageDataset, index: int) -> EncodedImage | Image.Ima
 
     Decoded too where EXIF data turn the image.
     """
-    while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if isinstance(dataset, Subset):
+        return encoded_image(dataset.dataset, int(dataset.indices[index]))
     read: Callable[[int], bytes] | None = getattr(dataset, "read_bytes", None)
     if read is None or getattr(dataset, "exif_orientation", False):
         return dataset.read(index)

@@ -23,9 +23,9 @@ SPARE = 2  # times a crop's own resolution: boxes of whole pixels stay where the
 
 
 class CropKind(NamedTuple):
-    """`count` square crops of `size` pixels a side from parts of the image of area `scale`."""
+    """`number` square crops of `size` pixels a side from parts of the image of area `scale`."""
 
-    count: int
+    number: int
     size: int
     scale: tuple[float, float]
 
@@ -81,7 +81,7 @@ def cut_crops(
     """
     height, width = image.size if isinstance(image, EncodedImage) else image.size[::-1]
     boxes = [
-        draw_boxes(height, width, kind.count, kind.scale, flip_probability=flip_probability)
+        draw_boxes(height, width, kind.number, kind.scale, flip_probability=flip_probability)
         for kind in kinds
     ]
     if isinstance(image, EncodedImage):

@@ -7,18 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Generator
 from torch.utils.data import Dataset, default_collate
 
-from utils.data.encoded import EncodedImage, encoded_image
+from utils.data.encoded import encoded_image
 from utils.data.images import ImageDataset, ImageError
 from utils.data.samplers import derive_seed
 
 MAX_REPLACEMENTS = 1000  # images tried in place of one, before all of them are taken for damaged
 
 # One with an attribute `takes_encoded` gets the file before it is decoded, to do that itself.
-Transform = Callable[[Image.Image], Any] | Callable[[EncodedImage | Image.Image], Any]
+Transform = Callable[[Any], Any]
 Sample = tuple[Any, int]  # transformed image, label or -1
 Collate = Callable[[list[Sample], Generator], Any]
 

@@ -1,0 +1,65 @@
+"""Names of a symmetrised classifier's weights: ours, the published ones, those of a bare backbone.
+
+model.*                                     the backbone, ours and published
+aggregator.*                                ours: what the aggregator learnt
+scoring_model.*, aggregation_model.*        the same, as published
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vit.keys import from_published
+
+MODEL, AGGREGATOR = "model.", "aggregator."
+PUBLISHED_AGGREGATORS = ("scoring_model.", "aggregation_model.")
+
+
+def rename_state(
+    state: Mapping[str, Tensor], model: nn.Module, *, learned: bool
+) -> dict[str, Tensor]:
+    """Weights in any of these spellings under our names, for the caller to hold against the model.
+
+    Those of a bare backbone must fit it to the last key: ValueError as `vit.keys.check_fit`.
+    """
+    wrapped = [
+        name for name in state if name.startswith((MODEL, AGGREGATOR, *PUBLISHED_AGGREGATORS))
+    ]
+    if wrapped:
+        return {_our_name(name): tensor for name, tensor in state.items()}
+    if learned:
+        raise ValueError(
+            "these are the weights of a classifier alone, and its aggregator learns: give a file "
+            "of the whole, or an aggregator without parameters"
+        )
+    return {f"{MODEL}{name}": tensor for name, tensor in _of_backbone(state, model).items()}
+
+
+def published_name(name: str, aggregator: str) -> str:
+    """The published name of one of our parameters, for a learned aggregator of that name."""
+    prefix = {"learned_score": "scoring_model.", "learned_attention": "aggregation_model."}
+    if name.startswith(AGGREGATOR) and aggregator in prefix:
+        return prefix[aggregator] + name.removeprefix(AGGREGATOR)
+    return name
+
+
+def _our_name(name: str) -> str:
+    for prefix in PUBLISHED_AGGREGATORS:
+        if name.startswith(prefix):
+            return AGGREGATOR + name.removeprefix(prefix)
+    return name
+
+
+def _of_backbone(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    # An adapter's own name for the net it wraps is in our own exports, and in nobody else's file.
+    net: Any = getattr(model, "net", None)
+    prefix = "net." if isinstance(net, nn.Module) and not _named(state, "net.") else ""
+    inner = net if prefix else model
+    if hasattr(inner, "adapt_to"):
+        inner.adapt_to(state)
+    return {f"{prefix}{name}": tensor for name, tensor in from_published(state, inner).items()}
+
+
+def _named(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in state)

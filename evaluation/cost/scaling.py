@@ -1,0 +1,222 @@
+"""What a step takes on many GPUs: what ranks send, measured here, and a model of the rest.
+
+The model is arithmetic on stated assumptions, not a measurement: operations over a sustained rate,
+bytes over bandwidths, messages times latency. See docs/scaling.md for the formulas.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from evaluation.cost import traffic
+from evaluation.results import print_table
+from utils.build import plain
+from utils.check import networks
+from utils.communication import Part, sent_bytes, step_payload
+from utils.config import compose_config, fail
+from utils.errors import UserError
+from utils.flops import count_one_image
+
+LAYOUTS = ("replicate", "shard", "hybrid")
+NETS = {"octic": "hybrid_dinov2_vit_small_patch16", "plain": "dinov2_vit_small_patch16"}
+SMALL = [
+    *("backbone.embed_dim=64", "backbone.depth=4", "backbone.num_heads=4", "device=cpu"),
+    *("recipe.batch_size_per_gpu=4", "recipe.accumulation=2", "recipe.crops.local_crops_number=2"),
+    "recipe.dino_head={num_prototypes: 128, hidden_dim: 64, bottleneck_dim: 32}",
+    *("probes.knn=null", "probes.linear=null", "probes.segmentation=null"),
+]
+
+
+class Cluster(NamedTuple):
+    """Assumptions about the machines; rates are what one GPU gets, in either direction."""
+
+    gpus_per_node: int
+    tflops: float  # sustained, of 10^12 floating-point operations per second
+    node_gb_s: float  # between the GPUs of a node, 10^9 bytes per second
+    network_gb_s: float  # between nodes
+    latency_us: float  # of one message
+
+
+class Work(NamedTuple):
+    """What one step is made of, whatever the number of GPUs."""
+
+    operations_per_image: float  # forward and backward, of student and teacher
+    parts: list[Part]
+    num_units: int  # collectives of a pass: blocks, and what is outside of them
+
+
+class Step(NamedTuple):
+    """Seconds of a step on `gpus` GPUs: computing, sending, and both, one after the other."""
+
+    gpus: int
+    layout: str
+    micro_batches: int
+    compute_s: float
+    send_s: float
+
+    @property
+    def apart_s(self) -> float:
+        """Nothing is sent while something is computed."""
+        return self.compute_s + self.send_s
+
+    @property
+    def together_s(self) -> float:
+        """All is sent while something is computed."""
+        return max(self.compute_s, self.send_s)
+
+
+def predict(
+    work: Work, cluster: Cluster, layout: str, gpus: int, *, batch: int, most: int, width: int = 2
+) -> Step:
+    """One step of `batch` images over `gpus` GPUs, at most `most` of them on a GPU at a time."""
+    own = batch / gpus
+    micro_batches = max(1, round(own / most + 0.499))
+    compute = own * work.operations_per_image / (cluster.tflops * 1e12)
+    node = min(cluster.gpus_per_node, gpus)
+    payload = step_payload(work.parts, layout, micro_batches=micro_batches, width=width)
+    if layout == "hybrid":
+        groups = {"all_gather": node, "reduce_scatter": node, "all_reduce": gpus // node}
+        payload["all_reduce"] //= node  # each GPU of a node reduces its shard
+    else:
+        groups = dict.fromkeys(payload, gpus)
+    seconds = 0.0
+    for kind, size in payload.items():
+        within = groups[kind] <= cluster.gpus_per_node and not (
+            layout == "hybrid" and kind == "all_reduce"
+        )
+        rate = cluster.node_gb_s if within else cluster.network_gb_s
+        seconds += sent_bytes(kind, size, groups[kind]) / (rate * 1e9)
+        passes = 1 if layout == "replicate" else micro_batches
+        hops = (groups[kind] - 1) * (2 if kind == "all_reduce" else 1)
+        if size and hops:
+            seconds += hops * work.num_units * passes * cluster.latency_us * 1e-6
+    return Step(gpus, layout, micro_batches, compute, seconds)
+
+
+def work_of(file: str, overrides: Sequence[str] = ()) -> tuple[Work, int, int]:
+    """What a step of a DINOv2 run file is made of, its batch, and its images on a GPU at a time.
+
+    Operations of the heads are left out: they see few tokens.
+    """
+    content = plain(compose_config(file, list(overrides)))
+    net, recipe = networks(content)
+    if not hasattr(recipe, "student"):
+        raise UserError(f"{file}: the model of a step is of the DINOv2 recipe")
+    crops = recipe.crops
+    large = count_one_image(net, crops.global_crops_size, backward=False).forward
+    small = count_one_image(net, crops.local_crops_size, backward=False).forward
+    student = 2 * large + crops.local_crops_number * small
+    again = 1 if content["training"]["activation_checkpointing"] else 0
+    parts = [
+        Part(sum(p.numel() for p in module.parameters()), trained)
+        for modules, trained in ((recipe.student, True), (recipe.teacher, False))
+        for module in modules.values()
+    ]
+    units = len(net.blocks) + 1 + len(recipe.student) - 1
+    most = recipe.batch_size_per_gpu
+    return Work((3 + again) * student + 2 * large, parts, units), 1024, most
+
+
+def measured(processes: Sequence[int]) -> list[list[Any]]:
+    """Rows: net, processes, layout, and by collective the payload measured and by formula."""
+    cases = [(net, layout) for net in NETS for layout in ("replicate", "shard")]
+    configs = [
+        plain(
+            compose_config(
+                "dinov2/quickstart.yaml",
+                [f"backbone={NETS[net]}", *SMALL, f"training.sharding={layout}"],
+            )
+        )
+        for net, layout in cases
+    ]
+    rows = []
+    for count in processes:
+        for (net, layout), found in zip(cases, traffic.measure(configs, count), strict=True):
+            parts = [Part(*part) for part in found["parts"]]
+            expected = step_payload(parts, layout, micro_batches=2)
+            for kind in ("all_gather", "reduce_scatter", "all_reduce"):
+                told, said = expected[kind], found["payload"][kind]
+                ratio = f"{said / told:.3f}" if told else "-"
+                rows.append([net, count, layout, kind, f"{said:,.0f}", f"{told:,.0f}", ratio])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("measure", "model"))
+    add = parser.add_argument
+    add("--processes", default="2,4", help="measure: in so many processes (2,4)")
+    add("--config-file", default="dinov2/hybrid_vith16.yaml", help="model: of this run file")
+    add("--gpus", default="1,4,8,32,64,256", help="model: on so many GPUs")
+    add("--gpus-per-node", type=int, default=4, help="model: of them on a node (4)")
+    add("--batch", type=int, help="model: images per step (the recipe's, 1024)")
+    add("--tflops", type=float, default=100.0, help="model: sustained by a GPU (100)")
+    add("--node-gb-s", type=float, default=200.0, help="model: between GPUs of a node (200)")
+    add("--network-gb-s", type=float, default=12.5, help="model: per GPU between nodes (12.5)")
+    add("--latency-us", type=float, default=10.0, help="model: of one message (10)")
+    words = parser.parse_args(argv)
+    try:
+        _print_measured(words) if words.what == "measure" else _print_model(words)
+    except UserError as error:
+        fail(error)
+    return 0
+
+
+def _print_measured(words: argparse.Namespace) -> None:
+    counts = _numbers(words.processes, "--processes")
+    columns = ["net", "processes", "layout", "collective", "measured\nbytes", "formula\nbytes"]
+    protocol = {
+        "recipe": "dinov2/quickstart.yaml with a small net, 2 micro-batches per step, float32",
+        "measured": "payload of one optimiser step, gloo on this machine",
+    }
+    print_table("what a step sends", [*columns, "ratio"], measured(counts), protocol=protocol)
+
+
+def _print_model(words: argparse.Namespace) -> None:
+    work, batch, most = work_of(words.config_file)
+    batch = words.batch or batch
+    rates = (words.tflops, words.node_gb_s, words.network_gb_s)
+    if min(*rates, words.gpus_per_node, batch) <= 0 or words.latency_us < 0:
+        raise UserError("rates, GPUs per node and the batch must be positive")
+    cluster = Cluster(words.gpus_per_node, *rates, words.latency_us)
+    rows = []
+    for gpus in _numbers(words.gpus, "--gpus"):
+        if batch % gpus or (gpus > cluster.gpus_per_node and gpus % cluster.gpus_per_node):
+            raise UserError(f"--gpus {gpus}: must divide {batch} images and fill its nodes")
+        for layout in LAYOUTS if gpus > 1 else ("replicate",):
+            step = predict(work, cluster, layout, gpus, batch=batch, most=most)
+            ideal = batch * work.operations_per_image / (cluster.tflops * 1e12) / gpus
+            rows.append(
+                [
+                    gpus,
+                    layout if gpus > 1 else "-",
+                    batch // gpus,
+                    *(f"{1e3 * s:.0f}" for s in (step.compute_s, step.send_s)),
+                    *(f"{1e3 * s:.0f}" for s in (step.together_s, step.apart_s)),
+                    f"{100 * ideal / step.together_s:.0f} to {100 * ideal / step.apart_s:.0f}",
+                ]
+            )
+    columns = ["GPUs", "layout", "images\nper GPU", "computing\nms", "sending\nms"]
+    columns += ["step, all\noverlapped ms", "step, nothing\noverlapped ms", "efficiency\n%"]
+    trained = sum(part.parameters for part in work.parts if part.trained)
+    assumed = (
+        f"{cluster.tflops:g} TFLOP/s sustained per GPU, {cluster.node_gb_s:g} GB/s within a node of "
+        f"{cluster.gpus_per_node}, {cluster.network_gb_s:g} GB/s per GPU between nodes, "
+        f"{cluster.latency_us:g} us per message, ring algorithm"
+    )
+    counted = (
+        f"{trained / 1e6:.0f} M trained parameters, "
+        f"{work.operations_per_image / 1e9:.0f} GFLOP per image, {batch} images per step"
+    )
+    title = f"model of a step: {words.config_file}"
+    print_table(title, columns, rows, protocol={"assumed": assumed, "counted": counted})
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
+    if len(numbers) != len(text.split(",")):
+        raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")
+    return numbers

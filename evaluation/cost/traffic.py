@@ -1,0 +1,109 @@
+"""What ranks send each other in one step of a real training: counted as the calls pass.
+
+Run as a program under torchrun, it trains each config it is given for one step and for three, and
+prints the payload of a step (half the difference) by collective, with what the recipe is made of.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils import distributed, metrics, parallel
+from utils.communication import Communication, Part
+from utils.errors import UserError
+from utils.training import train
+
+COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
+MARK = "traffic: "
+
+
+def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:
+    """Payload of one step of each config in `processes` processes of this machine, on the CPU.
+
+    `payload` by collective in bytes, `sent` in bytes per rank by the ring, `parts` as
+    (parameters, trained). Raises UserError with what a process said if one fails.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "evaluation.cost.traffic"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "configs.json"
+        asked.write_text(json.dumps(configs))
+        done = subprocess.run(
+            [*command, str(asked)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not found:
+        raise UserError(f"no traffic was measured: {(done.stderr.splitlines() or ['?'])[-1]}")
+    return json.loads(found[0].removeprefix(MARK))
+
+
+def _one_step(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    counts = []
+    for steps in (1, 3):
+        training = config["training"] | {"max_steps": steps, "log_every": 1000}
+        run = config | {"training": training, "output_dir": str(folder / str(steps))}
+        with _parts_noted() as parts, Communication() as sent:
+            train(run)
+        counts.append((Counter({kind: sent.payload(kind) for kind in COUNTED}), sent.sent()))
+    (first, sent_first), (last, sent_last) = counts
+    return {
+        "payload": {kind: (last[kind] - first[kind]) / 2 for kind in COUNTED},
+        "sent": (sent_last - sent_first) / 2,
+        "parts": parts,
+    }
+
+
+class _parts_noted:  # noqa: N801 (a context, used as a function)
+    """Notes every part that a recipe gives to `wrap`."""
+
+    def __enter__(self) -> list[Part]:
+        self.made, noted = parallel.make_wrap, list[Part]()
+
+        def make_wrap(*args: Any, **keywords: Any) -> Callable[..., nn.Module]:
+            wrap = self.made(*args, **keywords)
+
+            def noting(
+                module: nn.Module, units: Iterable[nn.Module] = (), **more: Any
+            ) -> nn.Module:
+                parameters = list(module.parameters())
+                trained = any(p.requires_grad for p in parameters)
+                noted.append(Part(sum(p.numel() for p in parameters), trained))
+                return wrap(module, units=units, **more)
+
+            return noting
+
+        parallel.make_wrap = make_wrap
+        return noted
+
+    def __exit__(self, *error: Any) -> None:
+        parallel.make_wrap = self.made
+
+
+def _main() -> None:
+    torch.set_num_threads(1)
+    metrics.draw_curves = lambda path: None
+    configs = json.loads(Path(sys.argv[1]).read_text())
+    with distributed.session("cpu"), tempfile.TemporaryDirectory() as folder:
+        place = Path(distributed.broadcast_object(folder))
+        found = [_one_step(config, place / str(n)) for n, config in enumerate(configs)]
+        if distributed.is_main():
+            print(MARK + json.dumps(found), flush=True)
+        distributed.barrier()  # the others' folder is rank 0's
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,132 @@
+"""Training a wrapper: what is frozen is cached and untouched, the best epoch stays."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from baselines.posthoc.symmetrized import Symmetrized
+from baselines.posthoc.training import PosthocTraining, accuracy, embed
+from tests.baselines.posthoc.toys import SMALL, make
+from utils.data.transforms import evaluation_transform
+from utils.errors import UserError
+from vit.models import deit_small_patch16_LS
+
+
+class Bars:
+    """Images with a bright stripe, upright or lying, or none: three classes that a turn mixes."""
+
+    class_names = ["upright", "lying", "none"]
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.labels = np.arange(count) % 3
+        self.pixels = self.random.integers(0, 120, (count, 32, 32, 3), dtype=np.uint8)
+        for index, label in enumerate(self.labels):
+            at = int(self.random.integers(4, 28))
+            if label == 0:
+                self.pixels[index, :, at : at + 3] = 255
+            elif label == 1:
+                self.pixels[index, at : at + 3] = 255
+        self.reads: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        self.reads[index] += 1
+        return Image.fromarray(self.pixels[index])
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def path(self, index: int) -> str:
+        return str(index)
+
+
+TRANSFORM = evaluation_transform(resize_size=32, crop_size=32)
+
+
+def wrapped(trained: str, **options) -> Symmetrized:
+    torch.manual_seed(0)
+    backbone = deit_small_patch16_LS(**SMALL, num_classes=3, init_values=1.0)
+    return Symmetrized(backbone, "C4", "learned_score", trained=trained, **options)
+
+
+def fit(net: Symmetrized, **options) -> tuple:
+    train, validation = Bars(48, 0), Bars(24, 1)
+    options = {"epochs": 6, "batch_size": 16, "lr": 1e-2, **options}
+    silent: list[str] = []
+    fitted = PosthocTraining(**options)(
+        net, train, validation, transform=TRANSFORM, shown=silent.append
+    )
+    return fitted, train, validation
+
+
+@pytest.mark.parametrize("trained", ["aggregator", "head"])
+def test_a_frozen_backbone_reads_each_image_once_and_stays(trained):
+    net = wrapped(trained)
+    before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+    fitted, train, validation = fit(net)
+    assert fitted.cached and set(train.reads.values()) == {1} == set(validation.reads.values())
+    changed = {n for n, t in net.model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == ({"head.weight", "head.bias"} if trained == "head" else set())
+
+
+def test_training_on_the_cache_is_training_on_the_images():
+    """The same batches through the net give the same gradients as the stored embeddings."""
+    net, data = wrapped("head"), Bars(6, 0)
+    stored = embed(net, data, TRANSFORM)
+    images = torch.stack([TRANSFORM(data.read(i)) for i in range(6)])
+    torch.testing.assert_close(net.eval().aggregate(stored.z), net(images), rtol=1e-5, atol=1e-6)
+
+
+def test_an_augmentation_or_a_moving_backbone_reads_images_again():
+    for trained, options in (("head", {"augmentation": TRANSFORM}), ("all", {})):
+        fitted, train, _ = fit(wrapped(trained), epochs=2, **options)
+        assert not fitted.cached and max(train.reads.values()) >= 2
+
+
+def test_what_is_kept_is_the_best_epoch():
+    net = wrapped("head")
+    fitted, _, validation = fit(net, epochs=8)
+    stored = embed(net, validation, TRANSFORM)
+    assert accuracy(net, iter([stored])) == pytest.approx(fitted.validation_accuracy)
+    assert not net.training and fitted.validation_accuracy >= 100 / 3
+
+
+def test_all_of_it_trains_on_one_random_copy():
+    net = wrapped("all", one_copy=True)
+    before = net.model.blocks[0].attn.qkv.weight.clone()
+    fitted, _, _ = fit(net, epochs=3, lr=1e-3)
+    assert fitted.best_epoch == 0 or not torch.equal(net.model.blocks[0].attn.qkv.weight, before)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    found = []
+    for _ in range(2):
+        net = wrapped("head")
+        fit(net)
+        found.append(net.model.head.weight.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_nothing_to_train_is_one_line():
+    with pytest.raises(UserError, match="trained=none leaves nothing to train"):
+        fit(wrapped("none"))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        PosthocTraining(epochs=0)
+
+
+def test_published_lengths():
+    """25 epochs, 60 for learned attention."""
+    net = Symmetrized(make("small"), "C1", "learned_attention", trained="aggregator")
+    data = Bars(8, 0)
+    data.labels = data.labels % 2
+    training = PosthocTraining(batch_size=8)
+    fitted = training(net, data, data, transform=TRANSFORM, shown=lambda line: None)
+    assert fitted.epochs == 60
+    net = Symmetrized(make("small"), "C1", "mean", trained="head")
+    assert training(net, data, data, transform=TRANSFORM, shown=lambda line: None).epochs == 25

@@ -1,0 +1,49 @@
+"""The small ViT: as many parameters as published, at home in timm."""
+
+import pytest
+import timm
+import torch
+
+from baselines.posthoc.vision_transformer import SmallVisionTransformer
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "parameters"),
+    [("posthoc_vit_mnist", 28, 503178), ("posthoc_vit_pcam", 96, 521794)],
+)
+def test_registered_models_have_the_published_parameters(name, size, parameters):
+    net = timm.create_model(name).eval()
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    x = torch.randn(2, net.in_chans, size, size)
+    torch.testing.assert_close(net.get_classifier()(net(x, output_cls=True)), net(x))
+    torch.testing.assert_close(net.forward_head(net.forward_features(x)), net(x))
+    assert net.pretrained_cfg["input_size"] == (net.in_chans, size, size)
+
+
+def test_patches_are_flattened_channel_by_channel_row_by_row():
+    x = torch.arange(2 * 4 * 6.0).reshape(1, 2, 4, 6)
+    net = SmallVisionTransformer(img_size=4, patch_size=2, in_chans=2, num_patches=6)
+    patches = net.patches(x)
+    assert patches.shape == (1, 6, 8)
+    assert torch.equal(patches[0, 1], x[0, :, 0:2, 2:4].flatten())
+
+
+def test_fewer_patches_take_the_first_positions_and_more_are_refused():
+    net = SmallVisionTransformer(img_size=16, patch_size=4).eval()
+    assert net(torch.randn(1, 3, 12, 12)).shape == (1, 10)
+    with pytest.raises(ValueError, match="25 patches for a model of 16 positions"):
+        net(torch.randn(1, 3, 20, 20))
+    with pytest.raises(ValueError, match="no multiple of the patch"):
+        net(torch.randn(1, 3, 18, 18))
+    with pytest.raises(ValueError, match="for a model of 3 channels"):
+        net(torch.randn(1, 1, 16, 16))
+
+
+def test_heads_come_and_go():
+    net = SmallVisionTransformer(img_size=16, patch_size=4)
+    net.reset_classifier(0)
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 64)
+    net.reset_classifier(3)
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    features = net.features(torch.randn(2, 3, 16, 16), (0, -1))
+    assert features[1].patches.shape == (2, 4, 4, 64) and features[0].cls.shape == (2, 64)
