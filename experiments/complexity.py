@@ -1,7 +1,7 @@
 """Compare what nets cost with what their plain twins do: [--amp] [--compile] [--models A,B]."""
 
 from evaluation.cost.arguments import parse_complexity
-from slurm.launch import launch
+from slurm.command import main
 
 if __name__ == "__main__":
-    launch("evaluation.cost.complexity.measure", parse_complexity())
+    main("evaluation.cost.complexity.measure", parse_complexity)

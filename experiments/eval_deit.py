@@ -1,7 +1,7 @@
 """Judge a classifier as DeiT does: --model NAME --eval FILE [--data-path DIR]."""
 
 from evaluation.deit_arguments import parse_deit_evaluation
-from slurm.launch import launch
+from slurm.command import main
 
 if __name__ == "__main__":
-    launch("evaluation.classifier.judge_classifier", parse_deit_evaluation())
+    main("evaluation.classifier.judge_classifier", parse_deit_evaluation)

@@ -1,7 +1,7 @@
 """Judge a frozen net by linear probe, kNN and more: OUTPUT --config-file FILE --weights FILE."""
 
 from evaluation.arguments import parse_evaluation
-from slurm.launch import launch
+from slurm.command import main
 
 if __name__ == "__main__":
-    launch("evaluation.judge.judge", parse_evaluation())
+    main("evaluation.judge.judge", parse_evaluation)

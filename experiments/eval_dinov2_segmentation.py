@@ -1,7 +1,7 @@
 """Judge patch tokens by segmentation: OUTPUT --model NAME --weights FILE --tasks TASK ..."""
 
 from evaluation.segmentation.arguments import parse_segmentation
-from slurm.launch import launch
+from slurm.command import main
 
 if __name__ == "__main__":
-    launch("evaluation.judge.judge", parse_segmentation())
+    main("evaluation.judge.judge", parse_segmentation)

@@ -1,7 +1,7 @@
 """Write a net as a file that others run: OUTPUT --model NAME --weights FILE [--format onnx]."""
 
 from evaluation.export_arguments import parse_export
-from slurm.launch import launch
+from slurm.command import main
 
 if __name__ == "__main__":
-    launch("evaluation.export_net.export_net", parse_export())
+    main("evaluation.export_net.export_net", parse_export)

@@ -3,16 +3,24 @@
 key=value words and flags hold for both trainings: recipe.epochs=2, output_dir=DIR, ...
 """
 
-from slurm.launch import launch
+from typing import Any
+
+from slurm.command import main
 from utils.build import plain
 from utils.config import parse_config
 
 RUNS = {"octic": "dinov2/quickstart.yaml", "plain": "dinov2/quickstart_plain.yaml"}
 
-if __name__ == "__main__":
-    configs = {name: plain(parse_config(default=file)) for name, file in RUNS.items()}
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The configs of both trainings, and what the launcher reads."""
+    configs = {name: plain(parse_config(file, argv)) for name, file in RUNS.items()}
     folder = configs["octic"]["output_dir"]
     for name, config in configs.items():
         config["output_dir"] = f"{folder}/{name}"
     shared = {key: configs["octic"][key] for key in ("name", "device", "launcher", "cluster")}
-    launch("evaluation.comparison.compare", {**shared, "output_dir": folder, "runs": configs})
+    return {**shared, "output_dir": folder, "runs": configs}
+
+
+if __name__ == "__main__":
+    main("evaluation.comparison.compare", parse)

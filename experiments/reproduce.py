@@ -1,7 +1,7 @@
 """Judge a published checkpoint and say whether it gives its published figures: FILE [flags]."""
 
 from evaluation.reproduce_arguments import parse_reproduction
-from slurm.launch import launch
+from slurm.command import main
 
-if __name__ == "__main__" and (config := parse_reproduction()):
-    raise SystemExit(0 if launch("evaluation.reproduce.reproduce", config) in (True, None) else 1)
+if __name__ == "__main__":
+    raise SystemExit(main("evaluation.reproduce.reproduce", parse_reproduction) not in (True, None))

@@ -1,7 +1,7 @@
 """Test and measure the equivariance of a net; of every kind of octic net where none is named."""
 
 from evaluation.report_arguments import parse_equivariance
-from slurm.launch import launch
+from slurm.command import main
 
 if __name__ == "__main__":
-    launch("evaluation.equivariance_report.report", parse_equivariance())
+    main("evaluation.equivariance_report.report", parse_equivariance)

@@ -1,7 +1,9 @@
 """Train with the DINOv2 recipe; configs/dinov2/ holds the runs, --help lists flags and groups."""
 
-from slurm.launch import launch
+from functools import partial
+
+from slurm.command import main
 from utils.config import parse_config
 
 if __name__ == "__main__":
-    launch("utils.training.train", parse_config(default="dinov2/quickstart.yaml"))
+    main("utils.training.train", partial(parse_config, "dinov2/quickstart.yaml"))

@@ -2,14 +2,17 @@
 
 import importlib
 import os
+import signal
 import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from slurm import record
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ class Job:
     """`function(config)`, with the rendezvous of torch.distributed set from submitit's variables.
 
     `function` may be a dotted name, so that the submitting process need not import it. `%j` in the
-    run folder becomes the job's id.
+    run folder becomes the job's id, of a job array the one its jobs share.
     """
 
     def __init__(self, function: Function, config: dict[str, Any]) -> None:
@@ -33,12 +36,17 @@ class Job:
     def __call__(self) -> Any:
         """Run in this process, as one of the job's tasks."""
         config = dict(self.config)
-        if "SUBMITIT_EXECUTOR" in os.environ:
-            job_id = _join_peers()
-            config["output_dir"] = str(config["output_dir"]).replace("%j", job_id)
-            with _failure_shown():
-                return import_function(self.function)(config)
-        return import_function(self.function)(config)
+        if "SUBMITIT_EXECUTOR" not in os.environ:
+            return import_function(self.function)(config)
+        job_id = _join_peers()
+        if os.environ["SUBMITIT_EXECUTOR"] == "slurm":
+            _leave_when_told()
+        # The jobs of an array share the id before the underscore.
+        folder = str(config["output_dir"]).replace("%j", job_id.split("_")[0])
+        config["output_dir"] = folder
+        facts = {"kind": "slurm", "processes": int(os.environ["WORLD_SIZE"])}
+        with _failure_shown(), record.attempt(Path(folder), job=job_id, **facts):
+            return import_function(self.function)(config)
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit queues when the time is up: the same job, as the run resumes by itself."""
@@ -69,6 +77,19 @@ def _join_peers() -> str:
     return JobEnvironment().job_id
 
 
+def _leave_when_told() -> None:
+    """End with 128 plus the signal; a training saves first, and slurm/after.sh starts it again.
+
+    submitit would queue the job from inside, where a container need not have Slurm's commands.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
 @contextmanager
 def _failure_shown() -> Iterator[None]:
     """Say what failed on another rank in rank 0's output as well, the one that people follow."""
@@ -83,7 +104,7 @@ def _failure_shown() -> Iterator[None]:
         job = JobEnvironment()
         if job.global_rank:
             followed = JobPaths(job.paths.folder, job.job_id, 0).stdout
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            what = record.in_one_line(error)
             with suppress(OSError), followed.open("a") as file:
                 file.write(
                     f"error: rank {job.global_rank} failed: {what}; "

@@ -5,17 +5,18 @@ neither the function nor what the config builds; the cluster's facts come from c
 """
 
 import os
-import re
-import shutil
-import socket
 import sys
-from collections.abc import Mapping
-from contextlib import redirect_stderr
-from io import StringIO
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slurm.job import Function, Job, run_rank
+from slurm import record
+from slurm.cluster import check_machine, parameters
+from slurm.job import Function, Job
+from slurm.local import run_apart, run_processes
+from slurm.submission import Submission, with_id
 from utils.build import check_targets, plain
 from utils.config import fail
 from utils.errors import UserError
@@ -23,7 +24,31 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     import submitit
 
+__all__ = ["Task", "launch", "launch_all", "parameters", "submit"]
+
 KINDS = ("here", "local", "slurm")
+
+
+@dataclass
+class Task:
+    """A function with its config; its values, if it is a point of a sweep; what follows it."""
+
+    function: Function
+    config: dict[str, Any]
+    values: dict[str, str] = field(default_factory=dict)
+    then: list["Task"] = field(default_factory=list)
+    command: str = ""  # of what follows another: how the user wrote it
+    job_name: str = ""  # where it is not the config's: that of the whole sweep
+
+    @property
+    def label(self) -> str:
+        """Its values, or the command it came from."""
+        return self.command or ",".join(f"{key}={value}" for key, value in self.values.items())
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; %j in it stands for a job's id."""
+        return Path(self.config["output_dir"]).absolute()
 
 
 def launch(function: Function, config: Mapping[str, Any]) -> Any:
@@ -32,8 +57,17 @@ def launch(function: Function, config: Mapping[str, Any]) -> Any:
     A user's mistake prints one line and leaves with code 2, an interrupt with 130; every other
     error is raised on, so that the exit code tells of it.
     """
+    return launch_all([Task(function, plain(config))])
+
+
+def launch_all(tasks: Sequence[Task], *, folder: Path | None = None, dry_run: bool = False) -> Any:
+    """Run or submit one task, or the points of a sweep, whose run folders lie in `folder`.
+
+    In Slurm several are one job array, elsewhere they run one after another, each in a process of
+    its own; one that fails does not stop the others. `dry_run` shows what would be started.
+    """
     try:
-        return _launch(function, plain(config))
+        return _launch(tasks, folder or tasks[0].folder, dry_run)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -46,173 +80,194 @@ def submit(function: Function, config: Mapping[str, Any]) -> "submitit.Job[Any]"
 
     Raises `UserError` where there is no Slurm or Slurm refuses the job.
     """
-    import submitit
-
-    config = plain(config)
-    cluster, folder = config["cluster"], Path(config["output_dir"]).absolute()
-    executor_name = _executor(cluster)
-    # submitit's local executor cannot put the id of a job into the folder of its logs.
-    logs = folder if executor_name == "slurm" else Path(str(folder).replace("%j", "local"))
-    requeues = {f"{executor_name}_max_num_timeout": cluster["max_requeues"]}
-    job = Job(function, {**config, "output_dir": str(folder)})
-    asked = parameters(config)
-    executor = submitit.AutoExecutor(logs / "slurm", cluster=executor_name, **requeues)
-    executor.update_parameters(**asked)
-    try:
-        with redirect_stderr(StringIO()):  # where submitit repeats what Slurm said
-            return executor.submit(job)
-    except submitit.core.utils.FailedJobError as error:
-        _remove_unsent(logs / "slurm", job, error)
-        raise UserError(_refusal(str(error), asked)) from error
+    submission = Submission(function, [config])
+    check_machine(submission.cluster)
+    return submission.submit()[0]
 
 
-def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What submitit's executor is told, from the `launcher` and `cluster` parts of a config."""
-    launcher, cluster = config["launcher"], config["cluster"]
-    count, more = launcher["gpus_per_node"], {}
-    typed = f"{cluster['gpu_type']}:{count}" if cluster["gpu_type"] else count
-    requests = {
-        "gpus_per_node": {"slurm_gpus_per_node": typed},
-        "gres": {"slurm_gres": f"gpu:{typed}"},
-        "none": {},
-    }
-    if cluster["gpu_request"] not in requests:
+def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
+    joins = "TORCHELASTIC_RUN_ID" in os.environ
+    several = len(tasks) > 1 or bool(tasks[0].then)
+    for task in _all(tasks):
+        try:
+            _check(task, submits=not joins and not dry_run)
+        except UserError as error:
+            raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
+    folders = [str(task.folder) for task in _all(tasks)]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise UserError(
-            f"cluster.gpu_request is {', '.join(requests)}, not {cluster['gpu_request']!r}"
+            f"two runs would write to {twice}: --then takes a folder such as {{run}}/probes"
         )
-    if cluster["mail"]:
-        more = {"slurm_mail_user": cluster["mail"], "slurm_mail_type": "ALL"}
-    wanted = {
-        "name": re.sub(r"[^\w.-]", "_", str(config["name"])),
-        "nodes": launcher["nodes"],
-        "tasks_per_node": count,
-        "timeout_min": launcher["timeout_min"],
-        "cpus_per_task": cluster["cpus_per_task"],
-        "mem_gb": cluster["mem_gb"],
-        "stderr_to_stdout": True,
-        **{
-            f"slurm_{key}": cluster[key]
-            for key in ("partition", "account", "qos", "constraint", "exclude", "comment")
-        },
-        "slurm_setup": cluster["setup"] or None,
-        # Otherwise the other ranks wait for the one that failed, and keep their nodes.
-        "slurm_srun_args": ["--kill-on-bad-exit=1", *cluster["srun_args"]],
-        "slurm_signal_delay_s": cluster["signal_delay_s"],
-        "local_setup": cluster["setup"] or None,
-        "gpus_per_node": count if cluster["executor"] == "local" else None,
-        **requests[cluster["gpu_request"]],
-        **more,
-    }
-    return {key: value for key, value in wanted.items() if value is not None}
+    kinds = {task.config["launcher"]["kind"] for task in _all(tasks)}
+    if joins and (several or dry_run):
+        raise UserError("-m, --then and --dry-run are not for torchrun: use launcher=local instead")
+    if several and len(kinds) > 1:
+        raise UserError("the points of a sweep and what follows need one launcher")
+    kind = "here" if joins else kinds.pop()
+    if kind == "slurm":
+        return _show_scripts(tasks, folder) if dry_run else _submit(tasks, folder)
+    if dry_run:
+        _show_plan(tasks, kind)
+    elif several:
+        _run_in_turn(tasks)
+    else:
+        return _run(tasks[0], kind)
+    return None
 
 
-def _executor(cluster: Mapping[str, Any]) -> str:
-    """The name of submitit's executor, if this machine has what it needs."""
-    name = cluster["executor"]
-    if name not in ("slurm", "local"):
-        raise UserError(f"cluster.executor is slurm or local, not {name!r}")
-    if name == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise UserError(
-            "there is no sbatch on this machine: submit from a node of the cluster, "
-            "or run here with launcher=here or launcher=local"
-        )
-    return name
+def _all(tasks: Sequence[Task]) -> Iterator[Task]:
+    for task in tasks:
+        yield task
+        yield from task.then
 
 
-def _launch(function: Function, config: dict[str, Any]) -> Any:
-    launcher = config["launcher"]
+def _check(task: Task, *, submits: bool) -> None:
+    launcher = task.config["launcher"]
     if launcher["kind"] not in KINDS:
         raise UserError(f"launcher.kind is {', '.join(KINDS)}, not {launcher['kind']!r}")
     for key in ("nodes", "gpus_per_node", "timeout_min"):
         if launcher[key] is None or launcher[key] < 1:
             raise UserError(f"launcher.{key} must be at least 1, got {launcher[key]}")
-    joins = "TORCHELASTIC_RUN_ID" in os.environ
-    if launcher["kind"] == "slurm" and not joins:
-        _executor(config["cluster"])
-    check_targets(config)
-    if joins or launcher["kind"] == "here":
-        return Job(function, config)()
-    if launcher["kind"] == "local":
-        return _run_local(function, config)
+    if launcher["kind"] == "slurm" and submits:
+        check_machine(task.config["cluster"])
+    check_targets(task.config)
+
+
+# Here
+
+
+def _run(task: Task, kind: str) -> Any:
+    config = task.config
+    # What trains or judges has a run folder to tell of it; what measures or draws has not.
+    kept = {"recipe", "probes"} & config.keys()
+    processes = config["launcher"]["gpus_per_node"] if kind == "local" else 1
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "processes": int(os.environ.get("WORLD_SIZE", processes)),
+    }
+    with record.attempt(task.folder, **facts) if kept else nullcontext():
+        if kind == "local":
+            return run_processes(task.function, config)
+        return Job(task.function, config)()
+
+
+def _run_in_turn(tasks: Sequence[Task]) -> None:
+    """One after another; what follows a task runs where the task has succeeded."""
+    codes: list[tuple[Task, int | None]] = []
+    try:
+        for number, task in enumerate(tasks, 1):
+            _announce(f"{number} of {len(tasks)}", task)
+            codes.append((task, code := run_apart(_run_one, task)))
+            for then in task.then:
+                if code == 0:
+                    _announce("then", then)
+                codes.append((then, run_apart(_run_one, then) if code == 0 else None))
+    finally:
+        from slurm.printing import show_outcomes
+
+        show_outcomes(codes)
+    if bad := sum(code != 0 for _, code in codes):
+        print(f"error: {bad} of {len(codes)} did not succeed", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _run_one(task: Task) -> None:
+    launch(task.function, task.config)
+
+
+def _announce(which: str, task: Task) -> None:
+    print(f"== {which}: {task.label or task.config['name']} -> {task.folder}", flush=True)
+
+
+def _show_plan(tasks: Sequence[Task], kind: str) -> None:
+    from slurm.printing import show_points
+
+    count = tasks[0].config["launcher"]["gpus_per_node"] if kind == "local" else 1
+    print(f"dry run: nothing is started; launcher={kind}, {count} process{'es' * (count > 1)} each")
+    show_points(list(_all(tasks)))
+
+
+# In Slurm
+
+
+def _submit(tasks: Sequence[Task], folder: Path) -> None:
+    _build_networks(tasks)
+    submission = _submission(tasks, folder)
+    jobs = submission.submit()
+    first = str(jobs[0].job_id)
+    shared = first.split("_")[0]
+    run = Path(with_id(folder, shared))
+    if submission.snapshot and submission.snapshot.too_large:
+        print(f"note: not copied, over 1 MB: {', '.join(submission.snapshot.too_large)}")
+    print(f"Submitted job_id: {shared}")
+    print(f"Logs and checkpoints will be saved at: {run}")
+    print(f"Follow rank 0: tail -F {jobs[0].paths.stdout}")
+    if submission.executor_name == "slurm":
+        print(f"State: squeue -j {shared}; after its end: sacct -j {shared}")
+        print(f"Cancel: scancel {shared}")
+    if len(tasks) > 1:
+        from slurm.printing import show_points
+
+        show_points([_placed(task, shared) for task in tasks], [str(job.job_id) for job in jobs])
+    for number in range(len(tasks[0].then)):
+        _submit_next([_placed(task.then[number], shared) for task in tasks], run, shared)
+
+
+def _submit_next(tasks: Sequence[Task], run: Path, after: str) -> None:
+    job = str(_submission(tasks, _folder_of_next(tasks, run), after=after).submit()[0].job_id)
+    where = tasks[0].folder if len(tasks) == 1 else f"{tasks[0].folder}, ..."
+    print(
+        f"Then job {job.split('_')[0]}, if {after} succeeds: {tasks[0].command}; results: {where}"
+    )
+
+
+def _folder_of_next(tasks: Sequence[Task], run: Path) -> Path:
+    return tasks[0].folder if len(tasks) == 1 else run
+
+
+def _submission(tasks: Sequence[Task], folder: Path, *, after: str = "") -> Submission:
+    configs = [task.config for task in tasks]
+    if after and configs[0]["cluster"]["executor"] == "local":
+        raise UserError(
+            "submitit's local executor has no dependent jobs: rehearse --then with launcher=local"
+        )
+    return Submission(tasks[0].function, configs, folder, after=after, name=tasks[0].job_name)
+
+
+def _placed(task: Task, job_id: str) -> Task:
+    """The task with the job's id wherever its config says %j."""
+    return replace(task, config=_with_id(task.config, job_id))
+
+
+def _with_id(value: Any, job_id: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_id(item, job_id) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_id(item, job_id) for item in value]
+    return value.replace("%j", job_id) if isinstance(value, str) else value
+
+
+def _build_networks(tasks: Sequence[Task]) -> None:
+    """What a constructor refuses is said now, and not by a job next week."""
     from utils.check import networks
 
-    if "backbone" in config:
-        networks(config)  # what a constructor refuses is said now, and not by a job next week
-    job = submit(function, config)
-    folder = str(Path(config["output_dir"]).absolute()).replace("%j", job.job_id)
-    print(f"Submitted job_id: {job.job_id}")
-    print(f"Logs and checkpoints will be saved at: {folder}")
-    print(f"Follow rank 0: tail -F {job.paths.stdout}")
-    if config["cluster"]["executor"] == "slurm":
-        print(f"State: squeue -j {job.job_id}; after its end: sacct -j {job.job_id}")
-        print(f"Cancel: scancel {job.job_id}")
-    return None
+    seen: list[Any] = []
+    for task in _all(tasks):
+        node = {key: task.config.get(key) for key in ("backbone", "recipe")}
+        if node["backbone"] and node not in seen:
+            seen.append(node)
+            networks(task.config)
 
 
-def _refusal(said: str, asked: Mapping[str, Any]) -> str:
-    """What Slurm said of a job it did not take, and what it was asked for, in one line."""
-    pattern = r"^sbatch: (?:error|fatal): (?:Batch job submission failed: )?(.+)"
-    reasons = "; ".join(re.findall(pattern, said, re.MULTILINE)) or " ".join(said.split())
-    if "configuration source" in reasons:
-        return f"Slurm's commands find no cluster here: {reasons}; is SLURM_CONF set as it should?"
-    keys = ("nodes", "tasks_per_node", "cpus_per_task", "mem_gb", "timeout_min")
-    flags = ("partition", "account", "qos", "constraint", "exclude", "gres", "gpus_per_node")
-    words = [f"{key}={asked[key]}" for key in keys if key in asked]
-    words += [f"{key}={asked[f'slurm_{key}']}" for key in flags if f"slurm_{key}" in asked]
-    return f"Slurm refused the job: {reasons} (asked for {', '.join(words)})"
+def _show_scripts(tasks: Sequence[Task], folder: Path) -> None:
+    submission = _submission(tasks, folder)
+    print(submission.script())
+    if len(tasks) > 1:
+        from slurm.printing import show_points
 
-
-def _remove_unsent(folder: Path, job: Job, error: Exception) -> None:
-    """Delete what submitit wrote for a job that Slurm did not take."""
-    from submitit.core.utils import JobPaths
-
-    for path in JobPaths.get_first_id_independent_folder(folder).glob("*.pkl"):
-        if job.mark.encode() in path.read_bytes():
-            path.unlink()
-    for word in getattr(error.__cause__, "cmd", []):
-        if Path(word).name.startswith(".submission_file_"):
-            Path(word).unlink(missing_ok=True)
-
-
-def _run_local(function: Function, config: dict[str, Any]) -> None:
-    """Several processes on this machine: the first one's output here, all stopped if one fails."""
-    from torch import multiprocessing
-
-    count = config["launcher"]["gpus_per_node"]
-    if config["launcher"]["nodes"] > 1:
-        raise UserError("launcher=local runs on this machine: launcher.nodes must be 1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = max(1, (os.cpu_count() or 1) // count)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the processes share the cores
-    folder = str(Path(config["output_dir"]) / "logs")
-    arguments = (Job(function, config), count, port, folder)
-    context = multiprocessing.start_processes(run_rank, arguments, count, join=False)
-    interrupted = False
-    while True:
-        try:
-            if context.join(grace_period=5):
-                break
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True  # the processes got the signal too: let them save and leave
-        except multiprocessing.ProcessExitedException as error:
-            if interrupted or error.exit_code == 130:
-                raise KeyboardInterrupt from None
-            raise SystemExit(_said(error, folder)) from None
-        except multiprocessing.ProcessRaisedException as error:
-            if line := re.search(r"^(?:\w+\.)*UserError: (.+)", str(error), re.MULTILINE):
-                raise UserError(line[1]) from None
-            print(error, file=sys.stderr)
-            raise SystemExit(_said(error, folder)) from None
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-def _said(error: Any, folder: str) -> int:
-    where = f"; its output: {folder}/rank{error.error_index}.log" if error.error_index else ""
-    what = str(error).strip().splitlines()[-1]
-    print(f"error: rank {error.error_index} failed: {what}{where}", file=sys.stderr)
-    return max(1, getattr(error, "exit_code", 1))
+        show_points(tasks)
+    for number, then in enumerate(tasks[0].then):
+        followers = [task.then[number] for task in tasks]
+        print(f"\n# then, if it succeeds: {then.command}")
+        place = _folder_of_next(followers, folder)
+        print(_submission(followers, place, after="JOB").script())

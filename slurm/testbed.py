@@ -31,79 +31,22 @@ from slurm.processes import (
     started,
     stop,
 )
+from slurm.testbed_files import (
+    FIRST_SQL,
+    GPUS,
+    GRES_CONF,
+    LOOPBACK,
+    NODES,
+    SLURM_CONF,
+    SLURMDBD_CONF,
+)
 from utils.errors import UserError
 
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge"
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
-NODES, CPUS, GPUS = 2, 4, 4
 WAIT_S = 90  # for each daemon; a machine busy with tests is slow
+NODES_OF_GPU = ("sinfo", "-N", "-h", "-p", "gpu", "-o")
 SBIN = ("/usr/sbin", "/sbin", "/usr/local/sbin")  # not everybody's PATH has the daemons
-
-LOOPBACK = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny"  # where the host is localhost
-SLURM_CONF = f"""\
-ClusterName=testbed
-SlurmctldHost={{host}}(127.0.0.1)
-SlurmUser=root
-SlurmdUser=root
-SlurmctldPort={{slurmctld}}
-{{bind}}
-AuthType=auth/munge
-# A requeued job waits until the credential of its last start is void: 120 s unless told otherwise.
-AuthInfo=socket={{folder}}/munge/socket,cred_expire=20
-StateSaveLocation={{folder}}/ctld
-SlurmctldPidFile={{folder}}/ctld.pid
-SlurmctldLogFile={{folder}}/log/slurmctld.log
-SlurmdSpoolDir={{folder}}/spool/%n
-SlurmdPidFile={{folder}}/%n.pid
-SlurmdLogFile={{folder}}/log/%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SlurmdParameters=config_overrides
-ReturnToService=2
-# submitit makes the port of a job from its id: two testbeds must not count alike.
-FirstJobId={{first_job}}
-JobRequeue=1
-KillWait=5
-EnforcePartLimits=ALL
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
-AccountingStoragePort={{slurmdbd}}
-# With munge this "password" is the socket to use; AuthInfo does not count here.
-AccountingStoragePass={{folder}}/munge/socket
-JobAcctGatherType=jobacct_gather/linux
-GresTypes=gpu
-NodeName=node[1-{NODES}] NodeHostname=localhost NodeAddr=127.0.0.1 \
-Port=[{{node1}}-{{node{NODES}}}] CPUs={CPUS} RealMemory=8000 Gres=gpu:a100:{GPUS}
-PartitionName=gpu Nodes=node[1-{NODES}] Default=YES MaxTime=2-00:00:00 State=UP
-"""
-SLURMDBD_CONF = """\
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
-DbdHost=localhost
-DbdAddr=127.0.0.1
-DbdPort={slurmdbd}
-{bind}
-SlurmUser=root
-LogFile={folder}/log/slurmdbd.log
-PidFile={folder}/dbd.pid
-StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StoragePort={mariadbd}
-StorageUser=slurm
-StoragePass={password}
-"""
-# One file per GPU: with one file for four, Slurm declares the nodes invalid.
-GRES_CONF = f"NodeName=node[1-{NODES}] Name=gpu Type=a100 File={{folder}}/gpu[0-{GPUS - 1}]\n"
-FIRST_SQL = """\
-CREATE DATABASE IF NOT EXISTS slurm_acct_db;
-CREATE USER IF NOT EXISTS slurm@localhost IDENTIFIED BY '{password}';
-CREATE USER IF NOT EXISTS slurm@'127.0.0.1' IDENTIFIED BY '{password}';
-GRANT ALL ON slurm_acct_db.* TO slurm@localhost;
-GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1';
-"""
 
 
 class Testbed:
@@ -227,7 +170,7 @@ class Testbed:
         for index in range(NODES):
             self._start("slurmd", "-D", "-N", f"node{index + 1}", "-f", f"{folder}/slurm.conf")
         idle = "\n".join(f"node{index + 1} idle" for index in range(NODES))
-        self._wait("slurmd", lambda: self._says("sinfo", "-N", "-h", "-o", "%N %T", said=idle))
+        self._wait("slurmd", lambda: self._says(*NODES_OF_GPU, "%N %T", said=idle))
 
     def _start(self, program: str, *words: str, user: str | None = None) -> None:
         command = [self._find(program), *words]
@@ -352,7 +295,7 @@ def _status(testbed: Testbed) -> int:
         print(f"broken: {', '.join(dead) or 'not every daemon'} ended; `up` starts it anew")
         return 1
     version = testbed.run("sinfo", "--version").stdout.strip()
-    nodes = testbed.run("sinfo", "-N", "-h", "-o", "%N %T %c CPUs, %G, partition %P").stdout
+    nodes = testbed.run(*NODES_OF_GPU, "%N %T %c CPUs, %G, partition %P").stdout
     jobs = testbed.run("squeue", "-h", "-o", "job %A %T %j %R").stdout or "no jobs\n"
     hint = f"use it: export SLURM_CONF={testbed.folder}/slurm.conf"
     print(f"up: {version} in {testbed.folder}\n{nodes}{jobs}{hint}")

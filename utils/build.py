@@ -112,7 +112,7 @@ def _build(node: Any, where: str, extra: Mapping[str, Any]) -> Any:
     if not isinstance(node, dict):
         return node
     if "_target_" not in node:
-        if extra:
+        if extra or _WORDS & node.keys():
             raise UserError(f"{where or 'the node'} has no _target_, so it cannot be built")
         return {key: _build(value, _join(where, key), {}) for key, value in node.items()}
     target = resolve(node["_target_"], where)
@@ -148,15 +148,13 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
         return target(**keywords)
     except UserError:
         raise
-    except TypeError as error:
-        message = _refused_keyword(error)
-        if message is None:
-            raise
-        raise UserError(prefix + message) from error
-    except ValueError as error:
-        if not _raised_by_us(error):
-            raise
-        raise UserError(prefix + " ".join(str(error).split())) from error
+    except Exception as error:  # a value of the right kind that no constructor was made for
+        if isinstance(error, ValueError) and raised_by_us(error):
+            raise UserError(prefix + " ".join(str(error).split())) from error
+        message = _refused_keyword(error) if isinstance(error, TypeError) else None
+        said = " ".join(str(error).split())[:300]
+        unforeseen = f"cannot be built with these values: {type(error).__name__}: {said}"
+        raise UserError(prefix + (message or unforeseen + place_of(error))) from error
 
 
 def _keywords(node: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -264,7 +262,18 @@ def _refused_keyword(error: TypeError) -> str | None:
     return _unknown(name, key, keywords_of(found)) if callable(found) else str(error)
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def place_of(error: BaseException) -> str:
+    """The last line of ours that a traceback passes, in brackets behind a space."""
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        file = Path(frame.tb_frame.f_code.co_filename).resolve()
+        if ROOT in file.parents and "site-packages" not in file.parts and file != Path(__file__):
+            place = f" ({file.relative_to(ROOT)}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    return place
+
+
+def raised_by_us(error: BaseException) -> bool:
     """Whether the innermost frame is a file of ours: then the message is meant for the user."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

@@ -1,33 +1,39 @@
 """Checkpoints as folders that exist whole or not at all, and exported weights.
 
-    checkpoints/<step>/checkpoint.json   format version, step, world size, config fingerprint, size
-    and hash of each file
-                       <part>.pt         plain tensors, dicts and numbers, read back with
-                       `weights_only=True`
-    checkpoints/last                     the name of the folder to resume from
+    checkpoints/<step>/     see `utils/checkpoint_files.py`
+    checkpoints/last        the name of the folder to resume from
 
-A folder is written under another name, synced to the disk and renamed; `last` moves after that, and
-only then are old folders removed. What a part holds is `utils/state.py`'s business: whole tensors
-today, independent of how many processes wrote them; a part that torch.distributed.checkpoint writes
-as a folder of shards fits beside them.
+A save copies this rank's tensors to the CPU and returns; a thread lets
+`torch.distributed.checkpoint` write them, each rank its shards. The folder is written under another
+name, synced to the disk and renamed once every rank has written; `last` moves after that, and only
+then are old folders removed.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from utils import distributed
+from utils import distributed, parallel
+from utils.checkpoint_files import (
+    DESCRIPTION,
+    FORMAT,
+    Parts,
+    file_fault,
+    folder_fault,
+    read_description,
+    reason,
+)
+from utils.checkpoint_index import INDEX, pack
 from utils.errors import UserError
-
-FORMAT = 1
-_DESCRIPTION = "checkpoint.json"
+from utils.shards import ShardWriter, write_json
 
 
 class Checkpoints:
@@ -50,6 +56,10 @@ class Checkpoints:
         self.folder = Path(folder)
         self.every, self.keep_last, self.keep_every = every, max(keep_last, 1), keep_every
         self.fingerprint = fingerprint
+        self.newest: int | None = None  # the step last saved or loaded
+        self._saving: tuple[int, Future[Any]] | None = None
+        self._news = ""
+        self._group: dist.ProcessGroup | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step` steps."""
@@ -68,118 +78,137 @@ class Checkpoints:
         return self.folder / str(step)
 
     def save(self, step: int, parts: Mapping[str, Any], *, replace: bool = True) -> str:
-        """Write a checkpoint from rank 0's `parts`; every rank must call this.
+        """Write a checkpoint and wait for it; see `start` and `wait`."""
+        self.start(step, parts, replace=replace)
+        return self.wait()
 
-        With `replace=False` one of this step that is there already stays as it is.
+    def start(self, step: int, parts: Mapping[str, Any], *, replace: bool = True) -> None:
+        """Begin to write `parts`, once an earlier save is through; every rank must call this.
+
+        Returns as soon as the tensors are copied: they may change then. Tensors that are not
+        sharded, and the plain values, are rank 0's. With `replace=False` a checkpoint of this step
+        that is there already stays as it is.
+        """
+        self.wait()
+        there = distributed.is_main() and not replace and step in self.steps()
+        if distributed.broadcast_object(there):
+            self.newest = step
+            return
+        tensors: dict[str, Tensor] = {}
+        content = {name: pack(value, name, tensors) for name, value in parts.items()}
+        writer = ShardWriter(
+            self._temporary(step),
+            prepare=lambda: _make_anew(self._temporary(step)),
+            finished=lambda index, files: self._commit(step, content, index, files),
+        )
+        if self._group is None and distributed.world_size() > 1:
+            # Its own, as the thread talks while the training does.
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        future = dcp.async_save(
+            cast(dict[str, Any], parallel.written_here(tensors)),
+            storage_writer=writer,
+            process_group=self._group,
+        )
+        self._saving = step, cast("Future[Any]", future)
+
+    def wait(self) -> str:
+        """Wait for the save that was started, if any; every rank must call this.
+
         Returns nothing, or one line if the disk did not take it: then the earlier checkpoints are
         untouched.
         """
+        if self._saving is None:
+            return ""
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
         problem = ""
-        if distributed.is_main() and (replace or step not in self.steps()):
-            try:
-                self._write(step, parts)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # torch's zip writer turns an OSError into a RuntimeError
-                shutil.rmtree(self._temporary(step), ignore_errors=True)
-                reason = (
-                    error.strerror
-                    if isinstance(error, OSError) and error.strerror
-                    else _reason(error)
-                )
-                kept = (
-                    f"the one of step {self.steps()[-1]} stays"
-                    if self.steps()
-                    else "there is no earlier one"
-                )
-                problem = (
-                    f"checkpoint of step {step} not written to {self.folder} ({reason}): {kept}"
-                )
-        return distributed.broadcast_object(problem)
+        if distributed.is_main() and error is not None:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+            kept = (
+                f"the one of step {self.steps()[-1]} stays"
+                if self.steps()
+                else "there is no earlier one"
+            )
+            problem = f"checkpoint of step {step} not written to {self.folder} ({reason(error)})"
+            problem = self._news = f"{problem}: {kept}"
+        problem = distributed.broadcast_object(problem)
+        self.newest = self.newest if problem else step
+        return problem
 
-    def load(self) -> tuple[int, dict[str, Any], dict[str, Any], list[str]] | None:
+    def news(self) -> str:
+        """Rank 0: the line of a save that failed, once."""
+        told, self._news = self._news, ""
+        return told
+
+    def load(self) -> tuple[int, Parts, dict[str, Any], list[str]] | None:
         """The checkpoint to resume from: (step, parts, description, notes), or None without any.
 
         `notes` names, a line each, the damaged ones passed over. Raises UserError if all are
         damaged. Every rank must call this.
         """
-        chosen, notes = distributed.broadcast_object(
-            self._choose() if distributed.is_main() else None
-        )
-        if chosen is None:
-            if notes:
-                raise UserError(
-                    f"no sound checkpoint in {self.folder}: {'; '.join(notes)}; "
-                    "use another output_dir to start anew"
-                )
-            return None
-        description = json.loads((self.path(chosen) / _DESCRIPTION).read_text())
-        parts = {
-            name.removesuffix(".pt"): torch.load(
-                self.path(chosen) / name, map_location="cpu", weights_only=True, mmap=True
+        order = distributed.broadcast_object(self._order() if distributed.is_main() else None)
+        notes: list[str] = []
+        for step in order:
+            if fault := self._shared_fault(step):
+                notes.append(fault)
+                continue
+            parts = Parts(self.path(step))
+            self.newest = step
+            told = [f"{note}; resuming from step {step}" for note in notes]
+            return step, parts, parts.description, told
+        if notes:
+            raise UserError(
+                f"no sound checkpoint in {self.folder}: {'; '.join(notes)}; "
+                "use another output_dir to start anew"
             )
-            for name in description["files"]
-        }
-        return (
-            chosen,
-            parts,
-            description,
-            [f"{note}; resuming from step {chosen}" for note in notes],
-        )
+        return None
 
     def fault(self, step: int) -> str:
         """Nothing if the step's checkpoint is sound, else one line about what is wrong."""
-        folder = self.path(step)
-        try:
-            description = json.loads((folder / _DESCRIPTION).read_text())
-            version, files = description["format"], description["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return f"checkpoint {folder}: {_DESCRIPTION} is missing or damaged"
-        if version != FORMAT:
-            return f"checkpoint {folder} has format {version}, this version reads {FORMAT}"
-        for name, expected in files.items():
-            path = folder / name
-            size = path.stat().st_size if path.exists() else 0
-            if size != expected["bytes"]:
-                return f"checkpoint {path} is truncated: {size} of {expected['bytes']} bytes"
-            if _hash(path) != expected["sha256"]:
-                return f"checkpoint {path} is damaged: its bytes are not those that were written"
-        return ""
+        if fault := folder_fault(self.path(step)):
+            return fault
+        files = read_description(self.path(step))["files"]
+        faults = (file_fault(self.path(step) / name, files[name]) for name in files)
+        return next((fault for fault in faults if fault), "")
 
-    def _choose(self) -> tuple[int | None, list[str]]:
+    def _shared_fault(self, step: int) -> str:
+        # As `fault`, each rank reading some of the files.
+        path = self.path(step)
+        fault = distributed.broadcast_object(folder_fault(path) if distributed.is_main() else None)
+        if not fault:
+            files = read_description(path)["files"]
+            mine = list(files)[distributed.rank() :: distributed.world_size()]
+            faults = (file_fault(path / name, files[name]) for name in mine)
+            found = distributed.gather_objects(next((one for one in faults if one), ""))
+            fault = next((one for one in found if one), "")
+        return fault
+
+    def _order(self) -> list[int]:
+        # `last` first, then what is older, newest first, then what is newer.
         for replaced in self.folder.glob(".replaced-*"):  # killed between its two renames
-            if not self.path(int(replaced.name.split("-")[1])).exists():
-                os.rename(replaced, self.path(int(replaced.name.split("-")[1])))
+            original = self.folder / replaced.name.removeprefix(".replaced-")
+            if not original.exists():
+                os.rename(replaced, original)
         for leftover in self.folder.glob(".*"):  # a save or a removal that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         pointer = self.folder / "last"
         name = pointer.read_text().strip() if pointer.exists() else ""
         steps = self.steps()
         first = int(name) if name.isdigit() else (steps[-1] if steps else 0)
-        # `last` first, then what is older, newest first, then what is newer.
-        order = sorted((s for s in steps if s <= first), reverse=True) + [
+        return sorted((s for s in steps if s <= first), reverse=True) + [
             s for s in steps if s > first
         ]
-        notes: list[str] = []
-        for step in order:
-            fault = self.fault(step)
-            if not fault:
-                return step, notes
-            notes.append(fault)
-        return None, notes
 
-    def _write(self, step: int, parts: Mapping[str, Any]) -> None:
+    def _commit(
+        self, step: int, content: dict[str, Any], tensors: dict[str, Any], files: dict[str, Any]
+    ) -> None:
+        # On rank 0, in the thread that saves, when every rank has written its file.
         temporary = self._temporary(step)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {}
-        for name, value in parts.items():
-            path = temporary / f"{name}.pt"
-            with open(path, "wb") as file:
-                torch.save(value, file)
-                _sync(file.fileno())
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        for name, expected in files.items():
+            size = (temporary / name).stat().st_size if (temporary / name).exists() else 0
+            if size != expected["bytes"]:
+                raise OSError(f"{name} is not here: do all nodes share {self.folder}?")
+        files[INDEX] = write_json(temporary / INDEX, {"content": content, "tensors": tensors})
         description = {
             "format": FORMAT,
             "step": step,
@@ -188,7 +217,8 @@ class Checkpoints:
             "torch": torch.__version__,
             "files": files,
         }
-        write_text(temporary / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
+        write_json(temporary / DESCRIPTION, description)
+        _sync_folder(temporary)
         replaced = self.folder / f".replaced-{step}"
         if self.path(step).exists():
             os.rename(self.path(step), replaced)
@@ -214,18 +244,23 @@ class Checkpoints:
 
 
 def export_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as safetensors with `metadata` (strings), atomically; rank 0 only."""
+    """Write weights as safetensors with `metadata` (strings), atomically; rank 0 only.
+
+    Raises UserError if the disk does not take them.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    save_file(
-        {name: value.contiguous().clone() for name, value in weights.items()},
-        temporary,
-        dict(metadata),
-    )
+    whole = {name: value.contiguous().clone() for name, value in weights.items()}
+    try:
+        save_file(whole, temporary, dict(metadata))
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} not written ({reason(error)})") from None
     with open(temporary, "rb") as file:
-        _sync(file.fileno())
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
 
@@ -236,7 +271,7 @@ def write_text(path: Path, text: str) -> None:
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
-        _sync(file.fileno())
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
 
@@ -251,25 +286,14 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _sync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return str(error).splitlines()[0] or type(error).__name__

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CONFIGS", "build", "check_targets", "compose_config", "fail", "parse_config"]
 
+# Mappings whose keys are the user's own: environment variables, options of sbatch.
+_FREE = ("cluster.env", "cluster.sbatch_options")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -83,6 +85,8 @@ def compose_config(
 def find_file(file: str | Path) -> Path:
     """A config file as given, or below `configs/`; with or without its ending."""
     given = Path(file).expanduser()
+    if len(given.name) > 200:  # longer than a file's name may be
+        raise UserError(f"there is no config file {str(file)[:60]}...")
     for path in (given, CONFIGS / given):
         for candidate in (path, path.with_name(f"{path.name}.yaml")):
             if candidate.is_file():
@@ -129,7 +133,9 @@ def _parse(words: list[str]) -> list["Override"]:
                 f"cannot read {word!r}: text with special characters needs quotes, key='value'"
             ) from None
         if override.is_sweep_override():
-            raise UserError(f"{word!r} gives several values; a list is written key=[a,b]")
+            raise UserError(
+                f"{word!r} gives several values: -m tries one after another; a list is key=[a,b]"
+            )
         if override.key_or_group.split(".")[0] == "hydra":
             raise UserError(f"{word!r}: Hydra's own settings are not for the command line")
         if override.value() is None and (CONFIGS / override.key_or_group).is_dir():
@@ -209,6 +215,8 @@ def _known_key(override: "Override", config: "DictConfig") -> str:
             return line
         if "_target_" in node and not override.is_delete():
             return f"+{line}"  # a keyword the file leaves at its default; its constructor decides
+    if parent in _FREE:
+        return f"+{line}"
     raise UserError(f"unknown key {key!r}{_nearest_key(key, config)}")
 
 
@@ -238,7 +246,30 @@ def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} must be given")
+    for key in ("backbone", "recipe", "optimizer", "data", "probes"):
+        if key in schema and not isinstance(content[key], dict | None):
+            raise UserError(f"{key} must be a mapping of keys to values, got {content[key]!r}")
     compare(content, schema, path)
+    _add_defaults(config, content, schema, base)
+
+
+def _add_defaults(
+    config: "DictConfig", content: dict[str, Any], schema: dict[str, Any], base: str
+) -> None:
+    """Give a config, as one saved before there was a key, that key with its default."""
+    from omegaconf import OmegaConf
+
+    lacking = [
+        (group, key)
+        for group, keys in schema.items()
+        if isinstance(keys, dict) and isinstance(content.get(group), dict) and group != "data"
+        for key in keys
+        if key not in content[group] and "_target_" not in keys
+    ]
+    if lacking:
+        defaults = _content(_compose(CONFIGS / f"{base}.yaml", []))
+        for group, key in lacking:
+            OmegaConf.update(config, f"{group}.{key}", defaults[group].get(key), force_add=True)
 
 
 def _schema(base: str) -> dict[str, Any]:
@@ -296,10 +327,15 @@ def _one_line(path: Path) -> Iterator[None]:
             others = set(_groups()) - {group[1]}
             message = f"there is no group {group[1]!r} to override{nearest(group[1], others)}"
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{message}") from error
+    except RecursionError:
+        raise UserError(f"{path}: bad YAML: a part of it contains itself") from None
     except ValueError as error:  # Hydra's word on a defaults list of the wrong shape
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # what Hydra was not made for
+        said = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}: cannot be composed: {type(error).__name__}: {said}") from error
 
 
 def _missing_option(error: Any, path: Path) -> str:
@@ -307,7 +343,8 @@ def _missing_option(error: Any, path: Path) -> str:
     group, _, name = missing.strip("/").rpartition("/")
     if options:
         hint = nearest(name, options)
-        known = "" if hint and len(options) > 9 else f" (options: {', '.join(options)})"
+        shown = options if len(options) <= 20 else [*options[:20], f"... in configs/{group}"]
+        known = "" if hint and len(options) > 9 else f" (options: {', '.join(shown)})"
         return f"there is no {group}={name}{hint}{known}"
     names = [
         file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml")

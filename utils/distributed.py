@@ -8,6 +8,7 @@ import datetime
 import gc
 import os
 import re
+import socket
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,6 +126,19 @@ def world_size() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
+def node_size() -> int:
+    """Number of processes on each node; UserError if it differs. Every rank must call this."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    hosts = gather_objects((socket.gethostname(), int(here) if here.isdigit() else 0))
+    sizes = [told or sum(name == host for name, _ in hosts) for host, told in hosts]
+    if len(set(sizes)) > 1 or len(sizes) % sizes[0]:
+        raise UserError(
+            f"training.sharding=hybrid needs as many processes on each node, not {sizes}; "
+            "choose replicate or shard"
+        )
+    return sizes[0]
+
+
 def is_main() -> bool:
     """Whether this process prints and writes files."""
     return rank() == 0
@@ -203,7 +217,9 @@ def _port(env: Mapping[str, str], job: str) -> int:
 def _choose_device(device: str, process: Process) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not device.startswith("cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise UserError(f"device={device} is unknown; choose auto, cpu, cuda or cuda:<index>")
+    if device == "cpu":
         return torch.device(device)
     count = torch.cuda.device_count()
     if count == 0:

@@ -104,6 +104,23 @@ FLAGS = (
 )
 
 
+# What every experiment reads before its own words (slurm/command.py); here for `--help`.
+_COMMON: dict[tuple[str, ...], dict[str, Any]] = {
+    ("-m", "--multirun"): {
+        "action": "store_true",
+        "help": "key=a,b and the like are points of a sweep: a job array, or one after another",
+    },
+    ("--then",): {
+        "metavar": "COMMAND",
+        "help": 'run "experiments/SCRIPT.py ..." after this, if this succeeds; may be repeated',
+    },
+    ("--dry-run",): {
+        "action": "store_true",
+        "help": "show what would be started (of a Slurm job its script), and start nothing",
+    },
+}
+
+
 class Arguments(NamedTuple):
     """What the command line asks for: a file, overrides of its keys, and whether to run."""
 
@@ -130,6 +147,9 @@ def read_arguments(
     known = [name for action in parser._actions for name in action.option_strings]
     for word in rest:
         _check_word(word, known)
+    for names in _COMMON:
+        if names[-1].lstrip("-").replace("-", "_") in values:
+            raise UserError(f"{names[-1]} is for the scripts in experiments/ alone")
     chosen = [flag for flag in flags if _dest(flag) in values]
     overrides = [f"{flag.key}={_quoted(getattr(values, _dest(flag)), flag)}" for flag in chosen]
     named = any(word.lstrip("+").startswith("launcher=") for word in [*overrides, *rest])
@@ -169,6 +189,8 @@ def _parser(configs: Path, default: str, flags: list[Flag]) -> _Parser:
         default=False,
         help="compose and validate, print the config, parameters and multiply-adds, and stop",
     )
+    for names, options in _COMMON.items():
+        parser.add_argument(*names, **options)
     for flag in flags:
         if flag.kind is None:
             parser.add_argument(

@@ -109,6 +109,9 @@ class Health:
         for part, mode in modes.items():
             part.training = mode
         features = distributed.all_gather_variable(parallel.whole(features).float()).cpu()
+        if not features.isfinite().all():
+            self.alarm = "ALARM: the features are not finite"
+            return {}
         std = relative_std(features)
         rank = effective_rank(features)
         self.alarm = (

@@ -7,8 +7,10 @@ and ranks), and one per probe.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,17 @@ class Metrics:
         self._window: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
         self._since = time.perf_counter()
         self._rate = 0.0
+        self._unwritten: list[str] = []
+        self._told = False
         self._meters: dict[str, Meter] = {}
         self._line = (
             _ProgressLine(total_steps, first_step, console) if distributed.is_main() else None
         )
         if distributed.is_main():
             truncate(self.path, first_step)
+            # For who looks from outside: metrics.jsonl says how far the run is, this of how much.
+            progress = {"first_step": first_step, "total_steps": total_steps}
+            self.path.with_name("progress.json").write_text(json.dumps(progress) + "\n")
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's values without waiting for them."""
@@ -145,15 +152,26 @@ class Metrics:
         """End the progress line and draw curves.png."""
         if self._line:
             self._line.close()
-            draw_curves(self.path)
+            with suppress(OSError):  # a full disk: the run's end tells of it
+                draw_curves(self.path)
 
     def _write(self, lines: list[dict[str, float]]) -> None:
         if not distributed.is_main():
             return
-        with open(self.path, "a") as file:
-            file.writelines(
-                json.dumps({k: _finite(v) for k, v in line.items()}) + "\n" for line in lines
-            )
+        self._unwritten += [
+            json.dumps({k: _finite(v) for k, v in line.items()}) + "\n" for line in lines
+        ]
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.writelines(self._unwritten)
+            self._unwritten, self._told = [], False
+        except OSError as error:  # a full disk may have room again before the run ends
+            with suppress(OSError):
+                os.truncate(self.path, whole)
+            if not self._told:
+                self._told = True
+                self.say(f"{self.path} takes no lines ({error.strerror}): they wait in memory")
         for sink in self.sinks:
             sink(int(lines[-1]["step"]), {k: v for k, v in lines[-1].items() if k != "step"})
 

@@ -72,17 +72,12 @@ def clip_parts(parts: Mapping[str, nn.Module], max_norm: float | None = None) ->
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, recipe: nn.Module) -> dict[str, Any]:
-    """The optimiser's state by parameter name, whole on rank 0; every rank must call this.
+    """The optimiser's state by parameter name, tensors laid out as they are.
 
     Names instead of positions: the state then survives another order, world size or sharding.
     """
     names = {id(p): name for name, p in recipe.named_parameters()}
-    state = {
-        names[id(p)]: {
-            k: parallel.to_main(v) if isinstance(v, Tensor) else v for k, v in values.items()
-        }
-        for p, values in optimizer.state.items()
-    }
+    state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
     groups = [
         {
             **{k: _plain(v) for k, v in g.items() if k != "params"},
@@ -96,7 +91,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, recipe: nn.Module) -> dict
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, recipe: nn.Module, saved: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` returned; raises UserError if it is of other parameters."""
+    """Put back what `optimizer_state` returned; raises UserError if it is of other parameters.
+
+    Whole tensors take the layout of their parameter.
+    """
     parameters = dict(recipe.named_parameters())
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     expected = {name for name, p in parameters.items() if id(p) in ours}

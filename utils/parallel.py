@@ -1,8 +1,8 @@
 """How a part of a recipe runs: FSDP2 on a (replicate, shard) mesh, compile, recomputation.
 
-Replicated training is the mesh (world, 1), sharded training (1, world): one mechanism, so that
-gradients are averaged during the backward pass either way. What a recipe does not wrap is averaged
-after it.
+Replicated training is the mesh (world, 1), sharded training (1, world), hybrid training (nodes,
+processes of a node): one mechanism, so that gradients are averaged during the backward pass in any
+case. What a recipe does not wrap is averaged after it.
 """
 
 import functools
@@ -49,7 +49,7 @@ def make_wrap(
     # process does. Reductions are float32 in either case.
     policy = MixedPrecisionPolicy(
         param_dtype=precision.dtype
-        if sharding == "shard" and precision.dtype is torch.bfloat16
+        if sharding != "replicate" and precision.dtype is torch.bfloat16
         else None,
         reduce_dtype=torch.float32 if precision.dtype is not None else None,
         cast_forward_inputs=False,  # autocast casts where a product wants it
@@ -93,12 +93,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def make_mesh(device: torch.device, sharding: str) -> DeviceMesh | None:
     """The (replicate, shard) mesh over all ranks, or None in one process."""
-    shapes = {"replicate": (distributed.world_size(), 1), "shard": (1, distributed.world_size())}
-    if sharding not in shapes:
-        raise UserError(f"training.sharding={sharding} is unknown; choose {' or '.join(shapes)}")
-    if distributed.world_size() == 1:
+    world = distributed.world_size()
+    if sharding not in ("replicate", "shard", "hybrid"):
+        raise UserError(
+            f"training.sharding={sharding} is unknown; choose replicate, shard or hybrid"
+        )
+    if world == 1:
         return None
-    return init_device_mesh(device.type, shapes[sharding], mesh_dim_names=("replicate", "shard"))
+    own = {"replicate": 1, "shard": world}.get(sharding) or distributed.node_size()
+    shape = (world // own, own)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def broadcast_state(module: nn.Module) -> None:
@@ -155,10 +159,36 @@ def to_main(tensor: Tensor) -> Tensor:
 
 def shard_like(full: Tensor, target: Any) -> Tensor:
     """This rank's part of `full`, laid out as `target` is; no communication."""
-    if not isinstance(target, DTensor) or full.shape != target.shape:
+    if not isinstance(target, DTensor) or full.shape != target.shape or isinstance(full, DTensor):
         return full
     full = full.to(target.device)
     return distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def written_here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors alike on all ranks, those this one writes to a checkpoint; no communication.
+
+    Its shards, its share of what several ranks hold alike, and on rank 0 what is not laid out.
+    """
+    mine: dict[str, Tensor] = {}
+    loads: dict[int, list[int]] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            if distributed.is_main():
+                mine[name] = tensor
+            continue
+        place = tensor.device_mesh.get_coordinate()
+        index, copies = 0, 1
+        for dim, placement in enumerate(tensor.placements):
+            if not placement.is_shard():
+                size = tensor.device_mesh.size(dim)
+                index, copies = index * size + (place[dim] if place else 0), copies * size
+        load = loads.setdefault(copies, [0] * copies)
+        writer = load.index(min(load))
+        load[writer] += tensor.numel()
+        if index == writer and tensor.to_local().numel():
+            mine[name] = tensor
+    return mine
 
 
 def local(tensor: Tensor) -> Tensor:

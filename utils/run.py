@@ -1,8 +1,10 @@
 """From a config to a trained network: the objects, the run folder, the probes and the summary."""
 
+import errno
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,20 +14,24 @@ from rich.table import Table
 from torch import nn
 
 from utils import distributed, parallel, state
-from utils.build import build, plain
+from utils.build import build, place_of, plain, raised_by_us
 from utils.checkpoint import Checkpoints, export_weights, write_text
+from utils.checkpoint_files import DESCRIPTION, Parts
 from utils.data.classes import class_metadata
 from utils.errors import UserError
 from utils.health import Health
+from utils.lock import FolderLock
 from utils.metrics import Metrics
 from utils.optimizers import make_optimizer
 from utils.precision import Precision
-from utils.randomness import preserved_randomness, seed_everything
+from utils.probing import Judge
+from utils.randomness import seed_everything
 from utils.recipe import Recipe
 from utils.run_folder import describe_code, fingerprint, prepare_folder
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
 from utils.training import fit
+from utils.watchdog import Watchdog
 
 EXPORTED = "exported/teacher.safetensors"
 
@@ -38,7 +44,9 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = plain(config)
     with StopSignal() as stop:
-        with distributed.session(config["device"]) as device:
+        # The watchdog tells of a hung rank; this ends what it does not see (set-up, probes).
+        patience = max(30.0, _hang_timeout(config) / 30)
+        with distributed.session(config["device"], timeout_min=patience) as device:
             summary = _build_and_run(config, device, stop)
             received = max(
                 (s for s in distributed.gather_objects(stop.received) if s), default=None
@@ -61,13 +69,55 @@ def run_built(
     device: torch.device,
     stop: StopSignal,
 ) -> dict[str, Any]:
-    """Train built objects in the run folder that `config` names; the summary is returned."""
-    start, folder = time.perf_counter(), Path(config["output_dir"])
-    training = config["training"]
+    """Train built objects in the run folder that `config` names; the summary is returned.
+
+    Raises UserError where another process is at work in the folder.
+    """
+    folder = Path(config["output_dir"])
     checkpoints = Checkpoints(
         folder / "checkpoints", fingerprint=fingerprint(config), **config["checkpoint"]
     )
-    notes = _prepare(folder, config, checkpoints)
+    with _held(folder):
+        notes = _prepare(folder, config, checkpoints)
+        try:
+            return _run_alone(
+                config,
+                recipe,
+                optimizer_factory,
+                checkpoints,
+                notes,
+                data=data,
+                probes=probes,
+                device=device,
+                stop=stop,
+            )
+        except ValueError as error:
+            if isinstance(error, UserError) or not raised_by_us(error):
+                raise
+            # What the data or the networks found wrong with a setting when it was used.
+            raise UserError(" ".join(str(error).split()) + place_of(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            kept = checkpoints.newest
+            fate = f"the checkpoint of step {kept} stays" if kept else "there is no checkpoint yet"
+            raise UserError(f"{folder}: {error.strerror}; {fate}") from None
+
+
+def _run_alone(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    optimizer_factory: Callable[..., torch.optim.Optimizer],
+    checkpoints: Checkpoints,
+    notes: list[str],
+    *,
+    data: Mapping[str, Any],
+    probes: Mapping[str, Callable[..., dict[str, float]]],
+    device: torch.device,
+    stop: StopSignal,
+) -> dict[str, Any]:
+    start, folder = time.perf_counter(), Path(config["output_dir"])
+    training = config["training"]
     precision = Precision(training["precision"], device)
     optimizer, first_step, more = _set_out(
         config, recipe, optimizer_factory, checkpoints, precision, device
@@ -80,21 +130,26 @@ def run_built(
     judge = Judge(
         _fitting(probes, data, metrics), recipe.exported, data, folder, every=config["probe_every"]
     )
+    watchdog = Watchdog(
+        folder / "hangs", timeout_s=_hang_timeout(config), watched=fit.__code__.co_filename
+    )
     try:
-        step = fit(
-            recipe,
-            optimizer,
-            first_step=first_step,
-            last_step=last_step,
-            device=device,
-            precision=precision,
-            health=health,
-            metrics=metrics,
-            checkpoints=checkpoints,
-            stop=stop,
-            clip_grad=training["clip_grad"],
-            probe=judge,
-        )
+        with watchdog:
+            step = fit(
+                recipe,
+                optimizer,
+                first_step=first_step,
+                last_step=last_step,
+                device=device,
+                precision=precision,
+                health=health,
+                metrics=metrics,
+                checkpoints=checkpoints,
+                stop=stop,
+                watchdog=watchdog,
+                clip_grad=training["clip_grad"],
+                probe=judge,
+            )
         if step < last_step:
             metrics.say(f"stopped at step {step} of {last_step}; the same command goes on there")
         else:
@@ -118,6 +173,28 @@ def run_built(
     if step < last_step:
         export_net(folder, config, step, recipe.exported, data.get("train"))
     return _leave(folder, summary)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    # Rank 0 holds the folder for all; its refusal must reach every rank.
+    lock, refusal = FolderLock(folder), None
+    if distributed.is_main():
+        try:
+            lock.acquire()
+        except UserError as error:
+            refusal = error
+    if refusal := distributed.broadcast_object(refusal):
+        raise refusal
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _hang_timeout(config: Mapping[str, Any]) -> float:
+    # A run that was begun before there was this key has none in its config.yaml.
+    return float(config["training"].get("hang_timeout_s", 900) or 0)
 
 
 def _make_metrics(
@@ -181,7 +258,7 @@ def _set_out(
     if found is None:
         return optimizer, 0, []
     step, parts, _, damaged = found
-    state.restore(parts, module, optimizer, precision, seed=seed)
+    state.restore(parts, module, optimizer, precision, seed=seed, step=step)
     return optimizer, step, [*damaged, f"resuming from step {step}"]
 
 
@@ -190,13 +267,26 @@ def _build_and_run(
 ) -> dict[str, Any]:
     # A function of its own, so that the objects are gone when the process group ends.
     seed_everything(config["seed"])  # the same networks on every rank
-    data = {name: build(node) for name, node in config["data"].items() if node is not None}
-    recipe = build({**config["recipe"], "_partial_": True})(
-        backbone=build({**config["backbone"], "_partial_": True}), dataset=data["train"]
+    for name in ("recipe", "backbone", "optimizer", "data"):
+        if not config[name]:
+            raise UserError(f"{name} must be given, not {config[name]!r}")
+    factories = {name: {**config[name], "_partial_": True} for name in ("recipe", "backbone")}
+    built = build({"data": config["data"], **factories})
+    data = {name: part for name, part in built["data"].items() if part is not None}
+    if not hasattr(data.get("train"), "read"):
+        raise UserError("data.train must be given: a data set, which is a _target_ with keywords")
+    recipe = built["recipe"](backbone=built["backbone"], dataset=data["train"])
+    factories = {"optimizer": {**config["optimizer"], "_partial_": True}}
+    built = build({"probes": config["probes"] or {}, **factories})
+    probes = {name: probe for name, probe in built["probes"].items() if probe is not None}
+    for name, probe in probes.items():
+        if not callable(probe):
+            raise UserError(
+                f"probes.{name} must be a probe or null, not {config['probes'][name]!r}"
+            )
+    return run_built(
+        config, recipe, built["optimizer"], data=data, probes=probes, device=device, stop=stop
     )
-    optimizer = build({**config["optimizer"], "_partial_": True})
-    probes = {name: build(node) for name, node in config["probes"].items() if node is not None}
-    return run_built(config, recipe, optimizer, data=data, probes=probes, device=device, stop=stop)
 
 
 def load_weights(recipe: nn.Module, path: str) -> None:
@@ -208,65 +298,21 @@ def load_weights(recipe: nn.Module, path: str) -> None:
     if not source.exists():
         raise UserError(f"training.weights: there is no {path}")
     if source.is_dir():
-        folder = source if (source / "recipe.pt").exists() else source / "checkpoints"
+        folder = source if (source / DESCRIPTION).exists() else source / "checkpoints"
         if folder != source:
             pointer = folder / "last"
             folder = folder / (pointer.read_text().strip() if pointer.exists() else "?")
-        if not (folder / "recipe.pt").exists():
+        if not (folder / DESCRIPTION).exists():
             raise UserError(
                 f"training.weights: {path} is neither a run folder nor a checkpoint of one"
             )
-        saved = torch.load(folder / "recipe.pt", map_location="cpu", weights_only=True, mmap=True)
-        state.load_state(recipe, saved, str(folder))
+        state.load_state(recipe, Parts(folder), str(folder))
     elif hasattr(recipe, "load_weights"):
         recipe.load_weights(path)
     else:
         raise UserError(
             f"training.weights: {type(recipe).__name__} reads checkpoint folders, no files"
         )
-
-
-class Judge:
-    """The probes of a run, called every `every` steps (0: only at the end) on every rank.
-
-    A probe is `probe(net, data, output_dir, step) -> dict of numbers`; its numbers are reported as
-    `name/key`, and it may write to `folder/name`. It finds the net in evaluation mode and cannot
-    disturb the training's random numbers.
-    """
-
-    def __init__(
-        self,
-        probes: Mapping[str, Callable[..., dict[str, float]]],
-        net: nn.Module,
-        data: Mapping[str, Any],
-        folder: Path,
-        *,
-        every: int = 0,
-    ) -> None:
-        self.probes, self.net, self.data, self.folder, self.every = probes, net, data, folder, every
-        self.results: dict[str, float] = {}
-        self._done = -1
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """The results at `step`, if it is due."""
-        return self.final(step) if self.every and step % self.every == 0 else {}
-
-    def final(self, step: int) -> dict[str, float]:
-        """The results at `step`, unless they were just told."""
-        if self._done == step:
-            return {}
-        self._done = step
-        modes = {part: part.training for part in self.net.modules()}
-        self.net.eval()
-        results: dict[str, float] = {}
-        with torch.no_grad(), preserved_randomness():
-            for name, probe in self.probes.items():
-                values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
-                results |= {f"{name}/{key}": float(value) for key, value in values.items()}
-        for part, mode in modes.items():
-            part.training = mode
-        self.results |= results
-        return results
 
 
 def export_net(

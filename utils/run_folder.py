@@ -30,7 +30,10 @@ HARMLESS = (
     *("recipe.num_workers", "data.val"),
     *(
         f"training.{key}"
-        for key in ("resume", "max_steps", "log_every", "compile", "activation_checkpointing")
+        for key in (
+            *("resume", "max_steps", "log_every", "hang_timeout_s"),
+            *("compile", "activation_checkpointing"),
+        )
     ),
 )
 
@@ -85,7 +88,13 @@ def changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[s
 
 
 def describe_code() -> str:
-    """Git revision of this checkout (with -dirty if changed), and torch's version."""
+    """Git revision of this checkout (with -dirty if changed), and torch's version.
+
+    The copy of the code that a Slurm job runs is no checkout: its file REVISION says what it was.
+    """
+    noted = Path(__file__).resolve().parent.parent / "REVISION"
+    if noted.is_file():
+        return f"{noted.read_text().strip()} torch {torch.__version__}"
     command = [
         "git",
         "-C",

@@ -1,14 +1,18 @@
 """What a checkpoint consists of: recipe, optimiser, scaler, every rank's random numbers.
 
-Tensors are saved whole, so a run may resume on another world size or sharding.
+Each rank saves the shards it holds and reads those it needs, so a run may resume on another world
+size or sharding.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils import distributed, parallel
+from utils.checkpoint_files import Parts
+from utils.checkpoint_index import Stored, filled
 from utils.errors import UserError
 from utils.optimizers import load_optimizer_state, optimizer_state
 from utils.precision import Precision
@@ -18,9 +22,9 @@ from utils.randomness import random_state, seed_everything, set_random_state
 def collect(
     recipe: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision
 ) -> dict[str, Any]:
-    """The parts of a checkpoint, whole on rank 0; every rank must call this."""
+    """The parts of a checkpoint, tensors laid out as they are; every rank must call this."""
     return {
-        "recipe": whole_state(recipe),
+        "recipe": recipe.state_dict(),
         "optimizer": optimizer_state(optimizer, recipe),
         "progress": {
             "scaler": precision.state_dict(),
@@ -30,22 +34,27 @@ def collect(
 
 
 def restore(
-    parts: dict[str, Any],
+    parts: Parts,
     recipe: nn.Module,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     *,
     seed: int,
+    step: int,
 ) -> None:
-    """Put the parts back; on another world size the ranks' random numbers start from `seed`."""
-    load_state(recipe, parts["recipe"], "the checkpoint")
-    load_optimizer_state(optimizer, recipe, parts["optimizer"])
-    precision.load_state_dict(parts["progress"]["scaler"])
-    random = parts["progress"]["random"]
+    """Put the parts back as they were at `step`.
+
+    On another world size the ranks' random numbers start from `seed` and `step`.
+    """
+    load_state(recipe, parts, str(parts.folder))
+    _restore_optimizer(parts, recipe, optimizer)
+    progress = parts["progress"]
+    precision.load_state_dict(progress["scaler"])
+    random = progress["random"]
     if len(random) == distributed.world_size():
         set_random_state(random[distributed.rank()])
     else:
-        seed_everything(rank_seed(seed))
+        seed_everything(rank_seed(seed, step))
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
@@ -53,12 +62,11 @@ def whole_state(module: nn.Module) -> dict[str, Any]:
     return {name: parallel.to_main(value.detach()) for name, value in module.state_dict().items()}
 
 
-@torch.no_grad()
-def load_state(module: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Load whole tensors, strictly, into a module that may be sharded; `source` names them."""
-    ours = module.state_dict()
-    missing, left_over = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
-    wrong = [name for name in ours.keys() & state.keys() if ours[name].shape != state[name].shape]
+def load_state(module: nn.Module, parts: Parts, source: str) -> None:
+    """Fill a module that may be sharded from the part `recipe`, strictly; `source` names it."""
+    ours, saved = module.state_dict(), parts.outline("recipe")
+    missing, left_over = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
+    wrong = [name for name in ours.keys() & saved.keys() if ours[name].shape != saved[name].shape]
     if missing or left_over or wrong:
         found = [
             f"{len(n)} {what}, e.g. {n[0]}"
@@ -66,13 +74,33 @@ def load_state(module: nn.Module, state: dict[str, Any], source: str) -> None:
             if n
         ]
         found += [
-            f"{n} is {list(state[n].shape)}, not {list(ours[n].shape)}" for n in sorted(wrong)[:1]
+            f"{n} is {list(saved[n].shape)}, not {list(ours[n].shape)}" for n in sorted(wrong)[:1]
         ]
         raise UserError(f"{source} is of another model: {'; '.join(found)}")
-    for name, target in ours.items():
-        target.copy_(parallel.shard_like(state[name], target))
+    parts.read({one.name: ours[name] for name, one in saved.items() if isinstance(one, Stored)})
 
 
-def rank_seed(seed: int) -> int:
-    """The seed of this rank's stream; networks are built with `seed` itself, alike on all."""
-    return (seed * 1_000_003 + distributed.rank() + 1) % 2**63
+def rank_seed(seed: int, step: int = 0) -> int:
+    """The seed of this rank's stream from a step on; networks are built with `seed` itself."""
+    return (seed * 1_000_003 + step * 7_368_787 + distributed.rank() + 1) % 2**63
+
+
+def _restore_optimizer(parts: Parts, recipe: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    # What has the shape of its parameter takes its layout, so that a rank reads its shard alone.
+    saved, parameters = parts.outline("optimizer"), dict(recipe.named_parameters())
+    targets: dict[str, Tensor] = {}
+    for name, values in saved["state"].items():
+        for one in values.values():
+            if isinstance(one, Stored):
+                parameter = parameters.get(name)
+                alike = parameter is not None and parameter.shape == one.shape
+                targets[one.name] = (
+                    torch.empty_like(parameter, dtype=one.dtype, requires_grad=False)
+                    if alike and parameter is not None
+                    else torch.empty(one.shape, dtype=one.dtype)
+                )
+    parts.read(targets)
+    state: Mapping[str, Any] = {
+        name: filled(values, targets) for name, values in saved["state"].items()
+    }
+    load_optimizer_state(optimizer, recipe, {"state": dict(state), "groups": saved["groups"]})

@@ -16,6 +16,7 @@ from utils.precision import Precision
 from utils.randomness import ShieldedBatches
 from utils.recipe import Recipe
 from utils.signals import StopSignal
+from utils.watchdog import Watchdog
 
 
 def train(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,21 +38,23 @@ def fit(
     metrics: Metrics,
     checkpoints: Checkpoints,
     stop: StopSignal,
+    watchdog: Watchdog,
     clip_grad: float | None = None,
     probe: Callable[[int], dict[str, float]] = lambda step: {},
 ) -> int:
     """Train from `first_step` to `last_step` or a stop signal, save, return the steps finished.
 
-    Raises UserError after too many steps in a row that were not finite. Every rank must call this.
+    Raises UserError after too many steps in a row that were not finite, and if the last checkpoint
+    cannot be written. Every rank must call this.
     """
     batches = ShieldedBatches(recipe.batches(first_step))
     module = cast(nn.Module, recipe)  # a Protocol cannot inherit from a class
-    step, saved, stopping = first_step, first_step, False
+    step, stopping = first_step, False
 
-    def save(at: int) -> str:
+    def save(at: int) -> None:
         metrics.flush(batches.waited())
         parts = state.collect(module, optimizer, precision)
-        return metrics.say(checkpoints.save(at, parts, replace=at == step))
+        checkpoints.start(at, parts, replace=at == step)
 
     while step < last_step and not stopping:
         # Schedule
@@ -59,7 +62,7 @@ def fit(
         health.remember(module)
         # Forward, backward
         for micro_batch in range(recipe.accumulation):
-            batch = parallel.to_device(next(batches), device)
+            batch = recipe.prepare(parallel.to_device(next(batches), device))
             parallel.set_gradient_sync(module, micro_batch == recipe.accumulation - 1)
             with precision.autocast():
                 losses = recipe.losses(batch, step)
@@ -86,13 +89,20 @@ def fit(
             with precision.autocast():
                 metrics.record(step, health.examine(recipe.exported, batch))
             metrics.say(health.alarm)
-        metrics.record(step, probe(step))
+            metrics.say(checkpoints.news())
+        with watchdog.resting():
+            metrics.record(step, probe(step))
         # Save
         if health.hopeless:
-            raise health.give_up(save(health.sound_step), checkpoints.path(health.sound_step))
-        if checkpoints.due(step) and not save(step):
-            saved = step
+            save(health.sound_step)
+            raise health.give_up(checkpoints.wait(), checkpoints.path(health.sound_step))
+        if checkpoints.due(step):
+            save(step)
         metrics.rest()
-    if saved != step and (problem := save(step)):
+        watchdog.finished(step)
+    checkpoints.wait()
+    if step > first_step and checkpoints.newest != step:
+        save(step)
+    if problem := checkpoints.wait():
         raise UserError(problem)
     return step

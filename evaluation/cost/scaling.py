@@ -5,6 +5,7 @@ bytes over bandwidths, messages times latency. See docs/scaling.md for the formu
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def predict(
 ) -> Step:
     """One step of `batch` images over `gpus` GPUs, at most `most` of them on a GPU at a time."""
     own = batch / gpus
-    micro_batches = max(1, round(own / most + 0.499))
+    micro_batches = math.ceil(own / most)
     compute = own * work.operations_per_image / (cluster.tflops * 1e12)
     node = min(cluster.gpus_per_node, gpus)
     payload = step_payload(work.parts, layout, micro_batches=micro_batches, width=width)
@@ -93,12 +94,12 @@ def predict(
     return Step(gpus, layout, micro_batches, compute, seconds)
 
 
-def work_of(file: str, overrides: Sequence[str] = ()) -> tuple[Work, int, int]:
-    """What a step of a DINOv2 run file is made of, its batch, and its images on a GPU at a time.
+def work_of(file: str) -> tuple[Work, int]:
+    """What a step of a DINOv2 run file is made of, and how many images a GPU takes at a time.
 
     Operations of the heads are left out: they see few tokens.
     """
-    content = plain(compose_config(file, list(overrides)))
+    content = plain(compose_config(file))
     net, recipe = networks(content)
     if not hasattr(recipe, "student"):
         raise UserError(f"{file}: the model of a step is of the DINOv2 recipe")
@@ -112,9 +113,8 @@ def work_of(file: str, overrides: Sequence[str] = ()) -> tuple[Work, int, int]:
         for modules, trained in ((recipe.student, True), (recipe.teacher, False))
         for module in modules.values()
     ]
-    units = len(net.blocks) + 1 + len(recipe.student) - 1
-    most = recipe.batch_size_per_gpu
-    return Work((3 + again) * student + 2 * large, parts, units), 1024, most
+    units = len(net.blocks) + len(recipe.student)  # the backbone outside its blocks, and heads
+    return Work((3 + again) * student + 2 * large, parts, units), recipe.batch_size_per_gpu
 
 
 def measured(processes: Sequence[int]) -> list[list[Any]]:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--config-file", default="dinov2/hybrid_vith16.yaml", help="model: of this run file")
     add("--gpus", default="1,4,8,32,64,256", help="model: on so many GPUs")
     add("--gpus-per-node", type=int, default=4, help="model: of them on a node (4)")
-    add("--batch", type=int, help="model: images per step (the recipe's, 1024)")
+    add("--batch", type=int, default=1024, help="model: images per step (1024)")
     add("--tflops", type=float, default=100.0, help="model: sustained by a GPU (100)")
     add("--node-gb-s", type=float, default=200.0, help="model: between GPUs of a node (200)")
     add("--network-gb-s", type=float, default=12.5, help="model: per GPU between nodes (12.5)")
@@ -168,24 +168,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_measured(words: argparse.Namespace) -> None:
     counts = _numbers(words.processes, "--processes")
     columns = ["net", "processes", "layout", "collective", "measured\nbytes", "formula\nbytes"]
-    protocol = {
-        "recipe": "dinov2/quickstart.yaml with a small net, 2 micro-batches per step, float32",
-        "measured": "payload of one optimiser step, gloo on this machine",
-    }
+    protocol = (
+        "payload of one optimiser step, gloo on this machine; dinov2/quickstart.yaml with a small "
+        "net, 2 micro-batches per step, float32"
+    )
     print_table("what a step sends", [*columns, "ratio"], measured(counts), protocol=protocol)
 
 
 def _print_model(words: argparse.Namespace) -> None:
-    work, batch, most = work_of(words.config_file)
-    batch = words.batch or batch
+    batch, numbers = words.batch, _numbers(words.gpus, "--gpus")
     rates = (words.tflops, words.node_gb_s, words.network_gb_s)
     if min(*rates, words.gpus_per_node, batch) <= 0 or words.latency_us < 0:
         raise UserError("rates, GPUs per node and the batch must be positive")
     cluster = Cluster(words.gpus_per_node, *rates, words.latency_us)
-    rows = []
-    for gpus in _numbers(words.gpus, "--gpus"):
+    for gpus in numbers:
         if batch % gpus or (gpus > cluster.gpus_per_node and gpus % cluster.gpus_per_node):
             raise UserError(f"--gpus {gpus}: must divide {batch} images and fill its nodes")
+    work, most = work_of(words.config_file)
+    rows = []
+    for gpus in numbers:
         for layout in LAYOUTS if gpus > 1 else ("replicate",):
             step = predict(work, cluster, layout, gpus, batch=batch, most=most)
             ideal = batch * work.operations_per_image / (cluster.tflops * 1e12) / gpus
@@ -203,8 +204,8 @@ def _print_model(words: argparse.Namespace) -> None:
     columns += ["step, all\noverlapped ms", "step, nothing\noverlapped ms", "efficiency\n%"]
     trained = sum(part.parameters for part in work.parts if part.trained)
     assumed = (
-        f"{cluster.tflops:g} TFLOP/s sustained per GPU, {cluster.node_gb_s:g} GB/s within a node of "
-        f"{cluster.gpus_per_node}, {cluster.network_gb_s:g} GB/s per GPU between nodes, "
+        f"{cluster.tflops:g} TFLOP/s sustained per GPU, {cluster.node_gb_s:g} GB/s within a node "
+        f"of {cluster.gpus_per_node}, {cluster.network_gb_s:g} GB/s per GPU between nodes, "
         f"{cluster.latency_us:g} us per message, ring algorithm"
     )
     counted = (
@@ -212,7 +213,7 @@ def _print_model(words: argparse.Namespace) -> None:
         f"{work.operations_per_image / 1e9:.0f} GFLOP per image, {batch} images per step"
     )
     title = f"model of a step: {words.config_file}"
-    print_table(title, columns, rows, protocol={"assumed": assumed, "counted": counted})
+    print_table(title, columns, rows, protocol=f"assumed: {assumed}; counted: {counted}")
 
 
 def _numbers(text: str, flag: str) -> list[int]:

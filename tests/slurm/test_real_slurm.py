@@ -7,115 +7,39 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
 
-from slurm.launch import launch
 from slurm.processes import started
-from slurm.testbed import lacking
-from utils.build import plain
-from utils.config import compose_config
+from tests.slurm.cluster import (
+    DEIT,
+    DINOV2,
+    FOLDER,
+    ON_TWO_NODES,
+    ROOT,
+    experiment,
+    said_by,
+    start,
+    state,
+    submitted,
+    tell,
+    until,
+    until_ended,
+)
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
-
-ROOT = Path(__file__).resolve().parents[2]
-# mysqld and munged, which are not root, must get at it: pytest's own folders are for one user.
-FOLDER = Path(tempfile.gettempdir()) / "octic-slurm-tests"
-TINY = [
-    *("backbone.depth=2", "backbone.embed_dim=64", "recipe.batch_size_per_gpu=4", "device=cpu"),
-    *("recipe.crops.local_crops_number=1", "recipe.dino_head.num_prototypes=16"),
-    *("recipe.dino_head.hidden_dim=16", "training.log_every=1", "~probes.knn"),
-]
-TWO_BY_TWO = ["launcher=slurm", "cluster=testbed", "launcher.nodes=2", "launcher.gpus_per_node=2"]
-
-
-def tell(command: str, folder: Path = FOLDER) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "slurm.testbed", command, "--folder", str(folder)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=390)
-
-
-@pytest.fixture(scope="session")
-def standing() -> Iterator[None]:
-    """The testbed, for the time of the tests; another run's tests wait for it."""
-    if missing := lacking():
-        pytest.skip(f"needs {', '.join(missing)}: see docs/launching.md")
-    if os.geteuid():
-        pytest.skip("needs root, as the daemons of a Slurm do")
-    with FileLock(f"{FOLDER}.lock", timeout=300):
-        try:
-            tell("down")
-            done = tell("up")
-            assert done.returncode == 0, done.stdout + done.stderr
-            yield
-        finally:
-            tell("down")
-
-
-@pytest.fixture(autouse=True)
-def cluster(standing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_CONF", f"{FOLDER}/slurm.conf")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def said_by(*words: str) -> str:
-    return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.strip()
-
-
-def state(job: str) -> str:
-    return said_by("sacct", "-X", "-n", "-P", "-o", "State", "-j", job)
-
-
-def until(reached: Callable[[], Any], seconds: float, log: Path | None = None) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        text = log.read_text() if log and log.is_file() else ""
-        assert time.monotonic() < end, f"not within {seconds} s; {text}"
-        time.sleep(0.5)
-
-
-def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    flags = ["--cluster", "testbed", "--nodes", "2", "--ngpus", "2", "--output-dir", str(folder)]
-    return subprocess.run(
-        [sys.executable, "experiments/train_dinov2.py", *flags, *TINY, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-def submitted(folder: Path, *words: str) -> tuple[str, Path, Path]:
-    """The id, the run folder and the log that a submission names."""
-    done = train(folder, *words)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    job = lines[0].removeprefix("Submitted job_id: ")
-    run = Path(lines[1].removeprefix("Logs and checkpoints will be saved at: "))
-    log = Path(lines[2].removeprefix("Follow rank 0: tail -F "))
-    assert job.isdigit() and run == folder.parent / job and log.parent.parent == run
-    assert lines[3:] == [
-        f"State: squeue -j {job}; after its end: sacct -j {job}",
-        f"Cancel: scancel {job}",
-    ]
-    return job, run, log
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 
 # The main job
 
 
-def test_training_on_two_nodes(tmp_path: Path) -> None:
-    job, run, log = submitted(tmp_path / "%j", "training.max_steps=3")
-    until(lambda: state(job) not in ("", "PENDING", "RUNNING"), 300, log)
+def test_training_on_two_nodes_and_an_evaluation_after_it(tmp_path: Path) -> None:
+    then = "experiments/eval_deit.py --ngpus 1 probes.accuracy.batch_size=64"
+    words = [*DEIT, "training.max_steps=3", "--then", then]
+    job, run, log = submitted("train_deit.py", tmp_path / "%j", *words)
+    assert until_ended(job, 300, log) == "COMPLETED", log.read_text()
     text = log.read_text()
-    assert state(job) == "COMPLETED", text
     assert "step 3/3" in text
     assert json.loads((run / "summary.json").read_text())["finished"]
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -123,13 +47,40 @@ def test_training_on_two_nodes(tmp_path: Path) -> None:
     assert steps[-1] == 3 and sorted(set(steps)) == [1, 2, 3]
     ranks = [(run / "slurm" / f"{job}_{rank}_log.out").read_text() for rank in range(4)]
     assert all(f"global_rank={rank}(4)" in text for rank, text in enumerate(ranks))
-    assert "--gres=gpu:a100:2" in (run / "slurm" / f"{job}_submission.sh").read_text()
+    script = (run / "slurm" / f"{job}_submission.sh").read_text()
+    assert "--gres=gpu:a100:2" in script
+
+    # What ran was the copy of the code, and it says which.
+    (code,) = (run / "code").iterdir()
+    assert f"PYTHONPATH={run.parent}/" in script.replace("'", "") and code.name in script
+    assert (code / "utils").is_dir() and not (code / "tests").exists()
+    head = said_by("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    assert (run / "git.txt").read_text().startswith(head)
+
+    listed = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "slurm.jobs", "--json", str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    training, evaluation = sorted(listed, key=lambda row: int(row["job"]))
+    assert (training["state"], training["step"], training["total_steps"]) == ("COMPLETED", 3, 3)
+    results = run / "eval_deit" / "results.json"
+    until_ended(evaluation["job"], 120, Path(evaluation["log"]))
+    judged = json.loads(results.read_text())["accuracy"]
+    assert judged["protocol"]["weights"] == f"{run}/exported/teacher.safetensors"
+    assert 0 <= judged["figures"]["acc1"] <= 100
 
 
 def test_following_and_cancelling(tmp_path: Path) -> None:
-    job, _, log = submitted(tmp_path / "%j")
+    job, run, log = submitted("train_dinov2.py", tmp_path / "%j", *DINOV2)
     until(lambda: log.is_file() and "step 2/" in log.read_text(), 200, log)
     assert state(job) == "RUNNING"
+    done = experiment("train_dinov2.py", run, *ON_TWO_NODES, *DINOV2)
+    assert done.returncode == 2 and f"is the run folder of job {job}, RUNNING" in done.stderr
     subprocess.run(["scancel", job], check=True, timeout=60)
     until(lambda: state(job).startswith("CANCELLED"), 60, log)
     until(lambda: not said_by("squeue", "-h", "-j", job), 60)
@@ -150,9 +101,7 @@ def test_following_and_cancelling(tmp_path: Path) -> None:
 def test_one_failure_ends_the_job_and_is_said_in_the_log_of_rank_0(
     tmp_path: Path, capsys, function: str, said: str
 ) -> None:
-    words = [*TWO_BY_TWO, *TINY, f"output_dir='{tmp_path}/%j'"]
-    config = plain(compose_config("dinov2/quickstart.yaml", words))
-    launch(f"tests.slurm.work.{function}", config)
+    start(function, tmp_path / "%j", "cluster.max_restarts=0")
     job = re.search(r"job_id: (\d+)", capsys.readouterr().out)[1]
     log = tmp_path / job / "slurm" / f"{job}_0_log.out"
     # Without an order to end them, the other ranks would hold their nodes for ten minutes.
@@ -166,24 +115,28 @@ def test_one_failure_ends_the_job_and_is_said_in_the_log_of_rank_0(
     [
         (["--partition", "nope"], "invalid partition specified: nope"),
         (["--nodes", "9"], "nodes=9"),
-        (["cluster.gpu_type=h100"], "Requested node configuration is not available"),
+        (["cluster.gpu_type=h100", "-m", "seed=0,1"], "node configuration is not available"),
     ],
 )
-def test_what_slurm_refuses_is_one_line(tmp_path: Path, words: list[str], said: str) -> None:
-    done = train(tmp_path / "runs" / "%j", *words)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: Slurm refused the job: ") and said in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_what_slurm_refuses_is_one_line(
+    tmp_path: Path, capsys, words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        start("steps", tmp_path / "runs" / "%j", *words)
+    told = capsys.readouterr()
+    assert left.value.code == 2 and told.out == "" and told.err.count("\n") == 1
+    assert told.err.startswith("error: Slurm refused the job: ") and said in told.err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_no_cluster_is_one_line(tmp_path: Path, monkeypatch) -> None:
+def test_no_cluster_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.delenv("SLURM_CONF")
     if Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this machine belongs to a cluster")
-    done = train(tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "is SLURM_CONF set" in done.stderr
+    with pytest.raises(SystemExit) as left:
+        start("steps", tmp_path)
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and told.count("\n") == 1 and "is SLURM_CONF set" in told
 
 
 # The testbed itself

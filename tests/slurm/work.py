@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from slurm import record
+
 
 def report(config: dict[str, Any]) -> int:
     """Meet the others, add up all ranks, and leave a note."""
@@ -50,3 +52,48 @@ def refuse(config: dict[str, Any]) -> None:
 def interrupt(config: dict[str, Any]) -> None:
     """Control-C."""
     raise KeyboardInterrupt
+
+
+def steps(config: dict[str, Any]) -> int:
+    """A run of `max_steps` steps that takes up its checkpoint and keeps one when it is told to end.
+
+    What its name holds happens at its third step, once: `kill` ends the second rank, `fail` raises.
+    """
+    folder, name = Path(config["output_dir"]), config["name"]
+    rank, last = int(os.environ["RANK"]), folder / "checkpoints" / "last"
+    step = int(last.read_text()) if last.exists() else 0
+    print(f"begins at step {step} with {record.__file__}", flush=True)
+    try:
+        while step < config["training"]["max_steps"]:
+            time.sleep(0.2)
+            step += 1
+            first = "SLURM_RESTART_COUNT" not in os.environ
+            if step == 3 and "kill" in name and rank == 1 and first:
+                os.kill(os.getpid(), 9)
+            if step == 3 and "fail" in name:
+                raise RuntimeError("this point cannot be trained")
+            if rank == 0 and step % 2 == 0:
+                last.parent.mkdir(parents=True, exist_ok=True)
+                last.write_text(str(step))
+    finally:
+        if rank == 0:
+            last.parent.mkdir(parents=True, exist_ok=True)
+            last.write_text(str(step))
+    return step
+
+
+def fail_at_high_rates(config: dict[str, Any]) -> None:
+    """A point of a sweep that fails, or not."""
+    if config["recipe"]["schedules"]["lr"] > 1e-3:
+        raise RuntimeError("this learning rate is too high")
+
+
+def mark(config: dict[str, Any]) -> None:
+    """Leave a mark; seed 1 fails, seed 2 is killed."""
+    folder = Path(config["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mark.txt").write_text(f"{config['seed']} {config['backbone']['_target_']}")
+    if config["seed"] == 1:
+        raise RuntimeError("seed 1 brings no luck")
+    if config["seed"] == 2:
+        os.kill(os.getpid(), 9)

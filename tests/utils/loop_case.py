@@ -3,8 +3,13 @@
 Run as a program (under torchrun) it trains a list of folders with their options.
 """
 
+import ctypes
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
+from utils import distributed, metrics
+from utils.checkpoint_files import Parts
 from utils.run import run_built
 from utils.signals import StopSignal
 
@@ -37,6 +43,16 @@ class Net(nn.Module):
         return self.encode(x)
 
 
+def hang_at_step_3(how: str) -> Callable[[int], None]:
+    """What makes rank 1 hang when it has finished three steps."""
+    hangs = {
+        "sleep": lambda: time.sleep(600),
+        "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+        "hold": lambda: ctypes.PyDLL(None).sleep(600),  # as C code does: no thread of ours may run
+    }
+    return lambda step: hangs[how]() if step == 3 and distributed.rank() == 1 else None
+
+
 class TinyRecipe(nn.Module):
     """A student learns random targets, a teacher follows, a buffer moves with every forward."""
 
@@ -48,11 +64,12 @@ class TinyRecipe(nn.Module):
         dropout: float = 0.2,
         poison: tuple[int, ...] = (),
         on_step: Callable[[int], None] = lambda step: None,
+        hang: str = "",
     ) -> None:
         super().__init__()
         self.total_steps, self.accumulation = total_steps, accumulation
         self.batch_size_per_gpu = SAMPLES // accumulation // distributed.world_size()
-        self.poison, self.on_step = poison, on_step
+        self.poison, self.on_step = poison, hang_at_step_3(hang) if hang else on_step
         self.student, self.teacher = Net(dropout), Net(0.0)
         self.head = nn.Linear(6, 3)  # not wrapped by parallelize
         self.teacher.load_state_dict(self.student.state_dict())
@@ -88,6 +105,9 @@ class TinyRecipe(nn.Module):
                 x = whole.chunk(self.accumulation)[micro_batch].chunk(world)[rank]
                 yield {"x": x[:, :6], "y": x[:, 6:], "step": torch.tensor(step)}
             step += 1
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         assert int(batch["step"]) == step
@@ -135,6 +155,7 @@ def make_config(folder: Path, **changes: Any) -> dict[str, Any]:
             "resume": True,
             "nan_patience": 2,
             "log_every": 4,
+            "hang_timeout_s": 60,
         },
         "checkpoint": {"every": 0, "keep_last": 3, "keep_every": 0},
         "probe_every": 0,
@@ -170,8 +191,28 @@ def train_tiny(
     return summary, made
 
 
+def parts_of(folder: Path) -> Parts:
+    """The parts of a run's last checkpoint."""
+    checkpoints = folder / "checkpoints"
+    return Parts(checkpoints / (checkpoints / "last").read_text().strip())
+
+
+def train_together(processes: int, runs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Train the tiny recipe in several processes, in one folder with its options after another."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "tests.utils.loop_case", json.dumps(runs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    metrics.draw_curves = lambda path: None
+    os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if two made a node
     with distributed.session("cpu"):
         for folder, arguments in json.loads(sys.argv[1]):
             train_tiny(Path(folder), **arguments)

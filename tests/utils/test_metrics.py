@@ -139,3 +139,32 @@ def test_collapse_raises_an_alarm_and_health_does_not():
     assert "collapsed" in health.alarm and "\n" not in health.alarm
     assert health.examine(nn.Linear(2, 2), batch) == {}
     assert health.examine(Backbone(1.0), {"x": torch.zeros(3)}) == {}
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
+    """One line tells of it; nothing is lost, torn or written twice."""
+    metrics = Metrics(tmp_path)
+    metrics.record(1, {"a": 1.0})
+
+    class Full:
+        def __init__(self, *_):
+            self.file = open(*_)
+
+        def __enter__(self):
+            return self
+
+        def writelines(self, lines):
+            self.file.write(next(iter(lines))[:3])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.metrics.open", Full, raising=False)
+        metrics.record(2, {"a": 2.0})
+        metrics.record(3, {"a": 3.0})
+    metrics.record(4, {"a": 4.0})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("No space left on device") == 1

@@ -36,7 +36,7 @@ def test_alone_nothing_is_sharded_and_recomputation_changes_no_number():
 
 
 def test_unknown_sharding_and_precision_are_refused():
-    with pytest.raises(UserError, match="replicate or shard"):
+    with pytest.raises(UserError, match="replicate, shard or hybrid"):
         parallel.make_mesh(CPU, "zero3")
     with pytest.raises(UserError, match="fp32, tf32, bf16, fp16"):
         Precision("half")

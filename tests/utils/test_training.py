@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.utils.loop_case import TinyRecipe, train_tiny
+from tests.utils.loop_case import TinyRecipe, parts_of, train_tiny, train_together
 from utils.errors import UserError
 from utils.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 TIMES = {"steps_per_second", "images_per_second", "waited_for_data", "memory_gb"}
 
 
@@ -35,8 +32,7 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    step = (folder / "checkpoints" / "last").read_text().strip()
-    return torch.load(folder / "checkpoints" / step / "recipe.pt", weights_only=True)
+    return parts_of(folder)["recipe"]
 
 
 def assert_same(ours: Path, theirs: Path, *, tolerance: float = 0.0) -> None:
@@ -68,13 +64,7 @@ def company(tmp_path_factory) -> Path:
         runs.append((f"{folder}/{name}/whole", options))
         runs.append((f"{folder}/{name}/stopped", {**options, "max_steps": 5}))
         runs.append((f"{folder}/{name}/stopped", options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.utils.loop_case", json.dumps(runs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_together(2, runs)
     return folder
 
 
@@ -186,13 +176,22 @@ def test_bad_steps_in_a_row_end_the_run_and_keep_the_state(tmp_path):
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 13))
 
 
+def test_a_disk_that_fills_up_behind_the_last_checkpoint_is_one_line(tmp_path):
+    def full(net, *, data, output_dir, step):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device; .* of step 12 stays") as caught:
+        train_tiny(tmp_path, probes={"p": full})
+    assert "\n" not in str(caught.value)
+    summary, _ = train_tiny(tmp_path)
+    assert summary["finished"]
+
+
 def test_fp16_scaler_state_is_saved_and_an_overflow_is_not_counted(tmp_path):
     train_tiny(tmp_path, precision="fp16", max_steps=4)
-    progress = torch.load(tmp_path / "checkpoints/4/progress.pt", weights_only=True)
-    assert progress["scaler"]["_growth_tracker"] == 4
+    assert parts_of(tmp_path)["progress"]["scaler"]["_growth_tracker"] == 4
     train_tiny(tmp_path, precision="fp16", max_steps=6)
-    progress = torch.load(tmp_path / "checkpoints/6/progress.pt", weights_only=True)
-    assert progress["scaler"]["_growth_tracker"] == 6
+    assert parts_of(tmp_path)["progress"]["scaler"]["_growth_tracker"] == 6
 
 
 def test_bf16_and_recomputation_train(tmp_path):

@@ -1,0 +1,207 @@
+"""The command line of an experiment: what is common to all before each reads its own words.
+
+-m, --multirun         comma lists are the points of a sweep (slurm/sweep.py)
+--then "SCRIPT ..."    run that script after this one, if this one succeeds; may be repeated
+--dry-run              show what would be started, and start nothing
+"""
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slurm.launch import Task, launch_all
+from utils.build import nearest, plain
+from utils.config import fail
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+Parse = Callable[[list[str]], Mapping[str, Any] | None]
+
+_captured: ContextVar[list[tuple[str, Parse]] | None] = ContextVar("captured", default=None)
+
+
+class _Asked(NamedTuple):
+    words: list[str]
+    sweeps: bool
+    dry_run: bool
+    then: list[str]
+
+
+def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
+    """Start `function` with the config that `parse` makes of the command line.
+
+    `parse` takes the words and leaves with code 2 for a mistake; None from it starts nothing.
+    Returns what the function returns, if it ran in this process.
+    """
+    if (captured := _captured.get()) is not None:
+        captured.append((function, parse))
+        return None
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        return parse(words)
+    try:
+        asked = _read(words)
+        if not (asked.sweeps or asked.then):
+            config = parse(asked.words)
+            tasks = [] if config is None else [Task(function, plain(config))]
+            folder = None
+        else:
+            tasks, folder = _tasks(function, parse, asked)
+    except UserError as error:
+        fail(error)
+    return launch_all(tasks, folder=folder, dry_run=asked.dry_run) if tasks else None
+
+
+def _read(words: list[str]) -> _Asked:
+    """Take the words that are common to all experiments out of a command line."""
+    kept, then, sweeps, dry_run = [], [], False, False
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word in ("-m", "--multirun"):
+            sweeps = True
+        elif word == "--dry-run":
+            dry_run = True
+        elif word == "--then" or word.startswith("--then="):
+            command = word.partition("=")[2] or (waiting.pop(0) if waiting else "")
+            if not command.strip() or command.startswith("-"):
+                raise UserError('--then needs a command: --then "experiments/eval_deit.py ..."')
+            then.append(command)
+        else:
+            kept.append(word)
+    return _Asked(kept, sweeps, dry_run, then)
+
+
+def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path | None]:
+    """One task, or one per point, each with what follows it; and the folder they share."""
+    from slurm.sweep import Point, points
+
+    found = points(asked.words) if asked.sweeps else [Point({}, asked.words, "")]
+    tasks, folder = [], None
+    for number, point in enumerate(found):
+        config = _parsed(parse, point.words, point.label, quiet=number > 0)
+        if config is not None:
+            tasks.append(Task(function, config, point.values))
+    if len(tasks) < len(found):  # --check, or a table that was asked for: each has printed its own
+        return [], None
+    if len(tasks) > 1:
+        folder = _shared([task.config["output_dir"] for task in tasks])
+        for task, point in zip(tasks, found, strict=True):
+            task.config["output_dir"] = str(folder / point.label)
+            task.job_name = str(task.config["name"])
+            task.config["name"] = f"{task.job_name}, {point.label}"
+    for task in tasks:
+        task.then = _followers(asked.then, task)
+    return tasks, folder
+
+
+def _parsed(parse: Parse, words: list[str], label: str, *, quiet: bool) -> dict[str, Any] | None:
+    """The config of a point; a mistake in it says which point it is."""
+    said, noted, code, config = io.StringIO(), io.StringIO(), None, None
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(noted):
+        try:
+            config = parse(words)
+        except SystemExit as left:
+            code = left.code
+    if code:
+        where = f"{label}: " if label else ""
+        raise UserError(where + said.getvalue().strip().removeprefix("error: "))
+    if not quiet or config is None:
+        sys.stderr.write(said.getvalue())
+        sys.stdout.write(noted.getvalue())
+    return None if config is None else plain(config)
+
+
+def _shared(folders: list[str]) -> Path:
+    """The folder of a sweep: the run folder without the points, or above those that differ."""
+    first = Path(folders[0]).absolute()
+    return first if len(set(folders)) == 1 else first.parent
+
+
+def _followers(commands: list[str], task: Task) -> list[Task]:
+    found: list[Task] = []
+    for command in commands:
+        script, words = _script(command)
+        stem = script.stem
+        number = sum(
+            other.config["output_dir"].startswith(f"{task.folder}/{stem}") for other in found
+        )
+        function, parse = capture(script)
+        words = [word.replace("{run}", str(task.folder)) for word in words]
+        with _naming(command):
+            config = _parsed(parse, words, "", quiet=bool(task.values))
+            default = _parsed(parse, [], "", quiet=True)
+            if config is None or default is None:
+                raise UserError("it only prints something")
+        place = task.folder / (f"{stem}_{number + 1}" if number else stem)
+        config = _inherit(config, default, task.config, place)
+        job_name = f"{task.job_name or task.config['name']}-{place.name}"
+        found.append(Task(function, config, task.values, command=command, job_name=job_name))
+    return found
+
+
+def _script(command: str) -> tuple[Path, list[str]]:
+    """The script of a command and its words; a Python in front of it is skipped."""
+    words = shlex.split(command)
+    if words and re.fullmatch(r"python[\d.]*", Path(words[0]).name):
+        words.pop(0)
+    given = Path(words[0]) if words else Path()
+    script = given if given.is_file() else ROOT / given
+    if not script.is_file() or script.suffix != ".py":
+        ours = [f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")]
+        raise UserError(f"--then: there is no script {given}{nearest(given, ours)}")
+    return script, words[1:]
+
+
+def capture(script: Path) -> tuple[str, Parse]:
+    """What a script would start, and how it reads its words, without starting it."""
+    if "slurm.command" not in script.read_text():  # it would run now
+        raise UserError(f"--then: {script} starts nothing that could follow a run")
+    found: list[tuple[str, Parse]] = []
+    token = _captured.set(found)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        _captured.reset(token)
+    if not found:
+        raise UserError(f"--then: {script} starts nothing that could follow a run")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _naming(command: str) -> Any:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--then {command!r}: {error}") from None
+
+
+def _inherit(
+    config: dict[str, Any], default: dict[str, Any], first: dict[str, Any], place: Path
+) -> dict[str, Any]:
+    """What a command leaves open it takes from the run it follows: net, weights, data, cluster."""
+    open_keys = {key for key in config if config[key] == default.get(key)}
+    if {"backbone", "weights"} <= open_keys and config["weights"] is None:
+        config["backbone"] = first["backbone"]
+        config["weights"] = str(
+            Path(first["output_dir"]).absolute() / "exported/teacher.safetensors"
+        )
+    if "data" in open_keys:
+        config["data"] = first["data"]
+    if config["output_dir"] in (default["output_dir"], f"runs/{config['name']}"):
+        config["output_dir"] = str(place)
+    if "name" in open_keys:
+        config["name"] = f"{first['name']}, {place.name}"
+    if "launcher" in open_keys:
+        config["launcher"] = {**first["launcher"], "nodes": 1}
+    config["launcher"]["kind"] = first["launcher"]["kind"]
+    for key in {"cluster", "device"} & open_keys:
+        config[key] = first[key]
+    return config

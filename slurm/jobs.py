@@ -1,0 +1,217 @@
+"""List our runs: job, state, how far they are, their last figures, and why they ended.
+
+    python -m slurm.jobs [FOLDER ...] [--json] [--last N] [--state STATE]
+
+FOLDER is where run folders lie (runs by default). A run tells of itself in its folder; of a Slurm
+job, sacct and squeue are asked too, where they are installed. The newest run stands at the end.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from slurm import runs
+from slurm.runs import Run
+
+_SACCT = "JobID,State,ExitCode,ElapsedRaw,Timelimit,NodeList"
+_EARLIER = {"NODE_FAIL": "node failure", "PREEMPTED": "pre-emption", "TIMEOUT": "time limit"}
+_ONGOING = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m slurm.jobs", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER")
+    parser.add_argument("--json", action="store_true", help="everything known, as JSON")
+    parser.add_argument("--last", type=int, default=0, metavar="N", help="the newest N runs alone")
+    parser.add_argument("--state", default="", help="runs of this state alone, such as FAILED")
+    arguments = parser.parse_args(argv)
+    if absent := [str(folder) for folder in arguments.folders if not folder.is_dir()]:
+        print(f"error: there is no folder {', '.join(absent)}", file=sys.stderr)
+        return 2
+    found = list_runs(arguments.folders)
+    if arguments.state:
+        found = [run for run in found if run.state.startswith(arguments.state.upper())]
+    found = found[-arguments.last :] if arguments.last > 0 else found
+    if arguments.json:
+        print(json.dumps([_as_json(run) for run in found], indent=1))
+    elif found:
+        show(found)
+    else:
+        print(f"no runs in {', '.join(map(str, arguments.folders))}")
+    return 0
+
+
+def list_runs(places: list[Path]) -> list[Run]:
+    """The runs below these folders, with what Slurm knows of their jobs."""
+    found = runs.find(places)
+    known = ask_slurm([run.job for run in found if run.job and _by_slurm(run)])
+    for run in found:
+        if run.job in known and _by_slurm(run):
+            judge(run, known[run.job])
+        elif run.state == "UNKNOWN" and run.job:
+            run.why = f"no word of job {run.job} here: ask sacct on its cluster"
+    return found
+
+
+def judge(run: Run, facts: dict[str, str]) -> None:
+    """The state and the reason of a run, from Slurm's word on its job and the run's own."""
+    state, said = facts["State"].split()[0].rstrip("+"), run.why
+    run.seconds = float(facts.get("ElapsedRaw") or 0)
+    earlier = f" (after {facts['Earlier']})" if facts.get("Earlier") else ""
+    restarts = f"{run.restarts} restart{'s' * (run.restarts > 1)}{earlier}" if run.restarts else ""
+    if state in _ONGOING:
+        # What ended the attempt before is told where the job waits to start again.
+        before = said if run.state in ("REQUEUED", "FAILED", "STOPPED") else ""
+        run.state = "RUNNING" if state == "COMPLETING" and run.state == "RUNNING" else state
+        waits = f"waits: {facts['Reason']}" if state == "PENDING" and facts.get("Reason") else ""
+        run.why = "; ".join(part for part in (waits, before if waits else "", restarts) if part)
+        return
+    log = f": see {run.log}" if run.log else ""
+    reasons = {
+        "COMPLETED": said if run.state == "COMPLETED" else "",
+        "TIMEOUT": f"met the time limit ({facts.get('Timelimit', '')}) before it could save",
+        "OUT_OF_MEMORY": "a node ran out of the memory asked for (cluster.mem_gb)",
+        "NODE_FAIL": f"a node failed ({facts.get('NodeList', '')})",
+        "PREEMPTED": "pre-empted, and not started again",
+        "DEADLINE": "its deadline passed",
+        "BOOT_FAIL": "a node did not start",
+        "CANCELLED": _cancelled(run, facts),
+    }
+    fallback = said or f"exit code {facts.get('ExitCode', '')}{log}"
+    why = reasons.get(state, fallback) if state != "FAILED" else fallback
+    run.state = state
+    run.why = "; ".join(part for part in (why, restarts) if part)
+
+
+def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What sacct and squeue say of jobs, by id; nothing where there is no Slurm that answers."""
+    wanted = sorted({job.split("_")[0] for job in jobs if job.split("_")[0].isdigit()})
+    if not wanted:
+        return {}
+    listed = ",".join(wanted)
+    words = ["sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"]
+    found: dict[str, dict[str, str]] = {}
+    for line in _ask([*words, f"--format={_SACCT}", f"--jobs={listed}"]):
+        facts = dict(zip(_SACCT.split(","), line.split("|"), strict=False))
+        job = facts.get("JobID", "")
+        if before := found.get(job):  # the attempt before this one; our own requeue is no news
+            known = [before.get("Earlier", ""), _EARLIER.get(before["State"].split()[0], "")]
+            facts["Earlier"] = ", ".join(dict.fromkeys(part for part in known if part))
+        found[job] = facts
+    # squeue knows more of what still waits, and of it sooner; %i is the id as users write it.
+    queue = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
+    for line in _ask([*queue, f"--jobs={listed}"]):
+        job, state, reason = (line.split("|") + ["", ""])[:3]
+        if state in _ONGOING:
+            found[job] = {**found.get(job, {}), "State": state, "Reason": reason}
+    for job, facts in list(found.items()):  # an array that waits as a whole: 12_[0-3%2]
+        base, _, rest = job.partition("_[")
+        if rest:
+            for run in jobs:
+                if run.startswith(f"{base}_"):
+                    found.setdefault(run, facts)
+    return found
+
+
+def show(found: Sequence[Run]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("job", "name", "state", "elapsed", "step"):
+        table.add_column(column, no_wrap=column != "name", overflow="fold")
+    for column in ("last figures", "why", "run folder"):
+        table.add_column(column, overflow="fold")
+    for run in found:
+        step = "" if run.step is None else f"{run.step}/{run.total or '?'}"
+        took = "" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
+        figures = "\n".join(f"{k} {runs.one_line_of(v)}" for k, v in chosen_figures(run).items())
+        job = run.job or "-"
+        table.add_row(job, run.name, run.state, took, step, figures, run.why, _near(run.folder))
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=180)
+    console.print(table, markup=False)
+
+
+def chosen_figures(run: Run) -> dict[str, float]:
+    """The loss, and the first figure of each probe."""
+    chosen: dict[str, float] = {}
+    for key, value in run.metrics.items():
+        probe = key.split("/")[0]
+        if not any(other.split("/")[0] == probe for other in chosen):
+            chosen[key] = value
+    return dict(list(chosen.items())[:3])
+
+
+def _near(folder: Path) -> str:
+    """A folder as seen from here, if it is below."""
+    full = folder.absolute()
+    return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+
+
+def _cancelled(run: Run, facts: dict[str, str]) -> str:
+    after = next((line.get("after") for line in run.lines if line.get("after")), "")
+    if after and facts.get("ElapsedRaw", "0") == "0" and " by " not in facts["State"]:
+        return _never(after)
+    words = facts["State"].split()
+    by = _user(words[2]) if len(words) > 2 else ""
+    if after and facts.get("ElapsedRaw", "0") == "0" and words[-1] == "0":
+        return _never(after)
+    saved = (
+        f", saved at checkpoint {run.step}" if "stopped" in {x["event"] for x in run.lines} else ""
+    )
+    return f"cancelled{f' by {by}' if by else ''}{saved}"
+
+
+def _never(after: str) -> str:
+    return f"did not start: job {after.partition(':')[2]}, which it was to follow, did not succeed"
+
+
+def _user(number: str) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(int(number)).pw_name
+    except (ValueError, KeyError):
+        return number
+
+
+def _by_slurm(run: Run) -> bool:
+    """Whether the job of a run is Slurm's, and not a rehearsal's."""
+    said = [line.get("executor") for line in run.lines if line["event"] == "submitted"]
+    return bool(run.job) and said[-1:] != ["local"]
+
+
+def _ask(words: list[str]) -> list[str]:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _as_json(run: Run) -> dict[str, Any]:
+    return {
+        "job": run.job,
+        "name": run.name,
+        "state": run.state,
+        "why": run.why,
+        "seconds": run.seconds,
+        "step": run.step,
+        "total_steps": run.total,
+        "restarts": run.restarts,
+        "metrics": run.metrics,
+        "folder": str(run.folder),
+        "log": run.log,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

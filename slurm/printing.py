@@ -1,0 +1,63 @@
+"""Tables of the points of a sweep, before and after."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from slurm import runs
+from slurm.jobs import chosen_figures
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from slurm.launch import Task
+
+
+def show_points(tasks: Sequence["Task"], jobs: Sequence[str] = ()) -> None:
+    """Each point with its values and run folder, and the job it is, if it is one."""
+    keys = _keys(tasks)
+    table = _table(["job"] if jobs else [], keys, ["run folder"])
+    for index, task in enumerate(tasks):
+        table.add_row(*jobs[index : index + 1], *_values(task, keys), str(task.folder))
+    _print(table)
+
+
+def show_outcomes(codes: Sequence[tuple["Task", int | None]]) -> None:
+    """Each point with what became of it; a code of None: it was not started."""
+    keys = _keys([task for task, _ in codes])
+    table = _table([], keys, ["outcome", "last figures", "run folder"])
+    for task, code in codes:
+        run = runs.describe(task.folder)
+        outcome = "succeeded" if code == 0 else "not started"
+        if code:
+            why = f": {run.why}" if run.why else ""
+            outcome = f"failed, code {code}{why}"
+        figures = "  ".join(f"{k} {v:.4g}" for k, v in chosen_figures(run).items())
+        table.add_row(*_values(task, keys), outcome, figures, str(task.folder))
+    _print(table)
+
+
+def _keys(tasks: Sequence["Task"]) -> list[str]:
+    return list(dict.fromkeys(key for task in tasks for key in task.values)) or ["name"]
+
+
+def _values(task: "Task", keys: list[str]) -> list[str]:
+    if task.values:
+        return [task.values.get(key, "") for key in keys]
+    return [task.command or str(task.config["name"]), *[""] * (len(keys) - 1)]
+
+
+def _table(*columns: list[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    for name in (name for part in columns for name in part):
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=160)
+    console.print(table, markup=False)

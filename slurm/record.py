@@ -1,0 +1,123 @@
+"""What happened to a run, a line each: `launches.jsonl` in its folder, by whoever knows it.
+
+    event      by                          tells
+    submitted  the submitting command      job, name, log, code, after (the job it waits for)
+    began      rank 0                      job, attempt, host, pid, processes
+    stopped    rank 0                      signal: left in order, with a checkpoint
+    ended      rank 0                      the function returned
+    failed     any rank                    rank, error
+    lost_peer  any rank                    rank, error: another one had gone, no fault of its own
+    again      the job's batch script      status, kind (stopped or killed), step of the checkpoint
+    final      the job's batch script      status, why
+
+`attempt` counts the restarts of a Slurm job. Ranks other than 0 write `launches.rank<r>.jsonl`:
+nodes that append to one file of a network file system may lose lines. slurm/after.sh reads and
+writes the same lines, so keys keep their order.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from slurm.processes import started
+from utils.errors import UserError
+
+NAME = "launches.jsonl"
+# What a rank says that lost another one; torch's own classes are known by their names.
+_LOST = re.compile(
+    r"Dist(Backend|Network|Store)Error|connection (closed|reset|refused)|timed out waiting"
+    r"|Broken pipe|Socket Timeout|recvValue failed",
+    re.IGNORECASE,
+)
+_TRANSIENT = re.compile(
+    r"DataLoader worker .*(killed|exited unexpectedly)|^AcceleratorError(?!.*device-side assert)"
+)
+STOPPED = {128 + number: number for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+
+
+class Ended(SystemExit):
+    """Leave with a code, having told the user `why`."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(code)
+        self.why = why
+
+
+def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: Any) -> None:
+    """Append a line; a folder that cannot be written to loses it, and the run goes on."""
+    rank = int(os.environ.get("RANK", "0"))
+    line = {"event": event, "job": job, "attempt": attempt, "time": round(time.time(), 1), **facts}
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / (f"launches.rank{rank}.jsonl" if rank else NAME), "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run folder in the order of their times; torn ones are left out."""
+    lines = []
+    for path in sorted(folder.glob("launches*.jsonl")):
+        for text in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(text))
+    known = [line for line in lines if isinstance(line, dict) and "event" in line]
+    return sorted(known, key=lambda line: float(line.get("time", 0)))
+
+
+@contextmanager
+def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
+    """Note how what runs inside begins and ends."""
+    who: dict[str, Any] = {"job": job, "attempt": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
+    is_main, rank = os.environ.get("RANK", "0") == "0", int(os.environ.get("RANK", "0"))
+    if is_main:
+        me: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": started(os.getpid()),
+        }
+        note(folder, "began", **who, **me, **facts)
+    try:
+        yield
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(bool(left.code))
+        if code in STOPPED and is_main:
+            note(folder, "stopped", **who, signal=signal.Signals(STOPPED[code]).name)
+        elif code and code not in STOPPED:
+            error = getattr(left, "why", f"it left with code {code}")
+            note(folder, "failed", **who, rank=rank, error=error)
+        if code in STOPPED and not is_main:
+            raise SystemExit(
+                0
+            ) from None  # a code would have srun kill rank 0, which has more to do
+        raise
+    except KeyboardInterrupt:
+        if is_main:
+            note(folder, "stopped", **who, signal="SIGINT")
+        raise
+    except BaseException as error:
+        event = "lost_peer" if is_lost(error) else "failed"
+        note(folder, event, **who, rank=rank, error=in_one_line(error))
+        raise
+    if is_main:
+        note(folder, "ended", **who)
+
+
+def in_one_line(error: BaseException) -> str:
+    """An exception's class and words; a user's mistake speaks for itself."""
+    name = type(error).__name__
+    words = " ".join(str(error).split())[:500]
+    return words if name == "UserError" else f"{name}: {words}"
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the error of a rank is another's death, a worker's, or its device's: try again."""
+    what = in_one_line(error)
+    found = _LOST.search(what) or _TRANSIENT.search(what)
+    return bool(found) and not isinstance(error, UserError)

@@ -1,0 +1,232 @@
+"""What a run folder says of its run: how far it is, its last figures, and why it ended."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slurm import record
+from slurm.processes import started
+
+# What may lie in a run folder and holds no run of its own.
+_INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
+MAX_DEPTH = 5
+FRESH_S = 120.0  # a lock (utils/lock.py) that was not touched for longer has no living holder
+
+
+@dataclass
+class Run:
+    """One run folder, as a row of the list."""
+
+    folder: Path
+    name: str = ""
+    job: str = ""
+    state: str = "UNKNOWN"
+    why: str = ""
+    step: int | None = None
+    total: int | None = None
+    seconds: float | None = None
+    restarts: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    log: str = ""
+    changed: float = 0.0
+    lines: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def attempt(self) -> list[dict[str, Any]]:
+        """What is noted of the newest attempt."""
+        begins = [i for i, line in enumerate(self.lines) if line["event"] in ("began", "submitted")]
+        return self.lines[begins[-1] :] if begins else self.lines
+
+
+def find(places: list[Path]) -> list[Run]:
+    """All runs in these folders and below them, the one that changed last at the end."""
+    folders = {folder.resolve(): folder for place in places for folder in _folders(place)}
+    return sorted((describe(folder) for folder in folders.values()), key=lambda run: run.changed)
+
+
+def describe(folder: Path) -> Run:
+    """The run of a folder; its state as far as the folder alone tells."""
+    run = Run(folder, lines=_current(record.read(folder)))
+    submitted = [line for line in run.lines if line["event"] == "submitted"]
+    run.job = next((line["job"] for line in reversed(run.lines) if line["job"]), "")
+    run.log = next((line.get("log", "") for line in reversed(submitted)), "")
+    run.restarts = max((line["attempt"] for line in run.lines if line["job"] == run.job), default=0)
+    summary, config = _json(folder / "summary.json"), _head_of_config(folder)
+    progress = _json(folder / "progress.json")
+    run.name = str(
+        next((x["name"] for x in (config, summary, *submitted) if x.get("name")), folder.name)
+    )
+    run.step, run.metrics = _last_metrics(folder)
+    total = progress.get("total_steps") or summary.get("total_steps")
+    run.total = int(total) if total else None
+    _judge(run, summary)
+    files = [folder, *folder.glob("*.json*")]
+    run.changed = (
+        max(path.stat().st_mtime for path in files if path.exists()) if folder.exists() else 0.0
+    )
+    return run
+
+
+def one_line_of(value: float) -> str:
+    """A figure in few characters."""
+    return f"{value:.4g}"
+
+
+def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[Path]:
+    if not place.is_dir():
+        return
+    has = {path.name for path in place.iterdir()}
+    is_run = record.NAME in has or {"config.yaml", "metrics.jsonl"} <= has
+    # What a probe leaves in the folder of a run is no run.
+    is_run = is_run or not inside and bool({"summary.json", "results.json"} & has)
+    if is_run:
+        yield place
+    if depth < MAX_DEPTH:
+        for name in sorted(has - _INSIDE):
+            if not name.startswith("."):
+                yield from _folders(place / name, depth + 1, inside=inside or is_run)
+
+
+def _current(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without those of a second command that was refused because the first still ran."""
+    refused = {
+        (line["job"], line["attempt"])
+        for line in lines
+        if line["event"] == "failed" and " is in use by " in str(line.get("error"))
+    }
+    if not refused or len({(line["job"], line["attempt"]) for line in lines}) == 1:
+        return lines
+    return [line for line in lines if (line["job"], line["attempt"]) not in refused]
+
+
+def _judge(run: Run, summary: Mapping[str, Any]) -> None:
+    attempt = run.attempt
+    events = {line["event"]: line for line in attempt}
+    began = events.get("began")
+    ends = [e for e in ("failed", "stopped", "ended", "final", "again", "lost_peer") if e in events]
+    if began:
+        last = max((events[end]["time"] for end in ends), default=None)
+        run.seconds = (last or time.time()) - began["time"]
+    if "ended" in events and not {"failed", "lost_peer"} & set(events):
+        run.state, run.why = "COMPLETED", _left_early(run)
+    elif "failed" in events:
+        first = next(line for line in attempt if line["event"] == "failed")
+        run.state, run.why = "FAILED", _whose(first)
+    elif "again" in events:
+        run.state, run.why = "REQUEUED", f"{_ended_by(events['again'], run)}; starts again"
+    elif "final" in events:
+        run.state, run.why = "FAILED", _ended_by(events["final"], run)
+    elif "stopped" in events:
+        signal = events["stopped"].get("signal", "a signal")
+        run.state, run.why = "STOPPED", f"told to stop by {signal}" + _goes_on(run)
+    elif began and not began["job"]:
+        alive = _lives(began, run.folder)
+        run.state = "RUNNING" if alive else "KILLED"
+        run.why = "" if alive else "it left no word: killed, or the machine stopped" + _goes_on(run)
+        if not alive:
+            run.seconds = None
+    elif not run.lines and summary:
+        finished = summary.get("finished")
+        run.state = "COMPLETED" if finished else "STOPPED"
+        run.seconds = summary.get("seconds")
+    if not run.lines and (run.folder / "results.json").is_file():
+        run.state = "COMPLETED"
+
+
+def _goes_on(run: Run) -> str:
+    return "" if run.job else "; the same command goes on"
+
+
+def _left_early(run: Run) -> str:
+    early = run.step is not None and run.total is not None and run.step < run.total
+    return f"at step {run.step} of {run.total}" if early else ""
+
+
+def _whose(line: Mapping[str, Any]) -> str:
+    rank = line.get("rank", 0)
+    return f"{f'rank {rank}: ' if rank else ''}{line.get('error', '')}"
+
+
+def _ended_by(line: Mapping[str, Any], run: Run) -> str:
+    """What the batch script saw, in words."""
+    kind, status, step = line.get("kind"), int(line.get("status", 0)), line.get("step", "none")
+    where = f"at checkpoint {step}" if step != "none" else "before a checkpoint"
+    if kind == "stopped":
+        return f"told to stop (pre-emption or time limit), saved {where}"
+    if kind == "interrupted":
+        return f"interrupted, saved {where}"
+    if kind == "unstarted":
+        return f"the processes did not start (status {status}): see {run.log or 'the log'}"
+    if hang := _hang(run.folder) if status == 75 else "":
+        return hang
+    peers = [x for x in run.attempt if x["event"] == "lost_peer"]
+    by = {137: "a process was killed (out of memory?)", 134: "a process aborted", 75: "hung"}.get(
+        status, f"a process was lost ({_whose(peers[0])})" if peers else f"it ended with {status}"
+    )
+    return f"{by}, {where}"
+
+
+def _hang(folder: Path) -> str:
+    lines = sorted(folder.glob("hangs/*/line.txt"), key=lambda path: path.stat().st_mtime)
+    return lines[-1].read_text().strip() if lines else ""
+
+
+def _lives(began: Mapping[str, Any], folder: Path) -> bool:
+    if began.get("host") == socket.gethostname():
+        return bool(began.get("since")) and started(int(began["pid"])) == began["since"]
+    lock = folder / ".lock"
+    return lock.exists() and time.time() - lock.stat().st_mtime < FRESH_S
+
+
+def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
+    """The last step, and the last value of what people look at: losses, and what probes found."""
+    step: int | None = None
+    found: dict[str, float] = {}
+    for line in _tail(folder / "metrics.jsonl"):
+        step = int(line.get("step", step or 0))
+        shown = {k: v for k, v in line.items() if k == "loss" or "/" in k and _is_probe(k)}
+        found |= {k: float(v) for k, v in shown.items() if isinstance(v, int | float)}
+    for probe, part in _json(folder / "results.json").items():
+        figures = part.get("figures", {}) if isinstance(part, dict) else {}
+        found |= {f"{probe}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
+    return step, found
+
+
+def _is_probe(key: str) -> bool:
+    return not key.startswith("grad_norm/")
+
+
+def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        texts = file.read().decode(errors="replace").splitlines()
+    lines = []
+    for text in texts:
+        with suppress(ValueError):
+            line = json.loads(text)
+            lines += [line] if isinstance(line, dict) else []
+    return lines
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _head_of_config(folder: Path) -> dict[str, str]:
+    """The run's name, from config.yaml, without reading YAML: the list may be long."""
+    with suppress(OSError):
+        for line in (folder / "config.yaml").read_text().splitlines():
+            if line.startswith("name: "):
+                return {"name": line.removeprefix("name: ").strip("'\" ")}
+    return {}

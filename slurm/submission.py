@@ -1,0 +1,273 @@
+"""From configs to a job, or a job array, in Slurm's hands, through submitit.
+
+The batch script loads what configs/cluster says, puts the snapshot of the code in front of Python's
+path, starts the processes and then looks at how they ended (slurm/after.sh).
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slurm import record
+from slurm.cluster import check_executor, facts, parameters, refusal
+from slurm.job import Function, Job
+from slurm.snapshot import Snapshot
+from utils.build import plain
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import submitit
+
+AFTER = Path(__file__).with_name("after.sh")
+
+
+class Submission:
+    """Configs that run as one job (one config) or as one job array (several), and its folder.
+
+    `folder` gets the logs (`slurm/`) and the snapshot (`code/`); it is the run folder of a single
+    config and the parent of the run folders of several. %j in it becomes the job's id. `after` is
+    the id of the job that must succeed first, `name` the job's where it is not the config's.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        configs: Sequence[Mapping[str, Any]],
+        folder: Path | None = None,
+        *,
+        after: str = "",
+        name: str = "",
+    ) -> None:
+        self.configs = [_absolute(plain(config)) for config in configs]
+        self.cluster = facts(self.configs[0])
+        self.is_array = len(self.configs) > 1
+        self.executor_name = check_executor(self.cluster)
+        self.folder = Path(folder or self.configs[0]["output_dir"]).absolute()
+        # submitit's local executor cannot put the id of a job into the folder of its logs.
+        kept = "%A" if self.is_array else "%j"
+        self.logs = Path(
+            str(self.folder).replace("%j", kept if self.executor_name == "slurm" else "local")
+        )
+        self.jobs = [Job(function, config) for config in self.configs]
+        name = name or str(self.configs[0]["name"])
+        wanted = [parameters({**config, "name": name}) for config in self.configs]
+        self.asked = wanted[0]
+        if any(other != self.asked for other in wanted):
+            raise UserError(
+                "the points of a job array ask the cluster for the same: launcher and cluster "
+                "keys cannot be swept; submit them one by one"
+            )
+        if after:
+            kind = "aftercorr" if self.is_array else "afterok"
+            self.asked["slurm_dependency"] = f"{kind}:{after}"
+            self.asked["slurm_additional_parameters"]["kill-on-invalid-dep"] = "yes"
+        self.snapshot = Snapshot() if self.cluster["snapshot"] else None
+        code = self.logs / "code" / self.snapshot.name if self.snapshot else None
+        setup = self.asked.pop("setup")
+        self.asked["local_setup"] = [*setup, *_code_lines(code)] or None
+        self.asked["slurm_setup"] = [*setup, *_code_lines(code), *self._facts_of_runs()]
+        self.asked["slurm_teardown"] = AFTER.read_text().splitlines()
+
+    def script(self) -> str:
+        """What sbatch is given."""
+        executor = self._slurm_executor()
+        if self.is_array:
+            executor.parameters["map_count"] = len(self.jobs)
+        return executor._make_submission_file_text(executor._submitit_command_str, "dry_run")
+
+    def submit(self) -> list["submitit.Job[Any]"]:
+        """Hand it over; raises `UserError` with one line where Slurm does not take it."""
+        from submitit.core.utils import FailedJobError
+
+        self._check_folders()
+        staged = self._stage()
+        executor = self._slurm_executor() if self.executor_name == "slurm" else self._rehearsal()
+        try:
+            with redirect_stderr(StringIO()):  # where submitit repeats what Slurm said
+                jobs = executor.submit_array(self.jobs)
+        except FailedJobError as error:
+            _remove_unsent(self.logs / "slurm", self.jobs, error)
+            if staged:
+                shutil.rmtree(staged, ignore_errors=True)
+            raise UserError(refusal(str(error), self.asked)) from error
+        self._settle(staged, jobs)
+        return jobs
+
+    def run_folder(self, index: int, job_id: str) -> Path:
+        """Where a config's run is, once the job's id is known."""
+        return Path(with_id(self.configs[index]["output_dir"], job_id))
+
+    def _slurm_executor(self) -> Any:
+        executor = _executor_class()(
+            self.logs / "slurm",
+            max_num_timeout=self.cluster["max_requeues"],
+            python=self.cluster["python"],
+        )
+        asked = {
+            key.removeprefix("slurm_"): value
+            for key, value in self.asked.items()
+            if not key.startswith("local_")
+        }
+        executor.update_parameters(**executor._convert_parameters(asked))
+        return executor
+
+    def _rehearsal(self) -> Any:
+        import submitit
+
+        options = {
+            "max_num_timeout": self.cluster["max_requeues"],
+            "python": self.cluster["python"],
+        }
+        executor = submitit.AutoExecutor(
+            self.logs / "slurm",
+            cluster="local",
+            **{f"local_{key}": value for key, value in options.items()},
+        )
+        common = ("timeout_min", "nodes", "tasks_per_node", "stderr_to_stdout", "gpus_per_node")
+        asked = {key: self.asked[key] for key in common if key in self.asked}
+        asked["gpus_per_node"] = self.asked["tasks_per_node"]
+        executor.update_parameters(**asked, slurm_signal_delay_s=self.cluster["signal_delay_s"])
+        if self.asked["local_setup"]:
+            executor.update_parameters(local_setup=self.asked["local_setup"])
+        return executor
+
+    def _facts_of_runs(self) -> list[str]:
+        """What slurm/after.sh reads."""
+        runs = " ".join(_in_shell(config["output_dir"]) for config in self.configs)
+        limits = [f"{key}={self.cluster[key]}" for key in ("max_requeues", "max_restarts")]
+        return [
+            *limits,
+            f"runs=({runs})",
+            "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
+            "set +eu  # whatever was chosen above: what follows looks at how they end",
+        ]
+
+    def _stage(self) -> Path | None:
+        """Copy the code; returns the folder that is new, if one is."""
+        if self.snapshot is None:
+            return None
+        code = self.logs / "code" / self.snapshot.name
+        if "%" not in str(self.logs):
+            return code if self.snapshot.write(code) else None
+        from submitit.core.utils import JobPaths
+
+        # The job's id is not known yet: it waits for the code, as submitit's processes do for
+        # what they are to run.
+        fixed = JobPaths.get_first_id_independent_folder(self.logs)
+        staged = fixed / f".code-{self.snapshot.name}-{uuid.uuid4().hex[:8]}"
+        self.snapshot.write(staged)
+        return staged
+
+    def _settle(self, staged: Path | None, jobs: Sequence["submitit.Job[Any]"]) -> None:
+        first = str(jobs[0].job_id).split("_")[0]
+        if self.snapshot and staged and "%" in str(self.logs):
+            code = Path(with_id(self.logs, first)) / "code" / self.snapshot.name
+            code.parent.mkdir(parents=True, exist_ok=True)
+            staged.rename(code)
+        self._remove_links()
+        for index, (job, config) in enumerate(zip(jobs, self.configs, strict=True)):
+            record.note(
+                self.run_folder(index, first),
+                "submitted",
+                job=str(job.job_id),
+                name=config["name"],
+                executor=self.executor_name,
+                log=str(job.paths.stdout),
+                code=self.snapshot.name if self.snapshot else "",
+                after=self.asked.get("slurm_dependency", ""),
+            )
+
+    def _remove_links(self) -> None:
+        # submitit leaves one to each script it has moved into a folder that it names by an id.
+        from submitit.core.utils import JobPaths
+
+        fixed = JobPaths.get_first_id_independent_folder(self.logs / "slurm")
+        for path in fixed.glob(".submission_file_*.sh"):
+            if path.is_symlink():
+                path.unlink()
+
+    def _check_folders(self) -> None:
+        """Refuse a run folder that another job, queued or running, will write to."""
+        if self.executor_name != "slurm":
+            return
+        for config in self.configs:
+            submitted = [line for line in record.read(Path(config["output_dir"])) if line["job"]]
+            job = str(submitted[-1]["job"]) if submitted else ""
+            if job and (state := _queued(job)):
+                raise UserError(
+                    f"{config['output_dir']} is the run folder of job {job}, {state}: wait for it, "
+                    f"cancel it (scancel {job}) or choose another output_dir"
+                )
+
+
+def with_id(path: object, job_id: str) -> str:
+    """A path with the job's id in its place: of a job array, the id that its jobs share."""
+    shared = str(job_id).split("_")[0]
+    return str(path).replace("%j", shared).replace("%A", shared)
+
+
+@cache
+def _executor_class() -> Any:
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Executor(SlurmExecutor):
+        """Writes its script on a machine without a Slurm too."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            """Always there."""
+            return 2
+
+    return Executor
+
+
+def _code_lines(code: Path | None) -> list[str]:
+    """Put the snapshot first on Python's path, before the folder the job was submitted from."""
+    if code is None:
+        return []
+    place, lines = _in_shell(code), []
+    if "%" in str(code):
+        lines = [f"for _ in {{1..60}}; do [ -e {place} ] && break; sleep 1; done"]
+    return [*lines, f"export PYTHONSAFEPATH=1 PYTHONPATH={place}${{PYTHONPATH:+:$PYTHONPATH}}"]
+
+
+def _in_shell(path: object) -> str:
+    """A path as a word of the batch script, the job's id put in there."""
+    parts = re.split("%[jA]", str(path))
+    return '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"'.join(shlex.quote(p) if p else "" for p in parts)
+
+
+def _absolute(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "output_dir": str(Path(config["output_dir"]).absolute())}
+
+
+def _queued(job: str) -> str:
+    """The state of a job that is queued or runs; nothing for one that has ended."""
+    words = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _remove_unsent(folder: Path, jobs: Sequence[Job], error: Exception) -> None:
+    """Delete what submitit wrote for a job that Slurm did not take."""
+    from submitit.core.utils import JobPaths
+
+    marks = [job.mark.encode() for job in jobs]
+    for path in JobPaths.get_first_id_independent_folder(folder).glob("*.pkl"):
+        content = path.read_bytes()
+        if any(mark in content for mark in marks):
+            path.unlink()
+    for word in getattr(error.__cause__, "cmd", []):
+        if Path(word).name.startswith(".submission_file_"):
+            Path(word).unlink(missing_ok=True)

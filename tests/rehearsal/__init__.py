@@ -1,0 +1,1 @@
+"""Accidents rehearsed by the hundred: `python -m tests.rehearsal --help`."""

@@ -1,0 +1,202 @@
+"""The list of runs: what a folder alone tells, and what Slurm adds."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from slurm import jobs, record
+from slurm.jobs import judge, list_runs, main
+from slurm.processes import started
+from slurm.runs import Run, describe
+from utils.errors import UserError
+
+
+def lines(folder: Path, *events: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / record.NAME).open("a") as file:
+        for number, event in enumerate(events):
+            whole = {"job": "", "attempt": 0, "time": 100.0 + number, **event}
+            file.write(json.dumps(whole) + "\n")
+    return folder
+
+
+def trained(folder: Path, step: int, total: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": step, "loss": 2.5, "lr": 0.1}, {"step": step, "knn/top1": 81.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "progress.json").write_text(json.dumps({"first_step": 0, "total_steps": total}))
+    (folder / "config.yaml").write_text("name: mine\nseed: 0\n")
+
+
+BEGAN = {"event": "began", "host": "elsewhere", "pid": 1, "since": 1}
+ME = {"host": socket.gethostname(), "pid": os.getpid(), "since": started(os.getpid())}
+
+
+@pytest.mark.parametrize(
+    ("events", "state", "why"),
+    [
+        ([BEGAN, {"event": "ended"}], "COMPLETED", ""),
+        ([BEGAN | ME], "RUNNING", ""),
+        ([BEGAN | ME | {"since": 1}], "KILLED", "it left no word: killed, or the machine stopped"),
+        ([BEGAN, {"event": "stopped", "signal": "SIGINT"}], "STOPPED", "told to stop by SIGINT"),
+        (
+            [BEGAN, {"event": "failed", "rank": 3, "error": "ValueError: x"}],
+            "FAILED",
+            "rank 3: ValueError: x",
+        ),
+        (
+            [BEGAN, {"event": "failed", "rank": 0, "error": "a"}, BEGAN, {"event": "ended"}],
+            "COMPLETED",
+            "",
+        ),
+        (
+            [
+                BEGAN | ME,
+                BEGAN | {"attempt": 5},
+                {"event": "failed", "attempt": 5, "error": "runs/x is in use by process 1"},
+            ],
+            "RUNNING",
+            "",
+        ),
+    ],
+)
+def test_local_runs(tmp_path: Path, events: list[dict], state: str, why: str) -> None:
+    run = describe(lines(tmp_path, *events))
+    assert run.state == state and run.why.startswith(why) and bool(run.why) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("final", "why"),
+    [
+        (
+            {"kind": "killed", "status": 137, "step": "40"},
+            "a process was killed (out of memory?), at checkpoint 40",
+        ),
+        (
+            {"kind": "unstarted", "status": 1, "step": "none"},
+            "the processes did not start (status 1)",
+        ),
+        (
+            {"kind": "stopped", "status": 140, "step": "4"},
+            "told to stop (pre-emption or time limit)",
+        ),
+        (
+            {"kind": "killed", "status": 75, "step": "4"},
+            "no step finished for 900 s: rank 2 is behind",
+        ),
+    ],
+)
+def test_what_the_batch_script_saw(tmp_path: Path, final: dict, why: str) -> None:
+    hang = tmp_path / "hangs" / "7" / "line.txt"
+    hang.parent.mkdir(parents=True)
+    hang.write_text("no step finished for 900 s: rank 2 is behind\n")
+    job = {"job": "12"}
+    run = describe(
+        lines(
+            tmp_path,
+            job | {"event": "submitted", "name": "x"},
+            BEGAN | job,
+            job | {"event": "final", **final},
+        )
+    )
+    assert run.job == "12" and run.why.startswith(why)
+
+
+def test_a_run_of_before_there_were_records(tmp_path: Path) -> None:
+    trained(tmp_path, 7, 10)
+    assert describe(tmp_path).state == "UNKNOWN"
+    (tmp_path / "summary.json").write_text(json.dumps({"finished": True, "seconds": 5}))
+    run = describe(tmp_path)
+    assert (run.state, run.name, run.step, run.total) == ("COMPLETED", "mine", 7, 10)
+    assert run.metrics == {"loss": 2.5, "knn/top1": 81.0} and run.seconds == 5
+
+
+def test_the_list_finds_runs_and_no_parts_of_them(tmp_path: Path, capsys) -> None:
+    trained(tmp_path / "a", 7, 10)
+    (tmp_path / "a" / "linear").mkdir()
+    (tmp_path / "a" / "linear" / "results.json").write_text("{}")
+    trained(tmp_path / "a" / "code" / "hidden", 1, 2)
+    trained(tmp_path / "sweep" / "lr=1", 1, 2)
+    lines(tmp_path / "a" / "eval", BEGAN, {"event": "ended"})
+    assert main(["--json", str(tmp_path)]) == 0
+    found = {
+        Path(row["folder"]).relative_to(tmp_path).as_posix()
+        for row in json.loads(capsys.readouterr().out)
+    }
+    assert found == {"a", "sweep/lr=1", "a/eval"}
+    assert main([str(tmp_path), "--last", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "run folder" in told and told.count("mine") <= 1
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no folder ")
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "why"),
+    [
+        (
+            {"State": "TIMEOUT", "Timelimit": "1-00:00:00"},
+            "TIMEOUT",
+            "met the time limit (1-00:00:00)",
+        ),
+        ({"State": "OUT_OF_MEMORY"}, "OUT_OF_MEMORY", "a node ran out of the memory asked for"),
+        ({"State": "NODE_FAIL", "NodeList": "n7"}, "NODE_FAIL", "a node failed (n7)"),
+        ({"State": "CANCELLED by 0", "ElapsedRaw": "9"}, "CANCELLED", "cancelled by root"),
+        ({"State": "FAILED", "ExitCode": "3:0"}, "FAILED", "exit code 3:0: see the.log"),
+        ({"State": "PENDING", "Reason": "Priority"}, "PENDING", "waits: Priority"),
+        ({"State": "COMPLETED"}, "COMPLETED", ""),
+    ],
+)
+def test_what_slurm_adds(facts: dict, state: str, why: str) -> None:
+    run = Run(Path("x"), job="12", log="the.log")
+    judge(run, facts)
+    assert run.state == state and run.why.startswith(why) and bool(run.why) == bool(why)
+
+
+def test_a_cancelled_follower_names_the_job_that_did_not_succeed(tmp_path: Path) -> None:
+    run = describe(lines(tmp_path, {"event": "submitted", "job": "13", "after": "afterok:12"}))
+    judge(run, {"State": "CANCELLED", "ElapsedRaw": "0"})
+    assert run.why == "did not start: job 12, which it was to follow, did not succeed"
+
+
+def test_slurms_two_answers_are_joined(monkeypatch) -> None:
+    answers = {
+        "sacct": [
+            "12|NODE_FAIL|0:0|60|1:00|n1",
+            "12|REQUEUED|0:0|60|1:00|n1",
+            "12|RUNNING|0:0|5|1:00|n1",
+            "14_0|COMPLETED|0:0|5|1:00|n1",
+        ],
+        "squeue": ["12|RUNNING|None", "14_1|PENDING|JobArrayTaskLimit"],
+    }
+    monkeypatch.setattr(jobs, "_ask", lambda words: answers[words[0]])
+    found = jobs.ask_slurm(["12", "14_0", "14_1"])
+    assert found["12"]["State"] == "RUNNING" and found["12"]["Earlier"] == "node failure"
+    assert found["14_1"]["Reason"] == "JobArrayTaskLimit"
+
+
+def test_without_a_slurm_a_job_is_known_by_its_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines(tmp_path / "run", {"event": "submitted", "job": "12", "name": "x"})
+    (run,) = list_runs([tmp_path])
+    assert run.state == "UNKNOWN" and "ask sacct" in run.why
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../gloo/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"), True),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (UserError("a Broken pipe in a user's words"), False),
+    ],
+)
+def test_the_error_of_a_rank_that_lost_another_is_no_failure_of_its_own(
+    tmp_path: Path, error: Exception, lost: bool
+) -> None:
+    with pytest.raises(type(error)), record.attempt(tmp_path):
+        raise error
+    assert record.read(tmp_path)[-1]["event"] == ("lost_peer" if lost else "failed")

@@ -1,0 +1,76 @@
+"""Comma lists are points, as Hydra's basic sweeper counts them."""
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from slurm.sweep import points
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a.lr=1e-3,2e-3", "seed=range(0,3)", "name=x"],
+        ["seed=choice(1,2)", "betas=[0.9,0.95],[0.9,0.99]", "+x.y=null,true"],
+        ["text='a,b','c d'", "seed=5"],
+        ["seed=1,2", "seed=3", "lr=1,2"],
+        ["a={b:1},{b:2}", "data.root=/x/a.tar,/x/b.tar"],
+    ],
+)
+def test_the_points_are_those_of_hydras_basic_sweeper(words: list[str]) -> None:
+    parsed = OverridesParser.create().parse_overrides(words)
+    (expected,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    assert sorted(map(sorted, expected)) == sorted(sorted(point.words) for point in points(words))
+
+
+def test_flags_with_numbers_and_groups_list_too_and_others_keep_their_commas() -> None:
+    words = ["OUTPUT", "--lr", "1e-3,2e-3", "--exclude", "node1,node2", "--model=a,b", "--resume"]
+    found = points(words)
+    assert [point.label for point in found] == [
+        *("lr=1e-3,backbone=a", "lr=1e-3,backbone=b"),
+        *("lr=2e-3,backbone=a", "lr=2e-3,backbone=b"),
+    ]
+    rest = ["--exclude", "node1,node2", "--model=a", "--resume"]
+    assert found[0].words == ["OUTPUT", "--lr=1e-3", *rest]
+
+
+def test_glob_lists_the_options_of_a_group() -> None:
+    found = points(["backbone=glob(hybrid_dinov2*)"])
+    assert [point.values["backbone"] for point in found] == [
+        *("hybrid_dinov2_vit_base_patch16", "hybrid_dinov2_vit_huge_patch16"),
+        *("hybrid_dinov2_vit_large_patch16", "hybrid_dinov2_vit_small_patch16"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        (["a.lr=1,2", "b.lr=3"], ["lr=1", "lr=2"]),
+        (
+            ["a.lr=1,2", "b.lr=3,4"],
+            ["a.lr=1,b.lr=3", "a.lr=1,b.lr=4", "a.lr=2,b.lr=3", "a.lr=2,b.lr=4"],
+        ),
+        (["weights=runs/x/e/t.pth,runs/y/e/t.pth"], ["weights=x", "weights=y"]),
+        (["betas=[0.9,0.95],[0.9,1]"], ["betas=0.9_0.95", "betas=0.9_1"]),
+        (["seed=5"], [""]),
+    ],
+)
+def test_a_label_names_a_folder_and_tells_the_points_apart(
+    words: list[str], labels: list[str]
+) -> None:
+    assert [point.label for point in points(words)] == labels
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("lr=interval(0,1)", "has no list of values"),
+        ("seed=1,1", "two points of the sweep have the same values: seed=1"),
+        ("backbone=glob(nix*)", "matches nothing"),
+        ("output_dir=a,b", "every point has a folder below output_dir"),
+    ],
+)
+def test_lists_that_cannot_be_tried(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        points([word])

@@ -1,0 +1,53 @@
+"""The probes of a training: when they are due, and that they leave no trace in it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.randomness import preserved_randomness
+
+
+class Judge:
+    """The probes of a run, called every `every` steps (0: only at the end) on every rank.
+
+    A probe is `probe(net, data, output_dir, step) -> dict of numbers`; its numbers are reported as
+    `name/key`, and it may write to `folder/name`. It finds the net in evaluation mode and cannot
+    disturb the training's random numbers.
+    """
+
+    def __init__(
+        self,
+        probes: Mapping[str, Callable[..., dict[str, float]]],
+        net: nn.Module,
+        data: Mapping[str, Any],
+        folder: Path,
+        *,
+        every: int = 0,
+    ) -> None:
+        self.probes, self.net, self.data, self.folder, self.every = probes, net, data, folder, every
+        self.results: dict[str, float] = {}
+        self._done = -1
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """The results at `step`, if it is due."""
+        return self.final(step) if self.every and step % self.every == 0 else {}
+
+    def final(self, step: int) -> dict[str, float]:
+        """The results at `step`, unless they were just told."""
+        if self._done == step:
+            return {}
+        self._done = step
+        modes = {part: part.training for part in self.net.modules()}
+        self.net.eval()
+        results: dict[str, float] = {}
+        with torch.no_grad(), preserved_randomness():
+            for name, probe in self.probes.items():
+                values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
+                results |= {f"{name}/{key}": float(value) for key, value in values.items()}
+        for part, mode in modes.items():
+            part.training = mode
+        self.results |= results
+        return results
