@@ -119,5 +119,5 @@ def in_one_line(error: BaseException) -> str:
 def is_lost(error: BaseException) -> bool:
     """Whether the error of a rank is another's death, a worker's, or its device's: try again."""
     what = in_one_line(error)
-    found = _LOST.search(what) or _TRANSIENT.search(what)
-    return bool(found) and not isinstance(error, UserError)
+    lost = not isinstance(error, UserError) and _LOST.search(what)
+    return bool(lost or _TRANSIENT.search(what))

@@ -137,7 +137,8 @@ def measured(processes: Sequence[int]) -> list[list[Any]]:
             for kind in ("all_gather", "reduce_scatter", "all_reduce"):
                 told, said = expected[kind], found["payload"][kind]
                 ratio = f"{said / told:.3f}" if told else "-"
-                rows.append([net, count, layout, kind, f"{said:,.0f}", f"{told:,.0f}", ratio])
+                if said or told:
+                    rows.append([net, count, layout, kind, f"{said:,.0f}", f"{told:,.0f}", ratio])
     return rows
 
 

@@ -26,7 +26,8 @@ from utils.data.images import EXTENSIONS, ImageError, read_file, read_image
 
 # What libjpeg and libtiff print by themselves, of files they read in spite of it, too.
 NOTES = re.compile(
-    r"(Corrupt JPEG data|Premature end of JPEG|Warning: unknown JFIF|tempfile\.tif: |TIFF\w*: )"
+    r"(Corrupt JPEG data|Premature end of JPEG|Warning: unknown JFIF"
+    r"|tempfile\.tif: |(TIFF|LZW)\w*: )"
 )
 CHUNK = 50  # images per child: a decoder that crashes takes no more with it
 Corrupt = Callable[[bytes, random.Random], bytes]

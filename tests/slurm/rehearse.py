@@ -102,6 +102,9 @@ def rehearse(count: int, folder: Path) -> dict[str, object]:
     return {
         "accidents": dict(happened),
         "starts": len(attempts),
+        "left in order, with a checkpoint": sum(
+            line["event"] == "again" and line["kind"] == "stopped" for line in record.read(run)
+        ),
         "steps": steps,
         "tensors equal to the bit": len(ours),
         "seconds": round(time.monotonic() - begun),

@@ -45,7 +45,13 @@ def test_a_preempted_and_a_killed_run_end_in_the_weights_of_an_undisturbed_one(
 ) -> None:
     """The undisturbed one is urgent and takes the nodes of the other: Slurm's own pre-emption."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests/slurm/fake'}{os.pathsep}{ROOT}")
-    words = [*DINOV2, "training.max_steps=10", "checkpoint.every=3", "logging.wandb=true"]
+    words = [
+        *DINOV2,
+        "training.max_steps=10",
+        "checkpoint.every=3",
+        "recipe.num_workers=1",
+        "logging.wandb=true",
+    ]
     run, calm = tmp_path / "disturbed", tmp_path / "calm"
     train("train_dinov2", run, *words)
     job = job_of(capsys)

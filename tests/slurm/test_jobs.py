@@ -192,6 +192,7 @@ def test_without_a_slurm_a_job_is_known_by_its_folder(tmp_path: Path, monkeypatc
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (UserError("a Broken pipe in a user's words"), False),
+        (UserError("DataLoader worker (pid(s) 7) exited unexpectedly: usually"), True),
     ],
 )
 def test_the_error_of_a_rank_that_lost_another_is_no_failure_of_its_own(

@@ -4,6 +4,7 @@ Run as a program (under torchrun) it does so for a list of cases and writes what
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -92,6 +93,7 @@ def train(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(2, int(os.environ["WORLD_SIZE"])))  # two make a node
     with distributed.session(sys.argv[3]):
         for number, case in enumerate(json.loads(sys.argv[1])):
             found = train(**case)

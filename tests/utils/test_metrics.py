@@ -148,7 +148,7 @@ def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
 
     class Full:
         def __init__(self, *_):
-            self.file = open(*_)
+            self.file = open(*_)  # noqa: SIM115
 
         def __enter__(self):
             return self

@@ -19,7 +19,7 @@ NETS = pytest.mark.parametrize("net", ["plain", "octic"])
 def train_together(folder: Path, processes: int, cases: list[dict], device: str = "cpu") -> list:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "-m", "tests.utils.sharding_case"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, json.dumps(cases), str(folder), device],
         cwd=ROOT,
@@ -145,9 +145,8 @@ def test_a_gpu_alone_trains_with_every_switch(net):
 
 @pytest.mark.gpu
 @NETS
-def test_one_gpu_trains_under_fsdp(tmp_path, net, monkeypatch):
-    """A mesh of one: nccl, bf16 parameters, float32 sums, compiled blocks."""
-    monkeypatch.setattr("tests.utils.test_sharding.ROOT", ROOT)
+def test_one_gpu_trains_under_torchrun(tmp_path, net):
+    """As a job of one process does: nccl's group, bf16, compiled blocks."""
     case = {"name": net, "sharding": "shard", "precision": "bf16", "device": "cuda"}
     (found,) = train_together(tmp_path, 1, [{**case, "compile": True}], "cuda")
     assert found["losses"] == pytest.approx(train(net)["losses"], rel=0.03)

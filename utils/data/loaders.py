@@ -8,6 +8,7 @@ step, and one process reads the samples that several would share.
 
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
@@ -166,6 +167,7 @@ def _load(
         sampler=requests,
         num_workers=num_workers,
         collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_process,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=prefetch if num_workers else None,
         generator=Generator(),  # else the loader draws from the global one
@@ -185,6 +187,15 @@ def _load(
         if batch is None and isinstance(source, TrainingSource):
             raise UserError(f"{source.dataset!r}: {len(failures)} images in a row cannot be read")
         yield batch, failures
+
+
+def _leave_signals_to_the_process(worker: int) -> None:
+    """Let a worker live on when the whole job is told to stop: the step in hand needs its batches.
+
+    Slurm's warnings go to every process of a job. A worker ends with the process it works for.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

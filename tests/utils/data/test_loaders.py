@@ -1,8 +1,10 @@
 """A training batch depends on (seed, step, micro-batch, rank) alone; bad images are named."""
 
 import logging
+import multiprocessing
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,17 @@ def test_an_error_of_the_transform_keeps_its_own_type(images: ImageFolder) -> No
 def test_a_killed_worker_is_one_clear_line(images: ImageFolder) -> None:
     with pytest.raises(UserError, match=r"exited unexpectedly.*out of memory"):
         next(training_batches(images, die, collate, 4, num_workers=1))
+
+
+def test_workers_live_on_when_the_whole_job_is_told_to_stop(images: ImageFolder) -> None:
+    """Slurm's warnings reach every process of a job, and the step in hand is to be finished."""
+    stream = training_batches(images, augment, collate, 4, num_workers=1)
+    found = [next(stream)]
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+    found += [next(stream) for _ in range(7)]
+    assert _same(found, _batches(images, 8))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 13])
