@@ -79,6 +79,9 @@ def compose_config(
             config = _compose_and_swap(path, words, base)
         _check_keys(config, base, path)
         OmegaConf.resolve(config)
+    for key in ("name", "output_dir"):  # a folder may be called 2, which YAML takes for a number
+        if isinstance(value := config.get(key), int | float):
+            config[key] = str(value)
     return config
 
 

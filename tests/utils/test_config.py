@@ -338,3 +338,8 @@ def test_a_constructors_complaint_is_one_line_with_its_place() -> None:
     missing = {"_target_": "utils.schedules.Cosine", "base": 1.0}
     with pytest.raises(UserError, match="also needs"):
         build(missing)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "name"])
+def test_a_folder_may_be_called_by_a_number(key: str) -> None:
+    assert compose_config("dinov2/quickstart.yaml", [f"{key}=2"])[key] == "2"
