@@ -10,8 +10,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "experiments/train_dinov2.py"
-# What reads no config: a page made of a folder, arithmetic about probes.
-WITHOUT_CONFIG = ("report.py", "plan_probes.py")
+# What reads no config of its own: a page made of a folder, arithmetic about probes and scaling.
+WITHOUT_CONFIG = ("report.py", "plan_probes.py", "scaling.py")
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 
 

@@ -78,10 +78,13 @@ def compose_config(
         else:
             config = _compose_and_swap(path, words, base)
         _check_keys(config, base, path)
+        for key in ("name", "output_dir"):
+            value = config.get(key, ".")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                config[key] = str(value)  # a folder may be called 2
+            elif not isinstance(value, str) or not value.strip():
+                raise UserError(f"{key} must be text, got {value!r}")
         OmegaConf.resolve(config)
-    for key in ("name", "output_dir"):  # a folder may be called 2, which YAML takes for a number
-        if isinstance(value := config.get(key), int | float):
-            config[key] = str(value)
     return config
 
 

@@ -142,28 +142,12 @@ def measured(processes: Sequence[int]) -> list[list[Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("measure", "model"))
-    add = parser.add_argument
-    add("--processes", default="2,4", help="measure: in so many processes (2,4)")
-    add("--config-file", default="dinov2/hybrid_vith16.yaml", help="model: of this run file")
-    add("--gpus", default="1,4,8,32,64,256", help="model: on so many GPUs")
-    add("--gpus-per-node", type=int, default=4, help="model: of them on a node (4)")
-    add("--batch", type=int, default=1024, help="model: images per step (1024)")
-    add("--tflops", type=float, default=100.0, help="model: sustained by a GPU (100)")
-    add("--node-gb-s", type=float, default=200.0, help="model: between GPUs of a node (200)")
-    add("--network-gb-s", type=float, default=12.5, help="model: per GPU between nodes (12.5)")
-    add("--latency-us", type=float, default=10.0, help="model: of one message (10)")
-    words = parser.parse_args(argv)
+def show(words: argparse.Namespace) -> None:
+    """Print the table that a command line (`evaluation.cost.scaling_arguments`) asks for."""
     try:
         _print_measured(words) if words.what == "measure" else _print_model(words)
     except UserError as error:
         fail(error)
-    return 0
 
 
 def _print_measured(words: argparse.Namespace) -> None:
