@@ -9,8 +9,8 @@ count() { # how many lines of this job say it
     cat "$run"/launches*.jsonl 2> /dev/null | grep -c "^{\"event\": \"$1\", \"job\": \"$job\"$2"
 }
 note() {
-    printf '{"event": "%s", "job": "%s", "attempt": %d, "time": %d, "status": %d, %s}\n' \
-        "$1" "$job" "$attempt" "$(date +%s)" "$status" "$2" >> "$run/launches.jsonl"
+    printf '{"event": "%s", "job": "%s", "attempt": %d, "time": %s, "status": %d, %s}\n' \
+        "$1" "$job" "$attempt" "$(date +%s.%3N)" "$status" "$2" >> "$run/launches.jsonl"
 }
 this=", \"attempt\": $attempt,"
 was_killed=no # 128 plus a signal; by INT, USR1, USR2 and TERM a process is told to leave

@@ -15,6 +15,7 @@ nodes that append to one file of a network file system may lose lines. slurm/aft
 writes the same lines, so keys keep their order.
 """
 
+import heapq
 import json
 import os
 import re
@@ -53,7 +54,7 @@ class Ended(SystemExit):
 def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: Any) -> None:
     """Append a line; a folder that cannot be written to loses it, and the run goes on."""
     rank = int(os.environ.get("RANK", "0"))
-    line = {"event": event, "job": job, "attempt": attempt, "time": round(time.time(), 1), **facts}
+    line = {"event": event, "job": job, "attempt": attempt, "time": round(time.time(), 3), **facts}
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / (f"launches.rank{rank}.jsonl" if rank else NAME), "a") as file:
@@ -61,14 +62,24 @@ def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: 
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run folder in the order of their times; torn ones are left out."""
-    lines = []
-    for path in sorted(folder.glob("launches*.jsonl")):
-        for text in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(text))
-    known = [line for line in lines if isinstance(line, dict) and "event" in line]
-    return sorted(known, key=lambda line: float(line.get("time", 0)))
+    """All lines of a run folder in the order of their times; torn ones are left out.
+
+    Lines of one file keep their order whatever the clocks of those who wrote them said.
+    """
+    files = [_lines(path) for path in sorted(folder.glob("launches*.jsonl"))]
+    return [line for _, line in heapq.merge(*files, key=lambda timed: timed[0])]
+
+
+def _lines(path: Path) -> list[tuple[float, dict[str, Any]]]:
+    """The lines of one file, each with the latest time said so far."""
+    latest, found = 0.0, []
+    for text in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and "event" in line:
+                latest = max(latest, float(line.get("time", 0)))
+                found.append((latest, line))
+    return found
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class Watchdog:
         if self.timeout_s:
             for answer in self.folder.glob("*/rank*.json") if distributed.is_main() else ():
                 answer.unlink(missing_ok=True)  # of a hang at the same step before
+            self._arm(self._limit + 2 * self.answer_s)  # C code may hold all threads from now on
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._thread.start()
         return self

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from slurm import record
@@ -133,15 +134,16 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=10, help="accidents; 10 by default")
     times = parser.parse_args().times
     os.environ |= {"SLURM_CONF": f"{FOLDER}/slurm.conf", "OMP_NUM_THREADS": "1"}
-    done = tell("up")
-    if done.returncode:
-        print(done.stdout + done.stderr, file=sys.stderr)
-        return done.returncode
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(rehearse(times, Path(folder)), indent=1))
-    finally:
-        tell("down")
+    with FileLock(f"{FOLDER}.lock", timeout=1800):  # the tests use the same testbed
+        done = tell("up")
+        if done.returncode:
+            print(done.stdout + done.stderr, file=sys.stderr)
+            return done.returncode
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                print(json.dumps(rehearse(times, Path(folder)), indent=1))
+        finally:
+            tell("down")
     return 0
 
 

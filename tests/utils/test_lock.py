@@ -49,7 +49,8 @@ def test_the_second_is_told_who_holds_it_and_since_when(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_refuses_a_folder_in_use_and_leaves_it_as_it_is(tmp_path):
+def test_a_run_refuses_a_folder_in_use_and_leaves_it_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.metrics.draw_curves", lambda path: None)
     first = FolderLock(tmp_path)
     first.acquire()
     with pytest.raises(UserError, match="is in use by process"):
@@ -74,7 +75,7 @@ def test_a_killed_process_of_this_machine_is_succeeded_at_once(tmp_path):
     start, ours = time.monotonic(), FolderLock(tmp_path)
     ours.acquire()  # also while the killed one is a zombie
     assert time.monotonic() - start < 2 and holder(tmp_path) == ours.owner["token"]
-    process.wait()
+    process.communicate()
     ours.release()
 
 
@@ -158,7 +159,7 @@ def test_a_holder_that_lost_its_lock_ends_itself(tmp_path):
     assert process.stdout.readline() == "held\n"
     hold(tmp_path, host="node1")
     assert process.wait(timeout=20) == LOST
-    (line,) = process.stderr.read().splitlines()
+    (line,) = process.communicate()[1].splitlines()
     assert "on node1" in line and f"process {process.pid} on" in line
 
 
