@@ -1,6 +1,7 @@
 """Where metrics may go besides the run folder: wandb and TensorBoard, imported when asked for."""
 
 import importlib
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,18 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> Sin
     wandb = _import("wandb", "logging.wandb", "wandb")
     # The run's id lives in the folder, so that a resumed or requeued job continues the same curve.
     id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
-    id_file.write_text(run_id)
-    run = wandb.init(
-        project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=config
-    )
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    place = str(folder.resolve())
+    try:
+        run = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", dir=place, config=config
+        )
+    except wandb.errors.Error as error:
+        what = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"logging.wandb=true: {what}; or set WANDB_MODE=offline and `wandb sync` later"
+        ) from error
+    id_file.write_text(f"{run_id}\n")
     return lambda step, values: run.log(values, step=step)
 
 

@@ -15,7 +15,6 @@ from slurm.jobs import list_runs
 from slurm.runs import Run
 from tests.slurm.cluster import (
     DINOV2,
-    ROOT,
     events,
     said_by,
     start,
@@ -44,7 +43,7 @@ def test_a_preempted_and_a_killed_run_end_in_the_weights_of_an_undisturbed_one(
     tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """The undisturbed one is urgent and takes the nodes of the other: Slurm's own pre-emption."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests/slurm/fake'}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     words = [
         *DINOV2,
         "training.max_steps=10",
@@ -76,7 +75,9 @@ def test_a_preempted_and_a_killed_run_end_in_the_weights_of_an_undisturbed_one(
     assert ends[0].keys() == ends[1].keys()
     assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
     assert losses(run) == losses(calm) and list(losses(calm)) == list(range(1, 11))
-    assert (run / "wandb_inits.txt").read_text() == "first-id\n" * 3
+    curve = (run / "wandb_id.txt").read_text().strip()
+    assert len(list((run / "wandb").glob(f"offline-run-*-{curve}"))) == 3
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 3
     assert listed(tmp_path)["disturbed"].restarts == 2
 
 

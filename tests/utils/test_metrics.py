@@ -2,7 +2,10 @@
 
 import io
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from utils.errors import UserError
 from utils.health import Health, effective_rank, relative_std
 from utils.metrics import Metrics, draw_curves, read_metrics
 from utils.sinks import make_sinks
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(folder, **options):
@@ -168,3 +173,45 @@ def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
     metrics.record(4, {"a": 4.0})
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert capsys.readouterr().out.count("No space left on device") == 1
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    (sink,) = make_sinks(tmp_path, tensorboard=True)
+    sink(3, {"loss": 2.0, "knn/top1": 81.0})
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(3, 2.0)]
+    assert read.Tags()["scalars"] == ["loss", "knn/top1"]
+
+
+WANDB = """
+import sys
+from pathlib import Path
+from utils.errors import UserError
+from utils.sinks import make_sinks
+try:
+    (sink,) = make_sinks(Path(sys.argv[1]), wandb=True)
+except UserError as error:
+    sys.exit(f"error: {error}")
+sink(1, {"loss": 2.0})
+"""
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_continues_the_run_of_the_folder(tmp_path, mode):
+    pytest.importorskip("wandb")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    env = {**clean, "WANDB_MODE": mode, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    command, run = [sys.executable, "-c", WANDB, str(tmp_path / "run")], tmp_path / "run"
+    run.mkdir()
+    for start in (1, 2):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if mode == "online":  # nobody has logged in
+            assert done.returncode == 1 and "Traceback" not in done.stderr
+            (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+            assert line.startswith("error: logging.wandb=true: ") and "WANDB_MODE=offline" in line
+            return
+        assert done.returncode == 0, done.stderr
+        curve = (run / "wandb_id.txt").read_text().strip()
+        assert len({*run.glob("wandb/offline-run-*")}) == start
+        assert all(path.name.endswith(curve) for path in run.glob("wandb/offline-run-*"))
