@@ -1,5 +1,6 @@
 """Which parameters train, which decay, and at what share of the learning rate."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 TRAINABLE = ("all", "attention", "head")
+_ATTENDS = re.compile(r"attn\d*|pos_embed")  # attn and attn1 of blocks in parallel
 
 
 def undecayed(model: nn.Module) -> set[str]:
@@ -83,6 +85,6 @@ def _kept(model: nn.Module, trainable: str) -> Iterator[str]:
     classifier = net.get_classifier() if hasattr(net, "get_classifier") else None
     head = {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
     for name, parameter in model.named_parameters():
-        attends = ".attn." in name or "pos_embed" in name.split(".")
+        attends = any(_ATTENDS.fullmatch(part) for part in name.split("."))
         if id(parameter) in head or (trainable == "attention" and attends):
             yield name

@@ -10,7 +10,7 @@ from torch import nn
 
 from deit.losses import Distillation
 from deit.mixing import Mixing
-from deit.param_groups import undecayed
+from deit.param_groups import freeze, undecayed
 from deit.schedules import Schedules
 from tests.deit.tiny import BACKBONES, Noise, make_backbone, make_batch, make_recipe
 from utils.optimizers import (
@@ -20,6 +20,7 @@ from utils.optimizers import (
     optimizer_state,
 )
 from vit.adapters import timm_backbone
+from vit.parallel import ParallelVisionTransformer
 
 
 def make_training(recipe):
@@ -178,6 +179,15 @@ def test_what_is_frozen_stays(family):
             if not kept:
                 assert torch.equal(before[name], parameter), name
         assert not torch.equal(before["head.weight"], recipe.model.head.weight)
+
+
+def test_both_attentions_of_a_parallel_block_train():
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = ParallelVisionTransformer(**size, num_classes=3)
+    freeze(model, "attention")
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"blocks.0.attn.qkv.weight", "blocks.0.attn1.qkv.weight"} <= training
+    assert not any(".mlp" in name or ".norm" in name for name in training)
 
 
 @pytest.mark.parametrize(
