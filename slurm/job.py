@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from slurm import record
-from utils.errors import UserError
+from utils.errors import UserError, long_paths_told
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -37,7 +37,7 @@ class Job:
         """Run in this process, as one of the job's tasks."""
         config = dict(self.config)
         if "SUBMITIT_EXECUTOR" not in os.environ:
-            return import_function(self.function)(config)
+            return self._run(config)
         job_id = _join_peers()
         if os.environ["SUBMITIT_EXECUTOR"] == "slurm":
             _leave_when_told()
@@ -46,6 +46,10 @@ class Job:
         config["output_dir"] = folder
         facts = {"kind": "slurm", "processes": int(os.environ["WORLD_SIZE"])}
         with _failure_shown(), record.attempt(Path(folder), job=job_id, **facts):
+            return self._run(config)
+
+    def _run(self, config: dict[str, Any]) -> Any:
+        with long_paths_told():
             return import_function(self.function)(config)
 
     def checkpoint(self) -> "DelayedSubmission":
