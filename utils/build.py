@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ ALLOWED = (
 )
 ROOT = Path(__file__).resolve().parent.parent
 _WORDS = {"_target_", "_partial_"}
+_COLLECTIONS = (Sequence, Iterable, Collection)
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 
@@ -205,6 +206,8 @@ def _kind(hint: Any) -> str:
         return "null"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_kind(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple, *_COLLECTIONS):
+        return "a list"
     name = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
     return words.get(hint) or name.replace("typing.", "").replace("collections.abc.", "")
 
@@ -240,6 +243,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if isinstance(value, bool):
         return kind in (bool, object)
+    if isinstance(value, str) and kind in _COLLECTIONS:
+        return False  # of letters: never meant
     wider = {int: (float,), str: (Path,), list: (tuple, set, frozenset)}.get(type(value), ())
     try:
         return isinstance(value, kind) or kind in wider

@@ -122,7 +122,7 @@ def _run_alone(
     optimizer, first_step, more = _set_out(
         config, recipe, optimizer_factory, checkpoints, precision, device
     )
-    last_step = min(recipe.total_steps, training["max_steps"] or recipe.total_steps)
+    last_step = _last_step(recipe.total_steps, training["max_steps"])
     metrics = _make_metrics(folder, config, recipe, first_step, last_step)
     for note in [*notes, *more]:
         metrics.say(note)
@@ -289,12 +289,20 @@ def _build_and_run(
     )
 
 
+def _last_step(total: int, most: Any) -> int:
+    if most is None:
+        return total
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise UserError(f"training.max_steps must be a whole number from 1, or null, got {most!r}")
+    return min(total, most)
+
+
 def load_weights(recipe: nn.Module, path: str) -> None:
     """Start from a run folder, one of its checkpoints, or a file that the recipe can read.
 
     Raises UserError, naming what misses and what is left over, unless every tensor finds its place.
     """
-    source = Path(path)
+    source = Path(str(path))
     if not source.exists():
         raise UserError(f"training.weights: there is no {path}")
     if source.is_dir():

@@ -32,6 +32,7 @@ from utils.config import compose_config, parse_config
 
 MEMORY = 12 * 2**30  # bytes a child may map: a net of a thousand layers is refused, not swapped
 PATIENCE_S = 120.0
+MOST_STEPS = 3
 
 SMALL = {
     "dinov2": [
@@ -102,6 +103,9 @@ def start(words: list[str], folder: Path) -> None:
     config = plain(parse_config("dinov2/quickstart.yaml", words))
     if isinstance(config["output_dir"], str):
         config["output_dir"] = str(folder / "run")
+    steps = config["training"]["max_steps"]
+    if steps is None or isinstance(steps, int) and steps > MOST_STEPS:  # right, and long
+        config["training"]["max_steps"] = MOST_STEPS
     launch("utils.training.train", config)
 
 

@@ -82,10 +82,11 @@ def test_wrong_words(words: list[str], said: str) -> None:
 
 
 def test_every_flag_is_a_key() -> None:
-    """Of a file, or a keyword of the constructor there, with one of the recipes."""
+    """Of a file, or a keyword of the constructor there, with one of the recipes or an EViT."""
+    evit = "backbone=deit_small_patch16_shrink_base"
     configs = [
-        compose_config("train.yaml", [f"recipe={recipe}", "data=folder"])
-        for recipe in ("dinov2", "deit")
+        compose_config("train.yaml", [*words, "data=folder"])
+        for words in (["recipe=dinov2"], ["recipe=deit"], ["recipe=deit", evit])
     ]
     for flag in FLAGS:
         group, _, name = flag.key.rpartition(".")
