@@ -84,5 +84,5 @@ class FastThreeAugment:
         """The batch with coloured, normalised images in place of uint8 ones and their plan."""
         done = dict(batch)
         levels = colour(done["images"], done.pop("colours"), self.operators)
-        mean, std = (value.to(levels.device) for value in (self.mean, self.std))
+        mean, std = (v.to(levels.device, non_blocking=True) for v in (self.mean, self.std))
         return done | {"images": colours.normalize(levels, mean, std)}

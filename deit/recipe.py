@@ -20,7 +20,7 @@ from deit.param_groups import freeze, param_groups
 from deit.schedules import Schedules
 from utils.data.images import ImageDataset
 from utils.data.loaders import training_batches
-from utils.distributed import rank, world_size
+from utils.distributed import average_buffers, rank, world_size
 from utils.effective_batch import micro_batches
 from vit.finetune import load_adapted
 
@@ -43,6 +43,11 @@ class DeiT(nn.Module):
         and probed, `model` (as published, where the average was saved but never judged) or `ema`.
     trainable, layerwise_decay: for fine-tuning, see `deit.param_groups`. decay_vectors: biases and
         norms decay too, as an optimiser does that is given all parameters at once.
+    train_mode: false trains the classifier in evaluation mode, without dropout and drop path and
+        with fixed batch statistics, as DeiT fine-tunes.
+
+    A classifier with `follow_training(step, epoch_length)` is told where the training stands, and
+    what that returns, numbers by name, is shown beside the losses.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class DeiT(nn.Module):
         trainable: str = "all",
         layerwise_decay: float = 1.0,
         decay_vectors: bool = False,
+        train_mode: bool = True,
         schedules: Schedules | None = None,
         sampler: str = "repeated_augmentation",
         num_workers: int = 10,
@@ -95,7 +101,7 @@ class DeiT(nn.Module):
             "seed": seed,
         }
         self.trainable, self.layerwise_decay = trainable, layerwise_decay
-        self.decay_vectors = decay_vectors
+        self.decay_vectors, self.train_mode = decay_vectors, train_mode
         self.ema_decay, self.export = ema_decay, export
 
         keywords = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
@@ -146,6 +152,8 @@ class DeiT(nn.Module):
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `deit.mixing.Collate`) from a step on, without end."""
+        # A run that is taken up again may have nothing left to do but to judge its last step.
+        self._follow(max(first_step - 1, 0))
         return training_batches(
             self.dataset,
             self.augmentation,
@@ -165,6 +173,11 @@ class DeiT(nn.Module):
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Losses of a micro-batch; `loss` is optimised, the rest is shown."""
+        told = self._follow(step)
+        losses = self._losses(batch)
+        return losses | {name: losses["loss"].new_tensor(value) for name, value in told.items()}
+
+    def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, targets = batch["images"], batch["targets"]
         if self.cosub:
             first, second = self._logits(torch.cat([images, images]))[0].chunk(2)
@@ -179,7 +192,8 @@ class DeiT(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Move the average towards the classifier."""
+        """Move the average towards the classifier; each rank's batch statistics become one."""
+        average_buffers(self.model)
         if self.ema is None:
             return
         torch._foreach_lerp_(
@@ -203,12 +217,23 @@ class DeiT(nn.Module):
     def train(self, mode: bool = True) -> "DeiT":
         """Set the classifier's mode; average and teacher always evaluate."""
         super().train(mode)
+        if not self.train_mode:
+            self.model.eval()
         for part in (self.ema, self.distillation):
             if part is not None:
                 part.eval()
         return self
 
     # Parts of the above.
+
+    def _follow(self, step: int) -> dict[str, float]:
+        """Tell classifier and average of a step, where they want to know; what to show of it."""
+        shown: dict[str, float] = {}
+        for net in (self.ema, self.model):
+            inner: Any = getattr(net, "net", net)
+            if hasattr(inner, "follow_training"):
+                shown = dict(inner.follow_training(step, self.epoch_length) or {})
+        return shown
 
     def _set_out(self) -> None:
         """What follows from the classifier: what of it trains, and the average, which starts there.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.judge import brings_weights, make_data, name_of
+from evaluation.judge import brings_weights, make_data, name_of, splits_of
 from evaluation.progress import say
 from evaluation.published import published_figure
 from evaluation.results import write_results
@@ -34,19 +34,23 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
     folder = Path(config["output_dir"])
     with distributed.session(config["device"]) as device:
         probes = {name: build(node) for name, node in config["probes"].items() if node}
-        dataset = make_data(config["data"], "val")
+        # Speed alone needs no images.
+        judged_on = "val" in splits_of(probes.values())
+        dataset = make_data(config["data"], "val") if judged_on else None
         path = weights_file(config["weights"])
         metadata, state = _read(path)
-        wrong = mismatch(metadata, dataset)
+        wrong = mismatch(metadata, dataset) if dataset is not None else None
         if wrong:
             raise UserError(f"{path}: {wrong}; figures would mean nothing")
         backbone = complete(config["backbone"], metadata, state, dataset)
         net = make_classifier(backbone, state, path, seed=config["seed"]).to(device)
         if distributed.is_main():
             _say_what_is_judged(backbone, path, dataset)
-        results = {name: probe(net, {"val": dataset}, folder, 0) for name, probe in probes.items()}
+        data = {} if dataset is None else {"val": dataset}
+        results = {name: probe(net, data, folder, 0) for name, probe in probes.items()}
         if distributed.is_main():
-            _say_published(backbone, metadata, path, dataset)
+            if dataset is not None:
+                _say_published(backbone, metadata, path, dataset)
             judged = {"backbone": name_of(backbone), "weights": path, "data": repr(dataset)}
             for name, figures in results.items():
                 protocol = judged | dict(getattr(probes[name], "protocol", {}))
@@ -69,7 +73,7 @@ def complete(
     backbone: Mapping[str, Any],
     metadata: Mapping[str, str],
     state: Mapping[str, Tensor] | None,
-    dataset: ImageDataset,
+    dataset: ImageDataset | None,
 ) -> dict[str, Any]:
     """The backbone node with the keywords that it leaves open and the file knows.
 
@@ -92,7 +96,9 @@ def complete(
     if brings_weights(backbone):  # and the head with them
         return {"num_classes": None, **backbone} if ":" in name_of(backbone) else backbone
     count = None if state is None else count_classes(state)
-    return {**backbone, "num_classes": count or len(class_list(dataset))}
+    if count is None and dataset is not None:
+        count = len(class_list(dataset))
+    return backbone if count is None else {**backbone, "num_classes": count}
 
 
 def count_classes(state: Mapping[str, Tensor]) -> int | None:
@@ -137,12 +143,13 @@ def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:
 
 
 def _say_what_is_judged(
-    backbone: Mapping[str, Any], path: str | None, dataset: ImageDataset
+    backbone: Mapping[str, Any], path: str | None, dataset: ImageDataset | None
 ) -> None:
     if not path and not brings_weights(backbone):
         say("no weights given (--eval FILE): judging the random initialisation")
     say(f"{name_of(backbone)}, weights: {path}")
-    say(f"val: {dataset!r}")
+    if dataset is not None:
+        say(f"val: {dataset!r}")
 
 
 def _say_published(

@@ -16,7 +16,7 @@ OPTIONS = {
     "--model": Option("backbone", "any registered model of ours or of timm's"),
     "--eval": Option("weights", "file of weights, or a run folder; every key must fit"),
     "--data-path": Option("data.root", "folder of the images: ImageNet, unless data=... says what"),
-    "--data-set": Option("data", "DeiT's word: IMNET, CIFAR, INAT or INAT19; as data=..."),
+    "--data-set": Option("data", "DeiT's or DHVT's word: IMNET, CIFAR, INAT, clipart, ..."),
     "--input-size": Option(
         "probes.accuracy.input_size", "side of the images; the net's own", text=False
     ),
@@ -31,17 +31,30 @@ OPTIONS = {
     "--rot-eval": Option("probes.accuracy.rot_eval", "images turned at random", "true"),
     "--flop-eval": Option("probes.accuracy.flop_eval", "images mirrored", "true"),
     "--symmetries": Option("probes.accuracy.symmetries", "table of all eight symmetries", "true"),
+    "--test-speed": Option("+probe@probes.throughput", "images per second too", "throughput"),
+    "--only-test-speed": Option("+probe@probes.throughput", "nothing else", "throughput"),
+    "--visualize-mask": Option(
+        "+probe@probes.token_mask", "pictures of the patches that EViT keeps", "token_mask"
+    ),
+    "--n-visualization": Option("probes.token_mask.num_images", "of how many images", text=False),
 }
 SAME = {
     **{"--data_path": "--data-path", "--batch": "--batch-size", "--weights": "--eval"},
     **{"--num_workers": "--num-workers", "--pretrained-weights": "--eval"},
+    **{"--test_speed": "--test-speed", "--only_test_speed": "--only-test-speed"},
+    **{"--visualize_mask": "--visualize-mask", "--n_visualization": "--n-visualization"},
 }
 SWITCHES = {"--dist-eval": "the images are always shared out over the processes"}
 DATA_SETS = {
     "IMNET": ["data=imagenet"],
     "CIFAR": ["data=cifar100"],
+    "CIFAR-10": ["data=cifar10"],
     "INAT": ["data=inaturalist", "data.year=2018"],
     "INAT19": ["data=inaturalist", "data.year=2019"],
+    **{
+        domain: ["data=domainnet", f"data.domain={domain}"]
+        for domain in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+    },
 }
 
 
@@ -63,12 +76,15 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides for `[flags] [key=value ...]`, and notes; other flags pass as they are."""
     found = read_words(argv, OPTIONS, same=SAME, ignored=SWITCHES, spell=_spell)
-    return found.overrides, found.notes
+    # Both flags together ask for the same probe once.
+    return list(dict.fromkeys(found.overrides)), found.notes
 
 
 def _spell(name: str, value: str) -> list[str] | None:
     if name == "--model":
         return backbone_words(value)
+    if name == "--only-test-speed":
+        return [f"{OPTIONS[name].key}={value}", "probes.accuracy=null"]
     if name == "--data-set":
         if value not in DATA_SETS:
             known = ", ".join(DATA_SETS)

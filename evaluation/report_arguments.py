@@ -18,7 +18,10 @@ from utils.config import CONFIGS, fail, parse_config
 from utils.errors import UserError
 
 # Images each picture is drawn of where no data=... says so; those of other pictures are their own.
-DATA = {"pca": "photographs", "attention": "photographs", "neighbours": "digits"}
+DATA = {
+    **dict.fromkeys(("pca", "attention", "token_mask"), "photographs"),
+    "neighbours": "digits",
+}
 SHARED = {
     "--model": Option("backbone", "any registered model of ours or of timm's"),
     "--weights": Option("weights", "file of weights; every key must fit"),

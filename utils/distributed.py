@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.errors import UserError
 
@@ -157,6 +157,21 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Give the floating-point buffers (batch statistics) their mean over the ranks.
+
+    Every rank must call this. Of several processes each has seen other images, and what is saved is
+    one's.
+    """
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
+    if world_size() == 1 or not buffers:
+        return
+    mean = all_reduce_mean(torch.cat([buffer.flatten().float() for buffer in buffers]))
+    parts = mean.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:

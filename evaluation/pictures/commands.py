@@ -21,6 +21,7 @@ from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps, patch_maps
 from evaluation.pictures.published_pca import write_published_pca
 from evaluation.pictures.segmentation import draw_segmentation
+from evaluation.pictures.token_mask import draw_masks, draw_overview, stages
 from evaluation.progress import say
 from evaluation.sample import image_size_of, sample_images, squash_transform
 from evaluation.segmentation.patch_knn import PatchKnn
@@ -122,6 +123,23 @@ def draw_attention_maps(
     return draw_attention(
         net, images, folder, element=element, block=block, query=query, rollout=rollout
     )
+
+
+@main_only
+def draw_token_masks(
+    *,
+    net: Backbone,
+    data: Data,
+    folder: Path,
+    num_images: int = 4,
+    image_size: int | None = None,
+) -> list[Path]:
+    """What a net that drops tokens keeps of validation images: `token_mask.png`, `img_*.jpg`."""
+    size = image_size or image_size_of(net)
+    images = sample_images(make_data(data, "val"), size=size, count=num_images)
+    kept = stages(net, images)
+    overview = draw_overview(images, kept, folder / "token_mask.png")
+    return [overview, *draw_masks(images, kept, folder)]
 
 
 @main_only

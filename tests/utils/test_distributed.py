@@ -114,6 +114,11 @@ def _company(rank: int, world: int) -> None:
         assert distributed.all_reduce_mean(torch.tensor(float(rank))) == 0.5
         assert distributed.all_reduce_max(torch.tensor([1 - rank, rank])).tolist() == [1, 1]
         assert distributed.all_gather_variable(own).tolist() == [[0, 0], [1, 1], [1, 1]]
+        norm = torch.nn.BatchNorm2d(2)
+        norm.running_mean.fill_(rank)
+        norm.num_batches_tracked.fill_(3)
+        distributed.average_buffers(norm)
+        assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked == 3
         assert distributed.gather_objects(rank) == [0, 1]
         assert distributed.broadcast_object(rank) == 0
     assert not torch.distributed.is_initialized()

@@ -10,6 +10,7 @@ Written by
     python -m utils.data.lmdb FOLDER FILE
 
 FOLDER is any folder of images, such as ROOT/train of an ImageNet tree; sub-folders are classes.
+`utils.data.lmdb_writer` writes train.lmdb and val.lmdb of such a tree at once.
 Needs the package lmdb (`pip install -e .[lmdb]`).
 """
 
@@ -17,32 +18,46 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from utils.data.images import ImageFolder, read_image
+from utils.data.images import ImageError, ImageFolder, read_image
 from utils.errors import UserError
 
 VERSION = 1
 BATCH = 1000  # images per transaction
+CHECKS = ("none", "header", "pixels")
 # A sparse file of the data's size and room for its tree; pages hold 4 KiB, so a small image wastes.
 MAP_SLACK = 1.2
 MAP_PER_IMAGE = 8192
 
 
 class LmdbImages:
-    """Images of a file that `write_lmdb` wrote.
+    """Images of a file that `write_lmdb` wrote: `file`, or `split`.lmdb in the folder `root`.
 
     Each process opens the file for itself, read-only. UserError for a file that is missing or
     another program's.
     """
 
-    def __init__(self, file: str | os.PathLike | None) -> None:
-        if file is None or not os.fspath(file):
-            raise UserError("no LMDB file was given; say which: data.train_file=FILE")
+    def __init__(
+        self,
+        file: str | os.PathLike | None = None,
+        *,
+        root: str | os.PathLike | None = None,
+        split: str = "train",
+    ) -> None:
+        if not file and root:
+            file = os.path.join(root, f"{split}.lmdb")
+        if not file or not os.fspath(file):
+            raise UserError(
+                "no LMDB file was given; say which: data.train_file=FILE, or data.root=FOLDER of "
+                "train.lmdb and val.lmdb"
+            )
         self.file = os.path.abspath(os.path.expanduser(os.fspath(file)))
         if not os.path.isfile(self.file):
             raise UserError(f"there is no LMDB file {self.file}")
@@ -66,7 +81,10 @@ class LmdbImages:
         """The image file as stored."""
         if not 0 <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
-        return self._get(_key(index)) or b""
+        data = self._get(_key(index))
+        if data is None:
+            raise ImageError(self.path(index), "missing in the LMDB file, which is damaged")
+        return data
 
     def label(self, index: int) -> int | None:
         """Class index, or None without labels."""
@@ -94,46 +112,87 @@ class LmdbImages:
             return transaction.get(key)
 
 
-def write_lmdb(folder: str | os.PathLike, file: str | os.PathLike) -> int:
+def write_lmdb(
+    folder: str | os.PathLike,
+    file: str | os.PathLike,
+    *,
+    classes: Sequence[str] | None = None,
+    check: str = "none",
+    num_threads: int = 8,
+    shown: bool = False,
+) -> int:
     """Copy the images of a folder into one file; returns how many.
 
-    The file appears when it is whole. UserError where it exists already.
+    classes: as of `ImageFolder`. check: `header`, every file must begin like an image; `pixels`, it
+    must decode to its end; `none`. num_threads read at a time. shown: with a progress bar. The file
+    appears when it is whole. UserError where it exists already, where the folder holds no images or
+    a bad one, and where the disk is full.
     """
     lmdb = _package()
-    images, target = ImageFolder(folder), Path(file).expanduser().absolute()
+    if check not in CHECKS:
+        raise UserError(f"unknown check {check!r} of images; known: {', '.join(CHECKS)}")
+    images, target = ImageFolder(folder, classes=classes), Path(file).expanduser().absolute()
     if target.exists():
         raise UserError(f"{target} exists; choose another file or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    size = sum(os.path.getsize(images.path(index)) for index in range(len(images)))
-    map_size = int(MAP_SLACK * size) + MAP_PER_IMAGE * len(images) + 2**24
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(os.path.getsize(images.path(index)) for index in range(len(images)))
+        map_size = int(MAP_SLACK * size) + MAP_PER_IMAGE * len(images) + 2**24
         with lmdb.open(
             os.fspath(partial), subdir=False, map_size=map_size, lock=False
         ) as environment:
-            for start in range(0, len(images), BATCH):
-                with environment.begin(write=True) as transaction:
-                    for index in range(start, min(start + BATCH, len(images))):
-                        path = images.path(index)
-                        name = os.path.relpath(path, images.root)
-                        transaction.put(_key(index), Path(path).read_bytes())
-                        transaction.put(_key(index) + b".name", os.fsencode(name))
-            about = {
-                "version": VERSION,
-                "count": len(images),
-                "class_names": images.class_names,
-            }
-            with environment.begin(write=True) as transaction:
-                transaction.put(b"about", json.dumps(about).encode())
-                if images.labels is not None:
-                    transaction.put(b"labels", images.labels.astype("<i8").tobytes())
+            _fill(environment, images, check=check, num_threads=num_threads, shown=shown)
             environment.sync(True)
         partial.replace(target)
     except lmdb.Error as error:
         raise UserError(f"cannot write {target}: {error}") from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"cannot write {target}: {error.strerror}{where}") from None
     finally:
         partial.unlink(missing_ok=True)
     return len(images)
+
+
+def _fill(
+    environment: Any, images: ImageFolder, *, check: str, num_threads: int, shown: bool
+) -> None:
+    """Copy images, labels and what is told about them into an empty environment."""
+    from rich.progress import track
+
+    def entry(index: int) -> tuple[bytes, bytes]:
+        data = images.read_bytes(index)
+        if check != "none":
+            _check(data, images.path(index), whole=check == "pixels")
+        return data, os.fsencode(os.path.relpath(images.path(index), images.root))
+
+    starts = range(0, len(images), BATCH)
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start in track(starts, f"{len(images):,} images", disable=not shown):
+            indices = range(start, min(start + BATCH, len(images)))
+            with environment.begin(write=True) as transaction:
+                for index, (data, name) in zip(indices, pool.map(entry, indices), strict=True):
+                    transaction.put(_key(index), data)
+                    transaction.put(_key(index) + b".name", name)
+    about = {"version": VERSION, "count": len(images), "class_names": images.class_names}
+    with environment.begin(write=True) as transaction:
+        transaction.put(b"about", json.dumps(about).encode())
+        if images.labels is not None:
+            transaction.put(b"labels", images.labels.astype("<i8").tobytes())
+
+
+def _check(data: bytes, path: str, *, whole: bool) -> None:
+    """ImageError for what is no image, or, with `whole`, for one that does not decode."""
+    if whole:
+        read_image(io.BytesIO(data), name=path)
+        return
+    try:
+        with Image.open(io.BytesIO(data)):
+            pass
+    except Exception:  # damaged files make decoders raise almost anything; this says it in words
+        read_image(io.BytesIO(data), name=path)
+        raise ImageError(path, "damaged") from None
 
 
 # LMDB allows one environment per file and process, and none of another process: by file, the

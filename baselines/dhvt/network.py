@@ -1,0 +1,143 @@
+"""DHVT: overlapping patch embedding, head tokens, convolutions in the feed-forward; no positions.
+
+Lu et al. 2022. Names of parameters are the published ones, so published weights load as they are.
+
+Letters in shapes: B images, T tokens, h w grid of patches, D channels.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
+from baselines.dhvt.norms import check_sync
+from baselines.dhvt.stem import OverlappingPatchEmbed
+from baselines.tapped import Tapped, TappedTrunk
+from vit.trunk import drop_path_rates, init_linear
+
+DECAYS = ("exempt", "published")
+
+
+class DHVT(TappedTrunk):
+    """Dynamic hybrid vision transformer.
+
+    The convolutions of stem and blocks tell places apart, so there are no positions, and any grid
+    runs as it is, oblong ones too.
+
+    patch_size: 2, 4 or 16. decay: `exempt` spares class token, positions of head tokens and affine
+    scales of the stem weight decay; `published` the class token alone (and, as ever, vectors).
+    sync_batch_norm: which batch norms take the statistics of all GPUs: `all`; `stem`, as published;
+    `none`. representation_size: width of a layer with tanh before the head, or none.
+
+    Departs from DHVT: the feed-forward's batch norms are synchronised too by default, because
+    statistics would depend on how the batch is dealt out to GPUs; in_chans counts; oblong grids are
+    taken; a distillation token is refused, which could not be built. `baselines.dhvt.models` has
+    the plain ViT that apply_dhvt=false asks for.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        representation_size: int | None = None,
+        distilled: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+        dynamic_img_size: bool = True,
+        decay: str = "exempt",
+        sync_batch_norm: str = "all",
+        attention_backend: str = "auto",
+    ) -> None:
+        if distilled:
+            raise ValueError("DHVT has no distilled form; use distilled=False")
+        if decay not in DECAYS:
+            raise ValueError(f"unknown decay {decay!r}; known: {', '.join(DECAYS)}")
+        check_sync(sync_batch_norm)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            class_token=True,
+            num_register_tokens=0,
+            drop_rate=drop_rate,
+            dynamic_img_size=dynamic_img_size,
+        )
+        self.decay = decay
+        self.register_tokens = self.mask_token = None
+        self.patch_embed = OverlappingPatchEmbed(
+            patch_size, in_chans, embed_dim, sync=sync_batch_norm != "none"
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            DHVTBlock(
+                embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                attn_drop=attn_drop_rate,
+                norm_eps=norm_eps,
+                drop_path_rate=rate,
+                sync=sync_batch_norm == "all",
+                attention_backend=attention_backend,
+            )
+            for rate in drop_path_rates(drop_path_rate, depth, uniform=False)
+        )
+        self.norm: nn.LayerNorm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.init_weights()
+        self._add_pre_logits(representation_size)
+
+    def init_weights(self) -> None:
+        """Draw the linear layers, class token and head positions anew; convolutions as torch's."""
+        self.apply(init_linear)
+        assert self.cls_token is not None
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for part in self.modules():
+            if isinstance(part, HeadInteractedAttention):
+                nn.init.trunc_normal_(part.pos_embed, std=0.02)
+
+    def patch_positions(self, height: int, width: int) -> Tensor:
+        """None are added: a zero for every patch [1 1 1]."""
+        return self.norm.weight.new_zeros(1, 1, 1)
+
+    def run(
+        self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
+    ) -> tuple[Tensor, dict[int, Tapped]]:
+        """Tokens after the blocks, and what `TappedTrunk` asks for."""
+        grid, taps, kept = self.grid_of(images), set(taps), {}
+        x = self.embed(images)
+        last = len(self.blocks) - 1 if stop < 0 else stop
+        for index, block in enumerate(self.blocks[: last + 1]):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, grid, use_reentrant=False)
+            else:
+                x = block(x, grid)
+            if index in taps:
+                kept[index] = Tapped(x[:, :1], x[:, 1:].unflatten(1, grid))
+        return x, kept
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that weight decay spares, beside vectors and biases."""
+        if self.decay == "published":
+            return {"cls_token"}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith(("cls_token", "pos_embed")) or "_affine." in name
+        }

@@ -1,0 +1,26 @@
+"""Batch norm whose statistics may be those of all processes together."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+SYNC = ("all", "stem", "none")
+
+
+def batch_norm(channels: int, *, sync: bool = True) -> nn.BatchNorm2d | nn.SyncBatchNorm:
+    """Batch norm of maps [B C h w]; names of parameters are alike in either form.
+
+    sync: with the statistics of all processes, if the model is built in a process group of several
+    on GPUs; elsewhere torch has no synchronised form, and each process takes its own.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if sync and several and torch.cuda.is_available():
+        return nn.SyncBatchNorm(channels)
+    return nn.BatchNorm2d(channels)
+
+
+def check_sync(sync_batch_norm: str) -> None:
+    """Refuse an unknown choice of norms to synchronise."""
+    if sync_batch_norm not in SYNC:
+        known = ", ".join(SYNC)
+        raise ValueError(f"unknown sync_batch_norm {sync_batch_norm!r}; known: {known}")

@@ -1,0 +1,90 @@
+"""Attention that tells which tokens matter, and the block that drops the others before its MLP.
+
+Letters in shapes: B images, n tokens behind the class token, k of them kept, D channels.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from baselines.evit.reorganisation import class_attention, most_important, reorganise
+from vit.attention import Attention, attend
+from vit.block import Block
+from vit.packing import Packing
+from vit.stochastic_depth import add_branch
+
+
+class Attended(NamedTuple):
+    """Attention's output and, where tokens are to be dropped, the kept ones."""
+
+    x: Tensor  # [B 1+n D]
+    kept: Tensor | None = None  # indices [B k], the most important first
+    importance: Tensor | None = None  # [B n], of the class token's attention
+
+
+class Reduced(NamedTuple):
+    """A block's output; where it dropped tokens, which it kept, and all before they were."""
+
+    x: Tensor  # [B 1+n' D]
+    kept: Tensor | None = None  # indices [B k]
+    before: Tensor | None = None  # [B 1+n D], behind attention's residual
+
+
+class EViTAttention(Attention):
+    """Multi-head self-attention; names of parameters as of any ViT."""
+
+    def select(self, x: Tensor, num_kept: int | None = None) -> Attended:
+        """Attend among tokens [B 1+n D]; `num_kept` asks for the most important ones."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        dropout = self.attn_drop if self.training else 0.0
+        out = attend(q, k, v, backend=self.backend, dropout=dropout)
+        out = self.proj(out.flatten(2))
+        if num_kept is None:
+            return Attended(out)
+        query, keys = q[:, :1].transpose(1, 2), k.transpose(1, 2)
+        importance = class_attention(query, keys, q.shape[-1] ** -0.5)
+        return Attended(out, most_important(importance, num_kept), importance)
+
+
+class EViTBlock(Block):
+    """x += attn(norm1 x); drop and fuse tokens; x += mlp(norm2 x), both under stochastic depth.
+
+    fuse_token: what is dropped becomes one more token instead of vanishing. Other options are those
+    of `vit.block.Block`.
+    """
+
+    def __init__(self, dim: int, *, fuse_token: bool = False, **options: Any) -> None:
+        super().__init__(dim, **options)
+        if self.drop_path_mode != "sample":
+            raise ValueError(
+                f"drop_path_mode {self.drop_path_mode!r} leaves images without attention, which is "
+                'to tell their important tokens; use "sample"'
+            )
+        self.fuse_token = fuse_token
+        self.attn = EViTAttention(
+            dim,
+            num_heads=options.get("num_heads", 8),
+            qkv_bias=options.get("qkv_bias", True),
+            proj_bias=options.get("proj_bias", True),
+            attn_drop=options.get("attn_drop", 0.0),
+            backend=options.get("attention_backend", "auto"),
+        )
+
+    def forward(self, x: Tensor, num_kept: int | None = None) -> Reduced:  # type: ignore[override]
+        """Tokens [B 1+n D]; `num_kept` of the n are left, and the fused one. None: all."""
+        rate = self.drop_path_rate if self.training else 0.0
+        found: list[Attended] = []
+
+        def mix_tokens(tokens: Tensor, packing: Packing | None) -> Tensor:
+            found.append(self.attn.select(self.norm1(tokens), num_kept))
+            return self.ls1(found[-1].x)
+
+        x = add_branch(x, mix_tokens, None, rate=rate, mode=self.drop_path_mode)
+        _, kept, importance = found[-1]
+        if kept is None or importance is None:
+            return Reduced(self._add_mlp(x, rate))
+        left = reorganise(x, kept, importance, fuse=self.fuse_token)
+        return Reduced(self._add_mlp(left, rate), kept, x)
+
+    def _add_mlp(self, x: Tensor, rate: float) -> Tensor:
+        return add_branch(x, self._mix_channels, None, rate=rate, mode=self.drop_path_mode)

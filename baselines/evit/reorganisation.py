@@ -1,0 +1,130 @@
+"""Token reorganisation: which tokens stay, what becomes of the others, and where each came from.
+
+Liang et al. 2022, "Not All Patches are What You Need: Expediting Vision Transformers via Token
+Reorganizations", section 3. Pure functions on tensors. The class token comes first and always
+stays; indices count the tokens behind it.
+
+Letters in shapes: B images, H heads, n tokens behind the class token, k of them kept, D channels,
+E channels of a head, N patches in a grid of h x w.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FUSED = -1  # origin of a token that stands for many patches
+
+
+def keep_count(rate: float, count: int, *, exact: bool = True) -> int:
+    """ceil(rate * count), at least 1.
+
+    exact: a product within 1e-9 of a whole number is that number, as the rate's decimals have it.
+    Otherwise as published, where 0.55 of 100 tokens are 56 by the error of a float.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"a keep rate lies above 0 and at most at 1, not at {rate}")
+    return max(1, math.ceil(round(rate * count, 9) if exact else rate * count))
+
+
+def tokens_to_keep(
+    count: int,
+    own_rate: float,
+    called_rate: float | None = None,
+    tokens: int | None = None,
+    *,
+    exact: bool = True,
+) -> int:
+    """How many of `count` tokens a block with a rate of its own keeps; `count` for all.
+
+    A call's rate replaces that of a block that drops tokens, and a rate of 1 switches every block
+    off; `tokens` is a number that counts in every block.
+    """
+    if tokens is not None:
+        if not 1 <= tokens <= count:
+            raise ValueError(f"{tokens} tokens to be kept of {count}")
+        return tokens
+    rate = own_rate if called_rate is None else called_rate
+    return count if own_rate >= 1 or rate >= 1 else keep_count(rate, count, exact=exact)
+
+
+def class_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Importance [B n]: the class token's attention to the others, mean over heads.
+
+    query [B H 1 E] of the class token, keys [B H 1+n E] of all; the softmax is taken in float32 at
+    least. Departs from EViT: dropout of the attention does not touch the importance.
+    """
+    scores = (query * scale) @ keys.transpose(-2, -1)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=dtype)[:, :, 0, 1:].mean(dim=1)
+
+
+def most_important(importance: Tensor, count: int) -> Tensor:
+    """Indices [B k] of the most important tokens, the most important first."""
+    return importance.topk(count, dim=1, largest=True, sorted=True).indices
+
+
+def complement(kept: Tensor, count: int) -> Tensor:
+    """The indices below `count` that `kept` [B k] has not, ascending: [B count-k]."""
+    is_kept = torch.zeros(len(kept), count, dtype=torch.int64, device=kept.device)
+    is_kept.scatter_(1, kept, 1)
+    return is_kept.argsort(dim=1, stable=True)[:, : count - kept.shape[1]]
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens [B k D] of x [B n D]."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def reorganise(x: Tensor, kept: Tensor, importance: Tensor, *, fuse: bool) -> Tensor:
+    """Tokens [B 1+k(+1) D] of x [B 1+n D]: class token, kept ones in their order, the fused one.
+
+    The fused token is the sum of the others, weighted by their importance (which sums to less than
+    1, so it is smaller than its parts).
+    """
+    cls, others = x[:, :1], x[:, 1:]
+    parts = [cls, take(others, kept)]
+    if fuse:
+        dropped = complement(kept, others.shape[1])
+        weights = importance.gather(1, dropped).to(x.dtype)
+        parts.append((take(others, dropped) * weights[..., None]).sum(dim=1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def follow_origins(origins: Tensor, kept: Tensor, *, fuse: bool) -> Tensor:
+    """Patches [B k(+1)] that tokens came from, after a block that kept `kept` of `origins` [B n].
+
+    A fused token has the origin `FUSED`, for good.
+    """
+    left = origins.gather(1, kept)
+    return torch.nn.functional.pad(left, (0, 1), value=FUSED) if fuse else left
+
+
+def patch_indices(kept: Sequence[Tensor], *, fuse: bool) -> list[Tensor]:
+    """Indices of each dropping block [B k] as indices of patches, `FUSED` for a fused token.
+
+    Departs from EViT: there a kept fused token counts as patch 0.
+    """
+    found: list[Tensor] = []
+    for indices in kept:
+        if found:
+            before = torch.nn.functional.pad(found[-1], (0, int(fuse)), value=FUSED)
+            indices = before.gather(1, indices)
+        found.append(indices)
+    return found
+
+
+def patch_mask(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which cells of a grid are among the patches [B k]: booleans [B h w]."""
+    count = grid[0] * grid[1]
+    spots = torch.where(patches == FUSED, count, patches)
+    mask = torch.zeros(len(patches), count + 1, dtype=torch.bool, device=patches.device)
+    return mask.scatter_(1, spots, True)[:, :count].unflatten(1, grid)
+
+
+def scatter_tokens(onto: Tensor, tokens: Tensor, origins: Tensor) -> Tensor:
+    """Patches [B N D] with the tokens [B k D] where they came from; a fused one is left out."""
+    spots = torch.where(origins == FUSED, onto.shape[1], origins)
+    room = torch.nn.functional.pad(onto, (0, 0, 0, 1))
+    return room.scatter(1, spots[..., None].expand_as(tokens), tokens)[:, :-1]

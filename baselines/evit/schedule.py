@@ -1,0 +1,32 @@
+"""The keep rate shrinks while the network trains (Liang et al. 2022, section 3.3)."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """1 up to `start_epoch`, then along a cosine to the rate itself, for good, after `epochs`."""
+
+    start_epoch: float = 0
+    epochs: float = 0
+
+    def __post_init__(self) -> None:
+        if self.start_epoch < 0 or self.epochs < 0:
+            raise ValueError(
+                f"shrink_start_epoch and shrink_epochs must be at least 0, not {self.start_epoch} "
+                f"and {self.epochs}"
+            )
+
+    def rate_at(self, rate: float, step: int, epoch_length: int) -> float:
+        """The rate of a training step for one that ends at `rate`; epoch_length in steps.
+
+        Where the cosine begins and ends is decided by whole epochs, as published.
+        """
+        epoch = step // epoch_length
+        if epoch < self.start_epoch:
+            return 1.0
+        if epoch >= self.start_epoch + self.epochs:
+            return rate
+        passed = (step - epoch_length * self.start_epoch) / (epoch_length * self.epochs)
+        return rate + (1 - rate) * 0.5 * (1 + math.cos(math.pi * passed))

@@ -1,0 +1,104 @@
+"""Counts are exact, tokens go where they should, and a fused token is never taken for a patch."""
+
+import pytest
+import torch
+
+from baselines.evit.reorganisation import (
+    FUSED,
+    complement,
+    follow_origins,
+    keep_count,
+    most_important,
+    patch_indices,
+    patch_mask,
+    reorganise,
+    scatter_tokens,
+    tokens_to_keep,
+)
+from baselines.evit.schedule import Shrink
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "exact", "published"),
+    [(0.55, 100, 55, 56), (0.55, 180, 99, 100), (0.7, 196, 138, 138), (0.7, 10, 7, 7)],
+)
+def test_counts_are_exact_or_as_published(rate, count, exact, published):
+    assert keep_count(rate, count) == exact
+    assert keep_count(rate, count, exact=False) == published
+
+
+def test_counts_of_the_published_table_do_not_depend_on_the_arithmetic():
+    """Both roundings give the table's tokens, fused and not, at all its rates and resolutions."""
+    for rate in (0.5, 0.6, 0.7, 0.8, 0.9):
+        for start in (196, 289, 324, 361):
+            for fused in (0, 1):
+                counts = {}
+                for exact in (True, False):
+                    count, counts[exact] = start, []
+                    for _ in range(3):
+                        count = keep_count(rate, count, exact=exact) + fused
+                        counts[exact].append(count)
+                assert counts[True] == counts[False]
+
+
+def test_which_rate_decides():
+    """A call's rate counts in blocks that drop tokens alone; `tokens` counts in all."""
+    assert tokens_to_keep(10, 0.5) == 5
+    assert tokens_to_keep(10, 0.5, 0.8) == 8
+    assert tokens_to_keep(10, 1.0, 0.5) == 10
+    assert tokens_to_keep(10, 0.5, 1.0) == 10
+    assert tokens_to_keep(10, 1.0, None, 4) == 4
+    with pytest.raises(ValueError, match="11 tokens to be kept of 10"):
+        tokens_to_keep(10, 0.5, None, 11)
+    with pytest.raises(ValueError, match="lies above 0"):
+        tokens_to_keep(10, 0.5, 0.0)
+
+
+def test_reorganised_tokens():
+    """Class token, kept ones by importance, the weighted sum of the others; nothing else."""
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    importance = torch.rand(2, 5, dtype=torch.float64) / 5
+    kept = most_important(importance, 2)
+    assert torch.equal(kept, importance.argsort(dim=1, descending=True)[:, :2])
+    rest = complement(kept, 5)
+    for row in range(2):
+        assert sorted([*kept[row].tolist(), *rest[row].tolist()]) == list(range(5))
+        assert rest[row].tolist() == sorted(rest[row].tolist())
+    out = reorganise(x, kept, importance, fuse=True)
+    assert out.shape == (2, 4, 3)
+    for row in range(2):
+        torch.testing.assert_close(out[row, 0], x[row, 0])
+        torch.testing.assert_close(out[row, 1:3], x[row, 1:][kept[row]])
+        fused = sum(importance[row, i] * x[row, 1 + i] for i in rest[row])
+        torch.testing.assert_close(out[row, 3], fused)
+    assert torch.equal(reorganise(x, kept, importance, fuse=False), out[:, :3])
+
+
+def test_a_kept_fused_token_is_no_patch():
+    """The second stage keeps the fused token (index 2 of the 2 kept): it shows in no picture."""
+    first, second = torch.tensor([[5, 0]]), torch.tensor([[2, 0]])
+    found = patch_indices([first, second], fuse=True)
+    assert [stage.tolist() for stage in found] == [[[5, 0]], [[FUSED, 5]]]
+    mask = patch_mask(found[1], (2, 3))
+    assert mask.flatten().nonzero().flatten().tolist() == [5]
+    origins = follow_origins(
+        follow_origins(torch.arange(6)[None], first, fuse=True), second, fuse=True
+    )
+    assert origins.tolist() == [[FUSED, 5, FUSED]]
+    tokens = torch.arange(1.0, 4.0)[None, :, None]
+    assert scatter_tokens(torch.zeros(1, 6, 1), tokens, origins).flatten().tolist() == [
+        *(0, 0, 0, 0, 0, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 1), (8, 0.9531088913245536), (12, 0.65), (17, 0.3119259607988261), (18, 0.3)],
+)
+def test_published_schedule(step, rate):
+    """Rows of the published function: 3 steps an epoch, from epoch 2 on, within 4 epochs to 0.3."""
+    shrink = Shrink(start_epoch=2, epochs=4)
+    assert shrink.rate_at(0.3, step, 3) == pytest.approx(rate, abs=1e-12)
+    assert Shrink().rate_at(0.5, 0, 5) == 0.5
+    with pytest.raises(ValueError, match="at least 0"):
+        Shrink(epochs=-1)

@@ -1,0 +1,118 @@
+"""Runners of the parity topic `dhvt`: stem, head tokens, feed-forward, blocks, whole networks."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from baselines.dhvt.layers import (
+    DHVTBlock,
+    DynamicAggregationFeedForward,
+    HeadInteractedAttention,
+)
+from baselines.dhvt.network import DHVT
+from baselines.dhvt.stem import Affine, OverlappingPatchEmbed
+from tests.parity.harness import NotBuilt, check, load, strip
+from vit.attention import Attention
+from vit.weights import load_state
+
+UNREAD = ("drop", "proj_drop", "with_bn", "img_size", "act_layer", "norm_layer", "weight_init")
+
+
+def layer(case: dict[str, Any], folder: Path) -> None:
+    """One layer, by the published class."""
+    options = {key: value for key, value in case["kwargs"].items() if key not in UNREAD}
+    name = case["reference"]["class"]
+    if name not in LAYERS:
+        raise NotBuilt(f"no layer {name}")
+    module, run = LAYERS[name](options)
+    _run(case, folder, module, run)
+
+
+def model(case: dict[str, Any], folder: Path) -> None:
+    """A whole network."""
+    options = {key: value for key, value in case["kwargs"].items() if key != "apply_dhvt"}
+    if not case["kwargs"].get("apply_dhvt", True):
+        raise NotBuilt("the reference builds no network without apply_dhvt")
+    net = DHVT(**options)
+    _run(case, folder, net, net)
+
+
+def _affine(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = Affine(options["dim"])
+    return module, module
+
+
+def _stem(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = OverlappingPatchEmbed(
+        options.get("patch_size", 16), options.get("in_chans", 3), options["embed_dim"]
+    )
+    return module, lambda images: module(images).flatten(1, 2)
+
+
+def _attention(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = HeadInteractedAttention(options.pop("dim"), **options)
+    return module, module
+
+
+def _plain_attention(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = Attention(options.pop("dim"), **options)
+    return module, module
+
+
+def _feed_forward(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = DynamicAggregationFeedForward(
+        options["in_features"],
+        options.get("hidden_features") or options["in_features"],
+        kernel_size=options.get("kernel_size", 3),
+        out_dim=options.get("out_features"),
+    )
+    return module, lambda x: module(x, _square(x))
+
+
+def _block(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    options["drop_path_rate"] = options.pop("drop_path", 0.0)
+    module = DHVTBlock(options.pop("dim"), **options)
+    return module, lambda x: module(x, _square(x))
+
+
+LAYERS: dict[str, Callable[[dict[str, Any]], tuple[nn.Module, Callable]]] = {
+    "Affine": _affine,
+    "ConvPatchEmbed": _stem,
+    "HI_Attention": _attention,
+    "Attention": _plain_attention,
+    "DAFF": _feed_forward,
+    "DHVT_Block": _block,
+}
+
+
+def _square(x: Tensor) -> tuple[int, int]:
+    side = math.isqrt(x.shape[1] - 1)
+    return side, side
+
+
+def _run(case: dict[str, Any], folder: Path, module: nn.Module, run: Callable) -> None:
+    tensors = load(case, folder)
+    load_state(module, strip(tensors, "state."))
+    module.train(case["mode"] == "train")
+    x = tensors["in.0"].requires_grad_(case["grad"])
+    out = run(x)
+    check("out", out, tensors["out"], case["tolerance"], "close")
+    state = module.state_dict()
+    for name, value in strip(tensors, "state_after.").items():
+        exact = not value.is_floating_point()
+        check(name, state[name], value, case["tolerance"], "exact" if exact else "close")
+    if not case["grad"]:
+        return
+    (out * tensors["cot"]).sum().backward()
+    gradients = {"grad_in.0": x.grad}
+    gradients |= {f"grad_state.{name}": p.grad for name, p in module.named_parameters()}
+    rule = case["grad_tolerance"]
+    for name in (name for name in tensors if name.startswith("grad_")):
+        bound = rule["rel"] * max(float(tensors[name].abs().max()), rule["floor"])
+        check(name, gradients[name], tensors[name], bound, "absolute")
+
+
+RUNNERS = {("dhvt", "layer"): layer, ("dhvt", "model"): model}

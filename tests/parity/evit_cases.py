@@ -1,0 +1,149 @@
+"""Runners of the parity topic `evit`: attention, blocks, whole networks and the helpers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baselines.evit.block import EViTAttention, EViTBlock
+from baselines.evit.network import EViT
+from baselines.evit.reorganisation import complement, patch_indices, patch_mask, tokens_to_keep
+from evaluation.pictures.token_mask import masked
+from tests.parity.harness import NotBuilt, check, load, strip
+from vit.weights import load_state
+
+
+def attention(case: dict[str, Any], folder: Path) -> None:
+    """Attention and what it keeps; the published layer decides how many by itself."""
+    options = dict(case["kwargs"])
+    own = options.pop("keep_rate", 1.0)
+    module = EViTAttention(options.pop("dim"), **_known(options))
+    tensors = _ready(case, folder, module)
+    number, count = _number(case, own, tensors["in.0"].shape[1] - 1)
+    out, kept, importance = module.select(tensors["in.0"], number)
+    found = {"out.0": out, "out.1": kept, "out.2": importance, "out.3": count}
+    _compare(case, tensors, found, module)
+
+
+def block(case: dict[str, Any], folder: Path) -> None:
+    """A block: tokens that are left, how many, and which."""
+    options = dict(case["kwargs"])
+    own = options.pop("keep_rate", 1.0)
+    options["norm_eps"] = options.get("norm_eps", 1e-5)
+    module = EViTBlock(options.pop("dim"), **_known(options))
+    tensors = _ready(case, folder, module)
+    number, _ = _number(case, own, tensors["in.0"].shape[1] - 1)
+    out, kept, _ = module(tensors["in.0"], number)
+    found = {"out.0": out, "out.1": out.shape[1] - 1, "out.2": kept}
+    _compare(case, tensors, found, module)
+
+
+def layer(case: dict[str, Any], folder: Path) -> None:
+    """Attention or block, by the published class."""
+    runners = {"Attention": attention, "Block": block}
+    runners[case["reference"]["class"]](case, folder)
+
+
+def model(case: dict[str, Any], folder: Path) -> None:
+    """A network: logits, what each dropping block kept, tokens after each block."""
+    net = EViT(exact_counts=False, **_known(case["kwargs"]))
+    tensors = _ready(case, folder, net)
+    images, called = tensors["in.0"], _called(case)
+    logits, indices = net(images, get_idx=True, **called)
+    grid = net.grid_of(images)
+    counts = torch.tensor(net.token_counts(grid[0] * grid[1], **called))
+    found = {"out.0": logits, "out.2": counts}
+    found |= {f"out.1.{number}": kept for number, kept in enumerate(indices)}
+    _compare(case, tensors, found, net)
+
+
+def helper(case: dict[str, Any], folder: Path) -> None:
+    """Indices and pictures."""
+    tensors, kwargs = load(case, folder), case["kwargs"]
+    name = case["reference"]["class"]
+    if name == "complement_idx":
+        check("out", complement(tensors["in.0"], kwargs["dim"]), tensors["out"], 0, "exact")
+    elif name == "mask":
+        images, size = tensors["in.0"], kwargs["patch_size"]
+        grid = (images.shape[-2] // size, images.shape[-1] // size)
+        kept = patch_mask(tensors["in.1"], grid)
+        check("out", masked(images, kept), tensors["out"], case["tolerance"], "close")
+    elif name == "get_real_idx":
+        given = [tensors[f"in.{i}"] for i in range(len(strip(tensors, "in.")))]
+        for number, found in enumerate(patch_indices(given, fuse=kwargs["fuse_token"])):
+            # A fused token is no patch; the published helper calls it patch 0.
+            check(f"out.{number}", found.clamp(min=0), tensors[f"out.{number}"], 0, "exact")
+    else:
+        raise NotBuilt(f"no helper {name}")
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Published keywords as ours."""
+    names = {"proj_drop": None, "drop": None, "drop_path": "drop_path_rate"}
+    renamed = {names.get(key, key): value for key, value in options.items()}
+    return {key: value for key, value in renamed.items() if key is not None}
+
+
+def _called(case: dict[str, Any]) -> dict[str, Any]:
+    """keep_rate and tokens of a case's call, which is told in words."""
+    found = {}
+    for name in ("keep_rate", "tokens"):
+        match = re.search(rf"\b{name}=(\[[^\]]*\]|\([^)]*\)|[^,)\s]+)", case["call"])
+        text = match.group(1) if match else "None"
+        if text[0] in "[(":
+            found[name] = [
+                None if t == "None" else _number_of(t) for t in re.split(r"[,\s]+", text[1:-1]) if t
+            ]
+        else:
+            found[name] = None if text == "None" else _number_of(text)
+    return found
+
+
+def _number_of(text: str) -> float | int:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _number(case: dict[str, Any], own: float, count: int) -> tuple[int | None, int]:
+    """How many tokens a layer keeps: for us (None: all), and as the published layer tells it."""
+    called = _called(case)
+    kept = tokens_to_keep(count, own, called["keep_rate"], called["tokens"], exact=False)
+    return (kept if kept < count else None), kept
+
+
+def _ready(case: dict[str, Any], folder: Path, module: torch.nn.Module) -> dict[str, Tensor]:
+    tensors = load(case, folder)
+    load_state(module, strip(tensors, "state."))
+    module.train(case["mode"] == "train")
+    if case["grad"]:
+        tensors["in.0"].requires_grad_()
+    return tensors
+
+
+def _compare(
+    case: dict[str, Any], tensors: dict[str, Tensor], found: dict[str, Any], module: Any
+) -> None:
+    stored = {name: value for name, value in tensors.items() if name.startswith("out")}
+    given = {name for name, value in found.items() if value is not None}
+    assert given == set(stored), f"{sorted(given)} where {sorted(stored)} are stored"
+    for name, value in stored.items():
+        exact = not value.is_floating_point()
+        check(name, found[name], value, case["tolerance"], "exact" if exact else "close")
+    if not case["grad"]:
+        return
+    pairs = [(found[f"out.{n}"], value) for n, value in strip(tensors, "cot.").items()]
+    sum((ours * theirs).sum() for ours, theirs in pairs).backward()
+    gradients = {"grad_in.0": tensors["in.0"].grad}
+    gradients |= {f"grad_state.{name}": p.grad for name, p in module.named_parameters()}
+    rule = case["grad_tolerance"]
+    for name in (name for name in tensors if name.startswith("grad_")):
+        bound = rule["rel"] * max(float(tensors[name].abs().max()), rule["floor"])
+        check(name, gradients[name], tensors[name], bound, "absolute")
+
+
+RUNNERS = {
+    ("evit", "layer"): layer,
+    ("evit", "model"): model,
+    ("evit", "helper"): helper,
+}
