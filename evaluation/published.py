@@ -10,9 +10,11 @@ from typing import NamedTuple
 IMAGENET_VAL = 50_000
 DEIT = "DeiT III"
 DINOV2 = "DINOv2"
+SWAG = "SWAG"
 LAYOUTS = {
     DEIT: 'torch file, key "model"; names may begin with "_orig_mod."',
     DINOV2: 'torch file, key "teacher"; the backbone alone, names may begin with "backbone."',
+    SWAG: "torch file of the weights alone, in torchvision's layout (as linked) or SWAG's own",
 }
 DRIVE = "https://drive.google.com/file/d/{}/view"
 
@@ -35,7 +37,7 @@ class Published(NamedTuple):
     config: str  # below configs/: how it is judged
     link: str
     parameters_m: int
-    gmacs: int  # at 224 x 224
+    gmacs: int  # at 224 x 224; SWAG's at 384, 512 and 518
     figures: Mapping[str, Figure]
     source: str = "octic-vits"
 
@@ -75,6 +77,12 @@ def _dinov2(
         "knn/best_top1": _rounded(knn),
     }
     return Published(DINOV2, f"eval/{run}.yaml", DRIVE.format(link), *size, figures)
+
+
+def _swag(file: str, size: tuple[int, int], acc1: float, acc5: float) -> Published:
+    link = f"https://download.pytorch.org/models/{file}"
+    figures = {"accuracy/acc1": Figure(acc1, 0.02), "accuracy/acc5": Figure(acc5, 0.02)}
+    return Published(SWAG, "eval/swag.yaml", link, *size, figures, "torchvision")
 
 
 # Segmentation as published depends on the environment by 2 to 3 points (capi, issue 10).
@@ -130,6 +138,9 @@ PUBLISHED = {
     "d8_inv_early_dinov2_vit_large_patch16": _dinov2(
         "vitl16_inv_early", "1ZelO4ozTqbos3nCRyxMly-T8CjEj_61n", (171, 38), 81.2, 80.4
     ),
+    "swag_vit_b16_in1k": _swag("vit_b_16_swag-9ac1b537.pth", (87, 55), 85.304, 97.650),
+    "swag_vit_l16_in1k": _swag("vit_l_16_swag-4f3808c9.pth", (305, 362), 88.064, 98.512),
+    "swag_vit_h14_in1k": _swag("vit_h_14_swag-80465313.pth", (633, 1017), 88.552, 98.694),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from evaluation.classifier import judge_classifier
 from evaluation.judge import judge, make_data
 from evaluation.progress import say
-from evaluation.published import DEIT, IMAGENET_VAL, PUBLISHED, Published
+from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
 from evaluation.results import print_table, write_results
 from utils import distributed
 from utils.build import build, nearest, plain
@@ -34,7 +34,7 @@ def reproduce(config: Mapping[str, Any]) -> bool:
                 f"the figures were stated on ImageNet's {IMAGENET_VAL:,} validation images, and "
                 f"data.val holds {count:,}; give --data-path IMAGENET"
             )
-        figures = (judge_classifier if published.recipe == DEIT else judge)(config)
+        figures = (judge if published.recipe == DINOV2 else judge_classifier)(config)
         figures |= best_of_knn(figures)
         agrees = report(config, published, figures)
         distributed.barrier()

@@ -6,7 +6,7 @@ from typing import Any
 
 from evaluation.command_line import quoted
 from evaluation.progress import say
-from evaluation.published import DEIT, LAYOUTS, PUBLISHED, Published
+from evaluation.published import DINOV2, LAYOUTS, PUBLISHED, Published
 from evaluation.results import print_table
 from utils.build import plain
 from utils.config import fail, parse_config
@@ -95,7 +95,7 @@ def _take_options(argv: list[str], names: set[str]) -> dict[str, str]:
 def _overrides(name: str, options: Mapping[str, str]) -> list[str]:
     """What a published model's config is told besides its weights."""
     words = [f"output_dir=runs/reproduce_{name}"]
-    if PUBLISHED[name].recipe == DEIT:
+    if PUBLISHED[name].recipe != DINOV2:
         words.append(f"backbone={name}")
     for task in TASKS:
         if root := options.get(_flag(task)):

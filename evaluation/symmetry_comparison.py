@@ -122,7 +122,7 @@ def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     dataset = make_data(data, "val")
     images = torch.stack([transform(dataset.read(index)) for index in range(len(dataset))])
     labels = torch.tensor([dataset.label(index) for index in range(len(dataset))])
-    nets = {name: _load(run).to(device).eval() for name, run in runs.items()}
+    nets = {name: load_run(run).to(device).eval() for name, run in runs.items()}
     shared: list[str] = []
     posthoc = config["posthoc"]
     for of in [name for name in nets if posthoc["of"] and _is_of(name, posthoc["of"])]:
@@ -134,7 +134,7 @@ def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     return Field(nets, shared, images, labels, list(dataset.class_names))
 
 
-def _load(run: Any) -> nn.Module:
+def load_run(run: Any) -> nn.Module:
     """The net of a training that is done, or of a run folder or file that says what it is of."""
     if isinstance(run, dict):
         return make_net(run["backbone"], f"{run['output_dir']}/{EXPORTED}", seed=run["seed"])

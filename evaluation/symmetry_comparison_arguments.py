@@ -32,7 +32,7 @@ def parse_comparison(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if {"-h", "--help"} & set(argv):
         print(help_page(meanings(OPTIONS)))
     try:
-        words = [_addable(word) for word in read_words(argv, OPTIONS).overrides]
+        words = [addable(word, CONFIG) for word in read_words(argv, OPTIONS).overrides]
     except UserError as error:
         fail(error)
     config = plain(parse_config(default=CONFIG, argv=words, base="symmetry_comparison"))
@@ -73,17 +73,28 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, RUNS: runs}
 
 
-def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:
-    """A training's config; a path to load from, which is trained already, and so only upright."""
+def compose_run(source: str, config: Mapping[str, Any]) -> Any:
+    """A training's config from a run file and words for it, or the path to load from.
+
+    `epochs`, `words`, `seed` and `device` of the comparison's config hold for every training.
+    """
     file, *own = source.split()
     if not file.endswith((".yaml", ".yml")):
         if not Path(source).exists():
             raise UserError(f"models: there is no {source}: a run file, a run folder or weights")
-        return source if trained_on == UPRIGHT else None
+        return source
     words = [f"recipe.epochs={config['epochs']}", *str(config["words"] or "").split()]
     words += [f"seed={config['seed']}", f"device={config['device']}"]
     run = plain(compose_config(find_file(file), [*words, *own]))
     run["probes"] = {}  # everything is judged here
+    return run
+
+
+def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:
+    """A training's config; a path to load from, which is trained already, and so only upright."""
+    run = compose_run(source, config)
+    if not isinstance(run, dict):
+        return run if trained_on == UPRIGHT else None
     if trained_on == TURNED:
         augmentation = run["recipe"]["augmentation"]
         run["recipe"]["augmentation"] = {
@@ -93,9 +104,9 @@ def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:
     return run
 
 
-def _addable(word: str) -> str:
-    """`models.NAME=FILE` may name a new model."""
+def addable(word: str, file: str) -> str:
+    """`models.NAME=FILE` may name a model that the config file does not have."""
     key = word.partition("=")[0]
-    known = (CONFIGS / CONFIG).read_text()
+    known = (CONFIGS / file).read_text()
     is_new = key.startswith("models.") and f"  {key.removeprefix('models.')}:" not in known
     return f"+{word}" if is_new else word

@@ -244,6 +244,9 @@ def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
     """Refuse keys that `base` and its groups lack, and values of another kind than theirs."""
     from omegaconf import OmegaConf
 
+    for group in _groups_left_open(base):
+        if group not in config:  # Hydra leaves the key of such a group out
+            OmegaConf.update(config, group, None, force_add=True)
     content, schema = _content(config), _schema(base)
     lacking = [key for key in schema if key not in content]
     if lacking:
@@ -276,6 +279,20 @@ def _add_defaults(
         defaults = _content(_compose(CONFIGS / f"{base}.yaml", []))
         for group, key in lacking:
             OmegaConf.update(config, f"{group}.{key}", defaults[group].get(key), force_add=True)
+
+
+def _groups_left_open(base: str) -> list[str]:
+    """The groups for which `configs/<base>.yaml` chooses nothing."""
+    from omegaconf import OmegaConf
+
+    entries = _content(OmegaConf.load(CONFIGS / f"{base}.yaml")).get("defaults", [])
+    return [
+        group
+        for entry in entries
+        if isinstance(entry, dict)
+        for group, choice in entry.items()
+        if choice is None
+    ]
 
 
 def _schema(base: str) -> dict[str, Any]:

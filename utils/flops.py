@@ -63,6 +63,7 @@ _POOLING = (
 _POINTWISE = (
     *("hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "silu", "mish", "softplus"),
     *("glu", "log_sigmoid", "threshold", "prelu_kernel", "rrelu_with_noise", "gelu"),
+    "floor_divide",
 )
 UNCOUNTED_BY_CONVENTION = frozenset(
     (*_MOVES, *_FACTORIES, *_RANDOM, *_INDEXING, *_NORMS, *_POOLING, *_POINTWISE)

@@ -13,7 +13,7 @@ from evaluation.command_line import (
     read_words,
 )
 from utils.build import nearest, plain
-from utils.config import fail, parse_config
+from utils.config import CONFIGS, fail, parse_config
 from utils.errors import UserError
 from utils.flags import FLAGS
 
@@ -22,6 +22,9 @@ CONFIG = "complexity.yaml"
 
 OPTIONS = {
     "--models": Option("models", "names of ours or of timm's, with commas between; all: all ours"),
+    "--table": Option("table", "a published cost table instead, row by row: token_reduction"),
+    "--rows": Option("rows", "of the table: names of methods or models, with commas between"),
+    "--counts": Option("counts", "of the table, what depends on the weights: all, none or auto"),
     "--amp": Option("amp", "autocast to bfloat16", "true"),
     "--compile": Option("compile", "through torch.compile", "true"),
     "--batch-size": Option("batch_size", "images of a step", text=False),
@@ -67,6 +70,13 @@ def read_complexity_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def _spell(name: str, value: str) -> list[str] | None:
+    if name == "--table":
+        known = sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml"))
+        if value not in known:
+            raise UserError(
+                f"no published table {value!r}{nearest(value, known)} ({', '.join(known)})"
+            )
+        return [f"table={value}"]
     if name != "--models":
         return None
     names = [model.strip() for model in value.split(",") if model.strip()]

@@ -19,6 +19,7 @@ from evaluation.cost.cross_check import count_with_fvcore, explain_difference
 from evaluation.cost.models import Group, Node, find_backbone, make_groups, make_net
 from evaluation.cost.peaks import Peak, arithmetic_of, device_name, find_peak
 from evaluation.cost.picture import draw_costs, heights
+from evaluation.cost.published_table import measure_table
 from evaluation.cost.settings import Settings, check_outputs, choose_device, read_settings
 from evaluation.cost.table import Result, print_results, write_json
 from evaluation.cost.timing import (
@@ -40,12 +41,13 @@ from utils.run_folder import describe_code
 RECOMPILE_LIMIT = 64
 
 
-def measure(config: Mapping[str, Any]) -> dict[str, Result]:
+def measure(config: Mapping[str, Any]) -> dict[str, Any]:
     """Compare the nets of `config["models"]`: the keys of configs/complexity.yaml.
 
-    Prints the table; writes `json` and `picture` where they are asked for. A net that runs out of
-    memory is one line, the others go on. Of several processes the first measures, the others wait.
-    Raises UserError for names and settings that cannot be, and for operators nobody counts.
+    With `config["table"]`, the rows of that published table instead. Prints the table; writes
+    `json` and `picture` where they are asked for. A net that runs out of memory is one line, the
+    others go on. Of several processes the first measures, the others wait. Raises UserError for
+    names and settings that cannot be, and for operators nobody counts.
     """
     config = dict(plain(config))
     name = choose_device(config["device"])
@@ -53,10 +55,11 @@ def measure(config: Mapping[str, Any]) -> dict[str, Result]:
         device = torch.device("mps") if name == "mps" else found
         settings = read_settings(config, device)
         check_outputs(config)
-        results = {}
+        results: dict[str, Any] = {}
         if distributed.is_main():
             with _numerics(config["threads"], device):
-                results = _measure(config, settings)
+                run = measure_table if config.get("table") else _measure
+                results = run(config, settings)
         distributed.barrier()
     return results
 

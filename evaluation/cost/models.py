@@ -14,7 +14,7 @@ from utils.errors import UserError
 Node = dict[str, Any]
 ALL = "all"
 # Ways to other people's nets, which need a name or a file besides.
-ADAPTERS = ("timm", "torchvision", "file", "symmetrized")
+ADAPTERS = ("timm", "torchvision", "file", "symmetrized", "reduced")
 
 
 class Group(NamedTuple):

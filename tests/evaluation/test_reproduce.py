@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from evaluation import reproduce as command
-from evaluation.published import PUBLISHED, Figure
+from evaluation.published import PUBLISHED, SWAG, Figure
 from evaluation.reproduce_arguments import parse_reproduction
+from tests.baselines.token_reduction.test_swag import swag_layout
 from utils.config import CONFIGS
 from utils.errors import UserError
 
@@ -32,8 +33,20 @@ def test_every_published_file_is_recognised(layout, monkeypatch):
     assert command.model_of("w.pth", None) == OF_LAYOUT[layout]
 
 
+@pytest.mark.parametrize("name", [n for n, entry in PUBLISHED.items() if entry.recipe == SWAG])
+def test_swags_files_are_recognised(name, monkeypatch):
+    """In torchvision's layout, as linked."""
+    with torch.device("meta"):
+        net = command.build({**command.backbone_node(name), "_partial_": True})()
+        state = swag_layout(net, torchvision=True)
+    state = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in state.items()}
+    monkeypatch.setattr(command, "read_state", lambda path: state)
+    assert command.model_of("w.pth", None) == name
+
+
 def test_every_published_model_has_a_layout_a_config_and_a_link():
-    assert set(PUBLISHED) <= set(OF_LAYOUT.values())
+    octic = {name for name, entry in PUBLISHED.items() if entry.recipe != SWAG}
+    assert octic <= set(OF_LAYOUT.values())
     for name, entry in PUBLISHED.items():
         assert (CONFIGS / entry.config).is_file() and entry.link.startswith("https://")
         if entry.recipe == "DINOv2":

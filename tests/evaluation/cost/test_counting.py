@@ -30,9 +30,11 @@ SHARES = {
 @cache
 def counted(name: str) -> tuple[int, Operations]:
     """Parameters and a forward pass on the meta device."""
-    node = find_backbone(name, keywords=SETTINGS["keywords"].get(name))
+    file = CONFIGS / "backbone" / f"{name}.yaml"
+    size = yaml.safe_load(file.read_text()).get("img_size", 224)
+    node = find_backbone(name, size=size, keywords=SETTINGS["keywords"].get(name))
     net = make_net(name, node, "meta")
-    return sum(p.numel() for p in net.parameters()), count_one_image(net, 224, backward=False)
+    return sum(p.numel() for p in net.parameters()), count_one_image(net, size, backward=False)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -62,9 +64,9 @@ def test_every_backbone_is_counted_to_the_last_operator(name):
 
 @pytest.mark.parametrize("name", [name for name in registered() if "small" in name])
 def test_backward_too(name):
-    """A step costs three forward passes, less the gradient of the images."""
+    """A step costs three forward passes, less the gradient of the images where no layer asks."""
     cost = count_cost(name, find_backbone(name))
-    assert 2.9 < cost.training_multiply_adds / cost.multiply_adds < 3
+    assert 2.9 < cost.training_multiply_adds / cost.multiply_adds <= 3
     assert (cost.multiply_adds * 2, cost.parameters) == (counted(name)[1].forward, counted(name)[0])
     assert cost.trainable <= cost.parameters
 

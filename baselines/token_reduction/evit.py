@@ -1,0 +1,156 @@
+"""EViT: the patches that the class token attends to go on, the others are dropped or fused.
+
+Liang et al. 2022, "Not All Patches Are What You Need: Expediting Vision Transformers via Token
+Reorganizations".
+
+Letters in shapes: B images, T tokens, P prefix tokens, N patch tokens of a block, K kept ones, H
+heads, d channels of a head, D channels.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baselines.token_reduction.reducer import (
+    Attended,
+    Facts,
+    Reducer,
+    State,
+    check_blocks,
+    check_class_token,
+    class_attention,
+    rows_of,
+)
+
+SCORES = ("class", "all")
+
+
+def num_kept(keep_rate: float, num_patches: int) -> int:
+    """Patch tokens that are kept."""
+    return math.ceil(keep_rate * num_patches)
+
+
+def select_tokens(
+    x: Tensor, scores: Tensor, count: int, num_prefix: int, *, fuse: bool
+) -> tuple[Tensor, Tensor]:
+    """Tokens x [B P+N D] of which `count` patch tokens stay, and their indices [B K].
+
+    scores [B N]. Order: prefix tokens, kept ones by falling score, and with `fuse` the sum of the
+    dropped ones, each times its score.
+    """
+    patches = x[:, num_prefix:]
+    kept = scores.topk(count, dim=1).indices
+    parts = [x[:, :num_prefix], rows_of(patches, kept)]
+    if fuse:
+        dropped = torch.ones_like(scores).scatter(1, kept, 0.0)
+        parts.append(((scores * dropped)[:, None].to(x.dtype)) @ patches)
+    return torch.cat(parts, dim=1), kept
+
+
+class EViT(Reducer):
+    """In some blocks, between attention and MLP, keeps a share of the patch tokens.
+
+    keep_rate: share of the patch tokens that stay at each of the `locations`. By default three
+        blocks, a quarter of the (plain) depth apart, as published.
+    keep_rates: instead, the rate of every block, or of some as {block: rate}.
+    fuse_token: whether the dropped ones go on as one token more.
+    score: what ranks a token: "class", the class token's attention to it (the paper); "all", that
+        of all tokens (Expedit-SWAG).
+    A fused token belongs to no patch: a dropped patch is restored with its own last value.
+    Record: block<i>.score [B N], block<i>.kept [B K].
+    """
+
+    def __init__(
+        self,
+        keep_rate: float = 0.7,
+        locations: Sequence[int] | None = None,
+        *,
+        keep_rates: Sequence[float] | Mapping[int, float] | None = None,
+        fuse_token: bool = True,
+        score: str = "class",
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
+        if keep_rates is not None and locations is not None:
+            raise ValueError("locations and keep_rates both say where; give one of them")
+        self.keep_rate, self.locations, self.keep_rates = keep_rate, locations, keep_rates
+        self.fuse_token, self.score = fuse_token, score
+        for rate in [keep_rate, *_values(keep_rates)]:
+            if not 0.0 < rate <= 1.0:
+                raise ValueError(f"keep rate {rate} is not in (0, 1]")
+        self.rates: dict[int, float] = {}
+
+    def bind(self, facts: Facts) -> None:
+        """Fit to a network; ValueError for blocks or tokens that it does not have."""
+        super().bind(facts)
+        self.rates = {i: rate for i, rate in self._rate_of_blocks(facts).items() if rate < 1.0}
+        check_blocks(list(self.rates), facts, "EViT block")
+        if self.score == "class":
+            check_class_token(facts, 'EViT with score "class" (score "all" does not)')
+
+    def works_inside(self, index: int) -> bool:
+        """In the blocks that drop tokens."""
+        return index in self.rates
+
+    def attend(
+        self, state: State, index: int, q: Tensor, k: Tensor, v: Tensor, normed: Tensor
+    ) -> Attended:
+        """Ordinary attention, and the score of each token [B T]."""
+        if self.score == "class":
+            return Attended(self.softmax_attention(state, q, k, v), class_attention(q, k))
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return Attended(F.dropout(weights, state.attn_drop) @ v, weights.mean(dim=(1, 2)))
+
+    def after_attention(
+        self, state: State, index: int, x: Tensor, attended: Attended, k: Tensor
+    ) -> Tensor:
+        """The tokens that stay [B P+K(+1) D]."""
+        assert attended.scores is not None
+        first = state.num_prefix
+        scores = attended.scores[:, first:]
+        count = num_kept(self.rates[index], scores.shape[1])
+        if count == scores.shape[1]:
+            return x
+        out, kept = select_tokens(x, scores, count, first, fuse=self.fuse_token)
+        state.note(f"block{index}.score", scores)
+        state.note(f"block{index}.kept", kept)
+        if state.traced:
+            state.move(kept_places(kept, x.shape[1], first), x)
+        return out
+
+    def _rate_of_blocks(self, facts: Facts) -> dict[int, float]:
+        if isinstance(self.keep_rates, Mapping):
+            return {int(index): rate for index, rate in self.keep_rates.items()}
+        if self.keep_rates is not None:
+            if len(self.keep_rates) != facts.depth:
+                raise ValueError(
+                    f"{len(self.keep_rates)} keep rates for {facts.depth} blocks; give one for each"
+                )
+            return dict(enumerate(self.keep_rates))
+        locations = self.locations
+        if locations is None:
+            span = facts.depth - facts.first
+            locations = sorted({facts.first + span * part // 4 for part in (1, 2, 3)})
+        return {int(index): self.keep_rate for index in locations}
+
+    def __repr__(self) -> str:
+        return f"EViT(rates={self.rates}, fuse_token={self.fuse_token}, score={self.score!r})"
+
+
+def kept_places(kept: Tensor, num_tokens: int, num_prefix: int) -> Tensor:
+    """Where each of T tokens goes [B T] when the patch tokens `kept` [B K] stay in that order."""
+    batch, count = kept.shape
+    places = torch.full((batch, num_tokens), -1, dtype=torch.long, device=kept.device)
+    prefix = torch.arange(num_prefix, device=kept.device).expand(batch, -1)
+    order = torch.arange(count, device=kept.device).expand(batch, -1) + num_prefix
+    source = torch.cat([prefix, kept + num_prefix], dim=1)
+    return places.scatter(1, source, torch.cat([prefix, order], dim=1))
+
+
+def _values(rates: Sequence[float] | Mapping[int, float] | None) -> list[float]:
+    if rates is None:
+        return []
+    return list(rates.values()) if isinstance(rates, Mapping) else list(rates)

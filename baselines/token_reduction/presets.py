@@ -1,0 +1,54 @@
+"""The seven methods by name, each in its sound and in its published form."""
+
+import inspect
+from typing import Any
+
+from baselines.token_reduction.act import ClusteredAttention
+from baselines.token_reduction.ats import AdaptiveSampling
+from baselines.token_reduction.clustering import Hourglass
+from baselines.token_reduction.evit import EViT
+from baselines.token_reduction.evo_vit import EvoViT
+from baselines.token_reduction.reducer import Reducer
+from baselines.token_reduction.smyrf import Smyrf
+from baselines.token_reduction.tome import ToMe
+
+METHODS: dict[str, type[Reducer]] = {
+    "hourglass": Hourglass,
+    "evit": EViT,
+    "tome": ToMe,
+    "evo_vit": EvoViT,
+    "ats": AdaptiveSampling,
+    "act": ClusteredAttention,
+    "smyrf": Smyrf,
+}
+FORMS = ("sound", "published")
+# What the Expedit-SWAG code computes where that is not what the constructors do by default.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "hourglass": {"reconstruction": "l2"},
+    "evit": {"score": "all", "fuse_token": False},
+    "evo_vit": {"fast_update": False},
+    "ats": {"residual": "normed", "mask_padding": False},
+    "act": {"form": "published", "seed": None},
+    "smyrf": {"form": "published", "seed": None},
+}
+
+
+def make_reducer(method: str, /, form: str = "sound", **options: Any) -> Reducer:
+    """The reducer of that name: hourglass, evit, tome, evo_vit, ats, act, smyrf.
+
+    form: "sound", which is the original papers' form without the faults of the code that measured
+        them; or "published", what Expedit-SWAG computes and the published rows were measured with.
+    options: keywords of the reducer's class, before those of the form.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    known = inspect.signature(METHODS[method]).parameters
+    strange = sorted(set(options) - set(known))
+    if strange:
+        raise ValueError(
+            f"{method} takes no {', '.join(strange)} (known: {', '.join(sorted(known))})"
+        )
+    preset = PUBLISHED.get(method, {}) if form == "published" else {}
+    return METHODS[method](**{**preset, **options})

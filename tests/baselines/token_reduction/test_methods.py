@@ -1,0 +1,294 @@
+"""The pure functions of the seven methods: the law that each one promises."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baselines.token_reduction import act, ats, clustering, evit, evo_vit, smyrf, tome
+from baselines.token_reduction.draws import Draws, block_range
+from baselines.token_reduction.reducer import State
+from tests.baselines.token_reduction.toys import DEPTH, images, net_of, reduced
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ToMe.
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("num_tokens", [8, 23, 24])
+def test_prefix_tokens_stay_in_front_alone_and_in_order(num_tokens, num_prefix):
+    metric = draw(2, num_tokens, 6)
+    metric[:, :num_prefix] = 1.0  # as like each other as tokens can be
+    matching = tome.match_bipartite(
+        metric, 99, protected_even=(num_prefix + 1) // 2, protected_odd=num_prefix // 2
+    )
+    merged = (num_tokens - num_prefix) // 2
+    names = torch.arange(num_tokens, dtype=torch.float64).expand(2, -1)[..., None]
+    size = tome.merge(matching, torch.ones_like(names), "sum")
+    out = tome.merge(matching, names, "sum")
+    assert out.shape[1] == num_tokens - merged
+    assert torch.equal(out[:, :num_prefix], names[:, :num_prefix])
+    assert (size[:, :num_prefix] == 1).all() and (size.sum(1) == num_tokens).all()
+
+
+@pytest.mark.parametrize("mode", tome.MODES)
+def test_merging_equal_tokens_and_back_changes_nothing(mode):
+    """Of sources that equal their targets, mean and largest value are the tokens themselves."""
+    matching = tome.match_bipartite(draw(2, 15, 6), 5, protected_even=1)
+    labels = draw(2, 10, 3)
+    x = tome.unmerge(matching, labels)
+    merged = tome.merge(matching, x, mode)
+    if mode != "sum":
+        torch.testing.assert_close(merged, labels)
+    torch.testing.assert_close(tome.unmerge(matching, labels), x)
+    places = tome.merged_places(matching)
+    assert torch.equal(tome.rows_of(labels, places), x)
+
+
+def test_random_and_kth_matchings_cover_all_tokens():
+    metric = draw(2, 24, 6)
+    for matching in (tome.match_every_kth(metric, 4), tome.match_random(metric, 7)):
+        ones = torch.ones(2, 24, 1, dtype=torch.float64)
+        assert (tome.merge(matching, ones, "sum").sum(1) == 24).all()
+        assert tome.unmerge(matching, tome.merge(matching, metric, "mean")).shape == metric.shape
+    assert tome.match_random(metric, 0) is None and tome.match_bipartite(metric, 0) is None
+    assert tome.unmerge(tome.match_every_kth(metric, 5), draw(2, 4, 6)).shape[1] == 20
+    with pytest.raises(ValueError, match="2 or more"):
+        tome.match_every_kth(metric, 1)
+
+
+def test_sizes_count_patches_and_sources_name_them():
+    wrapped = reduced("dinov2", "tome", trace_source=True)
+    found = wrapped.inspect(images()).record
+    assert (found["size"].sum(dim=(1, 2)) == 68).all()
+    torch.testing.assert_close(found["source"].sum(dim=2, keepdim=True), found["size"])
+    assert torch.equal(found["source"][:, :4, :4], torch.eye(4).expand(3, -1, -1))
+
+
+def test_schedules():
+    assert tome.make_schedule(4, 3) == [4, 4, 4]
+    assert tome.make_schedule(6, 6, -1.0) == [12, 9, 7, 4, 2, 0]
+    assert tome.make_schedule([5, 1], 4) == [5, 1, 0, 0]
+    for bad in (lambda: tome.ToMe(-1), lambda: tome.ToMe(2, inflection=2.0)):
+        with pytest.raises(ValueError, match="0 or more"):
+            bad()
+    with pytest.raises(ValueError, match="schedule of 3 blocks for a network of 2"):
+        tome.make_schedule([1, 1, 1], 2)
+
+
+def test_proportional_attention_is_attention_to_all_copies():
+    """A key that stands for s patches draws what s equal keys would."""
+    q, k, v = (draw(1, 2, 5, 4, seed=i) for i in range(3))
+    size = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0], dtype=torch.float64)
+    copies = size.long()
+    state = State(1, (2, 2), key_bias=size.log()[None, None, None])
+    ours = tome.ToMe.softmax_attention(state, q, k, v)
+    spread = [x.repeat_interleave(copies, dim=2) for x in (k, v)]
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, *spread))
+
+
+# Hourglass.
+
+
+def test_as_many_clusters_as_patches_without_steps_is_the_network():
+    net = net_of("ours")
+    wrapped = reduced("ours", "hourglass", num_clusters=64, iterations=0)
+    assert torch.equal(wrapped(images()), net(images()))
+
+
+@pytest.mark.parametrize("clusters", [(3, 4), (2, 2), (6, 10)])
+def test_clusters_are_means_of_their_neighbourhood(clusters):
+    """Shares of a centroid sum to 1: constant features stay, and far patches have no part."""
+    grid = (6, 10)
+    x = draw(2, 60, 5)
+    x[..., 0] = 7.0
+    centroids = clustering.cluster_tokens(x, grid, clusters, window=3)
+    labels = clustering.nearest_clusters(x, centroids)
+    torch.testing.assert_close(centroids[..., 0], torch.full_like(centroids[..., 0], 7.0))
+    assert centroids.shape == (2, clusters[0] * clusters[1], 5) and labels.shape == (2, 60)
+    far = x.clone()
+    far[:, -1] += 1  # the last patch may join the last centroids alone
+    centroids, moved = (
+        clustering.cluster_tokens(y, grid, clusters, window=3, iterations=1) for y in (x, far)
+    )
+    assert torch.equal(moved[:, 0], centroids[:, 0]) == (clusters != (2, 2))
+
+
+def test_initial_labels_follow_the_frameworks_rounding():
+    labels = clustering.initial_labels((44, 1), (26, 1))
+    integer = torch.arange(44) * 26 // 44
+    assert not torch.equal(labels, integer)
+
+
+@pytest.mark.parametrize("nearest", [-1, 1, 3, 99])
+def test_reconstruction_is_a_mean_whatever_the_distance(nearest):
+    """Constant clusters give the constant back; the published form loses far patches."""
+    before, after = 50 * draw(2, 20, 6), draw(2, 8, 6, seed=1)
+    ones = torch.ones(2, 8, 3, dtype=torch.float64)
+    found = clustering.reconstruct_tokens(before, after, ones, nearest=nearest)
+    torch.testing.assert_close(found, torch.ones_like(found))
+    published = clustering.reconstruct_tokens(
+        before, after, ones, nearest=nearest, normalisation="l2"
+    )
+    assert (published == 0).any()
+
+
+def test_bad_options_of_the_hourglass_are_one_line():
+    cases = {
+        "no square number; 9 and 16 are": lambda: clustering.Hourglass(1, 12),
+        "window 4 must be odd": lambda: clustering.Hourglass(window=4),
+        "iterations": lambda: clustering.Hourglass(iterations=-1),
+        "unknown reconstruction": lambda: clustering.Hourglass(reconstruction="l1"),
+        "9 x 9 clusters of 8 x 8": lambda: reduced("ours", "hourglass", num_clusters=81)(images()),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    wrapped = reduced("ours", "hourglass", num_clusters=None)
+    assert wrapped.inspect(images()).tokens.shape[1] == 1 + 6 * 6  # half of 64 patches
+
+
+# EViT and Evo-ViT.
+
+
+def test_the_fused_token_is_what_the_dropped_ones_weigh():
+    x, scores = draw(2, 9, 4), draw(2, 8, seed=1).softmax(dim=1)
+    out, kept = evit.select_tokens(x, scores, 3, 1, fuse=True)
+    assert (scores.gather(1, kept).diff(dim=1) <= 0).all()
+    everything = (scores[..., None] * x[:, 1:]).sum(1)
+    taken = (scores.gather(1, kept)[..., None] * out[:, 1:4]).sum(1)
+    torch.testing.assert_close(out[:, 4], everything - taken)
+    assert torch.equal(out[:, 0], x[:, 0])
+
+
+def test_both_scores_read_the_same_attention():
+    q, k, v = (draw(2, 3, 7, 4, seed=seed) for seed in range(3))
+    attention = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+    state, scores = State(1, (2, 3)), {"class": attention[:, :, 0].mean(dim=1)}
+    scores["all"] = attention.mean(dim=(1, 2))
+    for score, expected in scores.items():
+        found = evit.EViT(score=score).attend(state, 0, q, k, v, normed=q)
+        torch.testing.assert_close(found.scores, expected)
+        torch.testing.assert_close(found.out, attention @ v)
+
+
+def test_evo_vit_loses_nothing():
+    """Every patch is carried at the end, each by another token."""
+    for fast in (True, False):
+        found = reduced("dinov2", "evo_vit", fast_update=fast).inspect(images())
+        places = found.origin.flatten(1).sort(dim=1).values
+        assert torch.equal(places, torch.arange(4, 68).expand(3, -1))
+
+
+def test_a_representative_of_equal_patches_is_that_patch():
+    x = draw(2, 1, 4).expand(-1, 6, -1)
+    found = evo_vit.representative(x, draw(2, 6, seed=1).exp())
+    torch.testing.assert_close(found, x[:, :1])
+
+
+# ATS.
+
+
+def test_attention_to_live_tokens_alone_sums_to_one():
+    q, k = draw(2, 3, 7, 4), draw(2, 3, 7, 4, seed=1)
+    live = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    found = ats.masked_attention(q, k, live)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
+    assert found[1, :, :4, 4:].max() < 1e-6
+    assert (ats.masked_attention(q, k, live, overlook=True)[1, :, :4, 4:] == 0).all()
+    whole = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+    torch.testing.assert_close(found[:1], whole[:1], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_are_a_budget_and_the_best_is_always_picked():
+    scores = draw(3, 64).softmax(dim=1).sort(dim=1).values
+    for samples in (1, 5, 20, 64):
+        picked = ats.sample_places(scores, samples)
+        assert (picked.sum(1) <= samples).all() and (picked.sum(1) >= 1).all()
+        if samples > 1:
+            assert picked[:, -1].all()
+    even = torch.full((1, 64), 1 / 64, dtype=torch.float64)
+    assert ats.sample_places(even, 64).sum() >= 63  # all but the one where the sum begins
+
+
+def test_shortened_and_standing_sequences_agree():
+    """drop_tokens changes shapes and nothing else."""
+    first = reduced("ours", "ats").double()
+    second = reduced("ours", "ats", drop_tokens=False).double()
+    x = images().double()
+    torch.testing.assert_close(first(x), second(x), rtol=1e-6, atol=1e-7)
+    ours, theirs = first.features(x)[0], second.features(x)[0]
+    torch.testing.assert_close(ours.patches, theirs.patches, rtol=1e-6, atol=1e-6)
+    for bad in (0, 1.5):
+        with pytest.raises(ValueError, match="num_samples"):
+            ats.AdaptiveSampling(num_samples=bad)
+
+
+# ACT and SMYRF.
+
+
+def test_every_token_its_own_cluster_is_attention():
+    q, k, v = (draw(4, 9, 5, seed=i) for i in range(3))
+    own = torch.arange(9).expand(4, -1)
+    found = act.clustered_attention(q, k, v, query_ids=own, key_ids=own)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, scale=1.0))
+
+
+def test_equal_tokens_share_a_cluster_without_loss():
+    which = torch.tensor([[0, 1, 2, 1, 0, 2, 2]] * 3)
+    q, k, v = (tome.rows_of(draw(3, 3, 5, seed=i), which.expand(3, -1)) for i in range(3))
+    found = act.clustered_attention(q, k, v, query_ids=which, key_ids=which)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, scale=1.0))
+
+
+def test_only_equal_rows_share_a_fingerprint():
+    """The published word lets a bucket beyond 3 spill into its neighbour's bits."""
+    buckets = torch.tensor([[[4, 0], [0, 1], [4, 0]]])
+    assert act.cluster_ids(act.packed_keys(buckets)).tolist() == [[0, 0, 0]]
+    ids = act.cluster_ids(act.fingerprint_keys(buckets))[0].tolist()
+    assert ids[0] == ids[2] != ids[1]
+    many = torch.randint(0, 6, (2, 200, 40), generator=torch.Generator().manual_seed(0))
+    assert int(act.cluster_ids(act.fingerprint_keys(many)).max()) == 199
+    with pytest.raises(ValueError, match="at most 32"):
+        act.ClusteredAttention(query_hashes=40, form="published")
+
+
+def test_one_cluster_of_all_tokens_is_attention():
+    """SMYRF with clusters as large as the sequence, padded or not, is exact."""
+    for size in (65, 80):
+        wrapped = reduced("ours", "smyrf", query_cluster_size=size).double()
+        x = images().double()
+        torch.testing.assert_close(wrapped(x), wrapped.net(x), rtol=1e-7, atol=1e-8)
+
+
+def test_sphere_of_smyrf():
+    """All lifted queries and keys have one length, and their products are the ordinary ones."""
+    q, k = draw(3, 8, 5), draw(3, 6, 5, seed=1)
+    lifted_q, lifted_k = smyrf.lift(q, k)
+    lengths = torch.cat([lifted_q, lifted_k], dim=1).norm(dim=-1)
+    torch.testing.assert_close(lengths, lengths[:, :1].expand(-1, 14))
+    torch.testing.assert_close(lifted_q @ lifted_k.mT, q @ k.mT)
+
+
+def test_sizes_that_cannot_be_cut_are_one_line():
+    with pytest.raises(ValueError, match="without a rest"):
+        reduced("ours", "smyrf", form="published", query_cluster_size=14)(images())
+    with pytest.raises(ValueError, match="are not as many clusters"):
+        reduced("ours", "smyrf", query_cluster_size=8, key_cluster_size=16)(images())
+    with pytest.raises(ValueError, match="the network has 6"):
+        block_range(2, 9, 0, DEPTH)
+
+
+@pytest.mark.parametrize("method", ["act", "smyrf"])
+def test_projections_stay_or_are_drawn_anew(method):
+    x = images()
+    kept, same = reduced("ours", method), reduced("ours", method)
+    assert torch.equal(kept(x), kept(x)) and torch.equal(kept(x), same(x))
+    assert not torch.equal(kept(x), reduced("ours", method, seed=1)(x))
+    fresh = reduced("ours", method, seed=None)
+    assert not torch.equal(fresh(x), fresh(x))
+    assert Draws(None).get("block0", 4, 3, x)[0].shape == (4, 3)

@@ -1,0 +1,92 @@
+"""What the speed of a net is made of: blocks, growth and the least times, and their mistakes."""
+
+import json
+
+import pytest
+import torch
+
+from evaluation.cost import anatomy_arguments, growth
+from evaluation.cost.blocks import cost_of_block, kept_bytes
+from evaluation.cost.growth import Point
+from evaluation.cost.roofline import BANDWIDTHS, SIZES, layers_of
+from octic.block import OcticBlock
+from vit.block import Block
+
+OPTIONS = {"num_heads": 2, "init_values": 1e-4}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_octic_block_keeps_no_more_than_a_plain_one(bf16):
+    octic, plain = (
+        cost_of_block(kind(64, **OPTIONS), 17, 64, bf16=bf16) for kind in (OcticBlock, Block)
+    )
+    assert octic.kept_bytes <= 0.96 * plain.kept_bytes
+    assert octic.multiply_adds < plain.multiply_adds / 3
+    assert octic.operators <= 46
+
+
+def test_kept_bytes_are_those_of_the_tensors_kept():
+    x = torch.randn(2, 3, 8)
+    assert kept_bytes(torch.nn.GELU(), x) == x.numel() * 4
+    assert kept_bytes(torch.nn.Linear(8, 5), x) == x.numel() * 4  # its weight is a parameter
+    assert kept_bytes(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()), x) == (
+        2 * x.numel() * 4
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_least_times_have_the_operations_of_the_counter(size):
+    width, heads, patch = SIZES[size]
+    tokens = (224 // patch) ** 2 + 1
+    for kind in (OcticBlock, Block):
+        with torch.device("meta"):
+            block = kind(width, num_heads=heads)
+        from utils.flops import count_operations
+
+        counted = count_operations(block, torch.empty(1, tokens, width, device="meta"))
+        layers = layers_of(size, octic=kind is OcticBlock, batch=1)
+        assert sum(layer.operations for layer in layers) == counted.forward
+    (fc1,) = (layer for layer in layers if layer.name == "fc1")
+    assert fc1.seconds(1e15, 1e30) == fc1.operations / 1e15
+    assert fc1.seconds(1e30, BANDWIDTHS["H100"]) == fc1.moved_bytes / 3.35e12
+
+
+def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
+    growth.show(
+        "hybrid_deit_small_patch16",
+        "deit_small_patch16_LS",
+        varied={"depth": [2, 4], "batch": [1, 2]},
+        device="cpu",
+        base=Point(size=32, depth=2),
+        steps=1,
+        json_file=tmp_path / "growth.json",
+        picture_file=tmp_path / "growth.png",
+    )
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert len(rows) == 8 and all(row["inference"] > 0 and row["mib"] > 0 for row in rows)
+    deeper = [row["mib"] for row in rows if row["varied"] == "depth" and "hybrid" in row["net"]]
+    assert deeper[1] > 1.2 * deeper[0]
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert "batch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["roofline", "--chip", "B100"], "--chip is H100 or H200"),
+        (["growth", "--sizes", "224,x"], "--sizes takes numbers"),
+        (["growth", "--models", "deit_small_patch16_LS"], "an octic net and its plain twin"),
+        (["growth", "--json", "nowhere/g.json"], "there is no folder nowhere"),
+        (["blocks", "--models", "resnet18"], "has no `blocks`"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        anatomy_arguments.main(words)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_least_times_are_printed(capsys):
+    assert anatomy_arguments.main(["roofline", "--chip", "H100"]) == 0
+    assert "times" in capsys.readouterr().out
