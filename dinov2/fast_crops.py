@@ -89,7 +89,7 @@ class FastMultiCrop:
             if f"{kind}_crops" in done:
                 pixels, plan = done[f"{kind}_crops"], done.pop(f"{kind}_colours")
                 levels = colour(pixels, plan, self.operators)
-                mean, std = (value.to(levels.device) for value in (self.mean, self.std))
+                mean, std = (v.to(levels.device, non_blocking=True) for v in (self.mean, self.std))
                 done[f"{kind}_crops"] = colours.normalize(levels, mean, std)
         return done
 

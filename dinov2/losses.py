@@ -6,8 +6,11 @@ least. Letters in shapes: S student crops, T teacher crops, B images, M masked p
 prototypes, D channels.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -21,9 +24,8 @@ def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> 
 
     student: logits [S B K]; teacher: probabilities [T B K].
     """
-    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
     # The sum over teachers first: it is linear, and the student's tensors are the large ones.
-    return -(teacher.sum(dim=0) * log_probs).sum(dim=(0, -1)).mean()
+    return _CrossEntropy.apply(student, teacher.sum(dim=0), temperature).sum(dim=0).mean()
 
 
 def ibot_loss(
@@ -34,8 +36,37 @@ def ibot_loss(
     student: logits [M K]; teacher: probabilities [M K]; weights: [M], for the mean over an image's
     patches 1 / number masked in the image; 0 for rows that only pad.
     """
-    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
-    return -((teacher * log_probs).sum(dim=-1) * weights).sum() / num_images
+    entropies = _CrossEntropy.apply(student[None], teacher, temperature)[0]
+    return (entropies * weights).sum() / num_images
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-sum_k teacher log softmax(student / temperature): logits [S B K], teacher [B K] to [S B].
+
+    Of the [S B K] values nothing is kept but the logits themselves, and the gradient is the one
+    tensor of that size that is made: slice by slice, as wide as float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        found = student.new_zeros(student.shape[:-1], dtype=at_least_float32(student[:0]).dtype)
+        for logits, out in zip(student, found, strict=True):
+            log_probs = F.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+            out.sub_(log_probs.mul_(teacher).sum(dim=-1))
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher = ctx.saved_tensors
+        mass = teacher.sum(dim=-1, keepdim=True)
+        d_student = torch.empty_like(student)
+        for logits, slope, out in zip(student, grad / ctx.temperature, d_student, strict=True):
+            probs = torch.softmax(at_least_float32(logits) / ctx.temperature, dim=-1)
+            out.copy_(probs.mul_(mass).sub_(teacher).mul_(slope[:, None]))
+        return d_student, None, None
 
 
 def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from octic.groups import Group, get_group
 from octic.layers import OcticAttention, OcticLayerNorm, OcticMlp, OcticScale
 from vit.block import ResidualBlock
+from vit.packing import Packing
 
 
 class OcticBlock(ResidualBlock):
@@ -60,3 +61,9 @@ class OcticBlock(ResidualBlock):
             drop_path_rate=drop_path_rate,
             drop_path_mode=drop_path_mode,
         )
+
+    def _mix_tokens(self, x: Tensor, packing: Packing | None) -> Tensor:
+        return self.attn(self.norm1(x), packing, self.ls1)
+
+    def _mix_channels(self, x: Tensor, packing: Packing | None) -> Tensor:
+        return self.mlp(self.norm2(x), self.ls2)

@@ -50,20 +50,38 @@ class OcticLinear(nn.Module):
             layer = nn.Linear(irrep.copies * self.in_copy, rows, bias=bias and index == 0)
             self.add_module(f"lin_{irrep.name}", layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [... in_features] to [... out_features]."""
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """Map [... in_features] to [... out_features]; `scale` is applied to the result.
+
+        An `OcticScale` goes into the matrices, which are smaller than the features: one pass over
+        these less, and one tensor less to keep for the backward pass.
+        """
+        if scale is not None and not _fits_in_weights(scale, x):
+            return scale(self(x))
         layers = [self.get_submodule(f"lin_{irrep.name}") for irrep in self.group.irreps]
-        lines = torch.stack([layer.weight for layer in layers[: self.group.num_lines]])
-        plane = None
-        if self.group.planes:
-            plane = layers[-1].weight
-            if self.group.planes[0].commuting == 2:
-                plane = _complex_matrix(plane)
-        return irrep_linear(x, lines, plane, layers[0].bias)
+        weights, bias = [layer.weight for layer in layers], layers[0].bias
+        count = self.group.num_lines
+        lines = torch.stack(weights[:count])
+        plane = weights[-1] if self.group.planes else None
+        if self.group.planes and self.group.planes[0].commuting == 2:
+            plane = _complex_matrix(weights[-1])
+        if isinstance(scale, OcticScale):
+            factors = scale.factors()
+            lines = lines * torch.stack(factors[:count]).unsqueeze(-1)
+            bias = None if bias is None else bias * factors[0]
+            if plane is not None:
+                plane = plane * factors[-1].repeat(len(plane) // len(factors[-1])).unsqueeze(-1)
+        return irrep_linear(x, lines, plane, bias)
 
     def extra_repr(self) -> str:
         """Widths and group."""
         return f"{self.in_features}, {self.out_features}, group={self.group.name}"
+
+
+def _fits_in_weights(scale: nn.Module, x: Tensor) -> bool:
+    # Layer scales of 1e-5 times weights would leave float16's range.
+    half = (autocast_dtype(x) or x.dtype) == torch.float16
+    return isinstance(scale, OcticScale) and scale.beta is None and not half
 
 
 def _complex_matrix(parts: Tensor) -> Tensor:
@@ -101,15 +119,14 @@ class OcticScale(nn.Module):
         for name, parameter in self.named_parameters():
             nn.init.constant_(parameter, 0.0 if name == "beta" else self.init_values)
 
+    def factors(self) -> list[Tensor]:
+        """The factors of a row of each irrep."""
+        return [self.get_parameter(f"alpha_{irrep.name}") for irrep in self.group.irreps]
+
     def vector(self) -> Tensor:
         """The factors of all D channels."""
-        return torch.cat(
-            [
-                self.get_parameter(f"alpha_{irrep.name}")
-                for irrep in self.group.irreps
-                for _ in range(irrep.dim)
-            ]
-        )
+        pairs = zip(self.factors(), self.group.irreps, strict=True)
+        return torch.cat([factor for factor, irrep in pairs for _ in range(irrep.dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale (and shift) features [... D]."""
@@ -190,9 +207,9 @@ class OcticMlp(nn.Module):
         self.norm = OcticLayerNorm(hidden, group=group) if norm else nn.Identity()
         self.fc2 = OcticLinear(hidden, out_features or in_features, bias=bias, group=group)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features [... in] to [... out]."""
-        return self.fc2(self.norm(self.act(self.fc1(x))))
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """Map features [... in] to [... out]; `scale` is applied to the result."""
+        return self.fc2(self.norm(self.act(self.fc1(x))), scale)
 
 
 class OcticAttention(nn.Module):
@@ -236,14 +253,16 @@ class OcticAttention(nn.Module):
         self.qkv = OcticLinear(dim, 3 * dim, bias=qkv_bias, group=self.group)
         self.proj = OcticLinear(dim, dim, bias=proj_bias, group=self.group)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Attend within each sequence; x and the result are features [B T D]."""
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, scale: nn.Module | None = None
+    ) -> Tensor:
+        """Attend within each sequence, then apply `scale`; x and the result are [B T D]."""
         q, k, v = self._split_heads(self.qkv(x), 3).unbind(2)
         if self.qk_scale is not None or self.attn_mixer is not None:
             q = (q * self._query_factor()).to(k.dtype)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
-        return self.proj(self._join_heads(out))
+        return self.proj(self._join_heads(out), scale)
 
     def _query_factor(self) -> Tensor | float:
         """What queries are multiplied by, so that attention's own scale gives the wanted logits."""

@@ -11,9 +11,9 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Matrix = tuple[tuple[float, ...], ...]
+PIECE = 2**18  # values; with those between its steps about the last cache that a core has to itself
 
 
 def plain_norm(
@@ -95,23 +95,47 @@ def _runs(
 
 def plain_gelu(x: Tensor, transform: Matrix) -> Tensor:
     """Compute `regular_gelu` with PyTorch's operators, without autograd."""
-    hidden, back = _hidden(x, transform)
-    return torch.bmm(back, F.gelu(hidden)).view(x.shape).to(x.dtype)
+    y = torch.empty_like(x)
+    for back, part, out in _pieces(transform, x, y):
+        hidden = torch.bmm(back.mT, _statistics_dtype(part))
+        _bmm(back, torch.ops.aten.gelu_(hidden), out)
+    return y
 
 
 def plain_gelu_backward(x: Tensor, grad: Tensor, transform: Matrix) -> Tensor:
     """Gradient of x."""
-    hidden, back = _hidden(x, transform)
-    grad, _ = _hidden(grad, transform)
-    return torch.bmm(back, torch.ops.aten.gelu_backward(grad, hidden)).view(x.shape).to(x.dtype)
+    dx = torch.empty_like(x)
+    for back, part, slope, out in _pieces(transform, x, grad, dx):
+        hidden = torch.bmm(back.mT, _statistics_dtype(part))
+        slope = torch.bmm(back.mT, _statistics_dtype(slope))
+        _bmm(back, torch.ops.aten.gelu_backward(slope, hidden), out)
+    return dx
 
 
-def _hidden(x: Tensor, transform: Matrix) -> tuple[Tensor, Tensor]:
-    """Regular components [N G C] of x, and the matrices [N G G] that take them back."""
-    order = len(transform)
-    x = _statistics_dtype(x.reshape(math.prod(x.shape[:-1]), order, x.shape[-1] // order))
-    back = _matrix_tensor(transform, x.dtype, x.device).expand(len(x), order, order)
-    return torch.bmm(back.mT, x), back
+def _pieces(transform: Matrix, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces [n G C] of dense tensors [... D], after the matrices [n G G] that take them back.
+
+    On a CPU a piece stays in its cache from the first transform to the last, and the memory of a
+    piece is used again for the next: as much time as the transforms themselves take.
+    """
+    order, (x, *_) = len(transform), tensors
+    shape = (-1, order, x.shape[-1] // order)
+    rows = x.numel() // max(1, x.shape[-1])
+    step = rows if x.device.type != "cpu" else max(1, PIECE // max(1, x.shape[-1]))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    back = _matrix_tensor(transform, dtype, x.device).expand(min(step, rows), order, order)
+    if not x.numel():
+        return
+    for parts in zip(*(tensor.view(shape).split(step) for tensor in tensors), strict=True):
+        yield back[: len(parts[0])], *parts
+
+
+def _bmm(first: Tensor, second: Tensor, out: Tensor) -> None:
+    """Write the product into `out`, rounded to its dtype."""
+    if out.dtype == second.dtype:
+        torch.bmm(first, second, out=out)
+    else:
+        out.copy_(torch.bmm(first, second))
 
 
 @lru_cache(maxsize=64)

@@ -57,3 +57,25 @@ def test_half_precision_is_widened(autocast):
         teacher = torch.randn(2, 3, 6).softmax(dim=-1)
         assert dino_loss(student, teacher).dtype == torch.float32
         assert koleo_loss(student[0]).dtype == torch.float32
+
+
+def test_cross_entropy_has_the_gradient_of_its_definition():
+    student = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    teacher = 2 * torch.randn(4, 6, dtype=torch.float64).softmax(dim=-1)
+    assert torch.autograd.gradcheck(lambda s: dino_loss(s, teacher[None]), [student])
+    log_probs = (student / 0.1).log_softmax(dim=-1)
+    torch.testing.assert_close(
+        dino_loss(student, teacher[None]), -(teacher * log_probs).sum(dim=(0, -1)).mean()
+    )
+
+
+def test_of_the_students_logits_nothing_is_kept_twice():
+    student = torch.randn(3, 4, 64).bfloat16().requires_grad_()
+    teacher = torch.randn(1, 4, 64).softmax(dim=-1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = dino_loss(student, teacher)
+    large = [t for t in kept if t.numel() == student.numel()]
+    assert len(large) == 1 and large[0].data_ptr() == student.data_ptr()
+    loss.backward()
+    assert student.grad.dtype == torch.bfloat16

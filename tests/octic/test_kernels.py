@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from octic import plain_kernels
 from octic.kernels import irrep_norm, regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
@@ -56,6 +57,14 @@ def test_gelu_is_its_definition_forward_and_backward(name, dtype):
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == dtype
         assert relative_error(value, reference) < ROUNDING[dtype]
+
+
+def test_gelu_in_pieces_is_gelu_at_once(monkeypatch):
+    x, grad = torch.randn(2, 3, 11, 7 * 8, dtype=torch.float64)
+    whole = gradients(lambda x: regular_gelu(x, D4), [x], grad)
+    monkeypatch.setattr(plain_kernels, "PIECE", 4 * 56)
+    pieces = gradients(lambda x: regular_gelu(x, D4), [x], grad)
+    assert all(torch.equal(*pair) for pair in zip(whole, pieces, strict=True))
 
 
 @pytest.mark.parametrize("with_scale", [False, True])
@@ -201,6 +210,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_works_without_triton():
     code = """
 import sys
@@ -215,6 +225,7 @@ print(kernels.irrep_norm(torch.ones(2, 4), segments=segments).shape)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_equal_the_plain_twins_in_the_interpreter():
     result = run_python(

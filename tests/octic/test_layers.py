@@ -145,3 +145,25 @@ def test_bad_widths_are_refused() -> None:
         OcticPatchEmbed(patch_size=7, embed_dim=64)
     with pytest.raises(ValueError, match="patch_size 2"):
         OcticPatchEmbed(patch_size=2, embed_dim=64)
+
+
+@pytest.mark.parametrize("name", ["D4", "C4", "V4", "mirror"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_scale_in_the_weights_is_a_scale_of_the_result(name, dtype):
+    layer = OcticLinear(32, 64, group=name).to(dtype)
+    scale = OcticScale(64, 1e-5, group=name).to(dtype)
+    for parameter in scale.parameters():
+        parameter.data *= 1 + torch.rand_like(parameter)
+    x = torch.randn(2, 5, 32, dtype=dtype, requires_grad=True)
+    inputs = [x, *layer.parameters(), *scale.parameters()]
+    grad = torch.randn(2, 5, 64, dtype=dtype)
+    folded, apart = layer(x, scale), scale(layer(x))
+    pairs = zip(
+        [folded, *torch.autograd.grad(folded, inputs, grad)],
+        [apart, *torch.autograd.grad(apart, inputs, grad)],
+        strict=True,
+    )
+    for ours, reference in pairs:
+        # In float16 the two are the same computation: small weights would vanish.
+        tolerance = 0.0 if dtype == torch.float16 else 1e-14
+        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)

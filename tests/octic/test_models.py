@@ -176,6 +176,7 @@ def test_compiles_without_graph_break(options: dict[str, object]) -> None:
     compiled(x).sum().backward()
 
 
+@pytest.mark.slow
 def test_packed_crops_compile_without_graph_break() -> None:
     """encode() with masks, registers and dropped branches is one graph, equal to eager."""
     net = OcticVisionTransformer(

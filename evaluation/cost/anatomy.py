@@ -1,0 +1,66 @@
+"""What experiments/anatomy.py runs: the parts of a net's speed, each by its module."""
+
+import argparse
+
+import torch
+
+from evaluation.cost import blocks, growth, roofline
+from utils.config import fail
+from utils.errors import UserError
+
+BLOCKS = "hybrid_deit_small_patch16,hybrid_deit_base_patch16,hybrid_deit_large_patch16"
+PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"
+
+
+def show(words: argparse.Namespace) -> None:
+    """Print what a command line (`evaluation.cost.anatomy_arguments`) asks for."""
+    try:
+        _show(words)
+    except UserError as error:
+        fail(error)
+
+
+def _show(words: argparse.Namespace) -> None:
+    if words.threads is not None:
+        if words.threads < 1:
+            raise UserError("--threads must be at least 1")
+        torch.set_num_threads(words.threads)
+    if words.what == "roofline":
+        roofline.show(words.chip, 64 if words.batch_size is None else words.batch_size)
+    elif words.what == "blocks":
+        names = (words.models or BLOCKS).split(",")
+        blocks.measure(names, size=words.size, bf16=not words.float32, kernels=words.kernels)
+    else:
+        _growth(words)
+
+
+def _growth(words: argparse.Namespace) -> None:
+    names = (words.models or PAIR).split(",")
+    if len(names) != 2:
+        raise UserError(f"--models takes an octic net and its plain twin, not {words.models!r}")
+    for path in filter(None, (words.json, words.picture)):
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
+    device = words.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    lists = {"size": words.sizes, "batch": words.batches, "depth": words.depths}
+    varied = {name: _numbers(text, f"--{name}s") for name, text in lists.items() if text}
+    base = growth.Point(words.size, 1 if words.batch_size is None else words.batch_size)
+    growth.show(
+        *names,
+        varied=varied,
+        device=device,
+        base=base,
+        steps=words.steps,
+        json_file=words.json,
+        picture_file=words.picture,
+    )
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
+    if len(numbers) != len(text.split(",")):
+        flag = {"--batchs": "--batches"}.get(flag, flag)
+        raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")
+    return numbers

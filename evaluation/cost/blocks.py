@@ -1,0 +1,151 @@
+"""What one block costs beside another: operators, compiled kernels, and what backward keeps.
+
+Of a net with `blocks` the kinds of blocks are compared, each by its first: of a hybrid net an octic
+and a plain block of the same width.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.cost.models import find_backbone, make_net
+from evaluation.progress import say
+from evaluation.results import print_table
+from utils.errors import UserError
+from utils.flops import count_operations
+
+# A call in the code that Inductor writes: a kernel of its own, or an operator.
+CALL = re.compile(r"^\s+(?:\w+ = )?((?:cpp_|triton_|extern_kernels\.|torch\.ops\.)[\w.]+)\(", re.M)
+# Lines, planes and bias of an equivariant linear layer.
+LAUNCHES = {"torch.ops.octic.irrep_linear.default": 3}
+
+
+class BlockCost(NamedTuple):
+    """One block, for one image."""
+
+    kind: str  # class of the block
+    width: int
+    tokens: int
+    multiply_adds: int
+    operators: int  # of the forward pass, views aside
+    operators_back: int
+    kept_bytes: int  # of an image, until the backward pass
+    kernels: int | None  # that compiling makes of the forward pass, and products in libraries
+
+
+def measure(
+    names: list[str], *, size: int = 224, bf16: bool = True, kernels: bool = False
+) -> dict[str, list[BlockCost]]:
+    """Costs of the kinds of blocks of registered nets, printed as a table.
+
+    bf16: under autocast to bfloat16, as on a GPU. kernels: compile each block for this CPU (about a
+    minute each; needs a C++ compiler). Raises UserError for a net without `blocks`.
+    """
+    found = {}
+    for name in names:
+        say(f"blocks of {name}")
+        net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
+        found[name] = [
+            cost_of_block(block, *_shape(net, size), bf16=bf16, kernels=kernels)
+            for block in _kinds(name, net)
+        ]
+    _print(found, size, bf16, kernels)
+    return found
+
+
+def cost_of_block(
+    block: nn.Module, tokens: int, width: int, *, bf16: bool = True, kernels: bool = False
+) -> BlockCost:
+    """Count one block on tokens [1 T D]."""
+    block.train()
+    tokens_in = torch.randn(1, tokens, width)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        # What two images keep less what one does: copies of weights are nobody's activation.
+        kept = kept_bytes(block, tokens_in.expand(2, -1, -1)) - kept_bytes(block, tokens_in)
+        compiled = count_kernels(block, tokens_in) if kernels else None
+        with torch.random.fork_rng():
+            counted = count_operations(block, tokens_in.requires_grad_())
+    return BlockCost(
+        type(block).__name__,
+        width,
+        tokens,
+        counted.forward // 2,
+        counted.forward_calls,
+        counted.backward_calls,
+        kept,
+        compiled,
+    )
+
+
+def kept_bytes(block: nn.Module, x: Tensor) -> int:
+    """Bytes that the backward pass keeps, each storage once, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # an address that is free again would be counted once for two tensors
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    x = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x)
+    return sum(kept.values())
+
+
+def count_kernels(block: nn.Module, x: Tensor) -> int:
+    """Kernels of the compiled forward pass: generated ones, and those of the operators called."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        _, code = run_and_get_code(torch.compile(block, fullgraph=True), x)
+    calls = [call for text in code for call in CALL.findall(text.partition("def call(")[2])]
+    return sum(LAUNCHES.get(call, 1) for call in calls)
+
+
+def _kinds(name: str, net: nn.Module) -> list[nn.Module]:
+    blocks: Any = getattr(net, "blocks", getattr(getattr(net, "net", None), "blocks", None))
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        raise UserError(f"{name} has no `blocks` that could be compared")
+    return list({type(block): block for block in reversed(blocks)}.values())[::-1]
+
+
+def _shape(net: nn.Module, size: int) -> tuple[int, int]:
+    inner: Any = getattr(net, "net", net)
+    patch = inner.patch_embed.patch_size if hasattr(inner, "patch_embed") else inner.patch_size
+    side = patch if isinstance(patch, int) else patch[0]
+    return (size // side) ** 2 + inner.num_prefix_tokens, inner.embed_dim
+
+
+def _print(found: dict[str, list[BlockCost]], size: int, bf16: bool, kernels: bool) -> None:
+    rows = []
+    for name, costs in found.items():
+        reference = costs[-1]
+        for cost in costs:
+            rows.append(
+                [
+                    name if cost is costs[0] else "",
+                    cost.kind,
+                    cost.width,
+                    f"{cost.multiply_adds / 1e9:.3f}",
+                    cost.operators,
+                    cost.operators_back,
+                    *([cost.kernels] if kernels else []),
+                    f"{cost.kept_bytes / 2**20:.2f}",
+                    f"{cost.kept_bytes / reference.kept_bytes:.2f}",
+                ]
+            )
+    columns = ["model", "block", "width", "multiply-adds\n10^9", "operators\nforward"]
+    columns += ["operators\nbackward", *(["kernels\ncompiled"] if kernels else [])]
+    columns += ["kept for\nbackward MiB", "times the\nlast block's"]
+    arithmetic = "autocast to bfloat16" if bf16 else "float32"
+    protocol = (
+        f"one image of {size} x {size} pixels, {arithmetic}, training mode, views not counted"
+    )
+    print_table("cost of a block", columns, rows, protocol=f"{protocol}; torch {torch.__version__}")
