@@ -2,54 +2,100 @@
 
     python -m tests.parity.make_selection ../shared/parity
 
-The selection lets a clone prove parity alone. It holds every case of the topics below that the
-project runs, but for the large ones named in LEFT_OUT, whose code paths smaller cases cover.
+The selection lets a clone prove parity alone, in every topic. Of the cases that the project runs it
+takes the smallest of each sort first and then whatever is small, until `MAX_BYTES` are used.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.parity.harness import HERE
+from tests.parity.harness import HERE, Case, NotBuilt, collect, find_runner, runners
 
 SELECTION = HERE / "selection"
 MAX_BYTES = 3_000_000
 
-# Topic -> kinds (None: a topic without kinds, every case of it).
-TOPICS: dict[str, set[str] | None] = {
-    "octic": None,
-    "recipes": {
-        *("dino_loss", "center", "sk", "ibot", "koleo", "head", "cosine", "sched", "ssl"),
-        *("samplers", "json"),
-    },
-    "evaluation": None,
-}
-LEFT_OUT = {
-    # large; what stays in covers the same code
-    *("deit_hybrid", "deit_invariant", "deit_hybrid_resolution"),
-    *("deit_hybrid_defaultblocks_nohead", "deit_hybrid_globalpool_break1"),
-    *("deit_hybrid_frozen_tokens_nonzero", "stdblock_deit_ls", "dino_hybrid", "dino_hybrid_masks"),
-    *("dino_invariant_reg4_masks", "dino_invariant_resolution", "knn_default_ks"),
-    *("transform_eval_landscape", "transform_eval_small_portrait", "transform_eval_logreg_224"),
-    *("transform_eval_gray", "transform_train_seeded", "seg_transform_ade_like"),
-    *("seg_e2e_ade_like", "seg_extract", "seg_knn_bf16_clusters", "knn_two_ranks"),
-    *("seg_transform_voc_like", "knn_end_to_end", "attn_pool", "invariant_maxfiltering"),
-    "ssl_step_invariant_sinkhorn_separate",
-    # of the supervised recipe and the reference's own log format and launcher
-    *("deit_weight_decay_groups", "smoothed_value", "slurm_node_list"),
-}
-# Files that no case names but tests read.
+# Cases that a runner declines.
+DECLINED = {"deit_hybrid_frozen_tokens_nonzero", "slurm_node_list"}
+# Files that no case names but tests or runners read.
 EXTRA = {"octic": ["checkpoint_layouts.json"]}
+PARTS = ("cases", "json_cases")
 
 
-def files_of(entry: dict[str, Any]) -> list[str]:
-    """Names of the files of a case, whichever way its topic writes them."""
+def files_of(entry: dict[str, Any], index: dict[str, Any]) -> list[str]:
+    """Names of the files of a case, whichever way its topic writes them, its model's among them."""
     named = entry.get("files", entry.get("file", []))
     if isinstance(named, dict):
-        return list(named.values())
-    return [named] if isinstance(named, str) else named
+        named = list(named.values())
+    model = index.get("models", {}).get(entry.get("model"), {})
+    weights = [value for value in model.values() if str(value).endswith(".safetensors")]
+    return [*([named] if isinstance(named, str) else named), *weights]
+
+
+def sort_of(case: Case) -> str:
+    """What kind of thing a case computes."""
+    entry = case.entry
+    reference = entry.get("reference", "")
+    if isinstance(reference, dict):
+        reference = reference.get("class", reference.get("function", ""))
+    return f"{case.topic} {entry.get('kind')} {entry.get('method')} {reference}"
+
+
+def choose(source: Path) -> Iterator[Case]:
+    """The cases of the selection."""
+    known = runners()
+    indices = {path.parent: json.loads(path.read_text()) for path in source.rglob("index.json")}
+    kept: set[Path] = {source / topic / name for topic, names in EXTRA.items() for name in names}
+    used = sum(path.stat().st_size for path in kept)
+    used += sum(len(_written(_without_cases(index))) for index in indices.values())
+
+    def cost(case: Case) -> tuple[int, set[Path]]:
+        index = indices[case.folder]
+        files = {case.folder / name for name in files_of(_entry(case, index), index)} - kept
+        own = len(_written(_entry(case, index))) + 1
+        return own + sum(path.stat().st_size for path in files), files
+
+    runnable = [case for case in collect(source) if _runs(case, known)]
+    waiting = sorted(runnable, key=lambda case: (cost(case)[0], case.id))
+    sorts: set[str] = set()
+    chosen: set[str] = set()
+    for is_first in (True, False):
+        for case in waiting:
+            if case.id in chosen or is_first and sort_of(case) in sorts:
+                continue
+            size, files = cost(case)
+            if used + size <= MAX_BYTES:
+                used, kept = used + size, kept | files
+                sorts.add(sort_of(case))
+                chosen.add(case.id)
+                yield case
+
+
+def _runs(case: Case, known: dict[Any, Any]) -> bool:
+    if case.entry["name"] in DECLINED:
+        return False
+    try:
+        find_runner(case, known)
+    except NotBuilt:
+        return False
+    return True
+
+
+def _entry(case: Case, index: dict[str, Any]) -> dict[str, Any]:
+    """The entry as the index has it."""
+    entries = [entry for part in PARTS for entry in index.get(part, [])]
+    return next(entry for entry in entries if entry["name"] == case.entry["name"])
+
+
+def _without_cases(index: dict[str, Any]) -> dict[str, Any]:
+    return {key: [] if key in PARTS else value for key, value in index.items()}
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def main() -> None:
@@ -57,24 +103,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of all topics")
     source = parser.parse_args().source
+    chosen, everything = {case.id for case in choose(source)}, collect(source)
     shutil.rmtree(SELECTION, ignore_errors=True)
-    for topic, kinds in TOPICS.items():
+    for path in sorted(source.rglob("index.json")):
+        index = json.loads(path.read_text())
+        topic = index.get("topic", path.parent.name)
         target = SELECTION / topic
         target.mkdir(parents=True)
-        index = json.loads((source / topic / "index.json").read_text())
-        for part, default in (("cases", None), ("json_cases", "json")):
-            index[part] = [
-                entry
-                for entry in index.get(part, [])
-                if entry["name"] not in LEFT_OUT
-                and (kinds is None or entry.get("kind", default) in kinds)
-            ]
-            for entry in index[part]:
-                for name in files_of(entry):
-                    shutil.copyfile(source / topic / name, target / name)
-        for name in EXTRA.get(topic, []):
-            shutil.copyfile(source / topic / name, target / name)
-        (target / "index.json").write_text(json.dumps(index, separators=(",", ":")) + "\n")
+        names = set(EXTRA.get(topic, []))
+        for part in PARTS:
+            if part in index:
+                index[part] = [e for e in index[part] if f"{topic}/{e['name']}" in chosen]
+                names |= {name for entry in index[part] for name in files_of(entry, index)}
+        for name in names:
+            shutil.copyfile(path.parent / name, target / name)
+        (target / "index.json").write_text(_written(index) + "\n")
+        total = sum(case.topic == topic for case in everything)
+        print(f"{topic}: {sum(name.startswith(f'{topic}/') for name in chosen)} of {total} cases")
     size = sum(path.stat().st_size for path in SELECTION.rglob("*") if path.is_file())
     print(f"{SELECTION}: {size:,} bytes of {MAX_BYTES:,}")
 

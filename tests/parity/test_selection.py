@@ -1,7 +1,9 @@
 """The selection in the repository is complete and small."""
 
-from tests.parity.harness import collect
-from tests.parity.make_selection import MAX_BYTES, SELECTION, TOPICS, files_of
+import json
+
+from tests.parity.harness import collect, runners
+from tests.parity.make_selection import MAX_BYTES, SELECTION, files_of
 
 
 def test_selection_is_small() -> None:
@@ -13,7 +15,9 @@ def test_selection_is_small() -> None:
 def test_selection_is_complete() -> None:
     """Every topic has cases and every case its files."""
     cases = collect(SELECTION)
-    assert {case.topic for case in cases} == TOPICS.keys()
-    for case in cases:
-        for name in files_of(case.entry):
-            assert (case.folder / name).is_file(), f"{case.id} lacks {name}"
+    assert {case.topic for case in cases} == {topic for topic, _ in runners()}
+    for path in SELECTION.rglob("index.json"):
+        index = json.loads(path.read_text())
+        for entry in index["cases"] + index.get("json_cases", []):
+            for name in files_of(entry, index):
+                assert (path.parent / name).is_file(), f"{entry['name']} lacks {name}"
