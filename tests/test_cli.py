@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "experiments/train_dinov2.py"
 # What reads no config of its own: a page made of a folder, arithmetic about probes and scaling.
-WITHOUT_CONFIG = ("report.py", "plan_probes.py", "scaling.py")
+WITHOUT_CONFIG = ("report.py", "plan_probes.py", "scaling.py", "anatomy.py", "make_lmdb.py")
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 
 

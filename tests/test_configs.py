@@ -11,7 +11,7 @@ from utils.config import CONFIGS, compose_config
 
 RUNS = sorted(
     path
-    for folder in ("dinov2", "deit", "flopping", "gevit")
+    for folder in ("dinov2", "deit", "flopping", "gevit", "evit", "dhvt")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))

@@ -25,6 +25,7 @@ def rehearse(*words: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_undisturbed():
     assert "kills: 3 " in rehearse("kills", "--count", "3")
 

@@ -201,6 +201,7 @@ def test_a_real_full_file_system(tmp_path):
     assert "not written" in first and "step 1 stays" in first and second == "1"
 
 
+@pytest.mark.slow
 def test_killed_in_mid_save_the_last_good_one_stays(tmp_path):
     code = (
         "import sys, torch; from pathlib import Path; from utils.checkpoint import Checkpoints\n"
