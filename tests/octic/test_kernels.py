@@ -237,7 +237,7 @@ def test_triton_kernels_equal_the_plain_twins_in_the_interpreter():
 
 @needs_triton
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler is for Linux")
-@pytest.mark.parametrize("channels", [48, 5])
+@pytest.mark.parametrize("channels", [pytest.param(48, marks=pytest.mark.slow), 5])
 def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget

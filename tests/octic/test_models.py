@@ -166,7 +166,14 @@ def test_intermediate_layers_include_the_octic_blocks() -> None:
     assert grids[0][0].shape == (2, 64, 8, 8)
 
 
-@pytest.mark.parametrize("options", ({}, {"invariant": True}, {"octic_equi_break_layer": 2}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        pytest.param({"invariant": True}, marks=pytest.mark.slow),
+        pytest.param({"octic_equi_break_layer": 2}, marks=pytest.mark.slow),
+    ),
+)
 def test_compiles_without_graph_break(options: dict[str, object]) -> None:
     """torch.compile(fullgraph=True) of forward and backward equals eager."""
     net = OcticVisionTransformer(**{**SMALL, "num_classes": 5, **options})

@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(words, said, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "error: which? (pictures: attention, neighbours, pca, segmentation)"),
+        ([], "error: which? (pictures: attention, neighbours, pca, segmentation, token_mask)"),
         (["attentoin"], "error: no picture 'attentoin'; did you mean 'attention'?"),
         (["pca", "a", "b"], "error: too many words, 'pca' and 'a' and 'b'"),
         (["pca", "--weights"], "error: --weights needs a value"),
