@@ -1,7 +1,10 @@
 """Where metrics may go besides the run folder: wandb and TensorBoard, imported when asked for."""
 
 import importlib
+import sys
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,35 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> Sin
             f"logging.wandb=true: {what}; or set WANDB_MODE=offline and `wandb sync` later"
         ) from error
     id_file.write_text(f"{run_id}\n")
-    return lambda step, values: run.log(values, step=step)
+    return _until_lost(lambda step, values: run.log(values, step=step), wandb.teardown)
+
+
+def _until_lost(write: Sink, leave: Callable[[], None]) -> Sink:
+    """A sink of W&B that is given up when it fails: the training is worth more.
+
+    W&B's own process may be gone before ours: Slurm tells all processes of a job to end.
+    """
+    lost = False
+
+    def write_if_there(step: int, values: dict[str, float]) -> None:
+        nonlocal lost
+        if lost:
+            return
+        try:
+            write(step, values)
+        except Exception as error:
+            lost = True
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(
+                f"note: Weights & Biases takes no more values ({what}): its curve ends before "
+                f"step {step} until the next start; metrics.jsonl goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+            with suppress(Exception):  # or it would fail, loudly, at the end of the process
+                leave()
+
+    return write_if_there
 
 
 def _tensorboard(folder: Path) -> Sink:

@@ -215,3 +215,30 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, mode):
         curve = (run / "wandb_id.txt").read_text().strip()
         assert len({*run.glob("wandb/offline-run-*")}) == start
         assert all(path.name.endswith(curve) for path in run.glob("wandb/offline-run-*"))
+
+
+LOST = """
+import os, signal, sys
+from pathlib import Path
+from utils.sinks import make_sinks
+(sink,) = make_sinks(Path(sys.argv[1]), wandb=True)
+sink(1, {"loss": 2.0})
+for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+    if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        os.kill(int(pid), signal.SIGTERM)
+        os.waitid(os.P_PID, int(pid), os.WEXITED | os.WNOWAIT)
+for step in range(2, 6):
+    sink(step, {"loss": 1.0})
+sys.exit(143)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds W&B's process in /proc")
+def test_a_run_outlives_wandbs_process(tmp_path):
+    pytest.importorskip("wandb")
+    env = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", LOST, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("note: ")]
+    assert line.startswith("note: Weights & Biases takes no more values (ConnectionResetError")
