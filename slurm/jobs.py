@@ -8,6 +8,7 @@ job, sacct and squeue are asked too, where they are installed. The newest run st
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -115,9 +116,21 @@ def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
         base, _, rest = job.partition("_[")
         if rest:
             for run in jobs:
-                if run.startswith(f"{base}_"):
+                array, _, task = run.partition("_")
+                if array == base and _among(task, rest):
                     found.setdefault(run, facts)
     return found
+
+
+def _among(task: str, ranges: str) -> bool:
+    """Whether a task is one of "0-3,7%2]"; Slurm cuts a long list off with "..."."""
+    if "..." in ranges:
+        return True
+    for part in re.split(r"[%\]]", ranges)[0].split(","):
+        low, _, high = part.partition("-")
+        if low.isdigit() and task.isdigit() and int(low) <= int(task) <= int(high or low):
+            return True
+    return False
 
 
 def show(found: Sequence[Run]) -> None:

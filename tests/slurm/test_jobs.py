@@ -201,3 +201,20 @@ def test_the_error_of_a_rank_that_lost_another_is_no_failure_of_its_own(
     with pytest.raises(type(error)), record.attempt(tmp_path):
         raise error
     assert record.read(tmp_path)[-1]["event"] == ("lost_peer" if lost else "failed")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "among"),
+    [("0-3%2]", {0, 1, 2, 3}), ("2,5-6]", {2, 5, 6}), ("7]", {7}), ("0,2,4,...]", set(range(9)))],
+)
+def test_an_array_that_waits_as_a_whole_speaks_for_its_own_tasks(ranges, among, monkeypatch):
+    """Slurm may not have told yet what became of the others."""
+
+    def said(words: list[str]) -> list[str]:
+        values = {"JobID": f"12_[{ranges}", "State": "CANCELLED by 0"}
+        line = "|".join(values.get(key, "") for key in jobs._SACCT.split(","))
+        return [line] if words[0] == "sacct" else []
+
+    monkeypatch.setattr(jobs, "_ask", said)
+    found = jobs.ask_slurm([f"12_{task}" for task in range(9)])
+    assert {task for task in range(9) if f"12_{task}" in found} == among
