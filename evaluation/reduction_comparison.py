@@ -16,13 +16,11 @@ from evaluation.progress import say, track
 from evaluation.reduction_comparison_pictures import draw_reductions
 from evaluation.reduction_dense import DenseHead, fit_dense_head, mean_iou
 from evaluation.results import print_table, write_results
-from evaluation.symmetry_comparison import load_run
-from utils import distributed
-from utils.build import build, plain
+from evaluation.symmetry_comparison import load_run, train_then
+from utils.build import build
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.flops import count_operations
-from utils.training import train
 
 ROUNDS = 3
 NONE = "unreduced"
@@ -66,18 +64,7 @@ def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     training resumes by itself, so the same command picks up what an interrupted one left. Leaves
     results.json, results.csv and a picture in `output_dir`; every rank must call this.
     """
-    config = dict(plain(config))
-    figures: dict[str, dict[str, Any]] = {}
-    with distributed.session(config["device"]) as device:
-        for name, run in config["runs"].items():
-            if isinstance(run, dict):
-                if distributed.is_main():
-                    say(f"--- training: {name}, in {run['output_dir']}")
-                train(run)
-        if distributed.is_main():
-            figures = _judge(config, device)
-        distributed.barrier()
-    return figures
+    return train_then(_judge, config)
 
 
 def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:

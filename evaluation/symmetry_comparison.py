@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +58,15 @@ def compare(config: Mapping[str, Any]) -> Figures:
     training resumes by itself, so the same command picks up what an interrupted one left. Leaves
     results.json, results.csv and pictures in `output_dir`; every rank must call this.
     """
+    return train_then(_judge, config)
+
+
+def train_then(
+    judge: Callable[[dict[str, Any], torch.device], dict[str, Any]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Train what `config["runs"]` says on every rank, then judge on rank 0; the others wait."""
     config = dict(plain(config))
-    figures: Figures = {}
+    figures: dict[str, Any] = {}
     with distributed.session(config["device"]) as device:
         for name, run in config["runs"].items():
             if isinstance(run, dict):
@@ -67,7 +74,7 @@ def compare(config: Mapping[str, Any]) -> Figures:
                     say(f"--- training: {name}, in {run['output_dir']}")
                 train(run)
         if distributed.is_main():
-            figures = _judge(config, device)
+            figures = judge(config, device)
         distributed.barrier()
     return figures
 
