@@ -50,12 +50,11 @@ class ThroughputProbe:
     def __call__(
         self, net: nn.Module, data: Mapping[str, Any], output_dir: Path, step: int = 0
     ) -> dict[str, float]:
-        """Images per second and giga multiply-adds; rank 0 measures, the others wait."""
-        found: list[Turn] = []
-        size = self.input_size or image_size_of(net)
-        training = net.training
+        """Images per second and giga multiply-adds; UserError in several processes."""
         if distributed.world_size() > 1:
             raise UserError("speed is that of one process; start one, without --ngpus and --nodes")
+        found: list[Turn] = []
+        size, training = self.input_size or image_size_of(net), net.training
         device = next(net.parameters()).device
         images = torch.randn(self.batch_size, getattr(net, "in_chans", 3), size, size)
         timed = Contestant(net, images.to(device), dtype=PRECISIONS[self.precision])
