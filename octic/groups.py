@@ -154,6 +154,9 @@ class Group:
         unknown = set(irrep_weights) - {irrep.name for irrep in self.irreps}
         if unknown:
             raise ValueError(f"group {self.name} has no irrep {', '.join(sorted(unknown))}")
+        for name, weight in irrep_weights.items():
+            if not weight > 0:
+                raise ValueError(f"irrep_weights: the weight of {name} is {weight}, not positive")
         return tuple(
             (irrep.copies, irrep_weights.get(irrep.name, 1.0) / irrep.dim)
             for irrep in self.irreps

@@ -247,6 +247,9 @@ class OcticAttention(nn.Module):
         self.qk_scale = qk_scale
         self.backend = backend
         self.head_dim = dim // num_heads
+        width = self.head_dim // self.group.order
+        # Of a head's channels, those of each row of each irrep.
+        self.row_widths = [i.copies * width for i in self.group.irreps for _ in range(i.dim)]
         self.attn_mixer: nn.Parameter | None = None
         if mixer:
             self.attn_mixer = nn.Parameter(torch.eye(len(self.group.irreps))[0])
@@ -278,21 +281,9 @@ class OcticAttention(nn.Module):
 
     def _split_heads(self, x: Tensor, parts: int) -> Tensor:
         """Features [B T parts*D] to heads [B T parts H D/H], in one copy."""
-        lines, rows = self._lines_and_rows(x)
-        width = lines.shape[-1] // (self.group.num_lines * parts * self.num_heads)
-        cells = [lines.unflatten(-1, (-1, parts, self.num_heads, width)).permute(0, 1, 3, 4, 2, 5)]
-        cells += [row.unflatten(-1, (parts, self.num_heads, -1, width)) for row in rows]
-        return torch.cat(cells, dim=-2).flatten(-2)
+        rows = x.split([parts * self.num_heads * width for width in self.row_widths], dim=-1)
+        return torch.cat([row.unflatten(-1, (parts, self.num_heads, -1)) for row in rows], dim=-1)
 
     def _join_heads(self, x: Tensor) -> Tensor:
         """Heads [B T H D/H] to features [B T D]."""
-        lines, rows = self._lines_and_rows(x)
-        lines = lines.unflatten(-1, (self.group.num_lines, -1)).transpose(2, 3)
-        return torch.cat([lines.flatten(2), *(row.flatten(2) for row in rows)], dim=-1)
-
-    def _lines_and_rows(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The one-dimensional irreps of features [...], and each row of the two-dimensional."""
-        copy = x.shape[-1] // self.group.order
-        widths = [irrep.copies * copy for irrep in self.group.planes for _ in range(irrep.dim)]
-        lines, *rows = x.split([self.group.num_lines * copy, *widths], dim=-1)
-        return lines, rows
+        return torch.cat([row.flatten(2) for row in x.split(self.row_widths, dim=-1)], dim=-1)

@@ -7,13 +7,13 @@ the Triton kernels are tested against. Letters as in `octic.kernels`.
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Matrix = tuple[tuple[float, ...], ...]
-PIECE = 2**18  # values; with those between its steps about the last cache that a core has to itself
+PIECE = 2**19  # values; with those between its steps about the last cache that a core has to itself
 
 
 def plain_norm(
@@ -26,12 +26,10 @@ def plain_norm(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute `irrep_norm` with PyTorch's operators, without autograd."""
-    y, inverse = _normalised(x, lengths, weights, eps)
-    y *= inverse
-    if scale is not None:
-        y *= scale
-    if shift is not None:
-        y[:, : len(shift)] += shift
+    centred, factors = _centred(x, lengths, weights)
+    weight, bias = _affine(scale, shift, factors)
+    width = centred.shape[-1]
+    y = torch.native_layer_norm(centred, [width], weight, bias, eps / sum(lengths))[0]
     return y.view(x.shape).to(dtype)
 
 
@@ -45,52 +43,67 @@ def plain_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x (its dtype), scale and shift."""
-    hat, inverse = _normalised(x, lengths, weights, eps)
-    hat *= inverse
-    grad = grad.reshape(hat.shape).to(hat.dtype)
-    product = grad * hat
-    dshift = None if shift is None else grad[:, : len(shift)].sum(0)
-    if scale is None:
-        dscale, along = None, product.sum(-1)
-        dx = grad.clone()
-    else:
-        scale = scale.to(hat.dtype)
-        dscale, along = product.sum(0), product @ scale
-        dx = torch.mul(grad, scale, out=product)
-    along = along[:, None, None] / sum(lengths)
-    runs = zip(_runs(dx, lengths, weights), _runs(hat, lengths, weights), strict=True)
-    for (part, factor), (normal, _) in runs:
-        part -= part.mean(-1, keepdim=True)
-        part.addcmul_(normal, along, value=-factor)
-    dx *= inverse
+    centred, factors = _centred(x, lengths, weights)
+    weight, bias = _affine(scale, shift, factors)
+    width = centred.shape[-1]
+    length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    inverse = length.square_().div_(width).add_(eps / sum(lengths)).rsqrt_()
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad.reshape(centred.shape).to(centred.dtype),
+        centred,
+        [width],
+        torch.zeros_like(inverse),
+        inverse,
+        weight,
+        bias,
+        [True, scale is not None, shift is not None],
+    )
+    # Centring is its own transpose.
+    dx = _centred(dx, lengths, weights)[0]
+    dscale = None if scale is None else dweight / factors
+    dshift = None if shift is None else dbias[: len(shift)]
     return dx.view(x.shape).to(x.dtype), dscale, dshift
 
 
-def _normalised(
-    x: Tensor, lengths: tuple[int, ...], weights: tuple[float, ...], eps: float
-) -> tuple[Tensor, Tensor]:
-    """x without the means of its segments [N D], and 1 / deviation [N 1]."""
-    x = _statistics_dtype(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-    centred = torch.empty_like(x)
-    variance = x.new_full((len(x),), eps)
-    runs = zip(_runs(x, lengths, weights), _runs(centred, lengths, weights), strict=True)
-    for (part, factor), (out, _) in runs:
-        torch.sub(part, part.mean(-1, keepdim=True), out=out)
-        # torch.var_mean reads x once, but takes 60 times as long as a mean on a CPU.
-        length = torch.linalg.vector_norm(out.flatten(1), dim=-1)
-        variance.addcmul_(length, length, value=factor)
-    return centred, variance.div_(sum(lengths)).rsqrt_().unsqueeze(-1)
-
-
-def _runs(
+def _centred(
     x: Tensor, lengths: tuple[int, ...], weights: tuple[float, ...]
-) -> Iterator[tuple[Tensor, float]]:
-    """Runs of equal segments of x [N D]: views [N count length*C], weight of a squared channel."""
-    channels, start = x.shape[-1] // sum(lengths), 0
-    for (length, weight), equal in groupby(zip(lengths, weights, strict=True)):
-        count, width = len(list(equal)), length * channels
-        yield x[:, start : start + count * width].unflatten(1, (count, width)), weight / width
-        start += count * width
+) -> tuple[Tensor, Tensor]:
+    """x without the means of its segments, times factors [D], and these: [N D], [D].
+
+    Factors are such that the mean square of a row is the variance which the norm divides by. As
+    every segment has mean 0, so has the row, and PyTorch's layer norm does the rest.
+    """
+    x = _statistics_dtype(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    averaging, factors = _segment_tensors(lengths, weights, x.dtype, x.device)
+    copies = x.unflatten(1, (len(factors), -1))
+    # No matrix product, which may be in TF32.
+    means = (copies.mean(-1, keepdim=True) * averaging).sum(1)
+    # Of operators that broadcast, those with two operands are fast on a CPU, addcmul is not.
+    centred = torch.sub(copies, means.unsqueeze(-1)).flatten(1)
+    factors = factors.repeat_interleave(copies.shape[-1])
+    return centred.mul_(factors), factors
+
+
+@lru_cache(maxsize=64)
+def _segment_tensors(
+    lengths: tuple[int, ...], weights: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The share of a copy's mean in those of its segment's copies [G G]; factors of copies [G]."""
+    with torch.inference_mode(False):
+        averaging = torch.block_diag(*(torch.full((n, n), 1 / n).double() for n in lengths))
+        pairs = zip(lengths, weights, strict=True)
+        factors = [math.sqrt(weight / n) for n, weight in pairs for _ in range(n)]
+        return averaging.to(device, dtype), torch.tensor(factors, dtype=dtype, device=device)
+
+
+def _affine(
+    scale: Tensor | None, shift: Tensor | None, factors: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias [D] of the layer norm of centred features."""
+    ones = torch.ones_like(factors) if scale is None else scale.to(factors.dtype)
+    if shift is None:
+        return ones / factors, None
+    return ones / factors, F.pad(shift.to(factors.dtype), (0, len(factors) - len(shift)))
 
 
 def plain_gelu(x: Tensor, transform: Matrix) -> Tensor:
