@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.host_memory import keep_freed_memory
 
 
 class Process(NamedTuple):
@@ -98,11 +99,14 @@ def setup(device: str = "auto", *, timeout_min: float = 30) -> torch.device:
     """Choose the device and join the peers, if any: nccl for CUDA, gloo for CPU tensors.
 
     `device` is auto, cpu, cuda or cuda:<index>. Raises UserError when the machine does not have it.
+    On a CPU freed memory stays with the process.
     """
     process = find_process()
     chosen = _choose_device(device, process)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     if process.world_size > 1 and not _joined():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
