@@ -5,6 +5,9 @@ all ranks, so every rank must call them, and both work without a process group. 
 B rows (images or patches), K prototypes.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,7 @@ from dinov2.losses import at_least_float32
 from utils.distributed import all_reduce_max, all_reduce_mean
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
+PIECE = 2**23  # logits that Sinkhorn-Knopp works on at a time
 
 
 class Targets(nn.Module):
@@ -96,25 +100,38 @@ def sinkhorn_knopp(
 
     Alternately scales exp(z / temperature) so that every prototype, then every row has the same
     mass, over all ranks. Done with logarithms (r of the prototypes, c of the rows), so logits of
-    any size stay finite; the constants of the published form cancel in its last step.
+    any size stay finite; the constants of the published form cancel in its last step. Beside the
+    result no more than `PIECE` values are made at a time.
     Departs from DINOv2: exponentials there have no maximum subtracted and overflow at logits of 4.
     With accumulation the rows of one micro-batch are shared, the others being unknown.
     """
-    top = logits.max(dim=1, keepdim=True).values
-    scores = (logits - top) / temperature  # [B K], at most 0
+    top = logits.amax(dim=1, keepdim=True)
+    scores = (logits - top).div_(temperature)  # [B K], at most 0
+    pieces = scores.split(max(1, PIECE // logits.shape[1]))
     c = top[:, 0] / temperature
     r = logits.new_zeros(logits.shape[1])
     for _ in range(num_iterations):
         if valid is not None:
             c = torch.where(valid, c, -torch.inf)
-        r = _logsumexp_over_ranks(scores + c[:, None])
-        c = -torch.logsumexp(scores - r, dim=1)
-    return torch.softmax(scores - r, dim=1)
+        r = _add_over_ranks(_logsumexp_of_columns(pieces, c))
+        c = torch.cat([-torch.logsumexp(piece - r, dim=1) for piece in pieces])
+    for piece in pieces:
+        piece.copy_(torch.softmax(piece - r, dim=1))
+    return scores
 
 
-def _logsumexp_over_ranks(x: Tensor) -> Tensor:
-    """Log-sum-exp [K] over the rows of [B K] of all ranks, up to a constant, which cancels."""
-    local = torch.logsumexp(x, dim=0)
+def _logsumexp_of_columns(pieces: Sequence[Tensor], c: Tensor) -> Tensor:
+    """Log-sum-exp [K] over the rows of all pieces [b K], each row shifted by its entry of c [B]."""
+    shifts = c.split([len(piece) for piece in pieces])
+    parts = [
+        torch.logsumexp(piece + shift[:, None], dim=0)
+        for piece, shift in zip(pieces, shifts, strict=True)
+    ]
+    return reduce(torch.logaddexp, parts)
+
+
+def _add_over_ranks(local: Tensor) -> Tensor:
+    """Logarithms [K] of this rank's sums to those of all ranks', up to a constant, which cancels."""
     top = all_reduce_max(local)
     top = torch.where(top.isfinite(), top, 0)  # -inf: no rank has a row
     result = top + torch.log(all_reduce_mean(torch.exp(local - top)))

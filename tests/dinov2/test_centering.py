@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2 import centering
 from dinov2.centering import EmaCenter, Targets, sinkhorn_knopp
@@ -89,6 +90,37 @@ def test_sinkhorn_ignores_padding():
     torch.testing.assert_close(found[:9], sinkhorn_knopp(logits, 0.1))
     assert sinkhorn_knopp(padded, 0.1, valid=torch.zeros(13, dtype=torch.bool)).isfinite().all()
     assert sinkhorn_knopp(logits[:0], 0.1).shape == (0, 6)
+
+
+@pytest.mark.parametrize("size", [0.1, 100.0])
+def test_sinkhorn_in_pieces(size, monkeypatch):
+    """Row by row it gives the same, and makes nothing as large as the result again and again."""
+    logits, valid = size * torch.randn(7, 5), torch.arange(7) != 3
+    whole = [sinkhorn_knopp(logits, 0.05), sinkhorn_knopp(logits, 0.05, valid=valid)]
+    monkeypatch.setattr(centering, "PIECE", 11)  # two rows and a bit
+    torch.testing.assert_close(sinkhorn_knopp(logits, 0.05), whole[0])
+    with Made() as made:
+        found = sinkhorn_knopp(logits, 0.05, valid=valid)
+    torch.testing.assert_close(found, whole[1])
+    assert sorted(made.sizes)[-2:] == [10, 35]  # two rows, the scores
+
+
+class Made(TorchDispatchMode):
+    """Numbers of values of the tensors that operators made, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.storages: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.storages:
+                self.storages[storage._cdata] = tensor  # kept, so that no storage comes again
+                self.sizes.append(tensor.numel())
+        return out
 
 
 def test_ranks_together_equal_one_process(monkeypatch):
