@@ -131,7 +131,7 @@ def _logsumexp_of_columns(pieces: Sequence[Tensor], c: Tensor) -> Tensor:
 
 
 def _add_over_ranks(local: Tensor) -> Tensor:
-    """Logarithms [K] of this rank's sums to those of all ranks', up to a constant, which cancels."""
+    """Logarithms [K] of a rank's sums to those of all ranks', up to a constant, which cancels."""
     top = all_reduce_max(local)
     top = torch.where(top.isfinite(), top, 0)  # -inf: no rank has a row
     result = top + torch.log(all_reduce_mean(torch.exp(local - top)))

@@ -2,12 +2,16 @@
 
 All one-dimensional irreps are one batched product, the rows of the two-dimensional one another;
 both write straight into the result, so nothing is copied together. Registered as custom operators
-(namespace `octic`), forward and backward; FLOP counters count their multiply-adds.
+(namespace `octic`), forward and backward; FLOP counters count their multiply-adds. On CUDA
+OCTIC_LINEAR=triton in the environment takes one Triton kernel for both products and the bias
+(`triton_linear`); it is not the default, as no GPU has timed it.
 
 Letters: M tokens, L one-dimensional irreps of C channels, R rows of Q channels.
 """
 
 import math
+import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +61,8 @@ def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: i
     schema="(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor",
 )
 def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
+    if _uses_triton(x):
+        return _triton().forward(x, lines, plane, bias)
     out = x.new_empty(len(x), _width(x, lines, plane, given=-1, wanted=-2))
     x_lines, x_rows = _columns(x, lines, plane, -1)
     out_lines, out_rows = _columns(out, lines, plane, -2)
@@ -74,6 +80,8 @@ def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None)
     schema="(Tensor grad, Tensor lines, Tensor? plane) -> Tensor",
 )
 def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
+    if _uses_triton(grad):
+        return _triton().backward_input(grad, lines, plane)
     out = grad.new_empty(len(grad), _width(grad, lines, plane, given=-2, wanted=-1))
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     out_lines, out_rows = _columns(out, lines, plane, -1)
@@ -99,6 +107,29 @@ def _backward_weight(
     else:
         d_plane = torch.bmm(grad_rows.transpose(1, 2), x_rows).sum(0)
     return d_lines, d_plane, grad_lines[0].sum(0)
+
+
+def _uses_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and linear_kernel() == "triton"
+
+
+def linear_kernel() -> str:
+    """What multiplies on CUDA, by OCTIC_LINEAR: `products` (cuBLAS; the default) or `triton`."""
+    name = os.environ.get("OCTIC_LINEAR", "products")
+    if name not in ("products", "triton"):
+        raise ValueError(f"OCTIC_LINEAR={name} is unknown; known: products, triton")
+    return name
+
+
+@lru_cache(maxsize=1)
+def _triton() -> Any:
+    try:
+        from octic import triton_linear
+    except ImportError:
+        raise ValueError(
+            "OCTIC_LINEAR=triton needs the package triton; OCTIC_LINEAR=products needs nothing"
+        ) from None
+    return triton_linear
 
 
 @_linear.register_fake

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from octic import kernels, plain_kernels
+from octic.irrep_linear import irrep_linear
 from octic.kernels import irrep_norm, regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
@@ -46,6 +47,32 @@ def test_norm_is_its_definition_and_its_twin(name, channels, dtype):
     lengths, weights = zip(*segments, strict=True)
     twin = plain_kernels.plain_norm(*inputs, lengths, weights, 1e-5, dtype)
     assert relative_error(ours[0], twin) <= 2 * tolerance
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@DTYPES
+@pytest.mark.parametrize(
+    "lines, rows, given, wanted",
+    [(4, 2, 48, 144), (4, 2, 128, 512), (4, 2, 640, 160), (2, 2, 7, 5), (2, 0, 96, 288)],
+)
+def test_one_launch_of_products_equals_the_batched_ones(
+    lines, rows, given, wanted, dtype, compiled, monkeypatch
+):
+    shapes = [(8, 197, given * (lines + 2 * rows)), (lines, wanted, given)]
+    shapes += [(2 * wanted, 2 * given), (wanted,)] if rows else [(wanted,)]
+    inputs = [torch.randn(s, device="cuda").to(dtype) for s in shapes]
+    grad = torch.randn(8, 197, wanted * (lines + 2 * rows), device="cuda")
+
+    def function(*inputs):
+        x, matrices, *plane, bias = inputs
+        return irrep_linear(x, matrices, *(plane or [None]), bias)
+
+    exact = gradients(function, [t.double() for t in inputs], grad.to(dtype).double())
+    monkeypatch.setenv("OCTIC_LINEAR", "triton")
+    ours = torch.compile(function, fullgraph=True) if compiled else function
+    for value, reference in zip(gradients(ours, inputs, grad), exact, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, reference) < 2 * ROUNDING[dtype]
 
 
 @DTYPES

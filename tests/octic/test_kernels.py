@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from octic import plain_kernels
+from octic.irrep_linear import linear_kernel
 from octic.kernels import irrep_norm, regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
@@ -235,34 +236,47 @@ def test_triton_kernels_equal_the_plain_twins_in_the_interpreter():
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler is for Linux")
-@pytest.mark.parametrize("channels", [pytest.param(48, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("channels", [48, 5])
 def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from octic import triton_gelu, triton_norm
+    from octic import triton_gelu, triton_linear, triton_norm
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     lengths, weights = zip(*OCTIC, strict=True)
     norm = triton_norm.options(8 * channels, lengths, weights) | {"SCALE": True, "SHIFT": True}
     gelu = triton_gelu.options(channels, D4)
     kernels = [
-        (module, kernel, arguments)
+        (kernel, arguments)
         for module, arguments in ((triton_norm, norm), (triton_gelu, gelu))
         for kernel in (module.forward_kernel, module.backward_kernel)
     ]
+    shapes = (4, 4 * channels, channels), (8 * channels, 2 * channels), 2
+    for transposed in (False, True):
+        linear = triton_linear.options(*shapes, transposed=transposed)
+        linear |= {"BIAS": not transposed, "PRECISION": "ieee"}
+        kernels.append((triton_linear.product_kernel, linear))
     types = {"rows": "i32", "eps": "fp32", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
     types |= {"dscale_ptr": "*fp32", "dshift_ptr": "*fp32"}
-    for _, kernel, arguments in kernels:
+    for kernel, arguments in kernels:
         constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*bf16")
             for name in kernel.arg_names
         }
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        options = {name: arguments[name] for name in ("num_warps", "enable_fp_fusion")}
+        options = {name: v for name, v in arguments.items() if name not in kernel.arg_names}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert compiled.asm["cubin"]
+
+
+def test_an_unknown_kernel_of_linear_layers_is_refused(monkeypatch):
+    assert linear_kernel() == "products"
+    monkeypatch.setenv("OCTIC_LINEAR", "cutlass")
+    with pytest.raises(ValueError, match="OCTIC_LINEAR=cutlass is unknown; known: products, tri"):
+        linear_kernel()

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from octic import kernels, plain_kernels, triton_gelu, triton_norm
+from octic import irrep_linear, kernels, plain_kernels, triton_gelu, triton_linear, triton_norm
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -113,7 +113,50 @@ def test_operators_hand_the_kernels_their_arguments(monkeypatch):
     assert len(calls) == 4
 
 
+# Lines, rows of two-dimensional irreps, channels of a copy (in, out): D4, C4, V4, mirror.
+PRODUCTS = [(4, 2, 12, 40), (2, 2, 16, 3), (4, 0, 8, 130), (2, 0, 70, 5)]
+
+
+# The interpreter multiplies bfloat16 as the integers that hold it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("lines, rows, given, wanted", PRODUCTS)
+def test_products_equal_the_twin(lines, rows, given, wanted, biased, dtype):
+    shapes = [(37, given * (lines + 2 * rows)), (lines, wanted, given), (2 * wanted, 2 * given)]
+    x, matrices, plane = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    inputs = [x, matrices, plane if rows else None, torch.randn(wanted) if biased else None]
+    exact = irrep_linear.irrep_linear(*(i if i is None else i.double() for i in inputs))
+    inputs = [i if i is None else i.to(dtype) for i in inputs]
+    y = triton_linear.forward(*inputs)
+    assert y.dtype == dtype and y.shape == exact.shape
+    # The factors are rounded too.
+    assert relative_error(y, exact) < 2 * ROUNDING[dtype]
+    grad = torch.randn(exact.shape, dtype=torch.float64)
+    matrices, plane = inputs[1:3]
+    twin = irrep_linear._backward_input(
+        grad.to(dtype).double(), matrices.double(), None if plane is None else plane.double()
+    )
+    found = triton_linear.backward_input(grad.to(dtype), matrices, plane)
+    assert found.dtype == dtype and found.shape == twin.shape
+    assert relative_error(found, twin) < 2 * ROUNDING[dtype]
+
+
+def test_the_operator_hands_the_products_their_arguments(monkeypatch):
+    inputs = [torch.randn(s) for s in ((2, 3, 32), (4, 5, 4), (10, 8), (5,))]
+    grad = torch.randn(2, 3, 40)
+    plain = gradients(irrep_linear.irrep_linear, inputs, grad)
+    calls = []
+    monkeypatch.setattr(irrep_linear, "_uses_triton", lambda x: calls.append(x) is None)
+    for ours, reference in zip(
+        gradients(irrep_linear.irrep_linear, inputs, grad), plain, strict=True
+    ):
+        assert relative_error(ours, reference) < 1e-5
+    assert len(calls) == 2
+
+
 def test_empty_inputs():
+    matrices, plane = torch.empty(4, 6, 2), torch.empty(12, 4)
+    assert triton_linear.forward(torch.empty(0, 16), matrices, plane, None).shape == (0, 48)
     lengths, weights = zip(*SEGMENTS["octic"], strict=True)
     x, scale, shift = torch.empty(0, 3, 16), torch.ones(16), torch.ones(2)
     assert triton_gelu.forward(x, TRANSFORMS["D4"]).shape == x.shape
