@@ -104,10 +104,12 @@ class MostCertain(Aggregator):
 
     def forward(self, z: Tensor) -> Tensor:
         """Join [B T C] to [B C]."""
-        p = z.softmax(dim=-1)
         if self.form == "published":
-            return z.gather(1, p.argmax(dim=1, keepdim=True))[:, 0]
-        copy = p.amax(dim=-1).argmax(dim=1)
+            return z.gather(1, z.softmax(dim=-1).argmax(dim=1, keepdim=True))[:, 0]
+        # Probabilities near 1 round to 1, and of such copies the first would win, not the surest.
+        top, best = z.max(dim=-1, keepdim=True)
+        log_odds = top[..., 0] - z.scatter(-1, best, -torch.inf).logsumexp(dim=-1)
+        copy = log_odds.argmax(dim=1)
         return z[torch.arange(len(z), device=z.device), copy]
 
 

@@ -69,6 +69,15 @@ def test_the_sound_forms_are_what_they_say():
     assert not any((row == z[i]).all(-1).any() for i, row in enumerate(patchwork))
 
 
+def test_the_surest_of_copies_that_are_sure_to_the_last_digit():
+    """Probabilities of 1 are told apart, so that the choice is the same in any order."""
+    z = torch.tensor([[[40.0, 0, 0], [0, 60.0, 0], [0, 0, 50.0]]])
+    assert (z.softmax(dim=-1).amax(dim=-1) == 1).all()
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        assert torch.equal(make("most_certain")(z[:, order]), z[:, 1])
+    assert torch.equal(make("most_certain")(z[..., :1]), z[:, 0, :1])  # one class
+
+
 def test_attention_over_copies_is_a_distribution_that_permutes_with_them():
     net, z = make("learned_attention"), copies()
     order = torch.randperm(8)
