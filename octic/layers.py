@@ -286,4 +286,7 @@ class OcticAttention(nn.Module):
 
     def _join_heads(self, x: Tensor) -> Tensor:
         """Heads [B T H D/H] to features [B T D]."""
-        return torch.cat([row.flatten(2) for row in x.split(self.row_widths, dim=-1)], dim=-1)
+        rows, count = x.split(self.row_widths, dim=-1), self.group.num_lines
+        # Rows of one width are joined along the heads, which is a copy less than one by one.
+        parts = [torch.cat(part, dim=2).flatten(2) for part in (rows[:count], rows[count:]) if part]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
