@@ -40,6 +40,7 @@ def config(tmp_path_factory):
     return {"output_dir": str(folder), "device": "cpu", "runs": runs}
 
 
+@pytest.mark.slow
 def test_table_and_pictures(config, tmp_path_factory, capsys):
     figures = compare(config)
     printed = capsys.readouterr().out

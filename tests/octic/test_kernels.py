@@ -162,6 +162,7 @@ def test_operators_are_registered_completely():
     check(ops.regular_gelu_backward, (grad, x, flat))
 
 
+@pytest.mark.slow
 def test_no_graph_break_and_the_same_results_when_compiled():
     *inputs, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32)
 

@@ -35,6 +35,7 @@ def test_two_killed_processes_end_as_undisturbed():
     assert "kills: 4 " in rehearse("kills", "--count", "4", "--processes", "2", "--seed", "7")
 
 
+@pytest.mark.slow
 def test_mutated_configs_run_or_are_refused_in_one_line():
     said = rehearse("configs", "--count", "10", "--seed", "5")
     assert "configs: 10 " in said and "faults: 0 " in said

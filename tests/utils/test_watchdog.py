@@ -79,6 +79,7 @@ def run_two(folder: Path, hang: str, timeout_s: float) -> tuple[list[int], list[
     return [process.returncode for process in ranks], streams
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_all_leave_their_stacks(tmp_path):
     codes, streams = run_two(tmp_path, "sleep", 6)
     assert codes == [HUNG, HUNG], streams
