@@ -40,7 +40,10 @@ class Run:
     def attempt(self) -> list[dict[str, Any]]:
         """What is noted of the newest attempt."""
         begins = [i for i, line in enumerate(self.lines) if line["event"] in ("began", "submitted")]
-        return self.lines[begins[-1] :] if begins else self.lines
+        newest = self.lines[begins[-1] :] if begins else self.lines
+        # One whose processes died too early to say that they began has only what came after.
+        last = max((line["attempt"] for line in newest), default=0)
+        return [line for line in newest if line["attempt"] == last]
 
 
 def find(places: list[Path]) -> list[Run]:
@@ -165,9 +168,14 @@ def _ended_by(line: Mapping[str, Any], run: Run) -> str:
     if hang := _hang(run.folder) if status == 75 else "":
         return hang
     peers = [x for x in run.attempt if x["event"] == "lost_peer"]
-    by = {137: "a process was killed (out of memory?)", 134: "a process aborted", 75: "hung"}.get(
-        status, f"a process was lost ({_whose(peers[0])})" if peers else f"it ended with {status}"
-    )
+    lost = f"a process was lost ({_whose(peers[0])})" if peers else f"it ended with {status}"
+    by = {
+        137: "a process was killed (out of memory?)",
+        # Of several ranks srun tells the highest status: that of one which it then ended itself.
+        143: "a process was killed or ended",
+        134: "a process aborted",
+        75: "hung",
+    }.get(status, lost)
     return f"{by}, {where}"
 
 

@@ -61,6 +61,15 @@ ME = {"host": socket.gethostname(), "pid": os.getpid(), "since": started(os.getp
             "RUNNING",
             "",
         ),
+        (
+            [
+                BEGAN,
+                {"event": "again", "kind": "killed", "status": 137, "step": "none"},
+                {"event": "final", "attempt": 1, "kind": "killed", "status": 143, "step": "none"},
+            ],
+            "FAILED",
+            "a process was killed or ended, before a checkpoint",
+        ),
     ],
 )
 def test_local_runs(tmp_path: Path, events: list[dict], state: str, why: str) -> None:
