@@ -101,7 +101,7 @@ def sinkhorn_knopp(
     Alternately scales exp(z / temperature) so that every prototype, then every row has the same
     mass, over all ranks. Done with logarithms (r of the prototypes, c of the rows), so logits of
     any size stay finite; the constants of the published form cancel in its last step. Beside the
-    result no more than `PIECE` values are made at a time.
+    result, tensors of at most `PIECE` values (or one row) are made.
     Departs from DINOv2: exponentials there have no maximum subtracted and overflow at logits of 4.
     With accumulation the rows of one micro-batch are shared, the others being unknown.
     """

@@ -11,7 +11,6 @@ Letters: M tokens, L one-dimensional irreps of C channels, R rows of Q channels.
 
 import math
 import os
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -121,7 +120,6 @@ def linear_kernel() -> str:
     return name
 
 
-@lru_cache(maxsize=1)
 def _triton() -> Any:
     try:
         from octic import triton_linear
