@@ -38,6 +38,7 @@ def fail_on_second(config: dict[str, Any]) -> None:
 def die_on_second(config: dict[str, Any]) -> None:
     """The second rank is killed while the first would wait for ever."""
     if os.environ.get("RANK") == "1":
+        time.sleep(2)  # the first has noted by then that it began
         os.kill(os.getpid(), 9)
     time.sleep(600)
 
