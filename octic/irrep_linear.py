@@ -1,8 +1,8 @@
 """The equivariant matrix product as one operator: every irrep reads and writes its own columns.
 
 All one-dimensional irreps are one batched product, the rows of the two-dimensional one another;
-both write straight into the result, so nothing is copied together. Registered as custom operators
-(namespace `octic`), forward and backward; FLOP counters count their multiply-adds. On CUDA
+both write straight into the result, so nothing is copied together. Operators of torch (namespace
+`octic`), forward and backward; FLOP counters count their multiply-adds. On CUDA
 OCTIC_LINEAR=triton in the environment takes one Triton kernel for both products and the bias
 (`triton_linear`); it is not the default, as no GPU has timed it.
 
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from octic.operators import operator
 from octic.precision import autocast_dtype
 
 
@@ -32,17 +34,21 @@ def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | 
         plane = None if plane is None else plane.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _linear(flat, lines, plane, bias).view(*x.shape[:-1], -1)
+    multiply = _Linear.apply if torch.is_grad_enabled() else _linear
+    return multiply(flat, lines, plane, bias).view(*x.shape[:-1], -1)
 
 
 def _columns(x: Tensor, lines: Tensor, plane: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
     """Views [L M C] and [R M Q] of x [M D]; side -1 for inputs, -2 for outputs."""
-    channels = lines.shape[side]
-    split = lines.shape[0] * channels
-    first = x[:, :split].unflatten(1, (-1, channels)).transpose(0, 1)
-    if plane is None:
-        return first, x[:, split:]
-    return first, x[:, split:].unflatten(1, (-1, plane.shape[side])).transpose(0, 1)
+    (rows, width), (row_stride, stride) = x.shape, x.stride()
+    count, channels = lines.shape[0], lines.shape[side]
+    split = count * channels
+    deep = 0 if plane is None else plane.shape[side]
+    start = x.storage_offset()
+    first = x.as_strided((count, rows, channels), (channels * stride, row_stride, stride), start)
+    planes = (width - split) // deep if deep else 0
+    strides, start = (deep * stride, row_stride, stride), start + split * stride
+    return first, x.as_strided((planes, rows, deep), strides, start)
 
 
 def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: int) -> int:
@@ -54,46 +60,37 @@ def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: i
     return width + rows * plane.shape[wanted]
 
 
-@torch.library.custom_op(
-    "octic::irrep_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor",
-)
+@operator("irrep_linear(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor")
 def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
     if _uses_triton(x):
         return _triton().forward(x, lines, plane, bias)
-    out = x.new_empty(len(x), _width(x, lines, plane, given=-1, wanted=-2))
+    out = x.new_empty(x.shape[0], _width(x, lines, plane, given=-1, wanted=-2))
     x_lines, x_rows = _columns(x, lines, plane, -1)
     out_lines, out_rows = _columns(out, lines, plane, -2)
     torch.bmm(x_lines, lines.transpose(1, 2), out=out_lines)
     if plane is not None:
-        torch.bmm(x_rows, plane.t().expand(len(x_rows), -1, -1), out=out_rows)
+        torch.bmm(x_rows, plane.t().expand(x_rows.shape[0], -1, -1), out=out_rows)
     if bias is not None:
-        out_lines[0] += bias
+        out_lines[0].add_(bias)
     return out
 
 
-@torch.library.custom_op(
-    "octic::irrep_linear_backward_input",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor lines, Tensor? plane) -> Tensor",
-)
+@operator("irrep_linear_backward_input(Tensor grad, Tensor lines, Tensor? plane) -> Tensor")
 def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
     if _uses_triton(grad):
         return _triton().backward_input(grad, lines, plane)
-    out = grad.new_empty(len(grad), _width(grad, lines, plane, given=-2, wanted=-1))
+    out = grad.new_empty(grad.shape[0], _width(grad, lines, plane, given=-2, wanted=-1))
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     out_lines, out_rows = _columns(out, lines, plane, -1)
     torch.bmm(grad_lines, lines, out=out_lines)
     if plane is not None:
-        torch.bmm(grad_rows, plane.expand(len(grad_rows), -1, -1), out=out_rows)
+        torch.bmm(grad_rows, plane.expand(grad_rows.shape[0], -1, -1), out=out_rows)
     return out
 
 
-@torch.library.custom_op(
-    "octic::irrep_linear_backward_weight",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor lines, Tensor? plane) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "irrep_linear_backward_weight(Tensor grad, Tensor x, Tensor lines, Tensor? plane)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 def _backward_weight(
     grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
@@ -130,17 +127,17 @@ def _triton() -> Any:
     return triton_linear
 
 
-@_linear.register_fake
+@torch.library.register_fake("octic::irrep_linear")
 def _(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], _width(x, lines, plane, given=-1, wanted=-2))
 
 
-@_backward_input.register_fake
+@torch.library.register_fake("octic::irrep_linear_backward_input")
 def _(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
     return grad.new_empty(grad.shape[0], _width(grad, lines, plane, given=-2, wanted=-1))
 
 
-@_backward_weight.register_fake
+@torch.library.register_fake("octic::irrep_linear_backward_weight")
 def _(
     grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,23 +145,25 @@ def _(
     return lines.new_empty(lines.shape), d_plane, x.new_empty(lines.shape[1])
 
 
-def _context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, lines, plane, bias = inputs
-    ctx.save_for_backward(x, lines, plane)
-    ctx.biased = bias is not None
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, lines, plane)
+        ctx.biased = bias is not None
+        return _linear(x, lines, plane, bias)
 
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple:
-    x, lines, plane = ctx.saved_tensors
-    grad = grad.contiguous()
-    d_x = _backward_input(grad, lines, plane) if ctx.needs_input_grad[0] else None
-    if not any(ctx.needs_input_grad[1:]):
-        return d_x, None, None, None
-    d_lines, d_plane, d_bias = _backward_weight(grad, x, lines, plane)
-    return d_x, d_lines, None if plane is None else d_plane, d_bias if ctx.biased else None
-
-
-_linear.register_autograd(_gradient, setup_context=_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, lines, plane = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_x = _backward_input(grad, lines, plane) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return d_x, None, None, None
+        d_lines, d_plane, d_bias = _backward_weight(grad, x, lines, plane)
+        return d_x, d_lines, None if plane is None else d_plane, d_bias if ctx.biased else None
 
 
 def _flops(x: Any, lines: Any, plane: Any, side: int) -> int:

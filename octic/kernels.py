@@ -1,10 +1,11 @@
 """The norm over irreps and the GELU on the regular basis, each as one operator.
 
-They stand between the matrix products of an octic block. Each is a custom operator of torch
-(namespace `octic`) forward and one backward. On CUDA a Triton kernel computes it (`triton_norm`,
-`triton_gelu`); elsewhere, and in float64, a plain twin does (`plain_kernels`). Both compute in
-float32 (float64 for float64) and round once. `torch.compile` keeps the operators whole, autocast
-leaves them alone, and FLOP counters count no multiply-adds for them.
+They stand between the matrix products of an octic block. Each is an operator of torch (namespace
+`octic`) forward and one backward, which an autograd.Function ties together. On CUDA a Triton kernel
+computes it (`triton_norm`, `triton_gelu`); elsewhere, and in float64, a plain twin does
+(`plain_kernels`). Both compute in float32 (float64 for float64) and round once. `torch.compile`
+keeps the operators whole, autocast leaves them alone, and FLOP counters count no multiply-adds for
+them.
 
 Letters: N tokens, D = G C channels, G the order of the group, C channels per copy; a feature
 [... D] is seen as [... G C].
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from octic.operators import operator
 from octic.plain_kernels import (
     Matrix,
     plain_gelu,
@@ -27,6 +30,7 @@ from octic.plain_kernels import (
     plain_norm,
     plain_norm_backward,
 )
+from octic.precision import autocast_dtype
 
 Segments = tuple[tuple[int, float], ...]
 
@@ -56,7 +60,8 @@ def irrep_norm(
                 f"irrep_norm: {name} has shape {[*tensor.shape]}; it must be [{width}]"
             )
     weights = [float(weight) for _, weight in segments]
-    return _norm(x, scale, shift, lengths, weights, eps, dtype or x.dtype)
+    compute = _Norm.apply if torch.is_grad_enabled() else _norm
+    return compute(x, scale, shift, lengths, weights, eps, dtype or x.dtype)
 
 
 def regular_gelu(x: Tensor, transform: Matrix) -> Tensor:
@@ -66,7 +71,8 @@ def regular_gelu(x: Tensor, transform: Matrix) -> Tensor:
     it. The result has x's dtype. Raises ValueError where D is no multiple of G.
     """
     _channels(x, len(transform))
-    return _gelu(x, [entry for row in transform for entry in row])
+    compute = _GELU.apply if torch.is_grad_enabled() else _gelu
+    return compute(x, [entry for row in transform for entry in row])
 
 
 def _channels(x: Tensor, order: int) -> int:
@@ -80,11 +86,7 @@ def _channels(x: Tensor, order: int) -> int:
 _NORM_ARGUMENTS = "Tensor? scale, Tensor? shift, int[] lengths, float[] weights, float eps"
 
 
-@torch.library.custom_op(
-    "octic::irrep_norm",
-    mutates_args=(),
-    schema=f"(Tensor x, {_NORM_ARGUMENTS}, ScalarType dtype) -> Tensor",
-)
+@operator(f"irrep_norm(Tensor x, {_NORM_ARGUMENTS}, ScalarType dtype) -> Tensor")
 def _norm(
     x: Tensor,
     scale: Tensor | None,
@@ -98,10 +100,8 @@ def _norm(
     return _run("triton_norm", "forward", plain_norm, *arguments)
 
 
-@torch.library.custom_op(
-    "octic::irrep_norm_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, {_NORM_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+@operator(
+    f"irrep_norm_backward(Tensor grad, Tensor x, {_NORM_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
 def _norm_backward(
     grad: Tensor,
@@ -121,12 +121,12 @@ def _norm_backward(
     return dx, dscale, dshift
 
 
-@_norm.register_fake
+@torch.library.register_fake("octic::irrep_norm")
 def _(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=arguments[-1])
 
 
-@_norm_backward.register_fake
+@torch.library.register_fake("octic::irrep_norm_backward")
 def _(grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, *_: Any) -> Any:
     empty = (
         x.new_empty(0) if part is None else part.new_empty(part.shape) for part in (scale, shift)
@@ -134,61 +134,57 @@ def _(grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, *_: A
     return x.new_empty(x.shape), *empty
 
 
-def _norm_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.arguments = inputs[3:6]
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.arguments = inputs[3:6]
+        return _norm(*inputs)
 
-
-def _norm_gradient(ctx: Any, grad: Tensor) -> tuple:
-    x, scale, shift = ctx.saved_tensors
-    dx, dscale, dshift = _norm_backward(grad, x, scale, shift, *ctx.arguments)
-    dscale, dshift = None if scale is None else dscale, None if shift is None else dshift
-    return dx, dscale, dshift, None, None, None, None
-
-
-_norm.register_autograd(_norm_gradient, setup_context=_norm_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, scale, shift = ctx.saved_tensors
+        dx, dscale, dshift = _norm_backward(grad, x, scale, shift, *ctx.arguments)
+        dscale, dshift = None if scale is None else dscale, None if shift is None else dshift
+        return dx, dscale, dshift, None, None, None, None
 
 
 # The GELU as an operator; the matrix comes row by row.
 
 
-@torch.library.custom_op(
-    "octic::regular_gelu", mutates_args=(), schema="(Tensor x, float[] transform) -> Tensor"
-)
+@operator("regular_gelu(Tensor x, float[] transform) -> Tensor")
 def _gelu(x: Tensor, transform: Sequence[float]) -> Tensor:
     return _run("triton_gelu", "forward", plain_gelu, x.contiguous(), _matrix(tuple(transform)))
 
 
-@torch.library.custom_op(
-    "octic::regular_gelu_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, float[] transform) -> Tensor",
-)
+@operator("regular_gelu_backward(Tensor grad, Tensor x, float[] transform) -> Tensor")
 def _gelu_backward(grad: Tensor, x: Tensor, transform: Sequence[float]) -> Tensor:
     arguments = (x.contiguous(), grad.contiguous(), _matrix(tuple(transform)))
     return _run("triton_gelu", "backward", plain_gelu_backward, *arguments)
 
 
-@_gelu.register_fake
+@torch.library.register_fake("octic::regular_gelu")
 def _(x: Tensor, transform: Sequence[float]) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_gelu_backward.register_fake
+@torch.library.register_fake("octic::regular_gelu_backward")
 def _(grad: Tensor, x: Tensor, transform: Sequence[float]) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _gelu_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.transform = inputs[1]
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, transform: Sequence[float]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.transform = transform
+        return _gelu(x, transform)
 
-
-def _gelu_gradient(ctx: Any, grad: Tensor) -> tuple:
-    return _gelu_backward(grad, *ctx.saved_tensors, ctx.transform), None
-
-
-_gelu.register_autograd(_gelu_gradient, setup_context=_gelu_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _gelu_backward(grad, *ctx.saved_tensors, ctx.transform), None
 
 
 @register_flop_formula(
@@ -211,6 +207,8 @@ def _run(module: str, function: str, plain: Callable, x: Tensor, *arguments: Any
     if _uses_triton(x):
         with torch.cuda.device_of(x):
             return getattr(_triton_kernels()[module], function)(x, *arguments)
+    if autocast_dtype(x) is None:
+        return plain(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
         return plain(x, *arguments)
 

@@ -15,7 +15,7 @@ from octic.groups import Group, get_group
 from octic.irrep_linear import irrep_linear
 from octic.kernels import irrep_norm, regular_gelu
 from octic.precision import autocast_dtype
-from vit.attention import attend, check_backend, check_heads
+from vit.attention import attend, check_backend
 from vit.packing import Packing
 
 
@@ -45,10 +45,16 @@ class OcticLinear(nn.Module):
         self.in_copy = channels_per_copy(in_features, self.group)
         self.out_copy = channels_per_copy(out_features, self.group)
         self.in_features, self.out_features = in_features, out_features
-        for index, irrep in enumerate(self.group.irreps):
+        self.num_lines, planes = self.group.num_lines, self.group.planes
+        self.has_plane = bool(planes)
+        self.is_complex = bool(planes) and planes[0].commuting == 2
+        self.layer_names = [f"lin_{irrep.name}" for irrep in self.group.irreps]
+        for index, (name, irrep) in enumerate(
+            zip(self.layer_names, self.group.irreps, strict=True)
+        ):
             rows = irrep.copies * irrep.commuting * self.out_copy
             layer = nn.Linear(irrep.copies * self.in_copy, rows, bias=bias and index == 0)
-            self.add_module(f"lin_{irrep.name}", layer)
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         """Map [... in_features] to [... out_features]; `scale` is applied to the result.
@@ -58,19 +64,20 @@ class OcticLinear(nn.Module):
         """
         if scale is not None and not _fits_in_weights(scale, x):
             return scale(self(x))
-        layers = [self.get_submodule(f"lin_{irrep.name}") for irrep in self.group.irreps]
+        layers = [getattr(self, name) for name in self.layer_names]
         weights, bias = [layer.weight for layer in layers], layers[0].bias
-        count = self.group.num_lines
+        count = self.num_lines
         lines = torch.stack(weights[:count])
-        plane = weights[-1] if self.group.planes else None
-        if self.group.planes and self.group.planes[0].commuting == 2:
+        plane = weights[-1] if self.has_plane else None
+        if self.is_complex:
             plane = _complex_matrix(weights[-1])
         if isinstance(scale, OcticScale):
             factors = scale.factors()
             lines = lines * torch.stack(factors[:count]).unsqueeze(-1)
             bias = None if bias is None else bias * factors[0]
             if plane is not None:
-                plane = plane * factors[-1].repeat(len(plane) // len(factors[-1])).unsqueeze(-1)
+                factor = factors[-1].repeat(2) if self.is_complex else factors[-1]
+                plane = plane * factor.unsqueeze(-1)
         return irrep_linear(x, lines, plane, bias)
 
     def extra_repr(self) -> str:
@@ -108,9 +115,9 @@ class OcticScale(nn.Module):
         self.group = get_group(group)
         self.init_values = init_values
         copy = channels_per_copy(dim, self.group)
-        for irrep in self.group.irreps:
-            alpha = nn.Parameter(torch.empty(irrep.copies * copy))
-            self.register_parameter(f"alpha_{irrep.name}", alpha)
+        self.factor_names = [f"alpha_{irrep.name}" for irrep in self.group.irreps]
+        for name, irrep in zip(self.factor_names, self.group.irreps, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(irrep.copies * copy)))
         self.beta = nn.Parameter(torch.empty(copy)) if bias else None
         self.reset_parameters()
 
@@ -121,7 +128,7 @@ class OcticScale(nn.Module):
 
     def factors(self) -> list[Tensor]:
         """The factors of a row of each irrep."""
-        return [self.get_parameter(f"alpha_{irrep.name}") for irrep in self.group.irreps]
+        return [getattr(self, name) for name in self.factor_names]
 
     def vector(self) -> Tensor:
         """The factors of all D channels."""
@@ -196,16 +203,17 @@ class OcticMlp(nn.Module):
         hidden_features: int | None = None,
         out_features: int | None = None,
         *,
-        bias: bool = True,
+        bias: bool | tuple[bool, bool] = True,
         norm: bool = False,
         group: str | Group = "D4",
     ) -> None:
         super().__init__()
         hidden = hidden_features or in_features
-        self.fc1 = OcticLinear(in_features, hidden, bias=bias, group=group)
+        biases = (bias, bias) if isinstance(bias, bool) else bias
+        self.fc1 = OcticLinear(in_features, hidden, bias=biases[0], group=group)
         self.act = OcticGELU(group=group)
         self.norm = OcticLayerNorm(hidden, group=group) if norm else nn.Identity()
-        self.fc2 = OcticLinear(hidden, out_features or in_features, bias=bias, group=group)
+        self.fc2 = OcticLinear(hidden, out_features or in_features, bias=biases[1], group=group)
 
     def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         """Map features [... in] to [... out]; `scale` is applied to the result."""
@@ -240,7 +248,12 @@ class OcticAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.group = get_group(group)
-        check_heads(channels_per_copy(dim, self.group), num_heads)
+        copy = channels_per_copy(dim, self.group)
+        if num_heads < 1 or copy % num_heads:
+            raise ValueError(
+                f"num_heads {num_heads} does not divide {copy}, the channels of each copy "
+                f"(width {dim} / {self.group.order} elements of {self.group.name})"
+            )
         check_backend(backend)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
@@ -281,8 +294,10 @@ class OcticAttention(nn.Module):
 
     def _split_heads(self, x: Tensor, parts: int) -> Tensor:
         """Features [B T parts*D] to heads [B T parts H D/H], in one copy."""
-        rows = x.split([parts * self.num_heads * width for width in self.row_widths], dim=-1)
-        return torch.cat([row.unflatten(-1, (parts, self.num_heads, -1)) for row in rows], dim=-1)
+        (batch, tokens, _), heads = x.shape, self.num_heads
+        widths = [parts * heads * width for width in self.row_widths]
+        rows = [row.view(batch, tokens, parts, heads, -1) for row in x.split(widths, dim=-1)]
+        return torch.cat(rows, dim=-1)
 
     def _join_heads(self, x: Tensor) -> Tensor:
         """Heads [B T H D/H] to features [B T D]."""

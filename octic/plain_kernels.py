@@ -26,8 +26,8 @@ def plain_norm(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute `irrep_norm` with PyTorch's operators, without autograd."""
-    centred, factors = _centred(x, lengths, weights)
-    weight, bias = _affine(scale, shift, factors)
+    centred, inverse_factors = _centred(x, lengths, weights)
+    weight, bias = _affine(scale, shift, inverse_factors)
     width = centred.shape[-1]
     y = torch.native_layer_norm(centred, [width], weight, bias, eps / sum(lengths))[0]
     return y.view(x.shape).to(dtype)
@@ -43,8 +43,8 @@ def plain_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x (its dtype), scale and shift."""
-    centred, factors = _centred(x, lengths, weights)
-    weight, bias = _affine(scale, shift, factors)
+    centred, inverse_factors = _centred(x, lengths, weights)
+    weight, bias = _affine(scale, shift, inverse_factors)
     width = centred.shape[-1]
     length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     inverse = length.square_().div_(width).add_(eps / sum(lengths)).rsqrt_()
@@ -60,50 +60,59 @@ def plain_norm_backward(
     )
     # Centring is its own transpose.
     dx = _centred(dx, lengths, weights)[0]
-    dscale = None if scale is None else dweight / factors
-    dshift = None if shift is None else dbias[: len(shift)]
+    dscale = None if scale is None else dweight * inverse_factors
+    dshift = None if shift is None else dbias[: shift.shape[0]]
     return dx.view(x.shape).to(x.dtype), dscale, dshift
 
 
 def _centred(
     x: Tensor, lengths: tuple[int, ...], weights: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """x without the means of its segments, times factors [D], and these: [N D], [D].
+    """x without the means of its segments, times factors [D], and the inverse of these: [N D], [D].
 
     Factors are such that the mean square of a row is the variance which the norm divides by. As
     every segment has mean 0, so has the row, and PyTorch's layer norm does the rest.
     """
-    x = _statistics_dtype(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-    averaging, factors = _segment_tensors(lengths, weights, x.dtype, x.device)
-    copies = x.unflatten(1, (len(factors), -1))
+    order, width = sum(lengths), x.shape[-1]
+    x = _statistics_dtype(x.reshape(math.prod(x.shape[:-1]), width))
+    tensors = _segment_tensors(lengths, weights, width // order, x.dtype, x.device)
+    averaging, factors, inverse_factors = tensors
+    copies = x.view(-1, order, width // order)
     # No matrix product, which may be in TF32.
     means = (copies.mean(-1, keepdim=True) * averaging).sum(1)
     # Of operators that broadcast, those with two operands are fast on a CPU, addcmul is not.
-    centred = torch.sub(copies, means.unsqueeze(-1)).flatten(1)
-    factors = factors.repeat_interleave(copies.shape[-1])
-    return centred.mul_(factors), factors
+    centred = torch.sub(copies, means.unsqueeze(-1)).view(x.shape)
+    return centred.mul_(factors), inverse_factors
 
 
 @lru_cache(maxsize=64)
 def _segment_tensors(
-    lengths: tuple[int, ...], weights: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The share of a copy's mean in those of its segment's copies [G G]; factors of copies [G]."""
+    lengths: tuple[int, ...],
+    weights: tuple[float, ...],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of a copy's mean in those of its segment's copies [G G]; factors [D], inverse."""
     with torch.inference_mode(False):
         averaging = torch.block_diag(*(torch.full((n, n), 1 / n).double() for n in lengths))
         pairs = zip(lengths, weights, strict=True)
-        factors = [math.sqrt(weight / n) for n, weight in pairs for _ in range(n)]
-        return averaging.to(device, dtype), torch.tensor(factors, dtype=dtype, device=device)
+        roots = [math.sqrt(weight / n) for n, weight in pairs for _ in range(n)]
+        factors = torch.tensor(roots, dtype=torch.float64).repeat_interleave(channels)
+        inverse = (1 / factors).to(device, dtype)
+        return averaging.to(device, dtype), factors.to(device, dtype), inverse
 
 
 def _affine(
-    scale: Tensor | None, shift: Tensor | None, factors: Tensor
+    scale: Tensor | None, shift: Tensor | None, inverse_factors: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias [D] of the layer norm of centred features."""
-    ones = torch.ones_like(factors) if scale is None else scale.to(factors.dtype)
+    weight = inverse_factors
+    if scale is not None:
+        weight = scale.to(weight.dtype) * weight
     if shift is None:
-        return ones / factors, None
-    return ones / factors, F.pad(shift.to(factors.dtype), (0, len(factors) - len(shift)))
+        return weight, None
+    return weight, F.pad(shift.to(weight.dtype), (0, weight.shape[0] - shift.shape[0]))
 
 
 def plain_gelu(x: Tensor, transform: Matrix) -> Tensor:

@@ -122,6 +122,7 @@ def backward(x: Tensor, grad: Tensor, transform: Matrix) -> Tensor:
     return dx
 
 
+@lru_cache(maxsize=256)  # a launch costs the host less
 def options(channels: int, transform: Matrix) -> dict[str, Any]:
     """Compile-time arguments for C = `channels`; they depend on the group and on C alone."""
     divisor = channels & -channels  # the largest power of two that divides C: no masked lanes

@@ -10,6 +10,7 @@ Imported only when it is asked for (`octic.irrep_linear`).
 # ruff: noqa: ANN001, ANN201, ANN202, D103
 # mypy: disable-error-code="assignment, attr-defined"
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -123,6 +124,7 @@ def backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
     return _launch(grad, lines, plane, None, transposed=True)
 
 
+@lru_cache(maxsize=256)  # a launch costs the host less
 def options(lines: tuple, plane: tuple | None, rows: int, *, transposed: bool) -> dict[str, Any]:
     """Compile-time arguments for matrices of these shapes, `rows` of them two-dimensional."""
     given, wanted = (1, 2) if transposed else (2, 1)  # of [L C' C]

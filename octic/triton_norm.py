@@ -161,8 +161,8 @@ def forward(
     y = x.new_empty(x.shape, dtype=dtype)
     if x.numel() == 0:
         return y
-    arguments = options(x.shape[-1], lengths, weights)
-    arguments |= {"SCALE": scale is not None, "SHIFT": shift is not None}
+    given = {"SCALE": scale is not None, "SHIFT": shift is not None}
+    arguments = options(x.shape[-1], lengths, weights) | given
     rows = x.numel() // x.shape[-1]
     # A kernel argument that is not read still has to be a tensor.
     tensors = (x, x if scale is None else scale, x if shift is None else shift, y)
@@ -183,8 +183,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x (its dtype), scale and shift (float32); x and grad contiguous [..., G*C]."""
     dx = x.new_empty(x.shape)
-    arguments = options(x.shape[-1], lengths, weights)
-    arguments |= {"SCALE": scale is not None, "SHIFT": shift is not None}
+    given = {"SCALE": scale is not None, "SHIFT": shift is not None}
+    arguments = options(x.shape[-1], lengths, weights) | given
     rows = x.numel() // x.shape[-1]
     programs = _programs(x, rows, BACKWARD_WARPS // arguments["num_warps"])
     dscale = x.new_empty(programs if scale is not None else 0, x.shape[-1], dtype=torch.float32)
@@ -195,6 +195,7 @@ def backward(
     return dx, None if scale is None else dscale.sum(0), None if shift is None else dshift.sum(0)
 
 
+@lru_cache(maxsize=256)  # a launch costs the host less
 def options(width: int, lengths: tuple[int, ...], weights: tuple[float, ...]) -> dict[str, Any]:
     """Compile-time arguments for features of `width` channels."""
     order = sum(lengths)

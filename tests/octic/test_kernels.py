@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from octic import plain_kernels
-from octic.irrep_linear import linear_kernel
+from octic.irrep_linear import irrep_linear, linear_kernel
 from octic.kernels import irrep_norm, regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
@@ -151,15 +151,32 @@ def test_operators_are_registered_completely():
     lengths, weights = zip(*OCTIC, strict=True)
     x, scale, shift, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=2, dtype=torch.float32)
     flat = [entry for row in D4 for entry in row]
-    trained = [t.requires_grad_() for t in (x, scale, shift)]
     check, ops = torch.library.opcheck, torch.ops.octic
-    check(ops.irrep_norm, (*trained, lengths, weights, 1e-5, torch.float32))
-    check(ops.irrep_norm, (x, None, None, lengths, weights, 1e-5, torch.bfloat16))
+    for parameters in ((scale, shift), (None, None)):
+        arguments = (*parameters, lengths, weights, 1e-5)
+        check(ops.irrep_norm, (x, *arguments, torch.bfloat16))
+        check(ops.irrep_norm_backward, (grad, x, *arguments))
     check(ops.regular_gelu, (x, flat))
-    x, scale, shift = (t.detach() for t in trained)
-    check(ops.irrep_norm_backward, (grad, x, scale, shift, lengths, weights, 1e-5))
-    check(ops.irrep_norm_backward, (grad, x, None, None, lengths, weights, 1e-5))
     check(ops.regular_gelu_backward, (grad, x, flat))
+    flat_x, lines, plane = x.flatten(0, 1), torch.randn(4, 2, 2), torch.randn(4, 4)
+    for matrix, bias in ((plane, torch.randn(2)), (None, None)):
+        part = flat_x if matrix is not None else flat_x[:, :8]
+        check(ops.irrep_linear, (part, lines, matrix, bias))
+        check(ops.irrep_linear_backward_input, (part, lines, matrix))
+        check(ops.irrep_linear_backward_weight, (part, part, lines, matrix))
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 16, requires_grad=True)
+    lines, plane = torch.randn(4, 2, 2), torch.randn(4, 4)
+    for y in (
+        irrep_norm(x, segments=OCTIC),
+        regular_gelu(x, D4),
+        irrep_linear(x, lines, plane, None),
+    ):
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
 
 
 @pytest.mark.slow
