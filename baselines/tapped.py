@@ -1,37 +1,22 @@
 """Trunks whose blocks do more than map tokens [B T D] to as many: drop some, or look at the grid.
 
-Such a trunk says how it runs from images on (`run`); what recipes, probes and timm ask of it stands
-here, once.
+Such a trunk says for itself how it runs from images on (`Trunk.run`).
 
-Letters in shapes: B images, T tokens, P prefix tokens, h w grid of patches, D channels.
+Letters in shapes: B images, T tokens, D channels.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from vit.backbone import Features
-from vit.trunk import Trunk, init_linear, take_indices
-
-
-class Tapped(NamedTuple):
-    """Output of one block before the final norm, with a value for every patch."""
-
-    prefix: Tensor  # [B P D]
-    patches: Tensor  # [B h w D]
+from vit.trunk import Trunk, init_linear
 
 
 class TappedTrunk(Trunk):
     """A trunk that runs from images, and may end in a layer between pooling and head."""
 
     pre_logits: nn.Module
-
-    def run(
-        self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
-    ) -> tuple[Tensor, dict[int, Tapped]]:
-        """Tokens [B T D] after the blocks (up to `stop`, if not negative), and those of `taps`."""
-        raise NotImplementedError
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patches of images, down and across; ValueError for images the net does not take."""
@@ -56,42 +41,6 @@ class TappedTrunk(Trunk):
             f"{type(self).__name__} does not train with DINOv2: its blocks take images of one size "
             "and no mask tokens; use the DeiT recipe"
         )
-
-    def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
-        """Normalised features of the asked blocks (Backbone contract)."""
-        indices = take_indices(layers, self.depth)
-        _, kept = self.run(images, taps=indices, stop=max(indices))
-        return [
-            Features(
-                cls=self.norm(kept[index].prefix[:, 0]), patches=self.norm(kept[index].patches)
-            )
-            for index in indices
-        ]
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Final tokens and the outputs of the asked blocks, as timm's models give them."""
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is not NCHW or NLC")
-        taken = take_indices(indices, self.depth)
-        out, kept = self.run(x, taps=taken, stop=max(taken) if stop_early else -1)
-        found = []
-        for index in taken:
-            prefix, patches = map(self.norm, kept[index]) if norm else kept[index]
-            if output_fmt == "NCHW":
-                maps = patches.permute(0, 3, 1, 2).contiguous()
-            else:
-                maps = patches.flatten(1, 2)
-            found.append((maps, prefix) if return_prefix_tokens else maps)
-        return found if intermediates_only else (self.norm(out), found)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one (0 classes: none)."""

@@ -8,6 +8,7 @@ import torch
 
 from evaluation.equivariance import layer_errors, worst_error
 from evaluation.judge import make_data, make_net
+from evaluation.mistakes import mistakes_in_one_line
 from evaluation.pictures.curves import draw_losses
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps
@@ -27,6 +28,7 @@ SHOWN = ("_top1", "_miou")
 CLASSIFIERS = {"knn": "kNN", "logreg": "logistic regression", "linear": "linear"}
 
 
+@mistakes_in_one_line
 def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
     """Train every run of `config["runs"]` (name -> its config), judge all, print one table.
 
@@ -121,7 +123,7 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _exported(folder: Path) -> str:
-    return str(folder / "exported" / "teacher.safetensors")
+    return str(folder / "exported" / "model.safetensors")
 
 
 def _some_images(

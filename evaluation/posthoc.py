@@ -19,6 +19,7 @@ from evaluation.accuracy import UPRIGHT, check_labels, input_size_of
 from evaluation.classifier import complete, make_classifier, weights_file
 from evaluation.features import device_of
 from evaluation.judge import make_data, name_of
+from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
 from utils import distributed
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
     test: ImageDataset
 
 
+@mistakes_in_one_line
 def compare_aggregators(config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Judge a classifier alone and under every aggregator of `config`, trained where asked.
 
@@ -101,28 +103,38 @@ def make_wrapped(
     Where the backbone stays as it is all share it.
     """
     training = build(config["training"])
-    nets: dict[str, Any] = {}
+    wrapped = wrap_all(classifier, config)
     fitted: dict[str, int] = {}
     embedded = None  # of the backbone as it is, the same for every aggregator
-    for name in config["aggregators"]:
-        trained = config["trained"]
-        backbone = classifier if trained == "none" else copy.deepcopy(classifier)
-        wrapper = {**config["wrapper"], "aggregator": name}
-        net = build(wrapper, backbone=backbone, trained="none")
-        net = nets[name] = net.to(device_of(classifier))
-        # A learned aggregator that has learnt nothing would be noise.
-        if net.aggregator.learned and trained == "none":
-            trained = "aggregator"
-        if trained != "none":
-            net.set_trained(trained)
-            say(f"training {name}: {trained}")
+    for name, net in wrapped.items():
+        net.to(device_of(classifier))
+        if net.trained != "none":
+            say(f"training {name}: {net.trained}")
             both = {"train": parts.train, "validation": parts.validation, "transform": transform}
-            if trained != "all" and training.augmentation is None:
+            if net.trained != "all" and training.augmentation is None:
                 embedded = embedded or training.embed_both(net, **both)
             done = training(net, **both, shown=say, embedded=embedded)
             fitted[name] = done.best_epoch
         net.eval()
-    return nets, fitted
+    return wrapped, fitted
+
+
+def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The classifier under every aggregator, untrained; UserError for one that does not fit it."""
+    wrapped: dict[str, Any] = {}
+    for name in config["aggregators"]:
+        trained = config["trained"]
+        backbone = classifier if trained == "none" else copy.deepcopy(classifier)
+        net = build({**config["wrapper"], "aggregator": name}, backbone=backbone, trained="none")
+        # A learned aggregator that has learnt nothing would be noise.
+        if net.aggregator.learned and trained == "none":
+            trained = "aggregator"
+        try:
+            net.set_trained(trained)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        wrapped[name] = net
+    return wrapped
 
 
 def split_data(config: Mapping[str, Any]) -> Parts:

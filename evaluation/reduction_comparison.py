@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evaluation.compared_nets import image_size, load_run, train_then, trainings_of, unfinished
 from evaluation.cost.counting import check_counted
 from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.features import device_of
 from evaluation.judge import make_data
+from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say, track
 from evaluation.reduction_comparison_pictures import draw_reductions
 from evaluation.reduction_dense import DenseHead, fit_dense_head, mean_iou
 from evaluation.results import print_table, write_results
-from evaluation.symmetry_comparison import load_run, train_then
 from utils.build import build
+from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.flops import count_operations
@@ -57,6 +59,7 @@ class Images(NamedTuple):
     labels: Tensor
 
 
+@mistakes_in_one_line
 def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Train or load every model of `config["runs"]`, reduce it by every method, judge all.
 
@@ -64,21 +67,22 @@ def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     training resumes by itself, so the same command picks up what an interrupted one left. Leaves
     results.json, results.csv and a picture in `output_dir`; every rank must call this.
     """
-    return train_then(_judge, config)
+    return train_then(_judge, config, _check)
 
 
 def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
     runs, folder = config["runs"], Path(config["output_dir"])
-    nets = {name: load_run(run).to(device).eval() for name, run in runs.items()}
+    size, data = image_size(runs), trainings_of(runs)[0]["data"]
+    dataset = make_data(data, "val")
+    nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
     entries, refused = make_entries(nets, config)
     for reason in refused:
         say(reason)
     dense = config["segmentation"]
-    data = next(run for run in runs.values() if isinstance(run, dict))
-    val = _read(data, "val")
+    val = _read(dataset, size)
     heads: dict[str, DenseHead] = {}
     if dense["train_images"]:
-        known = _read(data, "train", dense["train_images"])
+        known = _read(make_data(data, "train"), size, dense["train_images"])
         heads = {
             name: fit_dense_head(net, *known, settings=dense, batch_size=config["batch_size"])
             for name, net in nets.items()
@@ -95,6 +99,13 @@ def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, 
     if config["pictures"]:
         say(f"picture: {draw_reductions(figures, folder / 'reductions.png')}")
     return figures
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError, before anything is trained, for methods that fit none of the models."""
+    runs = config["runs"]
+    dataset = make_data(trainings_of(runs)[0]["data"], "val")
+    make_entries(dict(unfinished(runs, dataset, image_size(runs))), config)
 
 
 def make_entries(
@@ -157,11 +168,9 @@ def _figures(
     return found
 
 
-def _read(run: Mapping[str, Any], split: str, count: int | None = None) -> Images:
-    """Images of a training's data as it judges them; `count` of them, spread over all."""
-    size = run["recipe"]["augmentation"]["input_size"]
+def _read(dataset: ImageDataset, size: int, count: int | None = None) -> Images:
+    """Images as the trainings judge them; `count` of them, spread over all."""
     transform = evaluation_transform(resize_size=size, crop_size=size)
-    dataset = make_data(run["data"], split)
     # Data sets are ordered by class.
     chosen = torch.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset))).long()
     images = torch.stack([transform(dataset.read(int(index))) for index in chosen])

@@ -1,8 +1,7 @@
 """Nets with and without symmetry under one recipe: what experiments/compare_symmetry.py runs."""
 
 import csv
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,22 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.angles import angles_of
+from evaluation.compared_nets import image_size, load_run, train_then, trainings_of, unfinished
 from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
-from evaluation.judge import make_data, make_net
-from evaluation.posthoc import make_wrapped, split_data
+from evaluation.judge import make_data
+from evaluation.mistakes import mistakes_in_one_line
+from evaluation.posthoc import make_wrapped, split_data, wrap_all
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
 from evaluation.symmetry_comparison_pictures import draw_comparison
 from evaluation.symmetry_comparison_views import Judged, judge_views
-from utils import distributed
-from utils.build import plain
+from utils.build import build
 from utils.data.transforms import evaluation_transform
-from utils.errors import UserError
 from utils.flops import multiply_adds
-from utils.training import train
-from vit.weights import read_metadata
 
-EXPORTED = "exported/teacher.safetensors"
 ROUNDS = 3
 SPEED_IMAGES = 16  # of a timed step
 COLUMNS = {
@@ -51,6 +47,7 @@ class Field(NamedTuple):
     class_names: list[str]
 
 
+@mistakes_in_one_line
 def compare(config: Mapping[str, Any]) -> Figures:
     """Train or load every model of `config["runs"]`, make one of them invariant, judge all.
 
@@ -58,25 +55,7 @@ def compare(config: Mapping[str, Any]) -> Figures:
     training resumes by itself, so the same command picks up what an interrupted one left. Leaves
     results.json, results.csv and pictures in `output_dir`; every rank must call this.
     """
-    return train_then(_judge, config)
-
-
-def train_then(
-    judge: Callable[[dict[str, Any], torch.device], dict[str, Any]], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Train what `config["runs"]` says on every rank, then judge on rank 0; the others wait."""
-    config = dict(plain(config))
-    figures: dict[str, Any] = {}
-    with distributed.session(config["device"]) as device:
-        for name, run in config["runs"].items():
-            if isinstance(run, dict):
-                if distributed.is_main():
-                    say(f"--- training: {name}, in {run['output_dir']}")
-                train(run)
-        if distributed.is_main():
-            figures = judge(config, device)
-        distributed.barrier()
-    return figures
+    return train_then(_judge, config, _check)
 
 
 def _judge(config: dict[str, Any], device: torch.device) -> Figures:
@@ -117,23 +96,15 @@ def _judge(config: dict[str, Any], device: torch.device) -> Figures:
 
 def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     runs = config["runs"]
-    trainings = [run for run in runs.values() if isinstance(run, dict)]
-    sizes = {
-        run["recipe"]["augmentation"].get("input_size") or _inner_size(run) for run in trainings
-    }
-    if len(sizes) > 1:
-        raise UserError(f"models on images of {sorted(sizes)} pixels do not compare: give one size")
-    size = sizes.pop()
+    size, dataset = image_size(runs), make_data(trainings_of(runs)[0]["data"], "val")
     transform = evaluation_transform(resize_size=size, crop_size=size)
-    data = trainings[0]["data"]
-    dataset = make_data(data, "val")
     images = torch.stack([transform(dataset.read(index)) for index in range(len(dataset))])
     labels = torch.tensor([dataset.label(index) for index in range(len(dataset))])
-    nets = {name: load_run(run).to(device).eval() for name, run in runs.items()}
+    nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
     shared: list[str] = []
     posthoc = config["posthoc"]
     for of in [name for name in nets if posthoc["of"] and _is_of(name, posthoc["of"])]:
-        wanted = {**posthoc, "data": data, "seed": config["seed"], "classes": None}
+        wanted = _posthoc(config)
         wrapped, _ = make_wrapped(nets[of], wanted, split_data(wanted), transform)
         named = {f"{of} + {aggregator}": net for aggregator, net in wrapped.items()}
         nets |= named
@@ -141,19 +112,23 @@ def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     return Field(nets, shared, images, labels, list(dataset.class_names))
 
 
-def load_run(run: Any) -> nn.Module:
-    """The net of a training that is done, or of a run folder or file that says what it is of."""
-    if isinstance(run, dict):
-        return make_net(run["backbone"], f"{run['output_dir']}/{EXPORTED}", seed=run["seed"])
-    path = Path(run) / EXPORTED if Path(run).is_dir() else Path(run)
-    constructor = read_metadata(path).get("constructor") if path.is_file() else None
-    if constructor is None:
-        raise UserError(f"{path} is no file of ours that says which net it is of")
-    return make_net(json.loads(constructor), str(path))
+def _posthoc(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of configs/posthoc.yaml that making and training the wrapped nets reads."""
+    data = trainings_of(config["runs"])[0]["data"]
+    return {**config["posthoc"], "data": data, "seed": config["seed"], "classes": None}
 
 
-def _inner_size(run: Mapping[str, Any]) -> int:
-    return run["recipe"]["augmentation"]["augmentation"]["input_size"]
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError, before anything is trained, for what the judging would refuse."""
+    angles_of(config["angle_step"])
+    runs, size = config["runs"], image_size(config["runs"])
+    dataset, posthoc = make_data(trainings_of(runs)[0]["data"], "val"), config["posthoc"]
+    for name, net in unfinished(runs, dataset, size):
+        if posthoc["of"] and _is_of(name, posthoc["of"]):
+            wanted = _posthoc(config)
+            split_data(wanted)
+            build(wanted["training"])
+            wrap_all(net, wanted)
 
 
 def _is_of(name: str, of: str) -> bool:

@@ -1,7 +1,13 @@
-"""Judge a SWAG ViT, reduced or not, on ImageNet: -m NAME [its flags] --weights FILE DIR."""
+"""Judge a SWAG ViT, reduced or not, on ImageNet: -m NAME [its flags] --weights FILE DIR.
 
-from evaluation.swag_arguments import parse_swag_evaluation
+Here -m is the published flag that names the model; a sweep is asked for by --multirun.
+"""
+
+import sys
+
+from evaluation.swag_arguments import parse_swag_evaluation, with_model_spelt_out
 from slurm.command import main
 
 if __name__ == "__main__":
-    main("evaluation.classifier.judge_classifier", parse_swag_evaluation)
+    argv = with_model_spelt_out(sys.argv[1:])
+    main("evaluation.classifier.judge_classifier", parse_swag_evaluation, argv)

@@ -164,6 +164,15 @@ class Trunk(nn.Module):
             x = self.transition(x)
         return x, kept
 
+    def run(
+        self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Tokens [B T D] after the blocks (up to `stop`, if not negative), and those of `taps`.
+
+        The latter, [B P+N D], have a token for every patch, whatever the blocks drop.
+        """
+        return self._run(self.embed(images), taps=taps, stop=stop)
+
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """All tokens [B T D] after the final norm."""
         return self.norm(self._run(self.embed(x, masks))[0])
@@ -215,7 +224,7 @@ class Trunk(nn.Module):
         """Normalised features of the asked blocks (Backbone contract)."""
         indices = take_indices(layers, self.depth)
         grid = tuple(side // self.patch_size for side in images.shape[-2:])
-        _, kept = self._run(self.embed(images), taps=indices, stop=max(indices))
+        _, kept = self.run(images, taps=indices, stop=max(indices))
         normed = (self.norm(kept[index]) for index in indices)
         return [
             Features(
@@ -240,7 +249,7 @@ class Trunk(nn.Module):
             raise ValueError(f"output_fmt {output_fmt!r} is not NCHW or NLC")
         taken = take_indices(indices, self.depth)
         grid = tuple(side // self.patch_size for side in x.shape[-2:])
-        out, kept = self._run(self.embed(x), taps=taken, stop=max(taken) if stop_early else -1)
+        out, kept = self.run(x, taps=taken, stop=max(taken) if stop_early else -1)
         intermediates = []
         for index in taken:
             tokens = self.norm(kept[index]) if norm else kept[index]

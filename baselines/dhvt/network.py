@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
 from baselines.dhvt.norms import check_sync
 from baselines.dhvt.stem import OverlappingPatchEmbed
-from baselines.tapped import Tapped, TappedTrunk
+from baselines.tapped import TappedTrunk
 from vit.trunk import drop_path_rates, init_linear
 
 DECAYS = ("exempt", "published")
@@ -118,8 +118,8 @@ class DHVT(TappedTrunk):
 
     def run(
         self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
-    ) -> tuple[Tensor, dict[int, Tapped]]:
-        """Tokens after the blocks, and what `TappedTrunk` asks for."""
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Tokens [B 1+N D] after the blocks, and after those of `taps`."""
         grid, taps, kept = self.grid_of(images), set(taps), {}
         x = self.embed(images)
         last = len(self.blocks) - 1 if stop < 0 else stop
@@ -129,7 +129,7 @@ class DHVT(TappedTrunk):
             else:
                 x = block(x, grid)
             if index in taps:
-                kept[index] = Tapped(x[:, :1], x[:, 1:].unflatten(1, grid))
+                kept[index] = x
         return x, kept
 
     def no_weight_decay(self) -> set[str]:

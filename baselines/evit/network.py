@@ -24,7 +24,7 @@ from baselines.evit.reorganisation import (
     tokens_to_keep,
 )
 from baselines.evit.schedule import Shrink
-from baselines.tapped import Tapped, TappedTrunk
+from baselines.tapped import TappedTrunk
 from vit.vision_transformer import VisionTransformer
 
 DROP_LOC = (3, 6, 9)
@@ -144,8 +144,8 @@ class EViT(TappedTrunk, VisionTransformer):
 
     def run(
         self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
-    ) -> tuple[Tensor, dict[int, Tapped]]:
-        """Tokens after the blocks, and what `TappedTrunk` asks for; dropped patches as left."""
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Tokens after the blocks, and after those of `taps`, dropped patches as they were left."""
         grid, taps = self.grid_of(images), set(taps)
         x, kept = self.embed(images), {}
         last = len(self.blocks) - 1 if stop < 0 else stop
@@ -158,7 +158,7 @@ class EViT(TappedTrunk, VisionTransformer):
                 origins = follow_origins(origins, indices, fuse=self.fuse_token)
             if index in taps:
                 whole = scatter_tokens(left.to(x.dtype), x[:, 1:], origins)
-                kept[index] = Tapped(x[:, :1], whole.unflatten(1, grid))
+                kept[index] = torch.cat([x[:, :1], whole], dim=1)
         return x, kept
 
     def kept_indices(

@@ -25,29 +25,27 @@ DEPTHWISE = ("full", "symmetric")
 class KeepsFilters(nn.Module):
     """Base of layers whose filters are made from trained halves: made once where nothing trains.
 
-    Kept filters are made anew when a parameter was changed in place, replaced, moved, or when the
-    mode is set. With several processes they are not kept: sharding refills the memory of a
-    parameter without a trace.
+    Kept filters are made anew when a parameter holds other values than they were made of, however
+    it came by them, or when the mode is set. They are kept on the CPU alone: on another device the
+    comparison would make the host wait, and under several processes parameters come and go.
     """
 
-    _kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None
+    _kept: tuple[list[Tensor], Tensor] | None = None
 
     def kept_filters(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives for the parameters as they are."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         parameters = list(self.parameters())
-        if torch.distributed.is_initialized() or any(p.is_inference() for p in parameters):
+        if torch.distributed.is_initialized() or not all(_is_plain(p) for p in parameters):
             return make()
         if self._kept is not None:
-            stamps, filters = self._kept
-            same = len(stamps) == len(parameters)
-            pairs = zip(stamps, parameters, strict=False)
-            if same and all(old is new and stamp == new._version for (old, stamp), new in pairs):
+            made_of, filters = self._kept
+            if all(map(_same, made_of, parameters)):
                 return filters
         filters = make()
         if type(filters) is Tensor:  # no stand-in of a tracer
-            self._kept = ([(p, p._version) for p in parameters], filters)
+            self._kept = ([p.detach().clone() for p in parameters], filters)
         return filters
 
     def train(self, mode: bool = True) -> "KeepsFilters":
@@ -231,6 +229,15 @@ class MeanDownsample(nn.Module):
         """Reduce features [B h w D]; ValueError for an odd number of columns."""
         _check_even(x)
         return self.linear(F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """A parameter on the CPU, and no stand-in of a tracer."""
+    return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    return old.dtype == new.dtype and torch.equal(old, new)
 
 
 def _side_by_side(parts: list[HalfFilter]) -> Tensor:

@@ -14,6 +14,7 @@ import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -149,6 +150,16 @@ class PlaneGroup:
         (vr, vm), (gr, gm), (mr, mm) = self.parts(v), self.parts(g), self.parts(m)
         a = gr + (-vr if gm else vr)
         return ((mm + gm + vm) % 2) * n + (mr - (-a if mm else a)) % n
+
+
+class MapSymmetries(NamedTuple):
+    """What reports of equivariance read of a net whose maps, averaged over a group, turn along."""
+
+    elements: tuple[Element, ...]
+
+    def action(self, element: Element) -> list[list[float]]:
+        """How an element mixes channels: not at all."""
+        return [[1.0]]
 
 
 def get_group(name: "str | PlaneGroup" = "p4") -> PlaneGroup:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from baselines.gevit.attention import GroupSelfAttention, LiftingSelfAttention
 from baselines.gevit.block import Block
 from baselines.gevit.gcnn import GCNN
-from baselines.gevit.groups import PlaneGroup, get_group
+from baselines.gevit.groups import MapSymmetries, PlaneGroup, get_group
 from baselines.gevit.layers import initialise, make_activation, make_norm
 from baselines.gevit.plan import Halve, LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
@@ -99,6 +99,7 @@ class GEViT(nn.Module):
         }
         self._style: dict[str, Any] = {"norm": norm, "act": act}
         even = self.plane_group.needs_even and not allow_odd
+        self.group = self._law(group_table) if even else None
         plan = make_plan(
             size=size,
             num_channels=num_channels,
@@ -127,6 +128,23 @@ class GEViT(nn.Module):
         self.head = self._make_head(num_classes)
         self.whitening_scale = whitening_scale
         initialise(self, whitening_scale)
+
+    # What reports of equivariance read: nothing where the settings break the law.
+
+    @property
+    def invariant(self) -> bool:
+        """Whether logits, and pooled features, stay when the image turns."""
+        return self.group is not None
+
+    @property
+    def switch(self) -> int:
+        """Blocks whose maps turn with the image."""
+        return self.depth if self.invariant else 0
+
+    def _law(self, group_table: str) -> MapSymmetries | None:
+        group = self.plane_group
+        exact = (group.relations(group_table) == group.relations("exact")).all()
+        return MapSymmetries(group.grid_elements) if exact else None
 
     # Building.
 

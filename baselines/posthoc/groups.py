@@ -82,9 +82,10 @@ class CopyGroup:
     @property
     def elements(self) -> list[Exact]:
         """The symmetries of the square that permute the copies exactly."""
-        turns = math.gcd(self.num_rotations, 4)
         if self.interpolation == "nearest" and self.num_rotations not in (1, 2, 4):
-            turns = 1  # ties of the nearest pixel fall otherwise in the turned image
+            # Ties of the nearest pixel fall otherwise in the turned, and in the mirrored, image.
+            return [Exact("e")]
+        turns = math.gcd(self.num_rotations, 4)
         steps = [turn * 4 // turns for turn in range(turns)]
         return [
             Exact(name)

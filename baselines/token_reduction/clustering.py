@@ -139,6 +139,11 @@ class Hourglass(Reducer):
             raise ValueError(f"window {window} must be odd")
         if iterations < 0:
             raise ValueError(f"iterations {iterations} must be 0 or more")
+        if min(temperature, reconstruction_temperature) <= 0:
+            raise ValueError(
+                f"temperature {temperature} and reconstruction_temperature "
+                f"{reconstruction_temperature} must be above 0: nearer tokens weigh more"
+            )
         if reconstruction not in RECONSTRUCTIONS:
             known = ", ".join(RECONSTRUCTIONS)
             raise ValueError(f"unknown reconstruction {reconstruction!r}; known: {known}")

@@ -67,6 +67,9 @@ class EvoViT(Reducer):
         for rate in listed:
             if not 0.0 < rate <= 1.0:
                 raise ValueError(f"keep rate {rate} is not in (0, 1]")
+        for share in [tradeoff] if isinstance(tradeoff, int | float) else tradeoff:
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"tradeoff {share} is not in [0, 1]")
         self.rates: list[float] = []
         self.tradeoffs: list[float] = []
 
@@ -97,8 +100,8 @@ class EvoViT(Reducer):
             )
 
     def works_inside(self, index: int) -> bool:
-        """Up to the last block that selects: each one before it has its say in what is chosen."""
-        return any(rate < 1.0 for rate in self.rates[index:])
+        """Everywhere, if any block selects: each has its say in the running class attention."""
+        return any(rate < 1.0 for rate in self.rates)
 
     def before_block(self, state: State, index: int, x: Tensor) -> Tensor:
         """The tokens that run through the block [B P+S(+1) D]; the others wait in the state."""

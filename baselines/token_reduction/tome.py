@@ -193,6 +193,8 @@ class ToMe(Reducer):
         proportional: bool = True,
         trace_source: bool = False,
     ) -> None:
+        if not isinstance(r, int | Sequence):
+            raise ValueError(f"r {r} must be a whole number, or a list of one for every block")
         make_schedule(r if isinstance(r, int) else 0, 1, inflection)
         if not isinstance(r, int) and any(count < 0 for count in r):
             raise ValueError(f"r {list(r)}: every entry must be 0 or more")

@@ -85,6 +85,13 @@ def test_a_mistake_is_one_line(words, said, capsys):
     assert left.value.code == 2 and said in error and error.count("\n") == 1
 
 
+def test_a_method_that_fits_no_net_costs_no_training(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("evaluation.compared_nets.train", lambda run: pytest.fail("trained"))
+    words = ["device=cpu", f"output_dir={tmp_path}", "--methods", "tome", "methods.tome.over=rr"]
+    with pytest.raises(UserError, match=r"methods\.tome fits none of the models.*takes no rr"):
+        compare(parse_comparison(words))
+
+
 def test_masks_are_the_class_where_the_image_is_bright():
     images, labels = squares()
     masks = masks_of(images, labels, 0.5)

@@ -1,5 +1,6 @@
 """Command lines of `imagenet_1k_eval.py` are understood as they stand, and mistakes are said."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_the_published_command(tmp_path: Path):
     (tmp_path / "img_val").mkdir()
     config = parse_swag_evaluation([*words, str(tmp_path)])
     assert config["data"]["val"]["val_root"] == str(tmp_path / "img_val")
+
+
+def test_the_script_takes_m_for_the_model(tmp_path: Path, monkeypatch):
+    """Elsewhere -m asks for a sweep; the published flag must not be swallowed by it."""
+    (tmp_path / "val" / "n01").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "n01" / "0.png")
+    started = []
+    monkeypatch.setattr("slurm.command.launch_all", lambda tasks, **_: started.extend(tasks))
+    words = ["-m", "tome_vit_l16_in1k", "--tome_r", "8", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["eval_swag.py", *words])
+    runpy.run_path("experiments/eval_swag.py", run_name="__main__")
+    node = started[0].config["backbone"]
+    assert (node["method"], node["options"]) == ("tome", {"r": 8})
 
 
 @pytest.mark.parametrize(

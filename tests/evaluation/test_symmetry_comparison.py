@@ -3,12 +3,15 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from evaluation.compared_nets import load_run
+from evaluation.judge import make_data
 from evaluation.posthoc import answers
 from evaluation.symmetry_comparison import compare
 from evaluation.symmetry_comparison_arguments import parse_comparison
@@ -21,7 +24,10 @@ from evaluation.symmetry_comparison_views import (
     turn,
     turn_and_back,
 )
+from utils.checkpoint import export_weights
+from utils.data.classes import class_metadata
 from utils.data.transforms import evaluation_transform
+from utils.errors import UserError
 from utils.symmetry import transform_image
 from vit.models import deit_small_patch16_LS
 
@@ -67,6 +73,38 @@ def test_a_mistake_is_one_line(words, said, capsys):
         parse_comparison([*ONLY_PLAIN, *words])
     error = capsys.readouterr().err
     assert left.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["posthoc.aggregators=[mean,media]"], "unknown aggregator 'media'"),
+        (["posthoc.validation_share=1.0"], "leave nothing"),
+    ],
+)
+def test_a_mistake_of_the_judging_costs_no_training(words, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.compared_nets.train", lambda run: pytest.fail("trained"))
+    config = parse_comparison(["--device", "cpu", *ONLY_PLAIN, f"output_dir={tmp_path}", *words])
+    with pytest.raises(UserError, match=said):
+        compare(config)
+
+
+def test_what_is_loaded_must_know_the_classes_and_the_size(tmp_path: Path):
+    """A net of other digits, or for other images, would be judged as if it knew nothing."""
+    keywords = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    node = {"_target_": "vit.models.deit_small_patch16_LS", "num_classes": 10, **keywords}
+    net, path = deit_small_patch16_LS(num_classes=10, **keywords), tmp_path / "net.safetensors"
+    data = parse_comparison(["--device", "cpu", *ONLY_PLAIN])["runs"]["plain"]["data"]
+    dataset = make_data(data, "val")
+    metadata = {"constructor": json.dumps(node)}
+    export_weights(path, net.state_dict(), metadata | class_metadata(dataset))
+    assert load_run(str(path), dataset, 32).num_classes == 10
+    with pytest.raises(UserError, match="for images of 32 pixels; the others have 48"):
+        load_run(str(path), dataset, 48)
+    others = class_metadata(SimpleNamespace(class_names=[*dataset.class_names[::-1]]))
+    export_weights(path, net.state_dict(), metadata | others)
+    with pytest.raises(UserError, match="figures would mean nothing"):
+        load_run(str(path), dataset, 32)
 
 
 def test_turning_is_exact_for_quarter_turns_and_black_comes_in():

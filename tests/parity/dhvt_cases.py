@@ -33,7 +33,8 @@ def layer(case: dict[str, Any], folder: Path) -> None:
 
 def model(case: dict[str, Any], folder: Path) -> None:
     """A whole network."""
-    options = {key: value for key, value in case["kwargs"].items() if key != "apply_dhvt"}
+    unread = {*UNREAD, "apply_dhvt"} - {"img_size"}
+    options = {key: value for key, value in case["kwargs"].items() if key not in unread}
     if not case["kwargs"].get("apply_dhvt", True):
         raise NotBuilt("the reference builds no network without apply_dhvt")
     net = DHVT(**options)

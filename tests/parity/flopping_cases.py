@@ -1,6 +1,6 @@
-"""Runners of the parity topic `flopping`: ResMLP, ConvNeXt and their layers.
+"""Runner of the parity topic `flopping`, by the published class: ResMLP, ConvNeXt, their layers.
 
-The ViTs of the topic stand in `mirror_cases.py`.
+The ViTs of the topic and what they are made of stand in `mirror_cases.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from baselines.flopping.activation import RegularActivation
 from baselines.flopping.convnext import MirrorConvNeXt, MirrorConvNeXtBlock
 from baselines.flopping.filters import (
     MIRROR,
-    HalfFilter,
     MeanDownsample,
     MirrorDepthwiseConv,
     MirrorDownsample,
@@ -37,8 +35,7 @@ from baselines.flopping.resmlp import (
     TokenLinear,
     to_pairs,
 )
-from octic.kernels import irrep_norm
-from octic.layers import OcticLayerNorm, OcticLinear, OcticMlp, OcticScale
+from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
 from tests.parity import mirror_cases
 from tests.parity.flopping_case import (
     Golden,
@@ -51,6 +48,14 @@ from tests.parity.flopping_case import (
     pairs,
     plain_names,
     unpaired,
+)
+from tests.parity.flopping_unused import (
+    PairNorm,
+    half_conv,
+    half_depthwise,
+    old_block,
+    old_mix,
+    old_names,
 )
 
 # ResMLP.
@@ -79,29 +84,6 @@ def unflattened(x: Tensor) -> list[Tensor]:
 
 def patch_linear22(c: Golden) -> nn.Module:
     return TokenLinear(c.take("num_patches_side", 0) ** 2 // 2, bias=c.take("bias", True))
-
-
-class PairNorm(nn.Module):
-    """The norms of pairs that no published model uses: one deviation, or one for each part."""
-
-    def __init__(self, c: Golden, *, joint: bool) -> None:
-        super().__init__()
-        dim, self.eps = c.take("channels", 0), c.take("eps", 1e-5)
-        affine, bias = c.take("elementwise_affine", True), c.take("bias", True)
-        self.joint = joint
-        if joint:
-            self.scaling = PairScale(dim, bias=bias) if affine else nn.Identity()
-        else:
-            self.ln_sym = nn.LayerNorm(dim // 2, eps=self.eps)
-            self.ln_asym = nn.LayerNorm(dim // 2, eps=self.eps, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.joint:
-            segments = ((1, 1.0),) * 4
-            normed = irrep_norm(x.flatten(-2), segments=segments, eps=self.eps)
-            return self.scaling(normed.view(x.shape))
-        x0, x1, x2, x3 = unpaired(x)
-        return pairs([self.ln_sym(x0), self.ln_asym(x1), self.ln_asym(x2), self.ln_sym(x3)])
 
 
 def mlp22(c: Golden) -> nn.Module:
@@ -139,6 +121,7 @@ def resmlp_block22(c: Golden) -> nn.Module:
 def resmlp_options(c: Golden) -> dict[str, Any]:
     """Keywords that both ResMLPs share, from the published ones."""
     size = c.take("img_size", 224)
+    c.take("use_fused_attn", False), c.take("use_attn_mixer", False)  # swallowed: no attention
     options = {
         "img_size": tuple(size) if isinstance(size, list) else size,
         "init_values": c.take("init_scale", 1e-4),
@@ -160,97 +143,7 @@ def invariant(c: Golden) -> str:
     return "power_spectrum" if c.take("use_symmetrized_asym_feats", False) else "trivial"
 
 
-# The older ResMLP layers, of no published model: put together from those of `octic` and ours.
-
-
-class OldTokenMix(nn.Module):
-    """`PatchLinear2`: tokens in mirrored order; its bias on the odd half breaks the law."""
-
-    def __init__(self, num_tokens: int) -> None:
-        super().__init__()
-        self.mix = TokenLinear(num_tokens // 2, bias=False)
-        self.bias = nn.Parameter(torch.empty(num_tokens // 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=1)
-        y = self.mix(torch.stack([left + right, left - right], dim=2) / 2)
-        even, odd = y.unbind(2)
-        shift = self.bias[:, None] / 2
-        return torch.cat([even + odd + shift, even - odd + shift], dim=1)
-
-
-class OldBlock(nn.Module):
-    """`layers_scale_mlp_blocks2`."""
-
-    def __init__(self, dim: int, num_tokens: int) -> None:
-        super().__init__()
-        self.norm1 = OcticScale(dim, bias=True, group=MIRROR)
-        self.attn = OldTokenMix(num_tokens)
-        self.ls1 = OcticScale(dim, group=MIRROR)
-        self.norm2 = OcticScale(dim, bias=True, group=MIRROR)
-        self.mlp = OcticMlp(dim, 4 * dim, group=MIRROR)
-        self.ls2 = OcticScale(dim, group=MIRROR)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in state.items():
-        name = name.replace("linear2.linear_sym.bias", "bias")
-        name = name.replace("gamma_", "ls").replace("linear2.", "mix.")
-        for part, ours in (("asym", "A2"), ("sym", "A1")):
-            name = name.replace(f"linear_{part}", f"lin_{ours}").replace(
-                f"alpha_{part}", f"alpha_{ours}"
-            )
-        found[name] = tensor
-    return found
-
-
-def old_mix(c: Golden) -> nn.Module:
-    return OldTokenMix(c.take("num_patches_side", 0) ** 2)
-
-
-def old_block(c: Golden) -> nn.Module:
-    c.take("init_values", 1e-4)
-    return OldBlock(c.take("dim", 0), c.take("num_patches", 0))
-
-
 # ConvNeXt.
-
-
-class HalfConv(nn.Module):
-    """One of our half filters in a convolution, at the root of its names."""
-
-    def __new__(cls, *args: Any, **options: Any) -> nn.Module:  # the filter itself, with a forward
-        half = HalfFilter(*args, **{k: options[k] for k in ("symmetric", "bias")})
-        rest = {k: v for k, v in options.items() if k not in ("symmetric", "bias")}
-        half.forward = lambda x: F.conv2d(x, half.full(), half.bias, **rest)
-        return half
-
-
-def half_conv(c: Golden) -> nn.Module:
-    sides = c.take("out_channels", 0), c.take("in_channels", 0)
-    kernel = tuple(c.take("kernel_size", (2, 2)))
-    stride = c.take("stride", 1)
-    return HalfConv(
-        *sides, kernel, symmetric=c.take("sym", True), bias=c.take("bias", True), stride=stride
-    )
-
-
-def half_depthwise(c: Golden) -> nn.Module:
-    count, side = c.take("channels", 0), c.take("kernel_size", 7)
-    return HalfConv(
-        count,
-        1,
-        (side, side),
-        symmetric=c.take("sym", True),
-        bias=c.take("bias", True),
-        padding=c.take("padding", 3),
-        groups=count,
-    )
 
 
 def depthwise(mixing: str) -> Callable[[Golden], nn.Module]:
@@ -393,10 +286,4 @@ def run(case: dict[str, Any], folder: Path) -> None:
         c.check(unpack(module(pack(c.inputs()))))
 
 
-# What a name begins with; the ViTs and their layers are run by `mirror_cases.py`.
-PREFIXES = (
-    *("affine22", "linear22", "gelu22", "patchlinear", "layernorm22", "mlp22", "patchembed22"),
-    *("resmlp", "baseline_resmlp", "conv2x2", "dwsym", "dwconv", "downsample"),
-    *("affine2_cf", "linear2_cf", "ln2_", "convnext", "baseline_convnext"),
-)
-RUNNERS = {("flopping", f"{prefix}*"): run for prefix in (*PREFIXES, "")}
+RUNNERS = {"*": run}

@@ -12,11 +12,12 @@ Builder = Callable[[dict[str, Any], dict[str, Tensor]], Reducer]
 
 
 def hourglass(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
-    """Expedit."""
+    """Expedit; a negative location clusters nowhere, which is our location behind the blocks."""
+    location = given["clustering_location"]
     return make_reducer(
         "hourglass",
         form="published",
-        location=given["clustering_location"],
+        location=given["depth"] if location < 0 else location,
         num_clusters=given["num_cluster"],
         iterations=given["cluster_iters"],
         temperature=given["cluster_temperture"],

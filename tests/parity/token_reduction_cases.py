@@ -42,7 +42,8 @@ def whole(case: dict[str, Any], folder: Path) -> None:
         if case["method"] == "base":
             found = plain_pass(net, tensors["image"])
         else:
-            reducer = REDUCERS[case["method"]](case["arguments"], tensors)
+            given = case["arguments"] | {"depth": len(net.blocks)}
+            reducer = REDUCERS[case["method"]](given, tensors)
             reduced = Reduced(net, reducer).eval()
             laid_open = reduced.inspect(tensors["image"])
             record = renamed(case, laid_open)
@@ -224,7 +225,7 @@ def renamed(case: dict[str, Any], found: Inspection) -> Found:
         if case["method"].startswith("ats") and last == "kept":
             # Where shapes stand still, padding fills the whole grid.
             record[name] = tensor[:, : int((tensor >= 0).sum(dim=1).max())]
-    if case["method"] == "hourglass":
+    if "cluster.input" in found.record:
         side = int(found.record["cluster.input"].shape[1] ** 0.5)
         grid = found.record["cluster.input"].transpose(1, 2).unflatten(2, (side, side))
         record["cluster.input_grid"] = grid

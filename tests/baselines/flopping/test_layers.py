@@ -159,6 +159,14 @@ def test_filters_are_kept_and_never_stale(make) -> None:
         "averaged": lambda: torch._foreach_lerp_(
             list(layer.parameters()), list(other.parameters()), 1.0
         ),
+        # What leaves no version behind: an average through `.data`, and new memory.
+        "written behind autograd's back": lambda: [
+            mine.data.copy_(theirs)
+            for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True)
+        ],
+        "given other memory": lambda: nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(other.parameters()), layer.parameters()
+        ),
         "replaced": lambda: [
             setattr(mine, "weight", theirs.weight) or setattr(mine, "bias", theirs.bias)
             for mine, theirs in zip(layer.children(), other.children(), strict=True)

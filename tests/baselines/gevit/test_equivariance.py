@@ -191,3 +191,15 @@ def test_the_published_pcam_configuration_is_not_invariant():
     net = randomised(small(allow_odd=True, **options))
     x = torch.randn(1, 1, 14, 14, dtype=torch.float64)
     assert error(net(OCTIC_ELEMENTS[1].on_images(x)), net(x)) > 1e-4
+
+
+def test_reports_are_told_of_the_law_where_it_holds():
+    """A net that is exact says so; a published table, odd pools or no group claim nothing."""
+    net = small("p8m")
+    assert net.invariant and net.switch == net.depth
+    assert [e.name for e in net.group.elements] == [e.name for e in OCTIC_ELEMENTS]
+    assert small("p4", group_table="reference").invariant  # the same table
+    assert not small("p4m", group_table="reference").invariant
+    lawless = small(allow_odd=True, img_size=14, norm_between=True, pool_last=True)
+    for net in (small("z2"), lawless):
+        assert net.group is None and net.switch == 0

@@ -38,10 +38,17 @@ def test_a_group_says_what_it_holds(name, count, exact):
     assert len(group) == count and [element.name for element in group.elements] == exact
 
 
-def test_the_nearest_pixel_claims_no_quarter_turn():
-    """Ties at 45 degrees break it, so a report must not hold it against the net."""
-    found = CopyGroup("C8", interpolation="nearest").elements
-    assert [element.name for element in found] == ["e"]
+@pytest.mark.parametrize("name", ["C8", "D8"])
+def test_the_nearest_pixel_claims_no_symmetry(name):
+    """Ties at 45 degrees break quarter turns and mirrorings: no report holds them against a net."""
+    group = CopyGroup(name, interpolation="nearest")
+    assert [element.name for element in group.elements] == ["e"]
+    x = images(8, torch.float64)
+    still = group.all_copies(x)
+    for element in ("r", "m") if name == "D8" else ("r",):
+        turned = group.all_copies(transform_image(x, element))
+        gaps = (turned[:, :, None] - still[:, None]).abs().amax(dim=(0, 3, 4, 5))
+        assert gaps.min(dim=1).values.max() > 0.01, element
 
 
 @pytest.mark.parametrize("name", ["C8", "D8", "D16", "C12"])

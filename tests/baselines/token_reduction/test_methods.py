@@ -228,6 +228,18 @@ def test_shortened_and_standing_sequences_agree():
             ats.AdaptiveSampling(num_samples=bad)
 
 
+def test_options_without_meaning_are_refused():
+    """A negative temperature would prefer the farthest token; each says what would be right."""
+    for make, said in (
+        (lambda: clustering.Hourglass(temperature=-1.0), "must be above 0"),
+        (lambda: clustering.Hourglass(reconstruction_temperature=0.0), "must be above 0"),
+        (lambda: evo_vit.EvoViT(tradeoff=1.5), r"tradeoff 1.5 is not in \[0, 1\]"),
+        (lambda: tome.ToMe(2.5), "r 2.5 must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make()
+
+
 # ACT and SMYRF.
 
 

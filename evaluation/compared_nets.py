@@ -1,0 +1,97 @@
+"""Nets that a comparison trains or loads, all for one data set and images of one size."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evaluation.judge import make_net
+from evaluation.progress import say
+from evaluation.sample import image_size_of
+from utils import distributed
+from utils.build import plain
+from utils.data.classes import mismatch
+from utils.data.images import ImageDataset
+from utils.errors import UserError
+from utils.training import train
+from vit.weights import read_metadata
+
+EXPORTED = "exported/model.safetensors"
+
+
+def train_then(
+    judge: Callable[[dict[str, Any], torch.device], dict[str, Any]],
+    config: Mapping[str, Any],
+    check: Callable[[dict[str, Any]], object],
+) -> dict[str, Any]:
+    """Train what `config["runs"]` says on every rank, then judge on rank 0; the others wait.
+
+    check: called first, so that what is wrong with the judging costs no training.
+    """
+    config = dict(plain(config))
+    figures: dict[str, Any] = {}
+    with distributed.session(config["device"]) as device:
+        check(config)
+        for name, run in config["runs"].items():
+            if isinstance(run, dict):
+                if distributed.is_main():
+                    say(f"--- training: {name}, in {run['output_dir']}")
+                train(run)
+        if distributed.is_main():
+            figures = judge(config, device)
+        distributed.barrier()
+    return figures
+
+
+def trainings_of(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The configs of what is trained; the first one has the data that all are judged on."""
+    return [run for run in runs.values() if isinstance(run, dict)]
+
+
+def image_size(runs: Mapping[str, Any]) -> int:
+    """Pixels a side of the images that all are trained on; UserError where they differ."""
+    sizes = {_augmented_size(run["recipe"]["augmentation"]) for run in trainings_of(runs)}
+    if len(sizes) > 1:
+        raise UserError(f"models on images of {sorted(sizes)} pixels do not compare: give one size")
+    return sizes.pop()
+
+
+def load_run(run: Any, dataset: ImageDataset, size: int) -> nn.Module:
+    """The net of a training that is done, or of a run folder or file that says what it is of.
+
+    UserError for one of other classes than the data set's, or for images of another size.
+    """
+    if isinstance(run, dict):
+        return make_net(run["backbone"], f"{run['output_dir']}/{EXPORTED}", seed=run["seed"])
+    path = Path(run) / EXPORTED if Path(run).is_dir() else Path(run)
+    metadata = read_metadata(path) if path.is_file() else {}
+    if "constructor" not in metadata:
+        raise UserError(f"{path} is no file of ours that says which net it is of")
+    wrong = mismatch(metadata, dataset)
+    if wrong:
+        raise UserError(f"{path}: {wrong}; figures would mean nothing")
+    net = make_net(json.loads(metadata["constructor"]), str(path))
+    if image_size_of(net) != size:
+        raise UserError(
+            f"{path} is of a net for images of {image_size_of(net)} pixels; the others have {size}"
+        )
+    return net
+
+
+def unfinished(
+    runs: Mapping[str, Any], dataset: ImageDataset, size: int
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every model by name before anything is trained; what is to be loaded is loaded."""
+    for name, run in runs.items():
+        if isinstance(run, dict):
+            yield name, make_net(run["backbone"], None, seed=run["seed"])
+        else:
+            yield name, load_run(run, dataset, size)
+
+
+def _augmented_size(augmentation: Mapping[str, Any]) -> int:
+    """Of the augmentation, or of the one inside it."""
+    return augmentation.get("input_size") or _augmented_size(augmentation["augmentation"])

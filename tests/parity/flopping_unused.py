@@ -1,0 +1,126 @@
+"""Layers of "Flopping for FLOPs" that none of its models uses, or only parts of one of ours.
+
+Put together from those of `octic` and `baselines.flopping`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.flopping.filters import MIRROR, HalfFilter
+from baselines.flopping.resmlp import PairScale, TokenLinear
+from octic.kernels import irrep_norm
+from octic.layers import OcticMlp, OcticScale
+from tests.parity.flopping_case import Golden, pairs, unpaired
+
+
+class PairNorm(nn.Module):
+    """The norms of pairs that no published model uses: one deviation, or one for each part."""
+
+    def __init__(self, c: Golden, *, joint: bool) -> None:
+        super().__init__()
+        dim, self.eps = c.take("channels", 0), c.take("eps", 1e-5)
+        affine, bias = c.take("elementwise_affine", True), c.take("bias", True)
+        self.joint = joint
+        if joint:
+            self.scaling = PairScale(dim, bias=bias) if affine else nn.Identity()
+        else:
+            self.ln_sym = nn.LayerNorm(dim // 2, eps=self.eps)
+            self.ln_asym = nn.LayerNorm(dim // 2, eps=self.eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.joint:
+            segments = ((1, 1.0),) * 4
+            normed = irrep_norm(x.flatten(-2), segments=segments, eps=self.eps)
+            return self.scaling(normed.view(x.shape))
+        x0, x1, x2, x3 = unpaired(x)
+        return pairs([self.ln_sym(x0), self.ln_asym(x1), self.ln_asym(x2), self.ln_sym(x3)])
+
+
+class OldTokenMix(nn.Module):
+    """`PatchLinear2`: tokens in mirrored order; its bias on the odd half breaks the law."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.mix = TokenLinear(num_tokens // 2, bias=False)
+        self.bias = nn.Parameter(torch.empty(num_tokens // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        y = self.mix(torch.stack([left + right, left - right], dim=2) / 2)
+        even, odd = y.unbind(2)
+        shift = self.bias[:, None] / 2
+        return torch.cat([even + odd + shift, even - odd + shift], dim=1)
+
+
+class OldBlock(nn.Module):
+    """`layers_scale_mlp_blocks2`."""
+
+    def __init__(self, dim: int, num_tokens: int) -> None:
+        super().__init__()
+        self.norm1 = OcticScale(dim, bias=True, group=MIRROR)
+        self.attn = OldTokenMix(num_tokens)
+        self.ls1 = OcticScale(dim, group=MIRROR)
+        self.norm2 = OcticScale(dim, bias=True, group=MIRROR)
+        self.mlp = OcticMlp(dim, 4 * dim, group=MIRROR)
+        self.ls2 = OcticScale(dim, group=MIRROR)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in state.items():
+        name = name.replace("linear2.linear_sym.bias", "bias")
+        name = name.replace("gamma_", "ls").replace("linear2.", "mix.")
+        for part, ours in (("asym", "A2"), ("sym", "A1")):
+            name = name.replace(f"linear_{part}", f"lin_{ours}").replace(
+                f"alpha_{part}", f"alpha_{ours}"
+            )
+        found[name] = tensor
+    return found
+
+
+def old_mix(c: Golden) -> nn.Module:
+    return OldTokenMix(c.take("num_patches_side", 0) ** 2)
+
+
+def old_block(c: Golden) -> nn.Module:
+    c.take("init_values", 1e-4)
+    return OldBlock(c.take("dim", 0), c.take("num_patches", 0))
+
+
+class HalfConv(nn.Module):
+    """One of our half filters in a convolution, at the root of its names."""
+
+    def __new__(cls, *args: Any, **options: Any) -> nn.Module:  # the filter itself, with a forward
+        half = HalfFilter(*args, **{k: options[k] for k in ("symmetric", "bias")})
+        rest = {k: v for k, v in options.items() if k not in ("symmetric", "bias")}
+        half.forward = lambda x: F.conv2d(x, half.full(), half.bias, **rest)
+        return half
+
+
+def half_conv(c: Golden) -> nn.Module:
+    sides = c.take("out_channels", 0), c.take("in_channels", 0)
+    kernel = tuple(c.take("kernel_size", (2, 2)))
+    stride = c.take("stride", 1)
+    return HalfConv(
+        *sides, kernel, symmetric=c.take("sym", True), bias=c.take("bias", True), stride=stride
+    )
+
+
+def half_depthwise(c: Golden) -> nn.Module:
+    count, side = c.take("channels", 0), c.take("kernel_size", 7)
+    return HalfConv(
+        count,
+        1,
+        (side, side),
+        symmetric=c.take("sym", True),
+        bias=c.take("bias", True),
+        padding=c.take("padding", 3),
+        groups=count,
+    )
