@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.command_line import TAKES_VALUE, Option, help_page, meanings, read_words
 from utils.build import nearest, plain
+from utils.command_line import TAKES_VALUE, Option, help_page, meanings, read_words
 from utils.config import fail, parse_config
 from utils.errors import UserError
 from utils.flags import FLAGS
@@ -17,6 +17,10 @@ OPTIONS = {
     "--images": Option("images", "how many different ones", text=False),
     "--batch-size": Option("batch_size", "images of a batch on the device", text=False),
     "--rounds": Option("rounds", "of turns, one of each stage", text=False),
+    "--reading": Option(
+        "reading", "images also read from disk: files, LMDB, tar shards", text=False
+    ),
+    "--scratch": Option("scratch", "folder these are written to, on the disk in question"),
     "--json": Option("json_file", "file for all figures with their protocol"),
 }
 KNOWN = {*OPTIONS, *TAKES_VALUE, "--help", *(name for flag in FLAGS for name in flag.names)}

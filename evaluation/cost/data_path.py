@@ -8,7 +8,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Generator
 
 from evaluation.cost.peaks import device_name, synchronize
+from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils import distributed
@@ -36,7 +37,7 @@ from utils.parallel import to_device
 SIZE = (500, 375)  # width and height of ImageNet's usual photograph
 QUALITY = 95  # about 90 kB
 WORKER, DEVICE = "worker", "device"
-DECODING = "decoding"
+READING, DECODING = "reading", "decoding"
 
 
 class Stage(NamedTuple):
@@ -47,27 +48,33 @@ class Stage(NamedTuple):
     place: str
     images: int
     run: Callable[[], object]
+    before: Callable[[], None] = lambda: None  # untimed
 
 
+@mistakes_in_one_line
 def measure(config: Mapping[str, Any]) -> dict[str, float]:
     """Time the stages of `config["pipelines"]` (the keys of configs/bench_data.yaml).
 
-    Prints images per second of each stage and how many times the published one's that is; returns
+    Prints images per second of each stage and how many times the first one's that is; returns
     the rates by "pipeline/stage". Raises UserError for settings that cannot be.
     """
     config = dict(plain(config))
-    for key in ("images", "batch_size", "rounds"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise UserError(f"{key} must be a whole number of at least 1, got {config[key]!r}")
+    for key, least in (("images", 1), ("batch_size", 1), ("rounds", 1), ("reading", 0)):
+        if not isinstance(config[key], int) or config[key] < least:
+            raise UserError(
+                f"{key} must be a whole number of at least {least}, got {config[key]!r}"
+            )
     with distributed.session(config["device"]) as device, _one_thread():
         rates: dict[str, float] = {}
         if distributed.is_main():
             files = _files(config["root"], config["images"])
             seed_everything(config["seed"])
-            stages = _decoders(files)
-            for name, pipeline in config["pipelines"].items():
-                stages += _stages(name, pipeline, files, config["batch_size"], device)
-            rates = _report(stages, _time(stages, config["rounds"], device), config, device, files)
+            with _reading(files, config) as stages:
+                stages += _decoders(files)
+                for name, pipeline in config["pipelines"].items():
+                    stages += _stages(name, pipeline, files, config["batch_size"], device)
+                found = _time(stages, config["rounds"], device)
+            rates = _report(stages, found, config, device, files)
         distributed.barrier()
     return rates
 
@@ -90,6 +97,19 @@ def _files(root: str | None, count: int) -> list[EncodedImage]:
         part.resize(SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=QUALITY)
         files.append(EncodedImage(file.getvalue(), f"photograph {number}"))
     return files
+
+
+@contextmanager
+def _reading(files: list[EncodedImage], config: Mapping[str, Any]) -> Iterator[list[Stage]]:
+    """The stages of reading from disk; none with reading=0."""
+    if not config["reading"]:
+        yield []
+        return
+    from evaluation.cost.reading import stores
+
+    count, scratch = config["reading"], config["scratch"]
+    with stores(files, count, scratch) as found:
+        yield [Stage(READING, s.name, WORKER, count, s.read, s.forget) for s in found]
 
 
 def _decoders(files: list[EncodedImage]) -> list[Stage]:
@@ -147,6 +167,7 @@ def _time(stages: list[Stage], rounds: int, device: torch.device) -> list[list[f
     for round in range(rounds + 1):
         say(f"round {round} of {rounds}" if round else "warming up")
         for stage, found in zip(stages, rates, strict=True):
+            stage.before()
             synchronize(device)
             start = time.perf_counter()
             stage.run()
@@ -197,7 +218,7 @@ def _report(
         f"Pillow {PIL.__version__}",
         "date": date.today().isoformat(),
     }
-    columns = ["pipeline", "by", "on", "images/s", "ms an image", "times Pillow's"]
+    columns = ["pipeline", "by", "on", "images/s", "ms an image", "times the first"]
     words = "; ".join(f"{key}: {value}" for key, value in protocol.items())
     print_table("data path", columns, rows, protocol=words)
     if config["json_file"]:

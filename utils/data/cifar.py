@@ -69,7 +69,7 @@ class Cifar:
             )
         self.version, self.split = version, split
         self.root = _find(Path(existing_folder(root)), layout, version)
-        self.class_names = (self.root / layout.names[level]).read_text().split()
+        self.class_names = _names(self.root / layout.names[level])
         width = len(layout.levels) + PIXELS
         records = [_read(self.root / name, width) for name in layout.files[split]]
         self._records = np.concatenate(records)  # [N width] uint8
@@ -136,6 +136,13 @@ def _find(root: Path, layout: _Version, version: int) -> Path:
                 f"anything; get the binary version (cifar-{version}-binary.tar.gz)"
             )
     raise UserError(f"no binary version of CIFAR-{version} in {root} or {root / layout.folder}")
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the names of classes in {path}: {error}") from None
 
 
 def _read(path: Path, width: int) -> np.ndarray:

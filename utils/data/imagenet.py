@@ -98,6 +98,12 @@ class ImageNetTree:
             self.labels = entries["class_index"].astype(np.int64)
             self.class_ids = _load(extra, "class-ids", self.split).tolist()
             self.class_names = _load(extra, "class-names", self.split).tolist()
+            counts = len(self.class_ids), len(self.class_names), int(self.labels.max(initial=-1))
+            if counts[0] != counts[1] or counts[2] >= counts[0]:
+                raise UserError(
+                    f"the metadata of {self.split} in {extra} contradict one another: "
+                    f"{counts[0]} class ids, {counts[1]} names, labels up to {counts[2]}"
+                )
 
     def _list_tree(self) -> None:
         where = existing_folder(os.path.join(self.root, self.split), hint=HINT)
@@ -155,12 +161,20 @@ def read_names(root: str | os.PathLike) -> dict[str, str]:
     path = os.path.join(root, "labels.txt")
     if not os.path.exists(path):
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
+    rows = csv_rows(path)
     for number, row in enumerate(rows, start=1):
         if len(row) != 2:
             raise UserError(f"{path}, row {number}: {len(row)} columns instead of `class id,name`")
     return {class_id: name for class_id, name in rows}
+
+
+def csv_rows(path: str | os.PathLike) -> list[list[str]]:
+    """The rows of a CSV file that are not empty; UserError for one that is no UTF-8 text."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [row for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {os.fspath(path)}, text in UTF-8: {error}") from None
 
 
 def _arrays(root: str, split: str) -> dict[str, np.ndarray]:

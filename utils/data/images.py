@@ -1,5 +1,6 @@
 """Images on disk: what a data set is, how one file becomes RGB pixels, and any folder of images."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple, Protocol
@@ -130,7 +131,7 @@ class ImageFolder:
     ) -> None:
         self.root = existing_folder(root)
         self.exif_orientation = exif_orientation
-        files = sorted(_walk(self.root, ""), key=_order)
+        files = sorted(_walk(self.root, ""), key=lambda file: folder_order(file.path))
         if not files:
             raise UserError(
                 f"no image in {self.root} or below it; looked for {' '.join(EXTENSIONS)}"
@@ -205,8 +206,8 @@ def folder(
 ) -> ImageDataset:
     """The train or val part of any folder of images.
 
-    Val is the folder `val_root`, read with the classes of `root`; without one it is every n-th
-    image of each class of `root`, n = round(1 / val_fraction), and train is the others.
+    Val is the folder `val_root`, read with the classes of `root`; without one it is a part of each
+    class of `root`, and train is the others (`part_of`).
     """
     if split not in ("train", "val"):
         raise UserError(f"no split {split!r} in a folder of images; there are train and val")
@@ -215,11 +216,19 @@ def folder(
         if split == "train":
             return images
         return ImageFolder(val_root, labels=labels, classes=images.class_names or None)
+    return part_of(images, split, val_fraction)
+
+
+def part_of(images: ImageDataset, split: str, val_fraction: float) -> Subset:
+    """Val is every n-th image of each class, n = round(1 / val_fraction), and train the others."""
     if not 0 < val_fraction <= 0.5:
         raise UserError(f"val_fraction is {val_fraction}; it must lie above 0 and at most at 0.5")
     is_val = _every_nth(images.labels, len(images), round(1 / val_fraction))
     if not is_val.any():
-        raise UserError(f"{images!r}: too few to set some apart; give val_root=FOLDER")
+        raise UserError(
+            f"{images!r}: too few to set val_fraction={val_fraction:g} of a class apart; raise it, "
+            "or give other images to judge on (val_root, val_shards)"
+        )
     return Subset(images, np.flatnonzero(is_val if split == "val" else ~is_val))
 
 
@@ -232,6 +241,12 @@ def existing_folder(root: str | os.PathLike | None, hint: str = "data.root=FOLDE
         what = "is a file, not a folder" if os.path.exists(path) else "does not exist"
         raise UserError(f"the folder of images {path} {what}")
     return path
+
+
+def folder_order(path: str) -> tuple[str, str, str]:
+    """By what the images of a folder are sorted: class, folder, file name, as torchvision's."""
+    folder, name = os.path.split(path)
+    return folder.split(os.sep, 1)[0], folder, name
 
 
 def class_folders(root: str) -> list[str]:
@@ -251,10 +266,6 @@ class _File(NamedTuple):
     @property
     def top(self) -> str:
         return self.folder.split(os.sep, 1)[0]
-
-
-def _order(file: _File) -> tuple[str, str, str]:
-    return file.top, file.folder, file.name
 
 
 def _walk(root: str, relative: str, above: frozenset = frozenset()) -> Iterator[_File]:
@@ -303,6 +314,7 @@ def _every_nth(labels: np.ndarray | None, count: int, n: int) -> np.ndarray:
 
 
 def _why_unknown(file: object) -> str:
-    if isinstance(file, str | os.PathLike) and os.path.getsize(file) == 0:
+    size = file.getbuffer().nbytes if isinstance(file, io.BytesIO) else None
+    if size == 0 or (isinstance(file, str | os.PathLike) and os.path.getsize(file) == 0):
         return "empty file"
     return "not an image, or of a format Pillow does not know"

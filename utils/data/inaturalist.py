@@ -20,6 +20,12 @@ from utils.errors import UserError
 
 YEARS = (2018, 2019)
 RANKS = ("name", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory")
+# What the entries of each list must have.
+NEEDED = {
+    "images": {"id", "file_name"},
+    "annotations": {"image_id", "category_id"},
+    "categories": {"id"},
+}
 
 
 class INaturalist:
@@ -47,9 +53,11 @@ class INaturalist:
         self.root, self.year, self.split = existing_folder(root), year, split
         where = Path(self.root, f"{split}{year}.json")
         content = _load(where)
-        for key in ("images", "annotations", "categories"):
-            if not content.get(key):
+        for key, needed in NEEDED.items():
+            entries = content.get(key) if isinstance(content, dict) else None
+            if not entries:
                 raise UserError(f"{where} lists no {key}")
+            _check_entries(entries, needed, f"{where}: {key}")
         class_of, self.class_names = _classes(self._categories(content), category, where)
         category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
         images = content["images"]
@@ -97,6 +105,7 @@ class INaturalist:
             return content["categories"]
         found = _load(path)
         listed = found.get("categories", []) if isinstance(found, dict) else found
+        _check_entries(listed, NEEDED["categories"], str(path))
         known = {entry["id"] for entry in listed}
         lacking = [entry["id"] for entry in content["categories"] if entry["id"] not in known]
         if lacking:
@@ -122,6 +131,14 @@ def _classes(
     names = sorted({str(entry[rank]) for entry in ordered})
     number = {name: index for index, name in enumerate(names)}
     return {entry["id"]: number[str(entry[rank])] for entry in ordered}, names
+
+
+def _check_entries(entries: Any, needed: set[str], where: str) -> None:
+    """UserError for a list of anything but mappings that have the keys that are read."""
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        lacking = sorted(needed - entry.keys()) if isinstance(entry, dict) else sorted(needed)
+        if lacking:
+            raise UserError(f"{where}, entry {number}, has no {' and no '.join(lacking)}")
 
 
 def _load(path: Path) -> Any:

@@ -6,7 +6,9 @@ position of the sample in the run). So the number of workers changes nothing, a 
 step, and one process reads the samples that several would share.
 """
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -196,6 +198,20 @@ def _leave_signals_to_the_process(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers that an error left behind: they do not hear the SIGTERM by which Python would.
+
+    Without this a process that dies of an exception within a loop over batches waits for them for
+    ever.
+    """
+    left = [child for child in multiprocessing.active_children() if child.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call it a crash
+    for child in left:
+        child.kill()
 
 
 def _unchanged(batch: Any) -> Any:

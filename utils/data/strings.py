@@ -1,11 +1,19 @@
-"""Data sets named by a string, as in DINOv2: `ImageNet:split=TRAIN:root=DIR:extra=DIR`."""
+"""Data sets named by a string, as in DINOv2: `ImageNet:split=TRAIN:root=DIR:extra=DIR`.
+
+Added to theirs: `Shards:split=TRAIN:root=DIR`, tar shards.
+"""
 
 from utils.data.imagenet import ImageNetTree
 from utils.data.imagenet22k import ImageNet22k
 from utils.data.images import ImageDataset
+from utils.data.shards import shards
 from utils.errors import UserError
 
-KEYS = {"ImageNet": ("split", "root", "extra"), "ImageNet22k": ("root", "extra")}
+KEYS = {
+    "ImageNet": ("split", "root", "extra"),
+    "ImageNet22k": ("root", "extra"),
+    "Shards": ("split", "root"),
+}
 SPLITS = ("TRAIN", "VAL", "TEST")
 SHAPE = "Name:key=value:key=value"
 
@@ -20,6 +28,8 @@ def parse_dataset(string: str) -> ImageDataset:
     if name == "ImageNet22k":
         return ImageNet22k(values["root"], extra=values["extra"])
     split = values["split"].lower()
+    if name == "Shards":
+        return shards(values["root"], split=split)
     return ImageNetTree(values["root"], split=split, extra=values.get("extra"))
 
 

@@ -126,6 +126,14 @@ def test_wrong_labels_and_metadata_files_are_named(root: Path, tmp_path: Path) -
     (root / "labels.txt").write_text("n01,tench\nn02,fish,gold\n")
     with pytest.raises(UserError, match="row 2: 3 columns"):
         ImageNetTree(root)
+    (root / "labels.txt").write_bytes(b"n01,\xff\xfe")
+    with pytest.raises(UserError, match=r"cannot read .*labels.txt, text in UTF-8"):
+        ImageNetTree(root)
+    (root / "labels.txt").unlink()
+    write_extra(root, tmp_path)
+    np.save(tmp_path / "class-names-TRAIN.npy", np.array(["tench"]))
+    with pytest.raises(UserError, match="contradict one another: 2 class ids, 1 names, labels up"):
+        ImageNetTree(root, extra=tmp_path)
     (tmp_path / "entries-TRAIN.npy").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot read the metadata file"):
         ImageNetTree(root, extra=tmp_path)

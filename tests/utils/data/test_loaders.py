@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
 
 COUNT = 11
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -244,3 +247,23 @@ def test_evaluation_can_leave_bad_images_out(
 def test_wrong_arguments_are_refused(images: ImageFolder, wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         _batches(images, 1, **{"batch_size": 4, **wrong})
+
+
+def test_an_error_in_a_loop_over_batches_ends_the_process(images: ImageFolder) -> None:
+    """Its workers do not hear Python's SIGTERM; the process must not wait for them for ever."""
+    program = (
+        "import sys\n"
+        "from utils.data.images import ImageFolder\n"
+        "from utils.data.loaders import evaluation_batches\n"
+        "batches = evaluation_batches(ImageFolder(sys.argv[1]), lambda i: 0, 1, num_workers=1)\n"
+        "for batch in batches:\n"
+        "    raise ValueError('the net does not take it')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(images.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: the net does not take it\n")

@@ -70,6 +70,11 @@ def test_damaged_and_missing_cifar_is_one_line(cifar10, tmp_path):
     (cifar10 / "test_batch.bin").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="test_batch.bin has 100 bytes, no multiple of the 3073"):
         Cifar(cifar10, split="val")
+    names = (cifar10 / "batches.meta.txt").read_bytes()
+    (cifar10 / "batches.meta.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot read the names of classes"):
+        Cifar(cifar10)
+    (cifar10 / "batches.meta.txt").write_bytes(names)
     (cifar10 / "data_batch_3.bin").unlink()
     with pytest.raises(UserError, match="lacks data_batch_3.bin of CIFAR-10"):
         Cifar(cifar10)
@@ -167,6 +172,14 @@ def test_mistakes_with_inaturalist_are_one_line(inat):
     (inat / "val2019.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="1 images without category, as train_val2019"):
         INaturalist(inat, year=2019, split="val")
+    for broken, said in (
+        ([], "val2019.json lists no images"),
+        (content | {"images": [{"id": 1}]}, "images, entry 0, has no file_name"),
+        (content | {"annotations": ["x"]}, "annotations, entry 0, has no category_id and no image"),
+    ):
+        (inat / "val2019.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=said):
+            INaturalist(inat, year=2019, split="val")
     (inat / "val2019.json").write_text("{")
     with pytest.raises(UserError, match="is no readable json"):
         INaturalist(inat, year=2019, split="val")
@@ -239,6 +252,26 @@ def test_lmdb_names_a_damaged_image(tree, tmp_path):
     write_lmdb(tree, tmp_path / "images.lmdb")
     with pytest.raises(ImageError, match="images.lmdb:ape/0.png"):
         LmdbImages(tmp_path / "images.lmdb").read(0)
+
+
+def test_a_cut_lmdb_is_told_and_kills_nobody(tree, tmp_path):
+    """Reading behind the end of a mapped file is a bus error: an unfinished copy is refused."""
+    pytest.importorskip("lmdb")
+    from utils.data.lmdb import LmdbImages, write_lmdb
+
+    write_lmdb(tree, tmp_path / "images.lmdb")
+    data = (tmp_path / "images.lmdb").read_bytes()
+    for size, said in (
+        (len(data) - 4096, "is cut: it has"),
+        (100, "is no LMDB file"),
+        (0, "is no"),
+    ):
+        (tmp_path / f"{size}.lmdb").write_bytes(data[:size])
+        with pytest.raises(UserError, match=said):
+            LmdbImages(tmp_path / f"{size}.lmdb")
+    images = LmdbImages(tmp_path / "images.lmdb")
+    images.close()
+    assert images.read(0).mode == "RGB"
 
 
 def test_fingerprint_of_classes(tree):
