@@ -29,8 +29,15 @@ class DINOHead(nn.Module):
         num_layers: int = 3,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers of a head must be at least 1, not {num_layers}")
+        sizes = {
+            "num_prototypes": num_prototypes,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "num_layers": num_layers,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} of a head must be at least 1, not {size}")
         self.num_prototypes = num_prototypes
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
         linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]

@@ -202,9 +202,10 @@ class OcticVisionTransformer(Trunk):
         """Take the invariantization that published weights were trained with, by their shape.
 
         The released DeiT III code builds the power spectrum for files that hold polynomials. Where
-        the classifier reads the invariants, its width tells which.
+        the classifier reads the invariants, its width tells which. Two with the same width cannot
+        be told apart: the model's own then stays.
         """
-        name = detect_invariantization(state, self.copy_dim)
+        name = detect_invariantization(state, self.copy_dim, own=self.invariant or "")
         if self.invariant_at == "head":
             name = self._invariants_of_head(state)
         if self.invariant and name and name != self.invariant:
@@ -213,10 +214,7 @@ class OcticVisionTransformer(Trunk):
             self.to(reference.device, reference.dtype)
 
     def _invariants_of_head(self, state: Mapping[str, Tensor]) -> str | None:
-        """Trivial part or power spectrum, by the classifier's width; None where that tells neither.
-
-        Two with the same width cannot be told apart: the model's own then stays.
-        """
+        """Trivial part or power spectrum, by the classifier's width; None where neither."""
         heads = [t for name, t in state.items() if name.split(".")[-2:] == ["head", "weight"]]
         if len(heads) != 1 or heads[0].ndim != 2 or heads[0].shape[1] == self.embed_dim:
             return None
@@ -328,8 +326,13 @@ def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
     return index
 
 
-def detect_invariantization(state: Mapping[str, Tensor], copy_dim: int) -> str | None:
-    """Which invariantization weights belong to; None where they hold none that is known."""
+def detect_invariantization(
+    state: Mapping[str, Tensor], copy_dim: int, *, own: str = ""
+) -> str | None:
+    """Which invariantization weights belong to; None where they hold none that is known.
+
+    Of two with the same width it is `own`, if that is one of them.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def find(ending: str) -> tuple[int, ...] | None:
@@ -340,5 +343,8 @@ def detect_invariantization(state: Mapping[str, Tensor], copy_dim: int) -> str |
     if find("invariantization.reference"):
         return "canonization"
     projection = find("invariant_proj.weight")
+    if projection is None or len(projection) != 2 or projection[1] % copy_dim:
+        return None
     widths = {1: "linear", 6: "power_spectrum", 8: "none", 15: "third_order", 32: "polynomial"}
-    return widths.get(projection[1] // copy_dim) if projection else None
+    found = widths.get(projection[1] // copy_dim)
+    return own if (found, own) == ("linear", "trivial") else found

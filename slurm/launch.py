@@ -5,6 +5,7 @@ neither the function nor what the config builds; the cluster's facts come from c
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -201,7 +202,7 @@ def _submit(tasks: Sequence[Task], folder: Path) -> None:
         print(f"note: not copied, over 1 MB: {', '.join(submission.snapshot.too_large)}")
     print(f"Submitted job_id: {shared}")
     print(f"Logs and checkpoints will be saved at: {run}")
-    print(f"Follow rank 0: tail -F {jobs[0].paths.stdout}")
+    print(f"Follow rank 0: tail -F {shlex.quote(str(jobs[0].paths.stdout))}")
     if submission.executor_name == "slurm":
         print(f"State: squeue -j {shared}; after its end: sacct -j {shared}")
         print(f"Cancel: scancel {shared}")

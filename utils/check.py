@@ -39,9 +39,11 @@ def describe(content: dict[str, Any]) -> list[str]:
     name = str(content["backbone"]["_target_"]).rpartition(".")[2]
     count = count_one_image(net, size, backward=False)
     missing = f", without {', '.join(count.uncounted)}" if count.uncounted else ""
+    billions = count.forward / 2e9
+    shown = f"{billions:.2f}" if billions >= 1 else f"{billions:.3g}"
     lines = [
         f"backbone {name}: {_millions(net)} parameters, "
-        f"{count.forward / 2e9:.2f} G multiply-adds at {size} x {size}{missing}"
+        f"{shown} G multiply-adds at {size} x {size}{missing}"
     ]
     for part, module in getattr(recipe, "student", {}).items():
         if part != "backbone":

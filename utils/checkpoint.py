@@ -33,7 +33,7 @@ from utils.checkpoint_files import (
 )
 from utils.checkpoint_index import INDEX, pack
 from utils.errors import UserError
-from utils.shards import ShardWriter, write_json
+from utils.shards import ShardWriter, set_usual_mode, write_json
 
 
 class Checkpoints:
@@ -256,6 +256,7 @@ def export_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[
     whole = {name: value.contiguous().clone() for name, value in weights.items()}
     try:
         save_file(whole, temporary, dict(metadata))
+        set_usual_mode(temporary)
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} not written ({reason(error)})") from None

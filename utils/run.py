@@ -27,13 +27,13 @@ from utils.precision import Precision
 from utils.probing import Judge
 from utils.randomness import seed_everything
 from utils.recipe import Recipe
-from utils.run_folder import describe_code, fingerprint, prepare_folder
+from utils.run_folder import describe_code, fingerprint, prepare_folder, refuse_overwriting
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
 from utils.training import fit
 from utils.watchdog import Watchdog
 
-EXPORTED = "exported/teacher.safetensors"
+EXPORTED = "exported/model.safetensors"
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,14 +78,14 @@ def run_built(
         folder / "checkpoints", fingerprint=fingerprint(config), **config["checkpoint"]
     )
     with _held(folder):
-        notes = _prepare(folder, config, checkpoints)
+        if not config["training"]["resume"]:
+            _on_main(lambda: refuse_overwriting(folder, checkpoints))
         try:
             return _run_alone(
                 config,
                 recipe,
                 optimizer_factory,
                 checkpoints,
-                notes,
                 data=data,
                 probes=probes,
                 device=device,
@@ -109,7 +109,6 @@ def _run_alone(
     recipe: Recipe,
     optimizer_factory: Callable[..., torch.optim.Optimizer],
     checkpoints: Checkpoints,
-    notes: list[str],
     *,
     data: Mapping[str, Any],
     probes: Mapping[str, Callable[..., dict[str, float]]],
@@ -123,6 +122,7 @@ def _run_alone(
         config, recipe, optimizer_factory, checkpoints, precision, device
     )
     last_step = _last_step(recipe.total_steps, training["max_steps"])
+    notes = _on_main(lambda: prepare_folder(folder, config, checkpoints))
     metrics = _make_metrics(folder, config, recipe, first_step, last_step)
     for note in [*notes, *more]:
         metrics.say(note)
@@ -177,15 +177,9 @@ def _run_alone(
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    # Rank 0 holds the folder for all; its refusal must reach every rank.
-    lock, refusal = FolderLock(folder), None
-    if distributed.is_main():
-        try:
-            lock.acquire()
-        except UserError as error:
-            refusal = error
-    if refusal := distributed.broadcast_object(refusal):
-        raise refusal
+    # Rank 0 holds the folder for all.
+    lock = FolderLock(folder)
+    _on_main(lock.acquire)
     try:
         yield
     finally:
@@ -224,15 +218,18 @@ def _fitting(
     return {name: probe for name, probe in probes.items() if name not in unfit}
 
 
-def _prepare(folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
+def _on_main(action: Callable[[], Any]) -> Any:
     # Rank 0 looks after the folder; its refusal must reach every rank.
-    resume, notes = config["training"]["resume"], None
+    result: Any = None
     if distributed.is_main():
-        notes = prepare_folder(folder, config, checkpoints, resume=resume)
-    notes = distributed.broadcast_object(notes)
-    if isinstance(notes, UserError):
-        raise notes
-    return notes
+        try:
+            result = action()
+        except UserError as error:
+            result = error
+    result = distributed.broadcast_object(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _set_out(

@@ -38,19 +38,22 @@ HARMLESS = (
 )
 
 
-def prepare_folder(
-    folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints, *, resume: bool
-) -> list[str] | UserError:
-    """Write config.yaml and git.txt; returns lines to tell, or why not to go on. Rank 0 only.
-
-    A config.yaml that says something else is kept as config.<n>.yaml, and what changes results is
-    told.
-    """
-    if not resume and checkpoints.steps():
-        return UserError(
-            f"{folder} holds a run at step {checkpoints.steps()[-1]}: choose "
+def refuse_overwriting(folder: Path, checkpoints: Checkpoints) -> None:
+    """Raise UserError where a run that is not to be resumed has its folder taken."""
+    if steps := checkpoints.steps():
+        raise UserError(
+            f"{folder} holds a run at step {steps[-1]}: choose "
             "another output_dir, remove it, or let training.resume=true continue it"
         )
+
+
+def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
+    """Write config.yaml and git.txt; returns lines to tell. Rank 0 only.
+
+    A config.yaml that says something else is kept as config.<n>.yaml, and what changes results is
+    told. To be called once the run is sure to go on: a command that was refused (by weights of
+    another model, say) leaves the folder's config as it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path, notes = folder / "config.yaml", []
     if path.exists():

@@ -34,6 +34,10 @@ from torch.futures import Future
 # A process that saves or reads by itself is meant to.
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
+# It can be read by setting it alone; here, before there are threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 class Written(NamedTuple):
     """Where a piece of a tensor lies, and the file it lies in."""
@@ -215,10 +219,16 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
+def set_usual_mode(path: Path) -> None:
+    """Let those read a file who may read the user's other files; safetensors' are private."""
+    os.chmod(path, 0o666 & ~_UMASK)
+
+
 def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     path.parent.mkdir(parents=True, exist_ok=True)  # another node may not have seen it yet
     try:
         save_file(tensors, path)
+        set_usual_mode(path)
     except Exception as error:
         # An error of safetensors cannot travel between ranks, and a full disk is an OSError.
         raise OSError(str(error).splitlines()[0]) from None

@@ -25,9 +25,11 @@ def test_logits_are_cosines_times_lengths():
     torch.testing.assert_close(head(x), scaled)
 
 
-def test_a_head_without_layers_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
+def test_a_head_without_layers_or_prototypes_is_refused():
+    with pytest.raises(ValueError, match="num_layers of a head must be at least 1"):
         make_head(num_layers=0)
+    with pytest.raises(ValueError, match="num_prototypes of a head must be at least 1"):
+        DINOHead(6, num_prototypes=0)
 
 
 def test_an_empty_batch_passes():

@@ -146,7 +146,7 @@ def test_bad_widths_are_refused() -> None:
     """Errors name the nearest width, the heads, the patch."""
     with pytest.raises(ValueError, match="nearest: 64"):
         OcticLinear(60, 64)
-    with pytest.raises(ValueError, match="num_heads 3"):
+    with pytest.raises(ValueError, match="num_heads 3 does not divide 8"):
         OcticAttention(64, num_heads=3)
     with pytest.raises(ValueError, match="even number"):
         OcticPatchEmbed(patch_size=7, embed_dim=64)

@@ -26,6 +26,7 @@ class Case:
     def __init__(self, case: dict[str, Any], folder: Path, dtype: torch.dtype, tol: float) -> None:
         self.args = case["args"]
         self.name = case["name"]
+        self.reference = case.get("reference", "")
         self.dtype, self.tol = dtype, tol
         self.tensors = {
             key: value.to(dtype) if value.is_floating_point() else value
@@ -52,11 +53,11 @@ class Case:
         stacked = torch.stack([self.tensors[f"{name}.{i}"] for i in range(8)], dim=-2)
         return from_published_order(stacked).flatten(-2)
 
-    def images(self, name: str = "img") -> Tensor:
-        """An input image as a leaf whose gradient can be compared."""
-        images = self.tensors[f"in.{name}"]
-        self.leaves[name] = images.requires_grad_()
-        return images
+    def leaf(self, name: str) -> Tensor:
+        """A plain input as a leaf whose gradient can be compared."""
+        value = self.tensors[f"in.{name}"]
+        self.leaves[name] = value.requires_grad_()
+        return value
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -4,7 +4,7 @@ Stored features come as five tensors A1 A2 B1 B2 [... C], E [... 2 2C]; side by 
 after the other, they are our storage.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from octic.layers import (
     OcticScale,
 )
 from octic.patch_embed import OcticLift, OcticPatchEmbed, OcticToPatch, Unfold
-from octic.vision_transformer import OcticVisionTransformer
 from tests.parity.octic_case import (
     D4,
     DTYPES,
@@ -32,6 +31,7 @@ from tests.parity.octic_case import (
     loss_of,
     split_packed,
 )
+from tests.parity.octic_models import deit, dino
 from vit.block import Block
 from vit.packing import pack, unpack
 from vit.vision_transformer import resample_grid
@@ -141,13 +141,13 @@ def lift(c: Case) -> None:
 def patch_embed(c: Case) -> None:
     args = c.args
     layer = OcticPatchEmbed(
-        patch_size=args["patch_size"],
-        in_chans=args["in_chans"],
-        embed_dim=args["embed_dim"],
+        patch_size=args.get("patch_size", 16),
+        in_chans=args.get("in_chans", 3),
+        embed_dim=args.get("embed_dim", 768),
         bias=args.get("bias", True),
     )
     layer = c.loaded(layer)
-    y = layer(c.images()).flatten(1, 2)
+    y = layer(c.leaf("img")).flatten(1, 2)
     c.check_packed("out.y", y)
     c.check_gradients(loss_of(*split_packed(y)), layer)
 
@@ -155,56 +155,69 @@ def patch_embed(c: Case) -> None:
 def isotypic_to_patch(c: Case) -> None:
     args = c.args
     layer = OcticToPatch(
-        args["dim"], args["patch_side"], out_chans=args["out_channels"], bias=args["bias"]
+        args["dim"],
+        args["patch_side"],
+        out_chans=args.get("out_channels", 3),
+        bias=args.get("bias", True),
     )
     # The reference computes eight quarters and reads six; ours reads the same six of eight.
     layer = c.loaded(layer)
     x = c.packed("in.x")
     side = int(x.shape[1] ** 0.5)
-    y = layer.image(x, (side, side)) if args["reshape_to_image"] else layer(x)
+    y = layer.image(x, (side, side)) if args.get("reshape_to_image") else layer(x)
     c.check("out.y", y)
     c.check_gradients(loss_of(y), layer)
 
 
 def mlp(args: dict[str, Any]) -> nn.Module:
+    bias = args.get("bias", True)
     return OcticMlp(
         args["in_features"],
         args.get("hidden_features"),
         args.get("out_features"),
-        bias=args.get("bias", True),
+        bias=bias if isinstance(bias, bool) else tuple(bias),
         norm=bool(args.get("norm_layer")),
     )
 
 
-def octic_block(args: dict[str, Any]) -> nn.Module:
-    return OcticBlock(
-        args["dim"],
-        num_heads=args["num_heads"],
-        mlp_ratio=args.get("mlp_ratio", 4.0),
-        qkv_bias=args.get("qkv_bias", False),
-        proj_bias=args.get("proj_bias", True),
-        mlp_bias=args.get("ffn_bias", True),
-        init_values=args.get("init_values"),
-    )
+def block_keywords(c: Case) -> dict[str, Any]:
+    """Options of a block; what is not given is the published block's own default."""
+    args = c.args
+    scaled = "Layer_scale_init" in c.reference  # DeiT III's; DINOv2's has no scale unless asked
+    return {
+        "dim": args["dim"],
+        "num_heads": args["num_heads"],
+        "mlp_ratio": args.get("mlp_ratio", 4.0),
+        "qkv_bias": args.get("qkv_bias", False),
+        "proj_bias": args.get("proj_bias", True),
+        "mlp_bias": args.get("ffn_bias", True),
+        "init_values": args.get("init_values", 1e-4 if scaled else None),
+    }
+
+
+def octic_block(c: Case) -> None:
+    block = c.loaded(OcticBlock(**block_keywords(c)))
+    y = block(c.packed("in.x"))
+    c.check_packed("out.y", y)
+    c.check_gradients(loss_of(*split_packed(y)), block)
 
 
 def block_list(c: Case) -> None:
-    block = c.loaded(octic_block(c.args))
-    x, packing = pack([c.packed("in.a"), c.packed("in.b")])
-    for name, y in zip("ab", unpack(block(x, packing), packing.groups), strict=True):
+    block = c.loaded(OcticBlock(**block_keywords(c)))
+    names = sorted({key.split(".")[1] for key in c.tensors if key.startswith("in.")})
+    x, packing = pack([c.packed(f"in.{name}") for name in names])
+    outputs = unpack(block(x, packing), packing.groups)
+    for name, y in zip(names, outputs, strict=True):
         c.check_packed(f"out.{name}", y)
+    c.check_gradients(loss_of(*(part for y in outputs for part in split_packed(y))), block)
 
 
 def plain_block(c: Case) -> None:
-    args = c.args
-    block = Block(
-        args["dim"],
-        num_heads=args["num_heads"],
-        mlp_ratio=args["mlp_ratio"],
-        qkv_bias=args["qkv_bias"],
-        init_values=args["init_values"],
-    )
-    c.check("out.y", c.loaded(block)(c.tensor("in.x")))
+    block = c.loaded(Block(**block_keywords(c)))
+    x = c.leaf("x")
+    y = block(x)
+    c.check("out.y", y)
+    c.check_gradients(loss_of(y), block)
 
 
 INVARIANTS = {
@@ -232,107 +245,11 @@ def invariant(c: Case) -> None:
 
 def invariant_head(c: Case) -> None:
     width = c.tensor("in.z").shape[-1]
-    head = InvariantHead(width, c.args["C"], c.args["num_classes"], norm=c.args["norm"])
-    c.check("out.y", c.loaded(head)(c.tensor("in.z")))
-
-
-# Models.
-
-MODEL_ARGS = (
-    "img_size",
-    "patch_size",
-    "in_chans",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "num_register_tokens",
-    "invariant",
-    "octic_equi_break_layer",
-)
-
-
-def model(c: Case, **extra: Any) -> nn.Module:
-    options = {key: c.args[key] for key in MODEL_ARGS if key in c.args}
-    return c.loaded(OcticVisionTransformer(**options, **extra))
-
-
-def deit(c: Case) -> None:
-    args = c.args
-    pooled = args.get("global_pool", False)
-    net = model(
-        c,
-        num_classes=args["num_classes"],
-        qkv_bias=args.get("qkv_bias", False),
-        class_token=not pooled,
-        global_pool="avg" if pooled else "token",
-        init_values=1e-4,
-    )
-    for size in [key for key in c.tensors if key.startswith("out.logits_")]:
-        c.check(size, net(c.tensor("in.img_" + size.removeprefix("out.logits_"))))
-    if c.has("in.img"):
-        features = net.pool(net.forward_features(c.images()))
-        logits = net.head(features)
-        c.check("out.features", features)
-        c.check("out.logits", logits)
-        c.check_gradients(logits.pow(2).mean(), net)
-
-
-def dino(c: Case) -> None:
-    net = model(c, num_classes=0, mask_token=True, cls_token_std=1e-6, init_values=1e-4)
-    if c.has("in.crop0"):
-        crops = [c.tensor(f"in.crop{i}") for i in range(10) if c.has(f"in.crop{i}")]
-        masks = [c.tensors.get(f"in.mask{i}") for i in range(len(crops))]
-        outputs = net.encode(crops, masks)
-        for i, encoded in enumerate(outputs):
-            check_encoded(c, f"out.crop{i}", encoded)
-    else:
-        outputs = net.encode([c.images()], [c.tensors.get("in.masks")])
-        check_encoded(c, "out.train", outputs[0])
-    for name in [key for key in c.tensors if key.startswith("in.img_")]:
-        size = name.removeprefix("in.img_")
-        if c.has(f"out.train_{size}"):
-            check_encoded(c, f"out.train_{size}", net.encode([c.tensor(name)])[0])
-    if c.has("out.cls"):
-        c.check("out.cls", net(c.tensor("in.img")))
-    for name in list(intermediate_names(c)):
-        check_intermediate(c, net, name)
-    loss = sum(e.cls.pow(2).mean() + e.patches.pow(2).mean() for e in outputs)
-    c.check_gradients(loss, net)
-
-
-def check_encoded(c: Case, name: str, encoded: Any) -> None:
-    parts = {
-        "x_norm_clstoken": encoded.cls,
-        "x_norm_regtokens": encoded.registers,
-        "x_norm_patchtokens": encoded.patches,
-        "x_prenorm": encoded.prenorm,
-    }
-    for key, value in parts.items():
-        if c.has(f"{name}.{key}"):
-            c.check(f"{name}.{key}", value)
-
-
-def intermediate_names(c: Case) -> Iterator[str]:
-    yield from sorted({key.split(".")[1] for key in c.tensors if key.startswith("out.gil_")})
-
-
-def check_intermediate(c: Case, net: nn.Module, name: str) -> None:
-    parts = name.removeprefix("gil_").split("_")
-    which = parts[0]
-    n = int(which[1:]) if which.startswith("n") else [int(i) for i in which[3:].split("-")]
-    reshape = "reshape" in parts
-    size = next((part for part in parts if "x" in part and part[0].isdigit()), None)
-    images = c.tensor(f"in.img_{size}" if size else "in.img")
-    found = net.get_intermediate_layers(
-        images, n, reshape=reshape, return_class_token=True, norm="norm0" not in parts
-    )
-    for j, (patches, cls) in enumerate(found):
-        if reshape:
-            c.check(f"out.{name}.{j}", patches)
-            continue
-        c.check(f"out.{name}.{j}.patch", patches)
-        c.check(f"out.{name}.{j}.cls", cls)
+    norm = c.args.get("norm", False)
+    head = InvariantHead(width, c.args["C"], c.args["num_classes"], norm=norm)
+    y = c.loaded(head)(c.leaf("z"))
+    c.check("out.y", y)
+    c.check_gradients(loss_of(y), head)
 
 
 PREFIXES: dict[str, Callable[[Case], None]] = {
@@ -341,12 +258,12 @@ PREFIXES: dict[str, Callable[[Case], None]] = {
     "group_actions": group_actions,
     "symmetric_unfolding": symmetric_unfolding,
     "pos_embed_interpolation": pos_embed_interpolation,
-    "linear_": packed_layer(
-        lambda a: OcticLinear(a["input_channels"], a["output_channels"], bias=a["bias"])
+    "linear": packed_layer(
+        lambda a: OcticLinear(a["input_channels"], a["output_channels"], bias=a.get("bias", True))
     ),
-    "affine_": packed_layer(lambda a: OcticScale(a["dim"], bias=a["bias"])),
-    "layerscale": packed_layer(lambda a: OcticScale(a["dim"], a["init_values"])),
-    "layernorm_": packed_layer(
+    "affine": packed_layer(lambda a: OcticScale(a["dim"], bias=a.get("bias", True))),
+    "layerscale": packed_layer(lambda a: OcticScale(a["dim"], a.get("init_values", 1e-5))),
+    "layernorm": packed_layer(
         lambda a: OcticLayerNorm(
             a["channels"],
             eps=a.get("eps", 1e-5),
@@ -355,25 +272,25 @@ PREFIXES: dict[str, Callable[[Case], None]] = {
         )
     ),
     "gelu": gelu,
-    "mlp_": packed_layer(mlp),
-    "lift_": lift,
-    "patch_embed_": patch_embed,
-    "isotypic_to_patch_": isotypic_to_patch,
-    "attention_": packed_layer(
+    "mlp": packed_layer(mlp),
+    "lift": lift,
+    "patch_embed": patch_embed,
+    "isotypic_to_patch": isotypic_to_patch,
+    "attention": packed_layer(
         lambda a: OcticAttention(
             a["dim"],
-            num_heads=a["num_heads"],
-            qkv_bias=a["qkv_bias"],
+            num_heads=a.get("num_heads", 8),
+            qkv_bias=a.get("qkv_bias", True),
             proj_bias=a.get("proj_bias", True),
         )
     ),
     "block_nested_list": block_list,
-    "block_": packed_layer(octic_block),
-    "stdblock_": plain_block,
+    "block": octic_block,
+    "stdblock": plain_block,
     "invariant_head": invariant_head,
     "invariant_": invariant,
-    "deit_": deit,
-    "dino_": dino,
+    "deit": deit,
+    "dino": dino,
 }
 
 

@@ -21,6 +21,11 @@ CONSTRUCTORS = {
     "plain": vit.models.dinov2_vit_small_patch16,
 }
 UNUSED = ("family", "block_chunks", "ffn_layer", "proj_bias", "ffn_bias")
+# What the published octic class takes and does not read.
+UNREAD_BY_OCTIC = (
+    *("in_chans", "qkv_bias", "init_values", "layerscale", "octic_equi_break_layer"),
+    *("drop_path_uniform", "interpolate_offset", "interpolate_antialias"),
+)
 SPELLING = {
     "interpolate_offset": "position_offset",
     "interpolate_antialias": "position_antialias",
@@ -31,7 +36,8 @@ LOSSES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot
 
 def make_backbone(model: dict[str, Any], **overrides: Any) -> nn.Module:
     """The network of a case."""
-    keywords = {SPELLING.get(k, k): v for k, v in model.items() if k not in UNUSED}
+    unused = UNUSED if model["family"] == "plain" else (*UNUSED, *UNREAD_BY_OCTIC)
+    keywords = {SPELLING.get(k, k): v for k, v in model.items() if k not in unused}
     return CONSTRUCTORS[model["family"]](**keywords | overrides)
 
 
@@ -61,7 +67,6 @@ def train_steps(
         recipe,
     )
     ours: dict[str, Tensor] = {}
-    octic = args["model"]["family"] != "plain"
     for step in range(args["steps"]):
         batch = make_batch(data, step, args["upperbound"][step])
         apply_schedules(optimizer, recipe.schedules, step)
@@ -80,7 +85,7 @@ def train_steps(
         if step == 0:
             ours |= {
                 f"out.0.grad.{name}": p.grad.clone()
-                for name, p in published_parameters(recipe.student, octic)
+                for name, p in published_parameters(recipe.student, args["model"])
                 if p.grad is not None
             }
         norms = clip_parts(
@@ -90,7 +95,7 @@ def train_steps(
         optimizer.step()
         recipe.after_step(step)
     for kind in ("student", "teacher"):
-        for name, parameter in published_parameters(getattr(recipe, kind), octic):
+        for name, parameter in published_parameters(getattr(recipe, kind), args["model"]):
             ours[f"out.{kind}_after.{name}"] = parameter
     return ours
 
@@ -184,15 +189,21 @@ def encoded_tokens(
     return tokens
 
 
-def published_name(name: str, *, octic: bool) -> str:
-    """The published name of a backbone's parameter."""
-    return to_published(name, octic=octic)
+def published_name(name: str, model: dict[str, Any]) -> str:
+    """The published name of a backbone's parameter: blocks.<chunk>.<index> where chunked."""
+    chunks = model.get("block_chunks", 0) if model["family"] == "plain" else 0
+    if chunks and name.startswith("blocks."):
+        _, index, rest = name.split(".", 2)
+        name = f"blocks.{int(index) // (model['depth'] // chunks)}.{index}.{rest}"
+    return to_published(name, octic=model["family"] != "plain")
 
 
-def published_parameters(parts: nn.ModuleDict, octic: bool) -> list[tuple[str, nn.Parameter]]:
+def published_parameters(
+    parts: nn.ModuleDict, model: dict[str, Any]
+) -> list[tuple[str, nn.Parameter]]:
     """Parameters of a student or teacher by published names."""
     return [
-        (f"{part}.{published_name(name, octic=octic and part == 'backbone')}", parameter)
+        (f"{part}.{published_name(name, model) if part == 'backbone' else name}", parameter)
         for part, module in parts.items()
         for name, parameter in module.named_parameters()
     ]

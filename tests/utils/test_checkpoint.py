@@ -336,6 +336,15 @@ def test_a_format_of_the_future_is_refused_in_one_line(tmp_path):
         Parts(tmp_path / "1")
 
 
+def test_whoever_may_read_the_run_folder_may_read_its_weights(tmp_path):
+    """safetensors makes its files private, which colleagues on a cluster would find out."""
+    (tmp_path / "usual").write_text("")
+    Checkpoints(tmp_path).save(1, parts(1))
+    export_weights(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}
+
+
 def test_exported_weights_carry_their_metadata(tmp_path):
     shared = torch.arange(6.0).reshape(2, 3)
     path = tmp_path / "exported" / "net.safetensors"

@@ -210,7 +210,7 @@ def test_run_folder(tmp_path):
     assert "torch" in (tmp_path / "git.txt").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    exported = load_file(tmp_path / "exported/teacher.safetensors")
+    exported = load_file(tmp_path / "exported/model.safetensors")
     for name, value in recipe.teacher.state_dict().items():
         assert torch.equal(exported[name], value)
     line = metrics_of(tmp_path)[0]
@@ -234,6 +234,16 @@ def test_a_changed_config_is_reported_and_the_old_one_kept(tmp_path, capsys):
     train_tiny(tmp_path, clip_grad=9.0)
     assert "training.clip_grad: 0.5 -> 9.0" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "config.1.yaml").read_text())["training"]["clip_grad"] == 0.5
+
+
+def test_a_refused_command_leaves_the_config_as_it_was(tmp_path):
+    """What is beside the checkpoints says how they were made."""
+    train_tiny(tmp_path, max_steps=2)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match="max_steps"):
+        train_tiny(tmp_path, max_steps=0, clip_grad=9.0)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert not (tmp_path / "config.1.yaml").exists()
 
 
 def test_resume_false_refuses_a_used_folder(tmp_path):

@@ -97,6 +97,17 @@ def test_safetensors_and_invariantization_detection(tmp_path: Path) -> None:
         assert torch.equal(source.eval()(x), target.eval()(x))
 
 
+def test_invariants_of_one_width_stay_the_models_own() -> None:
+    """`trivial` and `linear` have weights alike: a model loads its own file as itself."""
+    for name, group in (("trivial", "D4"), ("trivial", "mirror"), ("linear", "D4")):
+        source = small(invariant=name, group=group)
+        target = small(invariant=name, group=group)
+        load_state(target, source.state_dict())
+        assert target.invariant == name
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(source.eval()(x), target.eval()(x))
+
+
 def test_wrong_weights_name_what_misses_and_what_is_left_over(tmp_path: Path) -> None:
     """A plain model's file for an octic one, another width, another depth."""
     torch.save(small("dinov2_vit_small_patch16").state_dict(), tmp_path / "plain.pth")
@@ -125,6 +136,7 @@ def test_bad_files_get_one_clear_line(tmp_path: Path) -> None:
     truncated.write_bytes(good.read_bytes()[:5000])
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("<html>not found</html>")
+    (tmp_path / "config.yaml").write_text("name: x\noutput_dir: y\n")  # no opcode fits its bytes
     (tmp_path / "short.safetensors").write_bytes(b"\x10\x00")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "nothing.pth")
@@ -133,6 +145,7 @@ def test_bad_files_get_one_clear_line(tmp_path: Path) -> None:
         "truncated.pth": "truncated or not a torch file",
         "empty.pth": "truncated or not a torch file",
         "text.pth": "(truncated or not|refused)",
+        "config.yaml": "truncated or not a torch file",
         "short.safetensors": "truncated or not a safetensors file",
         "list.pth": "not named weights",
         "nothing.pth": "holds no weights",
