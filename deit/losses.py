@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit.weights import load_state, read_state
+
 LOSSES = ("bce", "ce")
 KINDS = ("soft", "hard")
 
@@ -51,15 +53,17 @@ def cosub_loss(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
 class Distillation(nn.Module):
     """A frozen teacher that the classifier learns from beside the labels (Touvron et al. 2021).
 
-    teacher: makes the teacher; called without arguments. kind: `hard`, the teacher's best class by
-    cross entropy, or `soft`, its probabilities at temperature `tau` by KL divergence, times tau^2
-    over the number of logits. alpha: the teacher's share of the loss.
+    teacher: makes the teacher; called without arguments. weights: file that it is loaded from,
+    which must fit to the last key; None for a teacher that brings its own. kind: `hard`, the
+    teacher's best class by cross entropy, or `soft`, its probabilities at temperature `tau` by KL
+    divergence, times tau^2 over the number of logits. alpha: the teacher's share of the loss.
     """
 
     def __init__(
         self,
         *,
         teacher: Callable[..., nn.Module],
+        weights: str | None = None,
         kind: str = "hard",
         alpha: float = 0.5,
         tau: float = 1.0,
@@ -71,6 +75,8 @@ class Distillation(nn.Module):
             raise ValueError(f"alpha must lie in [0, 1] and tau above 0, not {alpha} and {tau}")
         self.kind, self.alpha, self.tau = kind, alpha, tau
         self.teacher = teacher().requires_grad_(False).eval()
+        if weights:
+            _load(self.teacher, weights)
 
     def forward(self, images: Tensor, logits: Tensor) -> Tensor:
         """The teacher's part of the loss, for the classifier's logits [B C]."""
@@ -86,6 +92,16 @@ class Distillation(nn.Module):
         theirs = F.log_softmax(told / self.tau, dim=1)
         divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
         return divergence * self.tau**2 / logits.numel()
+
+
+def _load(net: nn.Module, path: str) -> None:
+    """Load a file strictly; those of our runs hold the adapter of a timm network with it."""
+    state = read_state(path)
+    inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
+    try:
+        load_state(inner, state)
+    except ValueError as error:
+        raise ValueError(f"distillation.weights {path}: {error}") from None
 
 
 def wide(logits: Tensor) -> Tensor:

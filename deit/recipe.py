@@ -18,11 +18,13 @@ from deit.losses import LOSSES, Distillation, classification_loss, cosub_loss, w
 from deit.mixing import Collate, Mixing
 from deit.param_groups import freeze, param_groups
 from deit.schedules import Schedules
+from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.data.loaders import training_batches
 from utils.distributed import average_buffers, rank, world_size
 from utils.effective_batch import micro_batches
-from vit.finetune import load_adapted
+from vit.finetune import head_of, load_adapted
+from vit.weights import read_metadata
 
 EXPORTS = ("model", "ema")
 
@@ -208,9 +210,16 @@ class DeiT(nn.Module):
     def load_weights(self, path: str) -> None:
         """Start classifier and moving average from a file, published or exported.
 
-        It may be of another resolution or of other classes; what was adapted is logged.
+        It may be of another resolution or of other classes; what was adapted is logged. A file that
+        names its classes keeps its head only where they are those of the data set, in their order.
         """
-        for note in load_adapted(self.model, path):
+        fresh = {name: tensor.clone() for name, tensor in self._head().items()}
+        notes = load_adapted(self.model, path)
+        others = mismatch(read_metadata(path), self.dataset)
+        if others and any(not torch.equal(fresh[name], t) for name, t in self._head().items()):
+            self.model.load_state_dict(fresh, strict=False)
+            notes.append(f"head: {others}; it starts afresh")
+        for note in notes:
             logger.warning("%s: %s", path, note)
         self._set_out()
 
@@ -243,6 +252,13 @@ class DeiT(nn.Module):
         freeze(self.model, self.trainable)
         if self.ema_decay:
             self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+    def _head(self) -> dict[str, Tensor]:
+        """The classifier's part of the state dict."""
+        net = getattr(self.model, "net", self.model)
+        prefix = f"{'' if net is self.model else 'net.'}{head_of(net)}"
+        state = self.model.state_dict()
+        return {n: t for n, t in state.items() if n.startswith((f"{prefix}.", f"{prefix}_dist."))}
 
     def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B C], and those a teacher speaks to: of a second head, or the same."""

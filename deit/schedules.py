@@ -2,30 +2,27 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from utils.schedules import LR_SCALINGS, Constant, Schedule, scale_lr
 
+SHAPES = ("cosine", "step")
 UPDATES = ("every_step", "every_epoch", "one_epoch_late")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochCosine:
-    """Warm-up along a line, then a cosine over all epochs, the warm-up included, then `final`.
+class EpochSchedule:
+    """Warm-up along a line from `warmup_start` to `base`, then what `after_warmup` says.
 
-    At the end of the warm-up the rate is that of the cosine there, a little below `base` (timm's
-    cosine scheduler without prefixed warm-up). With `cosine_after_warmup` the cosine begins where
-    the warm-up ends, at `base`. The time is in epochs: exact at every step, held over an epoch, or,
-    one_epoch_late, held at the value of the epoch before.
+    The time is in epochs: exact at every step, held over an epoch, or, one_epoch_late, held at the
+    value of the epoch before.
     """
 
     base: float
-    final: float
-    epochs: float
     epoch_length: int
     warmup_epochs: float = 0.0
     warmup_start: float = 0.0
     update: str = "every_step"
-    cosine_after_warmup: bool = False
 
     def __call__(self, step: int) -> float:
         """Value at a step."""
@@ -39,6 +36,28 @@ class EpochCosine:
         if epoch < self.warmup_epochs:
             rise = (self.base - self.warmup_start) / self.warmup_epochs
             return self.warmup_start + epoch * rise
+        return self.after_warmup(epoch)
+
+    def after_warmup(self, epoch: float) -> float:
+        """Value after that many epochs, those of the warm-up counted."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochCosine(EpochSchedule):
+    """A cosine over all epochs, the warm-up included, then `final`.
+
+    At the end of the warm-up the rate is that of the cosine there, a little below `base` (timm's
+    cosine scheduler without prefixed warm-up). With `cosine_after_warmup` the cosine begins where
+    the warm-up ends, at `base`.
+    """
+
+    final: float
+    epochs: float
+    cosine_after_warmup: bool = False
+
+    def after_warmup(self, epoch: float) -> float:
+        """Value after that many epochs, those of the warm-up counted."""
         if epoch >= self.epochs:
             return self.final
         before = self.warmup_epochs if self.cosine_after_warmup else 0.0
@@ -46,11 +65,24 @@ class EpochCosine:
         return self.final + 0.5 * (self.base - self.final) * (1 + phase)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpochSteps(EpochSchedule):
+    """`base`, times `decay_rate` after every `decay_epochs` (timm's step scheduler)."""
+
+    decay_epochs: float
+    decay_rate: float
+
+    def after_warmup(self, epoch: float) -> float:
+        """Value after that many epochs, those of the warm-up counted."""
+        return self.base * self.decay_rate ** (epoch // self.decay_epochs)
+
+
 class Schedules:
     """Values and lengths in epochs; `build` turns them into functions of the step.
 
-    lr: at the batch size the rule `lr_scaling` names. update: every_step, every_epoch or
-    one_epoch_late. cosine_after_warmup: see `EpochCosine`.
+    lr: at the batch size the rule `lr_scaling` names. shape: of the learning rate, cosine (down to
+    `min_lr`) or step (times `decay_rate` after every `decay_epochs`). update: every_step,
+    every_epoch or one_epoch_late. cosine_after_warmup: see `EpochCosine`.
 
     Departs from DeiT: there the scheduler is stepped with the number of the epoch that has just
     ended, so that two epochs run at the warm-up's first value and all later ones late; a resume
@@ -68,11 +100,21 @@ class Schedules:
         weight_decay: float = 0.02,
         update: str = "every_step",
         cosine_after_warmup: bool = False,
+        shape: str = "cosine",
+        decay_epochs: float = 30,
+        decay_rate: float = 0.1,
     ) -> None:
         if lr_scaling not in LR_SCALINGS:
             raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
         if update not in UPDATES:
             raise ValueError(f"unknown update {update!r}; known: {', '.join(UPDATES)}")
+        if shape not in SHAPES:
+            raise ValueError(f"unknown shape {shape!r} of the rate; known: {', '.join(SHAPES)}")
+        if decay_epochs <= 0 or not 0 < decay_rate <= 1:
+            raise ValueError(
+                f"decay_epochs must lie above 0 and decay_rate in (0, 1], not {decay_epochs} and "
+                f"{decay_rate}"
+            )
         self.lr = lr
         self.lr_scaling = lr_scaling
         self.min_lr = min_lr
@@ -81,6 +123,7 @@ class Schedules:
         self.weight_decay = weight_decay
         self.update = update
         self.cosine_after_warmup = cosine_after_warmup
+        self.shape, self.decay_epochs, self.decay_rate = shape, decay_epochs, decay_rate
 
     def build(self, *, epochs: float, epoch_length: int, batch_size: int) -> dict[str, Schedule]:
         """Functions of the step; epoch_length in steps, batch_size in images per step."""
@@ -89,14 +132,21 @@ class Schedules:
                 f"schedules.warmup_epochs {self.warmup_epochs} is more than the {epochs} epochs "
                 "of the run"
             )
-        lr = EpochCosine(
-            base=scale_lr(self.lr, self.lr_scaling, batch_size),
-            final=self.min_lr,
-            epochs=epochs,
-            epoch_length=epoch_length,
-            warmup_epochs=self.warmup_epochs,
-            warmup_start=self.warmup_lr,
-            update=self.update,
-            cosine_after_warmup=self.cosine_after_warmup,
-        )
+        common: dict[str, Any] = {
+            "base": scale_lr(self.lr, self.lr_scaling, batch_size),
+            "epoch_length": epoch_length,
+            "warmup_epochs": self.warmup_epochs,
+            "warmup_start": self.warmup_lr,
+            "update": self.update,
+        }
+        lr: Schedule
+        if self.shape == "step":
+            lr = EpochSteps(decay_epochs=self.decay_epochs, decay_rate=self.decay_rate, **common)
+        else:
+            lr = EpochCosine(
+                final=self.min_lr,
+                epochs=epochs,
+                cosine_after_warmup=self.cosine_after_warmup,
+                **common,
+            )
         return {"lr": lr, "weight_decay": Constant(self.weight_decay)}

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from evaluation.command_line import TAKES_VALUE, help_page, quoted
 from utils.build import keywords_of, nearest, plain, resolve
+from utils.command_line import TAKES_VALUE, help_page, quoted
 from utils.config import CONFIGS, compose_config, fail, parse_config
 from utils.errors import UserError
 from utils.flags import read_arguments

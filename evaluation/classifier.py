@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.judge import brings_weights, make_data, name_of, splits_of
+from evaluation.judge import (
+    brings_weights,
+    load_strictly,
+    make_data,
+    name_of,
+    splits_of,
+    weights_file,
+)
+from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.published import published_figure
 from evaluation.results import write_results
@@ -18,11 +26,10 @@ from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError
 from vit.finetune import head_of
-from vit.weights import load_state, read_metadata, read_state
-
-EXPORTED = "exported/teacher.safetensors"
+from vit.weights import read_metadata, read_state
 
 
+@mistakes_in_one_line
 def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run the probes into `output_dir`.
 
@@ -57,16 +64,6 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
                 say(f"written: {write_results(folder, name, protocol=protocol, figures=figures)}")
         distributed.barrier()
     return {f"{name}/{key}": value for name, part in results.items() for key, value in part.items()}
-
-
-def weights_file(weights: str | None) -> str | None:
-    """A file of weights; of a run folder, the exported one."""
-    if weights and Path(weights).is_dir():
-        exported = Path(weights) / EXPORTED
-        if not exported.is_file():
-            raise UserError(f"{weights} is a folder without {EXPORTED}: the run is not finished")
-        return str(exported)
-    return weights
 
 
 def complete(
@@ -121,16 +118,6 @@ def make_classifier(
     if f"{head_of(getattr(net, 'net', net))}.weight" not in getattr(net, "net", net).state_dict():
         raise UserError(f"{name_of(backbone)} has no classifier; probe its features instead")
     return net.eval()
-
-
-def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
-    """Load weights to the last key; UserError that names the file where they do not fit."""
-    # Files of our own runs hold the adapter of a timm net, others the net alone.
-    inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
-    try:
-        load_state(inner, state)
-    except ValueError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:

@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.command_line import Option, backbone_words, help_page, meanings, read_words
 from utils.build import nearest, plain
+from utils.command_line import Option, backbone_words, help_page, meanings, read_words
 from utils.config import fail, parse_config
+from utils.deit_arguments import DATA_SETS
 from utils.errors import UserError
 
 CONFIG = "eval/deit.yaml"
@@ -45,17 +46,6 @@ SAME = {
     **{"--visualize_mask": "--visualize-mask", "--n_visualization": "--n-visualization"},
 }
 SWITCHES = {"--dist-eval": "the images are always shared out over the processes"}
-DATA_SETS = {
-    "IMNET": ["data=imagenet"],
-    "CIFAR": ["data=cifar100"],
-    "CIFAR-10": ["data=cifar10"],
-    "INAT": ["data=inaturalist", "data.year=2018"],
-    "INAT19": ["data=inaturalist", "data.year=2019"],
-    **{
-        domain: ["data=domainnet", f"data.domain={domain}"]
-        for domain in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
-    },
-}
 
 
 def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.command_line import (
+from utils.build import plain
+from utils.command_line import (
     Option,
     backbone_words,
     help_page,
@@ -12,7 +13,6 @@ from evaluation.command_line import (
     quoted,
     read_words,
 )
-from utils.build import plain
 from utils.config import fail, parse_config
 from utils.errors import UserError
 

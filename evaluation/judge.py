@@ -1,21 +1,27 @@
 """Judge one net by the probes of a config: what experiments/eval_dinov2_*.py run."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.results import in_words, print_figures, write_results
 from utils import distributed
 from utils.build import build, plain
 from utils.data.images import ImageDataset
 from utils.errors import UserError
-from vit.weights import load_weights
+from vit.weights import load_state, read_metadata, read_state
+
+EXPORTED = "exported/model.safetensors"
+FORMERLY = "exported/teacher.safetensors"  # in the folders of older runs
 
 
+@mistakes_in_one_line
 def judge(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run every probe into `output_dir`/<probe>.
 
@@ -45,20 +51,58 @@ def splits_of(probes: Iterable[Callable]) -> list[str]:
 
 
 def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0) -> nn.Module:
-    """The net a backbone node describes, in eval mode; weights must fit to the last key."""
+    """The net a backbone node describes, in eval mode; weights must fit to the last key.
+
+    `weights` is a file or a run folder. A file of ours brings what its net was built with, where
+    the node leaves that open.
+    """
+    path = weights_file(weights)
     torch.manual_seed(seed)
-    net = build({**backbone, "_partial_": True})()
+    net = build({**as_built(backbone, path), "_partial_": True})()
     if not hasattr(net, "features"):
         raise UserError(
             f"{backbone['_target_']} is no Backbone: it has no features(); use backbone=timm"
         )
-    if weights:
-        try:
-            # An adapter's own name for the net it wraps is in nobody's file.
-            load_weights(getattr(net, "net", net), weights)
-        except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from None
+    if path:
+        load_strictly(net, _read(path), path)
     return net.eval()
+
+
+def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
+    """Load weights to the last key; UserError that names the file where they do not fit."""
+    # Files of our own runs hold the adapter of a timm net, others the net alone.
+    inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
+    try:
+        load_state(inner, state)
+    except ValueError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def weights_file(weights: str | None) -> str | None:
+    """A file of weights; of a run folder, the exported one."""
+    if weights and Path(weights).is_dir():
+        found = [path for name in (EXPORTED, FORMERLY) if (path := Path(weights) / name).is_file()]
+        if not found:
+            raise UserError(f"{weights} is a folder without {EXPORTED}: the run is not finished")
+        return str(found[0])
+    return weights
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    try:
+        return read_state(path)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def as_built(backbone: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """The backbone node with what it leaves open and a file of the same model names."""
+    try:
+        theirs = json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    same = all(theirs.get(key) == backbone.get(key) for key in ("_target_", "model_name"))
+    return {**(theirs if same else {}), **backbone}
 
 
 def make_data(node: Mapping[str, Any], split: str) -> ImageDataset:

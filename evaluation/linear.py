@@ -123,7 +123,8 @@ class LinearProbe:
         with evaluating(net) as device, full_float32_products(device):
             train_set, selection, exams = self._arrange(data)
             num_classes = count_classes(data["train"])
-            run = self._prepare(net, num_classes, train_set, folder, step, device)
+            widths = self.training.widths(net, data["val"], max(self.n_last_blocks))
+            run = self._prepare(net, widths, num_classes, train_set, folder, step, device)
             for done in run.train(resume=self.resume, classifier=self.classifier):
                 due = self.eval_period and (done + 1) % self.eval_period == 0
                 if due and done + 1 < run.num_steps:
@@ -193,6 +194,7 @@ class LinearProbe:
     def _prepare(
         self,
         net: Backbone,
+        widths: list[int],
         num_classes: int,
         train_set: ImageDataset,
         folder: Path,
@@ -201,7 +203,7 @@ class LinearProbe:
     ) -> HeadRun:
         heads = LinearHeads(
             make_grid(self.n_last_blocks, self.avgpools, self.rates()),
-            embed_dim=net.embed_dim,
+            embed_dim=widths,
             num_classes=num_classes,
             generator=torch.Generator().manual_seed(self.training.seed),
         ).to(device)

@@ -28,9 +28,9 @@ class Input(NamedTuple):
     num_blocks: int
     avgpool: bool
 
-    def width(self, embed_dim: int) -> int:
-        """Its number of channels."""
-        return embed_dim * (self.num_blocks + self.avgpool)
+    def width(self, widths: Sequence[int]) -> int:
+        """Its number of channels, from those of the blocks, earliest first."""
+        return sum(widths[-self.num_blocks :]) + self.avgpool * widths[-1]
 
     def read(self, features: Sequence[Features]) -> Tensor:
         """[B W] float32 out of the features of blocks, earliest first."""
@@ -97,6 +97,7 @@ def name_heads(grid: Sequence[Head]) -> list[str]:
 class LinearHeads(nn.Module):
     """H linear classifiers of C classes; those that read one input are one parameter [R C W].
 
+    `embed_dim` is the width of every block, or a list of the last blocks' where they differ (CNNs).
     `loss_weights` are the heads' learning rates: SGD without weight decay is linear in the
     gradient, so a loss times a rate, trained at rate 1, is the loss trained at that rate.
     Memory at ImageNet's size (D = 1280, 52 heads, C = 1000): 200 M parameters, which is 0.8 GB,
@@ -109,7 +110,7 @@ class LinearHeads(nn.Module):
         self,
         grid: Sequence[Head],
         *,
-        embed_dim: int,
+        embed_dim: int | Sequence[int],
         num_classes: int,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -118,10 +119,11 @@ class LinearHeads(nn.Module):
         self.rates = [head.lr for head in grid]
         self.inputs = list(dict.fromkeys(head.input for head in grid))
         self.layers = tuple(range(-max(read.num_blocks for read in self.inputs), 0))
+        widths = [embed_dim] * len(self.layers) if isinstance(embed_dim, int) else list(embed_dim)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for read in self.inputs:
             heads = sum(head.input == read for head in grid)
-            weight = torch.empty(heads, num_classes, read.width(embed_dim))
+            weight = torch.empty(heads, num_classes, read.width(widths))
             weight.normal_(0, INIT_STD, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(heads, num_classes)))

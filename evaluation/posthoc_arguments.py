@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.command_line import Option, backbone_words, help_page, meanings, quoted, read_words
 from utils.build import plain
+from utils.command_line import Option, backbone_words, help_page, meanings, quoted, read_words
 from utils.config import fail, parse_config
 from utils.errors import UserError
 

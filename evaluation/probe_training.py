@@ -131,6 +131,14 @@ class HeadTraining:
             micro_batches=count,
         )
 
+    def widths(self, net: Backbone, dataset: ImageDataset, num_blocks: int) -> list[int]:
+        """Channels of the class tokens of the last blocks, earliest first, seen on one image."""
+        images, _, _ = next(
+            evaluation_batches(dataset, self.evaluation_transform(), 1, on_error=self.on_error)
+        )
+        frozen = FrozenFeatures(net, range(-num_blocks, 0), self.precision)
+        return [features.cls.shape[-1] for features in frozen(images)]
+
     def evaluation_transform(self) -> Callable:
         """What the images of validation and test sets go through."""
         return self.transform or evaluation_transform(

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.command_line import (
+from utils.build import nearest, plain
+from utils.command_line import (
     Option,
     Words,
     backbone_words,
@@ -13,7 +14,6 @@ from evaluation.command_line import (
     quoted,
     read_words,
 )
-from utils.build import nearest, plain
 from utils.config import CONFIGS, fail, parse_config
 from utils.errors import UserError
 

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.command_line import quoted
 from evaluation.progress import say
 from evaluation.published import DINOV2, LAYOUTS, PUBLISHED, Published
 from evaluation.results import print_table
 from utils.build import plain
+from utils.command_line import quoted
 from utils.config import fail, parse_config
 from utils.errors import UserError
 

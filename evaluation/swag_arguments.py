@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.command_line import Option, help_page, meanings, quoted, read_words
 from utils.build import nearest, plain
+from utils.command_line import Option, help_page, meanings, quoted, read_words
 from utils.config import fail, parse_config
 from utils.errors import UserError
 
@@ -143,6 +143,11 @@ def parse_swag_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for note in notes:
         print(note)
     return config
+
+
+def with_model_spelt_out(argv: Sequence[str]) -> list[str]:
+    """The words with -m as --model: every other experiment reads -m as --multirun."""
+    return ["--model" if word == "-m" else word for word in argv]
 
 
 def read_swag_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -65,9 +65,10 @@ class ThroughputProbe:
         finally:
             net.train(training)
         speed = speed_of(found[1:], self.batch_size)
+        count = f"{macs:.3f} G" if macs >= 1e-3 else f"{1e3 * macs:.3f} M"
         say(
             f"{speed.images_per_second:.1f} img/s (batch {self.batch_size}, {size} x {size}, "
-            f"{self.precision}, {device_name(device)}), {macs:.3f} G multiply-adds"
+            f"{self.precision}, {device_name(device)}), {count} multiply-adds"
         )
         return {"images_per_second": speed.images_per_second, "gmacs": macs}
 

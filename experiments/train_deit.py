@@ -1,9 +1,7 @@
 """Train a classifier with the DeiT III recipe; configs/deit/ holds the runs, --help the flags."""
 
-from functools import partial
-
 from slurm.command import main
-from utils.config import parse_config
+from utils.deit_arguments import parse_deit_training
 
 if __name__ == "__main__":
-    main("utils.training.train", partial(parse_config, "deit/imagenet.yaml", runs="deit"))
+    main("utils.training.train", parse_deit_training)

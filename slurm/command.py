@@ -190,9 +190,7 @@ def _inherit(
     open_keys = {key for key in config if config[key] == default.get(key)}
     if {"backbone", "weights"} <= open_keys and config["weights"] is None:
         config["backbone"] = first["backbone"]
-        config["weights"] = str(
-            Path(first["output_dir"]).absolute() / "exported/teacher.safetensors"
-        )
+        config["weights"] = str(Path(first["output_dir"]).absolute() / "exported/model.safetensors")
     if "data" in open_keys:
         config["data"] = first["data"]
     if config["output_dir"] in (default["output_dir"], f"runs/{config['name']}"):

@@ -11,7 +11,14 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "experiments/train_dinov2.py"
 # What reads no config of its own: a page made of a folder, arithmetic about probes and scaling.
-WITHOUT_CONFIG = ("report.py", "plan_probes.py", "scaling.py", "anatomy.py", "make_lmdb.py")
+WITHOUT_CONFIG = (
+    "report.py",
+    "plan_probes.py",
+    "scaling.py",
+    "anatomy.py",
+    "make_lmdb.py",
+    "make_shards.py",
+)
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 
 
@@ -130,5 +137,6 @@ def test_a_model_without_a_run_file_trains_with_the_recipe() -> None:
     done = run(*words, script="experiments/train_deit.py")
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(done.stdout)
-    assert config["name"] == "imagenet" and config["recipe"]["_target_"] == "deit.recipe.DeiT"
+    assert config["name"] == "d8_inv_early_deit_small_patch16"  # and so is its folder
+    assert config["recipe"]["_target_"] == "deit.recipe.DeiT"
     assert config["backbone"]["_target_"].endswith("d8_inv_early_deit_small_patch16")

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-__all__ = ["CONFIGS", "build", "check_targets", "compose_config", "fail", "parse_config"]
+__all__ = [
+    "CONFIGS",
+    "build",
+    "check_targets",
+    "compose_config",
+    "fail",
+    "parse_config",
+    "run_of_model",
+]
 
 # Mappings whose keys are the user's own: environment variables, options of sbatch.
 _FREE = ("cluster.env", "cluster.sbatch_options")
@@ -44,7 +52,7 @@ def parse_config(
     """
     try:
         arguments = read_arguments(argv, CONFIGS, default, base)
-        file = arguments.config_file or _run_of_model(arguments.overrides, runs) or default
+        file = arguments.config_file or run_of_model(arguments.overrides, runs) or default
         config = compose_config(file, arguments.overrides, base=base)
         if not arguments.check:
             return config
@@ -115,7 +123,7 @@ def fail(error: object, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _run_of_model(overrides: list[str], runs: str) -> str | None:
+def run_of_model(overrides: list[str], runs: str) -> str | None:
     """`runs/X.yaml` where the backbone X is asked for and has such a file."""
     models = [word.removeprefix("backbone=") for word in overrides if word.startswith("backbone=")]
     named = [f"{runs}/{model}.yaml" for model in models if runs]

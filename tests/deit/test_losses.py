@@ -76,3 +76,12 @@ def test_bad_options_are_refused(options, said):
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(ValueError, match="tells 4 classes, the classifier 5"):
         Distillation(teacher=nn.Identity)(LOGITS[:, :4], LOGITS)
+
+
+def test_a_teacher_is_loaded_to_the_last_key(tmp_path):
+    net = nn.Linear(5, 3)
+    torch.save({"model": net.state_dict()}, tmp_path / "teacher.pth")
+    made = Distillation(teacher=lambda: nn.Linear(5, 3), weights=str(tmp_path / "teacher.pth"))
+    assert torch.equal(made.teacher.weight, net.weight)
+    with pytest.raises(ValueError, match="distillation.weights .*teacher.pth"):
+        Distillation(teacher=lambda: nn.Linear(5, 4), weights=str(tmp_path / "teacher.pth"))

@@ -13,6 +13,7 @@ from deit.mixing import Mixing
 from deit.param_groups import freeze, undecayed
 from deit.schedules import Schedules
 from tests.deit.tiny import BACKBONES, Noise, make_backbone, make_batch, make_recipe
+from utils.data.classes import class_metadata
 from utils.optimizers import (
     apply_schedules,
     load_optimizer_state,
@@ -255,6 +256,28 @@ def test_weights_of_another_resolution_and_other_classes(tmp_path):
     assert ours["head.weight"].shape == (3, 16)
     for name, value in recipe.ema.state_dict().items():
         assert torch.equal(value, recipe.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["hybrid", "plain"])
+def test_as_many_but_other_classes_start_with_a_fresh_head(tmp_path, family, caplog):
+    """A head keeps its meaning alone: the same classes, in the same order."""
+    trained = make_recipe(family).model
+    state = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+    save_file(state, tmp_path / "same.safetensors", class_metadata(Noise()))
+    others = Noise()
+    others.class_names = ["class 0", "class 2", "class 1"]
+    save_file(state, tmp_path / "other.safetensors", class_metadata(others))
+    for file, kept in (("same", True), ("other", False)):
+        recipe = make_recipe(family)
+        fresh = recipe.model.head.weight.clone()
+        assert not torch.equal(fresh, trained.head.weight)
+        recipe.load_weights(str(tmp_path / f"{file}.safetensors"))
+        wanted = trained.head.weight if kept else fresh
+        assert torch.equal(recipe.model.head.weight, wanted)
+        assert torch.equal(recipe.ema.head.weight, wanted)
+        name = next(n for n in state if n.startswith("blocks.1.attn"))
+        assert torch.equal(recipe.model.state_dict()[name], state[name])
+    assert "class 1 was 'class 2' in training" in caplog.text
 
 
 def test_training_goes_on_as_if_never_stopped():

@@ -1,6 +1,7 @@
 """The rates of the recipe, exact and as published."""
 
 import pytest
+import torch
 
 from deit.schedules import Schedules
 
@@ -40,7 +41,12 @@ def test_weight_decay_is_constant():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"update": "late"}, "one_epoch_late"), ({"lr_scaling": "x"}, "linear_wrt_512")],
+    [
+        ({"update": "late"}, "one_epoch_late"),
+        ({"lr_scaling": "x"}, "linear_wrt_512"),
+        ({"shape": "tanh"}, "cosine, step"),
+        ({"decay_epochs": 0}, "decay_epochs must lie above 0"),
+    ],
 )
 def test_bad_options(options, said):
     with pytest.raises(ValueError, match=said):
@@ -50,3 +56,19 @@ def test_bad_options(options, said):
 def test_a_warm_up_longer_than_the_run():
     with pytest.raises(ValueError, match="more than the 3 epochs"):
         Schedules().build(epochs=3, epoch_length=2, batch_size=8)
+
+
+@pytest.mark.parametrize("update", ["every_epoch", "one_epoch_late"])
+def test_steps_are_those_of_timm(update):
+    """Down by a factor after every 30 epochs, those of the warm-up counted, as DeiT calls it."""
+    from timm.scheduler import StepLRScheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    theirs = StepLRScheduler(
+        optimizer, decay_t=30, decay_rate=0.1, warmup_t=5, warmup_lr_init=1e-6, warmup_prefix=False
+    )
+    late = update == "one_epoch_late"
+    for epoch in (0, 1, 4, 5, 29, 30, 31, 60, 399):
+        theirs.step(max(epoch - late, 0))
+        ours = rate(625 * epoch + 100, shape="step", update=update)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)

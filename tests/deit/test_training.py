@@ -99,7 +99,7 @@ def test_two_processes_train_as_one(tmp_path, pair, sharding):
     two = pair / sharding
     assert losses_of(two) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
     ours, theirs = (
-        load_file(folder / "exported" / "teacher.safetensors") for folder in (tmp_path / "one", two)
+        load_file(folder / "exported" / "model.safetensors") for folder in (tmp_path / "one", two)
     )
     for name in ours:
         if not name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding noise

@@ -28,7 +28,7 @@ def config(folder: Path, **more: object) -> dict[str, object]:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """What a training exports: weights that say what they are of."""
-    path = tmp_path / "run" / "exported" / "teacher.safetensors"
+    path = tmp_path / "run" / "exported" / "model.safetensors"
     path.parent.mkdir(parents=True)
     metadata = {"constructor": json.dumps(NODE), "class_names": json.dumps(list("abcde"))}
     save_file(make(NODE, seed=3).state_dict(), path, metadata)

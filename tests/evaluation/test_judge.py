@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from evaluation.judge import judge, make_net
 from tests.evaluation.backbones import BACKBONES
@@ -85,6 +86,29 @@ def test_timm_weights_are_loaded_into_the_wrapped_net(tmp_path):
     torch.save(net.net.state_dict(), tmp_path / "timm.pth")
     found = make_net(TIMM, str(tmp_path / "timm.pth"), seed=2)
     assert torch.equal(found.net.cls_token, net.net.cls_token)
+
+
+@pytest.mark.parametrize("backbone", [OCTIC, TIMM], ids=["octic", "timm"])
+def test_a_run_folder_brings_the_sizes_of_its_net(backbone, tmp_path):
+    """The file says what its net was built with; nobody must repeat it."""
+    net = make_net(backbone, None, seed=1)
+    file = tmp_path / "run/exported/model.safetensors"
+    file.parent.mkdir(parents=True)
+    state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, file, {"constructor": json.dumps(backbone)})
+    named = {key: value for key, value in backbone.items() if key not in TINY}
+    found = make_net(named, str(tmp_path / "run"), seed=2).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    with pytest.raises(UserError, match="without exported"):
+        make_net(named, str(tmp_path))
+
+
+def test_a_mistake_that_shows_late_is_one_line(images, tmp_path):
+    """A size that the net cannot take, found when the first image goes through it."""
+    wrong = config(images, tmp_path, OCTIC)
+    wrong["probes"]["knn"] |= {"resize_size": 20, "crop_size": 20}
+    with pytest.raises(UserError, match=r"not a multiple of the patch size 8 \(vit/trunk.py"):
+        judge(wrong)
 
 
 def test_a_net_without_features_is_refused():

@@ -70,7 +70,7 @@ def test_one_group_of_rate_1_equals_a_group_per_head():
     labels = train(heads)
     layers = []
     for name, head in zip(heads.names, FULL_GRID, strict=True):
-        layer = nn.Linear(head.input.width(DIM), CLASSES)
+        layer = nn.Linear(head.input.width([DIM] * 4), CLASSES)
         prefix = f"classifiers_dict.{name}.linear."
         layer.load_state_dict({k: start[prefix + k] for k in ("weight", "bias")})
         layers.append(layer)
@@ -167,3 +167,14 @@ def test_other_heads_are_refused():
     narrower = LinearHeads(FULL_GRID, embed_dim=DIM - 1, num_classes=CLASSES)
     with pytest.raises(UserError, match=r"another net or data set: .*\[4, 5\], here \[4, 4\]"):
         narrower.load_published(state)
+
+
+def test_blocks_may_be_of_different_widths():
+    """A CNN's last stages: their class tokens side by side, the last one's patches pooled."""
+    features = [Features(torch.randn(2, w), torch.randn(2, 3, 3, w)) for w in (2, 3, 5, 7)]
+    heads = LinearHeads(
+        make_grid([1, 4], [False, True], [0.1]), embed_dim=[2, 3, 5, 7], num_classes=4
+    )
+    inputs = heads.read(features)
+    assert [x.shape[1] for x in inputs] == [7, 14, 17, 24]
+    assert heads(inputs).shape == (4, 2, 4)

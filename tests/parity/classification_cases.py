@@ -99,7 +99,7 @@ def linear_grid(case: dict, folder: Path) -> None:
         batch_size = args["batch_size"] * stored["world_size"]
         rates = [scale_lr(rate, "linear_wrt_256", batch_size) for rate in args["learning_rates"]]
         grid = make_grid([1, 4], [False, True], rates)
-        widths = {published_name(head): head.input.width(args["embed_dim"]) for head in grid}
+        widths = {published_name(head): head.input.width([args["embed_dim"]] * 4) for head in grid}
         check("names", list(widths), stored["names"], 0, "exact")
         check("widths", list(widths.values()), stored["in_features"], 0, "exact")
         lrs = torch.tensor([head.lr for head in grid], dtype=torch.float64)

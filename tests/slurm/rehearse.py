@@ -95,7 +95,7 @@ def rehearse(count: int, folder: Path) -> dict[str, object]:
         print(f"{number + 1}: {name} at step {max(_losses(run))}", flush=True)
     assert until_ended(job, 1200, log) == "COMPLETED", log.read_text()
     ours, theirs = (
-        load_file(place / "exported/teacher.safetensors") for place in (run, folder / "calm")
+        load_file(place / "exported/model.safetensors") for place in (run, folder / "calm")
     )
     assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
     assert _losses(run) == _losses(folder / "calm") and len(_losses(run)) == steps

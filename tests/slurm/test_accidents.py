@@ -71,7 +71,7 @@ def test_a_preempted_and_a_killed_run_end_in_the_weights_of_an_undisturbed_one(
 
     assert events(run) == ["began", "stopped", "again", "began", "again", "began", "ended"]
     assert events(calm) == ["began", "ended"]
-    ends = [load_file(folder / "exported" / "teacher.safetensors") for folder in (run, calm)]
+    ends = [load_file(folder / "exported" / "model.safetensors") for folder in (run, calm)]
     assert ends[0].keys() == ends[1].keys()
     assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
     assert losses(run) == losses(calm) and list(losses(calm)) == list(range(1, 11))

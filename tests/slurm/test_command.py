@@ -67,7 +67,7 @@ def test_what_follows_takes_what_it_leaves_open_from_the_run(
     ((task,), _), *_ = started
     first, second = (then.config for then in task.then)
     assert first["output_dir"] == f"{run}/judge"
-    assert first["weights"] == f"{run}/exported/teacher.safetensors"
+    assert first["weights"] == f"{run}/exported/model.safetensors"
     assert first["backbone"] == task.config["backbone"] and first["data"] == task.config["data"]
     assert first["launcher"]["kind"] == "local" and first["device"] == "cpu"
     assert second["output_dir"] == f"{run}/mine" and second["weights"] == "my.pth"

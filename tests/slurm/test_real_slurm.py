@@ -71,7 +71,7 @@ def test_training_on_two_nodes_and_an_evaluation_after_it(tmp_path: Path) -> Non
     results = run / "eval_deit" / "results.json"
     until_ended(evaluation["job"], 120, Path(evaluation["log"]))
     judged = json.loads(results.read_text())["accuracy"]
-    assert judged["protocol"]["weights"] == f"{run}/exported/teacher.safetensors"
+    assert judged["protocol"]["weights"] == f"{run}/exported/model.safetensors"
     assert 0 <= judged["figures"]["acc1"] <= 100
 
 

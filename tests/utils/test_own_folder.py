@@ -53,7 +53,7 @@ def test_what_a_probe_stumbles_over_does_not_cost_what_was_trained(tmp_path):
     words = ("recipe.on_error=skip", "probes.knn.on_error=raise")
     with pytest.raises(UserError, match=r"broken\.png"):
         run(root, tmp_path / "run", *words)
-    assert (tmp_path / "run/exported/teacher.safetensors").is_file()
+    assert (tmp_path / "run/exported/model.safetensors").is_file()
 
 
 def test_images_without_labels_train_without_the_probe(tmp_path, capsys):

@@ -11,7 +11,7 @@ def make_run(folder: Path, *, name: str = "my_run", steps: int = 60) -> Path:
     (folder / "checkpoints" / str(steps)).mkdir(parents=True)
     (folder / "checkpoints" / str(steps) / "recipe.pt").write_bytes(b"0" * 2000)
     (folder / "exported").mkdir()
-    (folder / "exported" / "teacher.safetensors").write_bytes(b"0" * 3000)
+    (folder / "exported" / "model.safetensors").write_bytes(b"0" * 3000)
     config = {
         "name": name,
         "backbone": {"_target_": "octic.models.hybrid_deit_small_patch16", "depth": 4},

@@ -16,7 +16,7 @@ def test_a_training(tmp_path: Path) -> None:
     found = collect(make_run(tmp_path / "run"))
     assert (found.name, found.code, len(found.metrics)) == ("my_run", "0123abc torch 2.11", 60)
     assert found.checkpoints == [("checkpoints/60", 2000)]
-    assert found.files == [("exported/teacher.safetensors", 3000)]
+    assert found.files == [("exported/model.safetensors", 3000)]
     (result,) = found.results
     assert (result.probe, result.figures) == ("accuracy", {"acc1": 97.25})
     assert result.protocol["symmetries"] is True

@@ -70,7 +70,7 @@ def test_a_training_is_told(tmp_path: Path) -> None:
     for words in (
         *("my_run", "hybrid_deit_small_patch16 (depth 4)", "recipe DeiT", "data digits"),
         *("code 0123abc", "60 of 100, unfinished", "1:02:05", "453,898", "97.25", "symmetries"),
-        *("checkpoints/60", "2.0 kB", "exported/teacher.safetensors", "AccuracyProbe"),
+        *("checkpoints/60", "2.0 kB", "exported/model.safetensors", "AccuracyProbe"),
     ):
         assert words in text, words
     assert page.count("<svg") == 2 and "<title>loss, step 60: 0.016667</title>" in page

@@ -1,4 +1,4 @@
-"""Flags of the evaluation commands: each is another name of one key of the command's config.
+"""Flags of single commands: each is another name of one key of the command's config.
 
 What a command's own flags leave over is read by `utils.flags`, as for every script.
 """

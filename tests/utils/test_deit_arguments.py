@@ -1,0 +1,146 @@
+"""Command lines of the DeiT code are understood as they stand, and mistakes are said."""
+
+from pathlib import Path
+
+import pytest
+
+from utils.deit_arguments import (
+    NO_EFFECT,
+    OPTIONS,
+    REFUSED,
+    parse_deit_training,
+    read_deit_training,
+)
+
+# The command of DeiT III's README for ViT-B at 192 pixels, and that of its distilled predecessor.
+DEIT3 = (
+    "--model deit_base_patch16_LS --data-path data --output_dir out --batch 256 --lr 3e-3 "
+    "--epochs 800 --weight-decay 0.05 --sched cosine --input-size 192 --eval-crop-ratio 1.0 "
+    "--reprob 0.0 --smoothing 0.0 --warmup-epochs 5 --drop 0.0 --seed 0 --opt fusedlamb "
+    "--warmup-lr 1e-6 --mixup .8 --drop-path 0.2 --cutmix 1.0 --unscale-lr --repeated-aug "
+    "--bce-loss --color-jitter 0.3 --ThreeAugment --dist-eval --num_workers 8"
+)
+FLAGS_OF_DEIT = """
+batch-size epochs model input-size drop drop-path model-ema model-ema-decay model-ema-force-cpu
+use-amp opt opt-eps opt-betas clip-grad momentum weight-decay sched lr lr-noise lr-noise-pct
+lr-noise-std warmup-lr min-lr decay-epochs warmup-epochs cooldown-epochs patience-epochs decay-rate
+color-jitter aa smoothing train-interpolation repeated-aug reprob remode recount resplit mixup
+cutmix cutmix-minmax mixup-prob mixup-switch-prob mixup-mode teacher-model distillation-type
+distillation-alpha distillation-tau cosub finetune attn-only data-path data-set inat-category
+output_dir device seed resume start_epoch eval rot-eval flop-eval eval-crop-ratio dist-eval
+num_workers pin-mem train-mode bce-loss unscale-lr ThreeAugment src compile high-precision-matmul
+wandb world_size dist_url ngpus nodes timeout partition use-volta32 a40 comment exclude email
+"""
+
+
+def parse(words: str) -> dict:
+    return parse_deit_training(words.split())
+
+
+def test_the_published_command(capsys):
+    config = parse(DEIT3)
+    recipe, schedules = config["recipe"], config["recipe"]["schedules"]
+    assert config["backbone"]["_target_"].endswith("deit_base_patch16_LS")
+    assert (config["name"], config["output_dir"]) == ("deit_base_patch16_LS", "out")
+    assert (recipe["batch_size_per_gpu"], recipe["epochs"], recipe["num_workers"]) == (256, 800, 8)
+    assert (schedules["lr"], schedules["weight_decay"], schedules["shape"]) == (
+        3e-3,
+        0.05,
+        "cosine",
+    )
+    assert config["optimizer"]["_target_"] == "timm.optim.Lamb"
+    assert recipe["augmentation"]["input_size"] == config["backbone"]["img_size"] == 192
+    assert "erase_probability" not in recipe["augmentation"]
+    assert "--reprob has no effect with 3-Augment, in DeiT either" in capsys.readouterr().out
+
+
+def test_every_flag_of_deit_is_known():
+    from utils.flags import FLAGS
+
+    known = {name for flag in FLAGS for name in flag.names}
+    known |= {*OPTIONS, *NO_EFFECT, *REFUSED, "--num_workers"}
+    assert not [flag for flag in FLAGS_OF_DEIT.split() if f"--{flag}" not in known]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--mixup 0 --cutmix 0.0 --mixup-prob 1", "recipe.mixing=null"),
+        ("--mixup 0 --mixup-mode elem", "recipe.mixing.mixup=0 recipe.mixing.mode='elem'"),
+        ("--cutmix-minmax 0.2 0.8", "recipe.mixing.cutmix_minmax=[0.2,0.8]"),
+        ("--opt-betas 0.9 0.95", "optimizer.betas=[0.9,0.95]"),
+        ("--opt torch.optim.AdamW", "optimizer._target_='torch.optim.AdamW'"),
+        ("--opt adamw", "optimizer._target_='torch.optim.AdamW'"),
+        ("--no-model-ema --use-amp", "recipe.ema_decay=0 training.precision=fp16"),
+        (
+            "--data-set INAT --inat-category family",
+            "data=inaturalist data.year=2018 data.category='family'",
+        ),
+        ("recipe.mixing.mixup=0.4 --mixup 0.3", "recipe.mixing.mixup=0.3 recipe.mixing.mixup=0.4"),
+        ("--model deit_base_patch16_LS --name mine", "backbone=deit_base_patch16_LS --name mine"),
+        (
+            "--model hybrid_deit_tiny_patch16_LS",
+            "backbone=hybrid_deit_tiny_patch16_LS name='hybrid_deit_tiny_patch16_LS'",
+        ),
+        ("--distillation-type none", "recipe.distillation=null"),
+        ("--drop 0.0 --num_workers 3", "--num-workers 3"),
+    ],
+)
+def test_flags_become_keys(words, expected):
+    assert read_deit_training(words.split()) == (expected.split(" "), [])
+
+
+def test_flags_that_go_together():
+    """What the words come to, in one config."""
+    words = "--opt sgd --momentum 0.8 --sched step --decay-rate 0.5 recipe=deit_2021 --reprob 0.1 "
+    config = parse(words + "--data-set CIFAR --distillation-type soft --distillation-tau 3")
+    assert config["optimizer"] == {
+        "_target_": "torch.optim.SGD",
+        "_partial_": True,
+        "momentum": 0.8,
+        "nesterov": True,
+    }
+    assert config["recipe"]["schedules"]["decay_rate"] == 0.5
+    assert config["recipe"]["augmentation"]["erase_probability"] == 0.1
+    assert config["backbone"]["num_classes"] == 100
+    distillation = config["recipe"]["distillation"]
+    assert (distillation["kind"], distillation["tau"], distillation["weights"]) == ("soft", 3, None)
+    teacher = distillation["teacher"]
+    assert (teacher["model_name"], teacher["num_classes"]) == ("regnety_160", 100)
+    assert teacher["pretrained"] is True
+
+
+def test_a_network_that_takes_any_image_is_not_told_its_size():
+    backbone = parse("--model resnet18")["backbone"]
+    assert "img_size" not in backbone and backbone["num_classes"] == 1000
+    assert parse("--model vit_tiny_patch16_224 --input-size 192")["backbone"]["img_size"] == 192
+
+
+def test_resume_names_a_run_folder(tmp_path: Path, capsys):
+    words, _ = read_deit_training(["--resume", str(tmp_path)])
+    assert words == ["--resume", f"output_dir='{tmp_path}'"]
+    assert read_deit_training(["--resume", "--seed", "3"])[0] == ["--resume", "--seed", "3"]
+    with pytest.raises(SystemExit):
+        parse("--resume checkpoint.pth")
+    assert "--finetune FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--eval x.pth", "experiments/eval_deit.py"),
+        ("--opt lam", "did you mean 'lamb'"),
+        ("--data-set IMAGENET", "known: IMNET"),
+        ("--opt-betas 0.9", "--opt-betas needs 2 values"),
+        ("--reprob", "--reprob needs a value"),
+        ("--distillation-alpha 0.3", "there is no teacher without --distillation-type"),
+        ("--distillation-type warm", "none, soft, hard"),
+        ("--lr-noise 0.4", "noise is not offered"),
+        ("--model resnet1888", "there is no backbone=resnet1888"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(words)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and said in error and error.count("\n") == 1

@@ -1,0 +1,339 @@
+"""The flags of DeiT's training code, as overrides of the run files in configs/deit/.
+
+The flags that are other names of one key, and take what the key takes, are in `utils.flags`; here
+are those whose values are words of DeiT's, those that go together, and those without an effect.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.build import nearest, plain
+from utils.command_line import TAKES_VALUE, backbone_words, help_page, quoted
+from utils.config import CONFIGS, compose_config, fail, parse_config, run_of_model
+from utils.errors import UserError
+from utils.flags import read_arguments
+
+DEFAULT, RUNS = "deit/imagenet.yaml", "deit"
+LAMB = ["optimizer._target_='timm.optim.Lamb'"]
+SGD = [
+    *("optimizer._target_='torch.optim.SGD'", "~optimizer.betas", "~optimizer.eps"),
+    "optimizer.nesterov=true",
+]
+OPTIMIZERS = {
+    **{"fusedlamb": LAMB, "lamb": LAMB, "sgd": SGD},
+    "adamw": ["optimizer._target_='torch.optim.AdamW'"],
+}
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+DATA_SETS = {
+    "IMNET": ["data=imagenet"],
+    "CIFAR": ["data=cifar100"],
+    "CIFAR-10": ["data=cifar10"],
+    "INAT": ["data=inaturalist", "data.year=2018"],
+    "INAT19": ["data=inaturalist", "data.year=2019"],
+    **{domain: ["data=domainnet", f"data.domain={domain}"] for domain in DOMAINS},
+}
+CLASSES = {"IMNET": 1000, "CIFAR": 100, "CIFAR-10": 10, "INAT": 8142, "INAT19": 1010}
+CLASSES |= dict.fromkeys(DOMAINS, 345)
+DISTILLATIONS = ("none", "soft", "hard")
+
+
+class Own(NamedTuple):
+    """A flag: the key it sets (with the value, if it takes none), its help, its number of words."""
+
+    key: str
+    help: str
+    words: int = 1
+
+
+AUGMENTATION = "recipe.augmentation"
+OPTIONS = {
+    "--model": Own("backbone", "any of configs/backbone, or of timm"),
+    "--data-set": Own("data", "IMNET, CIFAR, INAT, INAT19, ...; sets the number of classes too"),
+    "--inat-category": Own("data.category", "rank that is told apart"),
+    "--opt": Own("optimizer", f"{', '.join(OPTIMIZERS)}, or a class such as torch.optim.AdamW"),
+    "--opt-betas": Own("optimizer.betas", "two numbers", 2),
+    "--momentum": Own("optimizer.momentum", "of sgd"),
+    "--sched": Own("recipe.schedules.shape", "of the learning rate: cosine, step"),
+    "--decay-epochs": Own("recipe.schedules.decay_epochs", "of --sched step"),
+    "--decay-rate": Own("recipe.schedules.decay_rate", "of --sched step"),
+    "--unscale-lr": Own("recipe.schedules.lr_scaling=none", "the rate as it is; the default", 0),
+    "--drop": Own("backbone.drop_rate", "dropout before the classifier"),
+    "--no-model-ema": Own("recipe.ema_decay=0", "no average of the weights", 0),
+    "--use-amp": Own("training.precision=fp16", "with a loss scaler, as published", 0),
+    "--mixup": Own("recipe.mixing.mixup", "Beta parameter of mixup"),
+    "--cutmix": Own("recipe.mixing.cutmix", "Beta parameter of CutMix"),
+    "--cutmix-minmax": Own("recipe.mixing.cutmix_minmax", "two numbers", 2),
+    "--mixup-prob": Own("recipe.mixing.probability", "that a batch is mixed"),
+    "--mixup-switch-prob": Own("recipe.mixing.switch_probability", "that it is CutMix"),
+    "--mixup-mode": Own("recipe.mixing.mode", "batch, pair or elem"),
+    "--distillation-type": Own("recipe.distillation.kind", ", ".join(DISTILLATIONS)),
+    "--distillation-alpha": Own("recipe.distillation.alpha", "the teacher's share of the loss"),
+    "--distillation-tau": Own("recipe.distillation.tau", "temperature of soft"),
+    "--teacher-model": Own("recipe.distillation.teacher", "a network of timm (regnety_160)"),
+    "--teacher-path": Own("recipe.distillation.weights", "its weights (timm's own)"),
+    "--aa": Own(f"{AUGMENTATION}.auto_augment", "RandAugment, without 3-Augment"),
+    "--train-interpolation": Own(f"{AUGMENTATION}.interpolation", "without 3-Augment"),
+    "--reprob": Own(f"{AUGMENTATION}.erase_probability", "random erasing, without 3-Augment"),
+    "--remode": Own(f"{AUGMENTATION}.erase_mode", "what is filled in, without 3-Augment"),
+    "--recount": Own(f"{AUGMENTATION}.erase_count", "boxes per image, without 3-Augment"),
+    "--eval-crop-ratio": Own("probes.accuracy.eval_crop_ratio", "of the images judged"),
+}
+SAME = {"--num_workers": "--num-workers", "--data_path": "--data-path"}
+# Flag -> how many words follow it, and why nothing depends on it.
+NO_EFFECT = {
+    "--ThreeAugment": (0, "3-Augment is what this recipe does"),
+    "--train-mode": (0, "that is the default"),
+    "--model-ema": (0, "the average is kept unless recipe.ema_decay is 0"),
+    "--model-ema-force-cpu": (0, "the average stays where the model is"),
+    "--dist-eval": (0, "the images judged are always shared out over the processes"),
+    "--high-precision-matmul": (0, "TF32 goes with every training.precision but fp32"),
+    **dict.fromkeys(("--pin-mem", "--no-pin-mem"), (0, "memory is pinned where there is a GPU")),
+    **dict.fromkeys(("--world_size", "--dist_url"), (1, "the launcher knows")),
+    "--start_epoch": (1, "the run folder knows"),
+    **dict.fromkeys(("--cooldown-epochs", "--patience-epochs"), (1, "neither in DeiT")),
+}
+REFUSED = {
+    **dict.fromkeys(
+        ("--eval", "--rot-eval", "--flop-eval"),
+        "judging is experiments/eval_deit.py --model NAME --eval FILE",
+    ),
+    **dict.fromkeys(("--lr-noise", "--lr-noise-pct", "--lr-noise-std"), "noise is not offered"),
+    "--resplit": "split augmentation is not offered",
+}
+
+
+def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config a training's command line asks for; a mistake is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        rows = {name: f"{own.help} ({own.key})" for name, own in OPTIONS.items()}
+        print(help_page(rows | {name: f"accepted: {why}" for name, (_, why) in NO_EFFECT.items()}))
+    try:
+        words, notes = read_deit_training(argv)
+    except UserError as error:
+        fail(error)
+    config = plain(parse_config(DEFAULT, words, runs=RUNS))
+    for note in notes:
+        print(note)
+    return config
+
+
+def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides for `[flags] [key=value ...]`, and notes; what is not DeiT's passes as it is.
+
+    Raises UserError for a flag without its value, a value that is none of its words, and a flag
+    whose meaning is not offered.
+    """
+    given, rest, notes = _sort(argv)
+    words = [
+        *_data_words(given),
+        *_optimizer_words(given),
+        *_mixing_words(given),
+        *_distillation_words(given),
+    ]
+    model = given.pop("--model", [""])[0]
+    augmentation = {name: given.pop(name) for name in list(given) if _is_augmentation(name)}
+    words += [word for name, values in given.items() for word in _words(name, values)]
+    if model:
+        words = [*_model_words(model, words, rest), *words]
+    if augmentation:
+        target = _composed([*words, *rest])["recipe"]["augmentation"]["_target_"]
+        if str(target).endswith("ThreeAugment"):
+            notes += [
+                f"{name} has no effect with 3-Augment, in DeiT either" for name in augmentation
+            ]
+        else:
+            words += [word for name in augmentation for word in _words(name, augmentation[name])]
+    # In front, so that a spelt-out key=value has the last word.
+    return [*words, *rest], notes
+
+
+def _sort(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """The flags of this file with their values, all other words, and notes."""
+    waiting, given, rest, notes = list(argv), dict[str, list[str]](), list[str](), list[str]()
+    while waiting:
+        word = waiting.pop(0)
+        name, _, inline = word.partition("=")
+        name = SAME.get(name, name)
+        if name in REFUSED:
+            raise UserError(f"{name}: {REFUSED[name]}")
+        if name in OPTIONS:
+            given[name] = _take(name, OPTIONS[name].words, inline, waiting)
+        elif name in NO_EFFECT:
+            count, why = NO_EFFECT[name]
+            _take(name, count, inline, waiting)
+            notes.append(f"{name} has no effect: {why}")
+        elif name == "--resume":
+            rest += [name, *_resumed(inline, waiting)]
+        else:
+            rest.append(f"{name}={inline}" if inline else name)
+            if name in TAKES_VALUE and not inline and waiting:
+                rest.append(waiting.pop(0))
+    return given, rest, notes
+
+
+def _take(name: str, count: int, inline: str, waiting: list[str]) -> list[str]:
+    values = [inline] if inline else waiting[:count]
+    if len(values) < count or any(value.startswith("--") for value in values):
+        raise UserError(f"{name} needs {'a value' if count == 1 else f'{count} values'}")
+    if not inline:
+        del waiting[:count]
+    return values
+
+
+def _resumed(inline: str, waiting: list[str]) -> list[str]:
+    """DeiT's --resume names a file; here it is the folder of a run."""
+    follows = not inline and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]
+    given = waiting.pop(0) if follows else inline
+    if not given:
+        return []
+    if not Path(given).is_dir():
+        raise UserError(
+            f"--resume {given}: a run goes on in its folder, --output-dir FOLDER; weights of a "
+            "file to start from are --finetune FILE"
+        )
+    return [f"output_dir={quoted(given)}"]
+
+
+def _words(name: str, values: Sequence[str]) -> list[str]:
+    key = OPTIONS[name].key
+    if not values:
+        return [key]
+    if name == "--drop" and _is_zero(values[0]):  # what every network has, if it knows the word
+        return []
+    return [f"{key}={_value(*values)}"]
+
+
+def _value(*values: str) -> str:
+    """A value in the grammar of overrides: numbers bare, text quoted, two as a list."""
+    if len(values) > 1:
+        return f"[{','.join(map(_value, values))}]"
+    try:
+        float(values[0])
+    except ValueError:
+        return quoted(values[0])
+    return values[0]
+
+
+def _is_zero(value: str) -> bool:
+    return not value.strip("0.")
+
+
+def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    if value not in known:
+        raise UserError(
+            f"unknown {name} {value!r}{nearest(value, known)} (known: {', '.join(known)})"
+        )
+    return value
+
+
+def _data_words(given: dict[str, list[str]]) -> list[str]:
+    if "--data-set" not in given:
+        return []
+    name = _one_of("--data-set", given.pop("--data-set")[0], DATA_SETS)
+    if "--inat-category" in given:
+        return DATA_SETS[name]
+    return [*DATA_SETS[name], f"backbone.num_classes={CLASSES[name]}"]
+
+
+def _optimizer_words(given: dict[str, list[str]]) -> list[str]:
+    if "--opt" not in given:
+        return []
+    name = given.pop("--opt")[0]
+    if "." in name:
+        return [f"optimizer._target_={quoted(name)}"]
+    if name == "sgd":
+        given.setdefault("--momentum", ["0.9"])
+    return OPTIMIZERS[_one_of("--opt", name, OPTIMIZERS)]
+
+
+def _mixing_words(given: dict[str, list[str]]) -> list[str]:
+    """Without mixup and CutMix nothing is mixed, whatever else is said of it."""
+    both = [given.get(name, ["1"])[0] for name in ("--mixup", "--cutmix")]
+    if "--cutmix-minmax" in given or not all(map(_is_zero, both)):
+        return []
+    for name in [name for name in given if OPTIONS[name].key.startswith("recipe.mixing.")]:
+        del given[name]
+    return ["recipe.mixing=null"]
+
+
+def _distillation_words(given: dict[str, list[str]]) -> list[str]:
+    """The whole node of the teacher; without a type there is none, as in DeiT."""
+    own = {name: given.pop(name)[0] for name in list(given) if _is_distillation(name)}
+    kind = _one_of("--distillation-type", own.get("--distillation-type", "none"), DISTILLATIONS)
+    if kind == "none":
+        if len(own) > ("--distillation-type" in own):
+            raise UserError(f"{', '.join(own)}: there is no teacher without --distillation-type")
+        return ["recipe.distillation=null"] if own else []
+    path = own.get("--teacher-path")
+    teacher = {
+        "_target_": "vit.adapters.timm_backbone",
+        "_partial_": "true",
+        "model_name": quoted(own.get("--teacher-model", "regnety_160")),
+        "num_classes": "${oc.select:backbone.num_classes,1000}",
+        "pretrained": "false" if path else "true",
+    }
+    node = {
+        "_target_": "deit.losses.Distillation",
+        "teacher": _mapping(teacher),
+        "weights": quoted(path) if path else "null",
+        "kind": kind,
+        "alpha": _value(own.get("--distillation-alpha", "0.5")),
+        "tau": _value(own.get("--distillation-tau", "1.0")),
+    }
+    return [f"recipe.distillation={_mapping(node)}"]
+
+
+def _mapping(node: Mapping[str, str]) -> str:
+    return "{" + ",".join(f"{key}:{value}" for key, value in node.items()) + "}"
+
+
+def _is_distillation(name: str) -> bool:
+    return OPTIONS[name].key.startswith("recipe.distillation.")
+
+
+def _is_augmentation(name: str) -> bool:
+    return OPTIONS[name].key.startswith(f"{AUGMENTATION}.")
+
+
+def _model_words(model: str, words: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """The backbone, and the run's name where no run file of the model gives one."""
+    chosen = backbone_words(model)
+    every = [*chosen, *words, *rest]
+    named = any(word in ("--name", "--config-file", "--config") for word in rest) or any(
+        word.startswith(("name=", "--name=", "--config")) for word in rest
+    )
+    if not named and not (CONFIGS / RUNS / f"{model}.yaml").is_file():
+        chosen.append(f"name={quoted(model)}")
+    if chosen[0] != "backbone=timm":
+        return chosen
+    backbone = _composed(every)["backbone"]
+    if "num_classes" not in backbone:
+        chosen.append("backbone.num_classes=1000")
+    if "img_size" in backbone and not _takes_image_size(model):
+        chosen.append("~backbone.img_size")
+    return chosen
+
+
+def _takes_image_size(model: str) -> bool:
+    """Whether a network of timm is made for one size of images."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            timm.create_model(model, img_size=224)
+    except TypeError as error:
+        return "img_size" not in str(error)
+    except Exception:  # whatever it is, building the network will say it
+        return True
+    return True
+
+
+def _composed(words: Sequence[str]) -> dict[str, Any]:
+    """The config that these words ask for so far."""
+    arguments = read_arguments(list(words), CONFIGS, DEFAULT)
+    file = arguments.config_file or run_of_model(arguments.overrides, RUNS) or DEFAULT
+    return plain(compose_config(file, arguments.overrides))
