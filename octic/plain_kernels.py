@@ -146,10 +146,12 @@ def _pieces(transform: Matrix, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
     step = rows if x.device.type != "cpu" else max(1, PIECE // max(1, x.shape[-1]))
     dtype = torch.promote_types(x.dtype, torch.float32)
     back = _matrix_tensor(transform, dtype, x.device).expand(min(step, rows), order, order)
-    if not x.numel():
+    if rows <= step:
+        if x.numel():
+            yield back, *(tensor.view(shape) for tensor in tensors)
         return
     for parts in zip(*(tensor.view(shape).split(step) for tensor in tensors), strict=True):
-        yield back[: len(parts[0])], *parts
+        yield back[: parts[0].shape[0]], *parts
 
 
 def _bmm(first: Tensor, second: Tensor, out: Tensor) -> None:
