@@ -1,8 +1,8 @@
 """How operators of the namespace `octic` are made, so that calling one costs little.
 
-A small net spends its time on the host, which launches one operator after another. An operator of
-`torch.library.custom_op` costs the host 20 us a call beside its work, 120 with the gradient of
-`register_autograd`; one made here costs 1, and 8 with its gradient (docs/performance.md).
+A small net, and any net on a fast device, waits for the host, which launches one operator after
+another. `torch.library.custom_op` with `register_autograd` costs the host several times what the
+calls cost here, and an octic block makes seven of them (docs/performance.md has the figures).
 """
 
 from collections.abc import Callable
