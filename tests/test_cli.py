@@ -132,6 +132,7 @@ def test_a_batch_that_cannot_be_kept_is_refused_with_numbers_that_would() -> Non
     assert "batch_size_per_gpu=32 accumulation=8 would keep it" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_without_a_run_file_trains_with_the_recipe() -> None:
     words = ["--model", "d8_inv_early_deit_small_patch16", "--check", "--data-path", "data"]
     done = run(*words, script="experiments/train_deit.py")

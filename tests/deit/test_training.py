@@ -92,6 +92,7 @@ def pair(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
 def test_two_processes_train_as_one(tmp_path, pair, sharding):
     """LAMB's norms and trust ratios are those of whole tensors, however they are laid out."""

@@ -159,6 +159,7 @@ def more_processes_than_images(folder: Path) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_a_process_may_have_no_image(tmp_path):
     alone = more_processes_than_images(tmp_path)
     for found in in_processes(partial(more_processes_than_images, tmp_path), 2, tmp_path):

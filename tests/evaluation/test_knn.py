@@ -32,7 +32,7 @@ def test_chunks_and_batches_do_not_matter():
     assert judge(chunk_size=13, batch_size=5) == judge()
 
 
-@pytest.mark.parametrize("train_length", [101, 7])
+@pytest.mark.parametrize("train_length", [101, pytest.param(7, marks=pytest.mark.slow)])
 def test_two_processes_equal_one(train_length, tmp_path):
     """Also where one rank has fewer rows than k."""
     function = functools.partial(judge, train_length)

@@ -57,6 +57,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints" / step).iterdir())
 
 
+@pytest.mark.slow
 def test_one_two_sharded_two_replicated_one(tmp_path, undisturbed):
     folder = tmp_path / "run"
     go_on(folder, 1, "replicate", 3)

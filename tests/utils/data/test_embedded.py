@@ -125,6 +125,7 @@ def _count(root: Path, queue: multiprocessing.Queue) -> None:
     queue.put(len(embedded.digits(root)))
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
