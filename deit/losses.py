@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit.weights import load_state, read_state
+from vit.weights import load_net, read_state
 
 LOSSES = ("bce", "ce")
 KINDS = ("soft", "hard")
@@ -95,11 +95,8 @@ class Distillation(nn.Module):
 
 
 def _load(net: nn.Module, path: str) -> None:
-    """Load a file strictly; those of our runs hold the adapter of a timm network with it."""
-    state = read_state(path)
-    inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
     try:
-        load_state(inner, state)
+        load_net(net, read_state(path))
     except ValueError as error:
         raise ValueError(f"distillation.weights {path}: {error}") from None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from evaluation.judge import make_net
+from evaluation.judge import make_net, weights_file
 from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed
@@ -16,10 +16,9 @@ from utils.build import plain
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError
+from utils.exported import EXPORTED
 from utils.training import train
 from vit.weights import read_metadata
-
-EXPORTED = "exported/model.safetensors"
 
 
 def train_then(
@@ -66,7 +65,7 @@ def load_run(run: Any, dataset: ImageDataset, size: int) -> nn.Module:
     """
     if isinstance(run, dict):
         return make_net(run["backbone"], f"{run['output_dir']}/{EXPORTED}", seed=run["seed"])
-    path = Path(run) / EXPORTED if Path(run).is_dir() else Path(run)
+    path = Path(weights_file(str(run)) or "")
     metadata = read_metadata(path) if path.is_file() else {}
     if "constructor" not in metadata:
         raise UserError(f"{path} is no file of ours that says which net it is of")

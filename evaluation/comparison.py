@@ -19,6 +19,7 @@ from utils import distributed
 from utils.build import build, plain
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
+from utils.exported import EXPORTED
 from utils.flops import multiply_adds
 from utils.metrics import read_metrics
 from utils.training import train
@@ -123,7 +124,7 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _exported(folder: Path) -> str:
-    return str(folder / "exported" / "model.safetensors")
+    return str(folder / EXPORTED)
 
 
 def _some_images(

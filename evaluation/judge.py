@@ -15,10 +15,8 @@ from utils import distributed
 from utils.build import build, plain
 from utils.data.images import ImageDataset
 from utils.errors import UserError
-from vit.weights import load_state, read_metadata, read_state
-
-EXPORTED = "exported/model.safetensors"
-FORMERLY = "exported/teacher.safetensors"  # in the folders of older runs
+from utils.exported import EXPORTED, FORMERLY
+from vit.weights import load_net, read_metadata, read_state
 
 
 @mistakes_in_one_line
@@ -70,10 +68,8 @@ def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0)
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
     """Load weights to the last key; UserError that names the file where they do not fit."""
-    # Files of our own runs hold the adapter of a timm net, others the net alone.
-    inner = net if any(name.startswith("net.") for name in state) else getattr(net, "net", net)
     try:
-        load_state(inner, state)
+        load_net(net, state)
     except ValueError as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 

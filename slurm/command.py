@@ -20,6 +20,7 @@ from slurm.launch import Task, launch_all
 from utils.build import nearest, plain
 from utils.config import fail
 from utils.errors import UserError
+from utils.exported import EXPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 Parse = Callable[[list[str]], Mapping[str, Any] | None]
@@ -190,7 +191,7 @@ def _inherit(
     open_keys = {key for key in config if config[key] == default.get(key)}
     if {"backbone", "weights"} <= open_keys and config["weights"] is None:
         config["backbone"] = first["backbone"]
-        config["weights"] = str(Path(first["output_dir"]).absolute() / "exported/model.safetensors")
+        config["weights"] = str(Path(first["output_dir"]).absolute() / EXPORTED)
     if "data" in open_keys:
         config["data"] = first["data"]
     if config["output_dir"] in (default["output_dir"], f"runs/{config['name']}"):

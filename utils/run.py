@@ -19,6 +19,7 @@ from utils.checkpoint import Checkpoints, export_weights, write_text
 from utils.checkpoint_files import DESCRIPTION, Parts
 from utils.data.classes import class_metadata
 from utils.errors import UserError
+from utils.exported import EXPORTED
 from utils.health import Health
 from utils.lock import FolderLock
 from utils.metrics import Metrics
@@ -32,8 +33,6 @@ from utils.signals import StopSignal
 from utils.sinks import make_sinks
 from utils.training import fit
 from utils.watchdog import Watchdog
-
-EXPORTED = "exported/model.safetensors"
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:

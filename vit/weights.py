@@ -47,6 +47,15 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(from_published(state, model), strict=True)
 
 
+def load_net(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state` for a backbone that may be an adapter.
+
+    Files of our own runs hold the adapter with the net that it wraps (`net.`), others the net.
+    """
+    whole = any(name.startswith("net.") for name in state)
+    load_state(net if whole else getattr(net, "net", net), state)
+
+
 def read_state(path: str | Path, *, container: str | None = None) -> dict[str, Tensor]:
     """The named tensors of a .safetensors or torch file.
 

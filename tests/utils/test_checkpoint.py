@@ -105,11 +105,11 @@ def test_a_checkpoint_of_the_step_may_stay(tmp_path):
 
 
 def test_keep_last_and_keep_every(tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=10, keep_last=2, keep_every=20)
-    for step in range(10, 61, 10):
+    checkpoints = Checkpoints(tmp_path, every=10, keep_last=2, keep_every=30)
+    for step in range(10, 71, 10):
         assert checkpoints.due(step) and not checkpoints.due(step + 1)
         checkpoints.save(step, parts(step))
-    assert checkpoints.steps() == [20, 40, 50, 60]
+    assert checkpoints.steps() == [30, 50, 60, 70]
     assert sorted(p.name for p in tmp_path.iterdir() if not p.is_dir()) == ["last"]
 
 
