@@ -7,7 +7,6 @@ that the mirror keeps maps even to even and odd to odd, one that it negates swap
 Letters: B images, h w places, D channels, C = D/2 of each half, k the side of a filter.
 """
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -22,49 +21,7 @@ MIRROR = get_group("mirror")
 DEPTHWISE = ("full", "symmetric")
 
 
-class KeepsFilters(nn.Module):
-    """Base of layers whose filters are made from trained halves: made once where nothing trains.
-
-    Kept filters are made anew when a parameter holds other values than they were made of, however
-    it came by them, or when the mode is set. They are kept on the CPU alone: on another device the
-    comparison would make the host wait, and under several processes parameters come and go.
-    """
-
-    _kept: tuple[list[Tensor], Tensor] | None = None
-
-    def kept_filters(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives for the parameters as they are."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return make()
-        parameters = list(self.parameters())
-        if torch.distributed.is_initialized() or not all(_is_plain(p) for p in parameters):
-            return make()
-        if self._kept is not None:
-            made_of, filters = self._kept
-            if all(map(_same, made_of, parameters)):
-                return filters
-        filters = make()
-        if type(filters) is Tensor:  # no stand-in of a tracer
-            self._kept = ([p.detach().clone() for p in parameters], filters)
-        return filters
-
-    def train(self, mode: bool = True) -> "KeepsFilters":
-        """Set the mode; forgets the kept filters."""
-        self._kept = None
-        super().train(mode)
-        return self
-
-    def _apply(self, *args: object, **kwargs: object) -> "KeepsFilters":
-        self._kept = None
-        super()._apply(*args, **kwargs)
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        """What is copied and pickled: all but the kept filters."""
-        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
-
-
-class MirrorLift(KeepsFilters, OcticLift):
+class MirrorLift(OcticLift):
     """Images [B in H W] to mirror features: the lift of `octic` for the mirror group.
 
     Filters and bias carry the factor sqrt(1/2).
@@ -79,10 +36,6 @@ class MirrorLift(KeepsFilters, OcticLift):
         bias: bool = True,
     ) -> None:
         super().__init__(in_chans, embed_dim, patch_size, bias=bias, scaled_bias=True, group=MIRROR)
-
-    def filters(self) -> Tensor:
-        """All full filters [D in p p]."""
-        return self.kept_filters(super().filters)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B in H W] to features [B H/p W/p D]."""
@@ -132,7 +85,7 @@ class HalfFilter(nn.Module):
         return torch.cat([left, torch.zeros_like(left[..., :1]), -left.flip(-1)], dim=-1)
 
 
-class MirrorDepthwiseConv(KeepsFilters):
+class MirrorDepthwiseConv(nn.Module):
     """Depthwise convolution of mirror features [B h w D], f(g x) = g f(x).
 
     full: each half is split in two; its first quarters go, by a symmetric and an antisymmetric
@@ -167,7 +120,7 @@ class MirrorDepthwiseConv(KeepsFilters):
 
     def filters(self) -> Tensor:
         """The filter of each channel [D 1 k k], in the order of the inputs."""
-        return self.kept_filters(lambda: torch.cat([part.full() for part in self.children()]))
+        return torch.cat([cast(HalfFilter, part).full() for part in self.children()])
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve features [B h w D] with zeros around them."""
@@ -183,7 +136,7 @@ class MirrorDepthwiseConv(KeepsFilters):
         return y.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)
 
 
-class MirrorDownsample(KeepsFilters):
+class MirrorDownsample(nn.Module):
     """2 x 2 convolution of stride 2, [B h w D] to [B h/2 w/2 D'], f(g x) = g f(x).
 
     The law needs an even number of columns.
@@ -203,9 +156,6 @@ class MirrorDownsample(KeepsFilters):
 
     def filters(self) -> Tensor:
         """The full filters [D' D 2 2]."""
-        return self.kept_filters(self._make_filters)
-
-    def _make_filters(self) -> Tensor:
         even = torch.cat([self.sym_to_sym.full(), self.asym_to_sym.full()], dim=1)
         odd = torch.cat([self.sym_to_asym.full(), self.asym_to_asym.full()], dim=1)
         return torch.cat([even, odd])
@@ -229,15 +179,6 @@ class MeanDownsample(nn.Module):
         """Reduce features [B h w D]; ValueError for an odd number of columns."""
         _check_even(x)
         return self.linear(F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
-
-
-def _is_plain(parameter: Tensor) -> bool:
-    """A parameter on the CPU, and no stand-in of a tracer."""
-    return type(parameter) is nn.Parameter and parameter.device.type == "cpu"
-
-
-def _same(old: Tensor, new: Tensor) -> bool:
-    return old.dtype == new.dtype and torch.equal(old, new)
 
 
 def _side_by_side(parts: list[HalfFilter]) -> Tensor:

@@ -1,10 +1,7 @@
 """Every layer commutes with the mirror, and half filters are what they say."""
 
-import copy
-
 import pytest
 import torch
-from torch import Tensor, nn
 
 from baselines.flopping.activation import ACTIVATIONS, RegularActivation
 from baselines.flopping.convnext import MirrorConvNeXtBlock
@@ -137,48 +134,3 @@ def test_bad_settings_say_what_is_wrong(make, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
-
-
-def outputs(layer: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return layer(x)
-
-
-@pytest.mark.parametrize("make", (lambda: MirrorDepthwiseConv(16), lambda: MirrorDownsample(16, 8)))
-def test_filters_are_kept_and_never_stale(make) -> None:
-    """Without gradients filters are made once, and anew after every kind of change."""
-    layer, x = shaken(make()), random(1, 4, 4, 16)
-    outputs(layer, x)
-    with torch.no_grad():
-        assert layer.filters() is layer.filters()
-    assert layer.filters() is not layer.filters()  # with gradients
-    other = shaken(make())
-    wanted = outputs(other, x)
-    changes = {
-        "loaded": lambda: layer.load_state_dict(other.state_dict()),
-        "averaged": lambda: torch._foreach_lerp_(
-            list(layer.parameters()), list(other.parameters()), 1.0
-        ),
-        # What leaves no version behind: an average through `.data`, and new memory.
-        "written behind autograd's back": lambda: [
-            mine.data.copy_(theirs)
-            for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True)
-        ],
-        "given other memory": lambda: nn.utils.vector_to_parameters(
-            nn.utils.parameters_to_vector(other.parameters()), layer.parameters()
-        ),
-        "replaced": lambda: [
-            setattr(mine, "weight", theirs.weight) or setattr(mine, "bias", theirs.bias)
-            for mine, theirs in zip(layer.children(), other.children(), strict=True)
-        ],
-    }
-    for change in changes.values():
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter)
-        assert relative(outputs(layer, x), wanted) > 0.1
-        with torch.no_grad():
-            change()
-        assert torch.equal(outputs(layer, x), wanted)
-    assert outputs(layer.float(), x.float()).dtype == torch.float32
-    assert copy.deepcopy(layer)._kept is None and layer._kept is not None
-    assert layer.train()._kept is None
