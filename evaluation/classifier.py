@@ -16,7 +16,6 @@ from evaluation.judge import (
     splits_of,
     weights_file,
 )
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.published import published_figure
 from evaluation.results import write_results
@@ -29,7 +28,6 @@ from vit.finetune import head_of
 from vit.weights import read_metadata, read_state
 
 
-@mistakes_in_one_line
 def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run the probes into `output_dir`.
 

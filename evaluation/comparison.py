@@ -8,7 +8,6 @@ import torch
 
 from evaluation.equivariance import layer_errors, worst_error
 from evaluation.judge import make_data, make_net
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.pictures.curves import draw_losses
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps
@@ -29,7 +28,6 @@ SHOWN = ("_top1", "_miou")
 CLASSIFIERS = {"knn": "kNN", "logreg": "logistic regression", "linear": "linear"}
 
 
-@mistakes_in_one_line
 def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
     """Train every run of `config["runs"]` (name -> its config), judge all, print one table.
 

@@ -13,7 +13,6 @@ from evaluation.angles import AngleError, angle_errors, angles_of
 from evaluation.equivariance import Measured, logit_errors, measure, octic_only, worst_error
 from evaluation.features import full_float32_products
 from evaluation.judge import make_net
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.pictures.equivariance import draw_angle_errors, draw_layer_errors
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
@@ -39,7 +38,6 @@ class Report(NamedTuple):
     image_size: int
 
 
-@mistakes_in_one_line
 def report(config: Mapping[str, Any]) -> dict[str, Any]:
     """Measure every net of the config, print tables, write results.json and two pictures.
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from evaluation.classifier import complete, count_classes
 from evaluation.judge import brings_weights, load_strictly, name_of, weights_file
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from utils import distributed
 from utils.build import build, plain, resolve
@@ -27,7 +26,6 @@ FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-@mistakes_in_one_line
 def export_net(config: Mapping[str, Any]) -> dict[str, Any]:
     """Build the net, load its weights strictly, write the file, load that anew and compare.
 

@@ -21,7 +21,6 @@ from evaluation.feature_files import (
 )
 from evaluation.features import PRECISIONS, normalize_rows
 from evaluation.judge import make_data, make_net
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from utils import distributed
 from utils.build import build, nearest, plain
@@ -80,7 +79,6 @@ class FeatureReader:
         return f"{KINDS[self.kind]} of blocks {blocks} after the final norm"
 
 
-@mistakes_in_one_line
 def extract(config: Mapping[str, Any]) -> str:
     """Write the features of one split to `output_dir`/`split`; returns that folder.
 

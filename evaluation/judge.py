@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.results import in_words, print_figures, write_results
 from utils import distributed
@@ -19,7 +18,6 @@ from utils.exported import EXPORTED, FORMERLY
 from vit.weights import load_net, read_metadata, read_state
 
 
-@mistakes_in_one_line
 def judge(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run every probe into `output_dir`/<probe>.
 

@@ -19,7 +19,6 @@ from evaluation.accuracy import UPRIGHT, check_labels, input_size_of
 from evaluation.classifier import complete, make_classifier, weights_file
 from evaluation.features import device_of
 from evaluation.judge import make_data, name_of
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
 from utils import distributed
@@ -45,7 +44,6 @@ class Parts(NamedTuple):
     test: ImageDataset
 
 
-@mistakes_in_one_line
 def compare_aggregators(config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Judge a classifier alone and under every aggregator of `config`, trained where asked.
 

@@ -13,7 +13,6 @@ from evaluation.cost.counting import check_counted
 from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.features import device_of
 from evaluation.judge import make_data
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say, track
 from evaluation.reduction_comparison_pictures import draw_reductions
 from evaluation.reduction_dense import DenseHead, fit_dense_head, mean_iou
@@ -59,7 +58,6 @@ class Images(NamedTuple):
     labels: Tensor
 
 
-@mistakes_in_one_line
 def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Train or load every model of `config["runs"]`, reduce it by every method, judge all.
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from evaluation.classifier import judge_classifier
 from evaluation.judge import judge, make_data
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
 from evaluation.results import print_table, write_results
@@ -20,7 +19,6 @@ from utils.errors import UserError
 from vit.weights import load_state, read_state
 
 
-@mistakes_in_one_line
 def reproduce(config: Mapping[str, Any]) -> bool:
     """Judge the file by the published protocol and hold the figures against the stated ones.
 

@@ -12,7 +12,6 @@ from evaluation.angles import angles_of
 from evaluation.compared_nets import image_size, load_run, train_then, trainings_of, unfinished
 from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.judge import make_data
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.posthoc import make_wrapped, split_data, wrap_all
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
@@ -47,7 +46,6 @@ class Field(NamedTuple):
     class_names: list[str]
 
 
-@mistakes_in_one_line
 def compare(config: Mapping[str, Any]) -> Figures:
     """Train or load every model of `config["runs"]`, make one of them invariant, judge all.
 

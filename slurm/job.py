@@ -13,7 +13,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from slurm import record
-from utils.errors import UserError, long_paths_told
+from utils.errors import UserError
+from utils.mistakes import mistakes_told
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -49,7 +50,7 @@ class Job:
             return self._run(config)
 
     def _run(self, config: dict[str, Any]) -> Any:
-        with long_paths_told():
+        with mistakes_told():
             return import_function(self.function)(config)
 
     def checkpoint(self) -> "DelayedSubmission":

@@ -30,7 +30,6 @@ from evaluation.cost.timing import (
     speed_of,
     unless_out_of_memory,
 )
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from utils import distributed
 from utils.build import plain
@@ -42,7 +41,6 @@ from utils.run_folder import describe_code
 RECOMPILE_LIMIT = 64
 
 
-@mistakes_in_one_line
 def measure(config: Mapping[str, Any]) -> dict[str, Any]:
     """Compare the nets of `config["models"]`: the keys of configs/complexity.yaml.
 

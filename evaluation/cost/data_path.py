@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Generator
 
 from evaluation.cost.peaks import device_name, synchronize
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils import distributed
@@ -51,7 +50,6 @@ class Stage(NamedTuple):
     before: Callable[[], None] = lambda: None  # untimed
 
 
-@mistakes_in_one_line
 def measure(config: Mapping[str, Any]) -> dict[str, float]:
     """Time the stages of `config["pipelines"]` (the keys of configs/bench_data.yaml).
 

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.judge import make_data, make_net
-from evaluation.mistakes import mistakes_in_one_line
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps, patch_maps
@@ -41,7 +40,6 @@ STYLES = ("ours", "capi")
 Data = Mapping[str, Any]
 
 
-@mistakes_in_one_line
 def draw(config: Mapping[str, Any]) -> list[Path]:
     """Build the net, load its weights strictly, draw the config's picture into `output_dir`.
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from evaluation.judge import judge, make_net
+from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES
 from utils.errors import UserError
 
@@ -108,7 +109,7 @@ def test_a_mistake_that_shows_late_is_one_line(images, tmp_path):
     wrong = config(images, tmp_path, OCTIC)
     wrong["probes"]["knn"] |= {"resize_size": 20, "crop_size": 20}
     with pytest.raises(UserError, match=r"not a multiple of the patch size 8 \(vit/trunk.py"):
-        judge(wrong)
+        Job("evaluation.judge.judge", wrong)()
 
 
 def test_a_net_without_features_is_refused():

@@ -1,33 +1,46 @@
-"""What a command says of a mistake that shows late: one line of ours, and nothing of others'."""
+"""What any command says of a mistake that shows late: one line of ours, and nothing of others'."""
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
-from evaluation.mistakes import mistakes_in_one_line
+from slurm.job import Job
 from utils.errors import UserError
+from utils.mistakes import mistakes_told
 from vit.trunk import take_indices
 
 
 def test_a_mistake_of_the_user_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"\(vit/trunk.py:\d+\)$") as told:
-        mistakes_in_one_line(take_indices)([-9], 4)
+    with pytest.raises(UserError, match=r"\(vit/trunk.py:\d+\)$") as told, mistakes_told():
+        take_indices([-9], 4)
     assert "\n" not in str(told.value)
 
 
-def test_a_full_disk_is_one_line() -> None:
-    @mistakes_in_one_line
-    def write(number: int) -> None:
-        raise OSError(number, "No space left on device", "results.json")
+def test_every_command_tells_it() -> None:
+    with pytest.raises(UserError, match=r"\(vit/trunk.py:\d+\)$"):
+        Job(lambda config: take_indices([config["layer"]], 4), {"layer": -9})()
 
-    with pytest.raises(UserError, match="results.json: No space left on device; what was written"):
-        write(errno.ENOSPC)
-    with pytest.raises(OSError, match="results.json"):
-        write(errno.EIO)
+
+def test_a_full_disk_is_one_line() -> None:
+    said = "results.json: No space left on device; what was written"
+    with pytest.raises(UserError, match=said), mistakes_told():
+        raise OSError(errno.ENOSPC, "No space left on device", "results.json")
+    with pytest.raises(OSError, match="results.json"), mistakes_told():
+        raise OSError(errno.EIO, "Input/output error", "results.json")
 
 
 def test_an_error_of_other_code_keeps_its_traceback() -> None:
-    with pytest.raises(ValueError, match="Expecting value") as raised:
-        mistakes_in_one_line(json.loads)("x")
+    with pytest.raises(ValueError, match="Expecting value") as raised, mistakes_told():
+        json.loads("x")
     assert not isinstance(raised.value, UserError)
+
+
+def test_a_path_that_no_file_system_takes_is_a_mistake_and_other_errors_stay(tmp_path) -> None:
+    too_long, missing = Path("a" * 300), tmp_path / "none"
+    said = "a path of 300 characters is too long: aaa"
+    with pytest.raises(UserError, match=said), mistakes_told():
+        too_long.read_text()
+    with pytest.raises(FileNotFoundError), mistakes_told():
+        missing.read_text()

@@ -1,0 +1,35 @@
+"""What a user can mend is said in one line, whichever command stumbles over it, however late."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from utils.build import place_of, raised_by_us
+from utils.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Turn a ValueError of our own code, a full disk and too long a path into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, UserError) or not raised_by_us(error):
+            raise
+        raise UserError(" ".join(str(error).split()) + place_of(error)) from None
+    except OSError as error:
+        if (told := _told(error)) is None:
+            raise
+        raise UserError(told) from None
+
+
+def _told(error: OSError) -> str | None:
+    name = str(error.filename) if error.filename else ""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"a path of {len(name)} characters is too long: {name[:60]}..."
+    if error.errno in FULL:
+        where = f"{name}: " if name else ""
+        return f"{where}{error.strerror}; what was written before stays"
+    return None
