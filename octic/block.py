@@ -13,6 +13,8 @@ from vit.packing import Packing
 class OcticBlock(ResidualBlock):
     """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)); block(g x) = g block(x)."""
 
+    holds = True  # the layer scales are in the matrices
+
     def __init__(
         self,
         dim: int,
@@ -62,8 +64,13 @@ class OcticBlock(ResidualBlock):
             drop_path_mode=drop_path_mode,
         )
 
-    def _mix_tokens(self, x: Tensor, packing: Packing | None) -> Tensor:
-        return self.attn(self.norm1(x), packing, self.ls1)
+    def _add_and_norm(
+        self, x: Tensor, branch: Tensor | None, norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        return (x, norm(x)) if branch is None else norm.after(x, branch)
 
-    def _mix_channels(self, x: Tensor, packing: Packing | None) -> Tensor:
-        return self.mlp(self.norm2(x), self.ls2)
+    def _attend(self, normed: Tensor, packing: Packing | None) -> Tensor:
+        return self.attn(normed, packing, self.ls1)
+
+    def _transform(self, normed: Tensor) -> Tensor:
+        return self.mlp(normed, self.ls2)

@@ -7,12 +7,14 @@ Functions of the operators' own arguments, forward alone and without in-place op
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octic import irrep_linear, kernels  # noqa: F401  (they define the operators)
+from octic import heads, irrep_linear, kernels  # noqa: F401  (they define the operators)
+from octic.plain_kernels import plain_join, plain_split
 from vit.export import DECOMPOSITIONS
 
 
@@ -46,6 +48,12 @@ def norm(
     return y.to(dtype)
 
 
+def residual_norm(x: Tensor, branch: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute `octic::residual_norm`."""
+    total = x + branch
+    return total, norm(total, *arguments)
+
+
 def gelu(x: Tensor, transform: Sequence[float]) -> Tensor:
     """Compute `octic::regular_gelu`."""
     order = math.isqrt(len(transform))
@@ -76,7 +84,10 @@ def _statistics_dtype(x: Tensor) -> Tensor:
 DECOMPOSITIONS.update(
     {
         torch.ops.octic.irrep_norm.default: norm,
+        torch.ops.octic.residual_norm.default: residual_norm,
         torch.ops.octic.regular_gelu.default: gelu,
         torch.ops.octic.irrep_linear.default: linear,
+        torch.ops.octic.split_heads.default: plain_split,
+        torch.ops.octic.join_heads.default: plain_join,
     }
 )

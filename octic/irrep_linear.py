@@ -2,9 +2,11 @@
 
 All one-dimensional irreps are one batched product, the rows of the two-dimensional one another;
 both write straight into the result, so nothing is copied together. Operators of torch (namespace
-`octic`), forward and backward; FLOP counters count their multiply-adds. On CUDA
-OCTIC_LINEAR=triton in the environment takes one Triton kernel for both products and the bias
-(`triton_linear`); it is not the default, as no GPU has timed it.
+`octic`), forward and backward; FLOP counters count their multiply-adds. On CUDA cuBLAS
+multiplies and Triton kernels add the bias (`triton_bias`) and sum up the weights' gradients
+(`triton_weights`); narrow irreps, whose products are too small for cuBLAS, take one Triton kernel
+for all (`triton_linear`). The variable OCTIC_LINEAR chooses otherwise: `products`, cuBLAS for all,
+or `triton`, whatever the width.
 
 Letters: M tokens, L one-dimensional irreps of C channels, R rows of Q channels.
 """
@@ -18,8 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from octic.operators import operator
+from octic.operators import has_triton, operator, takes_triton
 from octic.precision import autocast_dtype
+
+NARROW = 64  # channels of a copy: products below it are faster in one Triton kernel (an H200)
 
 
 def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -62,8 +66,10 @@ def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: i
 
 @operator("irrep_linear(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor")
 def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
-    if _uses_triton(x):
-        return _triton().forward(x, lines, plane, bias)
+    if _uses_triton(x, lines):
+        from octic import triton_linear
+
+        return triton_linear.forward(x, lines, plane, bias)
     out = x.new_empty(x.shape[0], _width(x, lines, plane, given=-1, wanted=-2))
     x_lines, x_rows = _columns(x, lines, plane, -1)
     out_lines, out_rows = _columns(out, lines, plane, -2)
@@ -71,14 +77,26 @@ def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None)
     if plane is not None:
         torch.bmm(x_rows, plane.t().expand(x_rows.shape[0], -1, -1), out=out_rows)
     if bias is not None:
-        out_lines[0].add_(bias)
+        _add_bias(out, out_lines[0], bias)
     return out
+
+
+def _add_bias(out: Tensor, first: Tensor, bias: Tensor) -> None:
+    if takes_triton(out):
+        from octic import triton_bias
+
+        with torch.cuda.device_of(out):
+            triton_bias.add(out, bias)
+    else:
+        first.add_(bias)
 
 
 @operator("irrep_linear_backward_input(Tensor grad, Tensor lines, Tensor? plane) -> Tensor")
 def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
-    if _uses_triton(grad):
-        return _triton().backward_input(grad, lines, plane)
+    if _uses_triton(grad, lines):
+        from octic import triton_linear
+
+        return triton_linear.backward_input(grad, lines, plane)
     out = grad.new_empty(grad.shape[0], _width(grad, lines, plane, given=-2, wanted=-1))
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     out_lines, out_rows = _columns(out, lines, plane, -1)
@@ -95,6 +113,11 @@ def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor
 def _backward_weight(
     grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if takes_triton(grad) and linear_kernel() != "products":
+        from octic import triton_weights
+
+        with torch.cuda.device_of(grad):
+            return triton_weights.backward(grad, x, lines, plane)
     x_lines, x_rows = _columns(x, lines, plane, -1)
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     d_lines = torch.bmm(grad_lines.transpose(1, 2), x_lines)
@@ -105,26 +128,24 @@ def _backward_weight(
     return d_lines, d_plane, grad_lines[0].sum(0)
 
 
-def _uses_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and linear_kernel() == "triton"
+def _uses_triton(x: Tensor, lines: Tensor) -> bool:
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    kernel = linear_kernel()
+    if kernel == "triton" and not has_triton():
+        raise ValueError(
+            "OCTIC_LINEAR=triton needs the package triton; OCTIC_LINEAR=products needs nothing"
+        )
+    narrow = kernel == "auto" and min(lines.shape[1:]) < NARROW and has_triton()
+    return kernel == "triton" or narrow
 
 
 def linear_kernel() -> str:
-    """What multiplies on CUDA, by OCTIC_LINEAR: `products` (cuBLAS; the default) or `triton`."""
-    name = os.environ.get("OCTIC_LINEAR", "products")
-    if name not in ("products", "triton"):
-        raise ValueError(f"OCTIC_LINEAR={name} is unknown; known: products, triton")
+    """What multiplies on CUDA, by OCTIC_LINEAR: `auto` (by width), `products` or `triton`."""
+    name = os.environ.get("OCTIC_LINEAR", "auto")
+    if name not in ("auto", "products", "triton"):
+        raise ValueError(f"OCTIC_LINEAR={name} is unknown; known: auto, products, triton")
     return name
-
-
-def _triton() -> Any:
-    try:
-        from octic import triton_linear
-    except ImportError:
-        raise ValueError(
-            "OCTIC_LINEAR=triton needs the package triton; OCTIC_LINEAR=products needs nothing"
-        ) from None
-    return triton_linear
 
 
 @torch.library.register_fake("octic::irrep_linear")

@@ -1,4 +1,4 @@
-"""The norm over irreps and the GELU on the regular basis, each as one operator.
+"""The norm over irreps, alone or after a sum, and the GELU on the regular basis: an operator each.
 
 They stand between the matrix products of an octic block. Each is an operator of torch (namespace
 `octic`) forward and one backward, which an autograd.Function ties together. On CUDA a Triton kernel
@@ -27,8 +27,8 @@ from octic.plain_kernels import (
     Matrix,
     plain_gelu,
     plain_gelu_backward,
-    plain_norm,
-    plain_norm_backward,
+    plain_residual_norm,
+    plain_residual_norm_backward,
 )
 from octic.precision import autocast_dtype
 
@@ -52,16 +52,31 @@ def irrep_norm(
     dtypes of scale and shift. Raises ValueError where shapes do not fit. Formula: octic-vits,
     LayerNormD8.
     """
-    lengths = [length for length, _ in segments]
-    channels = _channels(x, sum(lengths))
-    for name, tensor, width in (("scale", scale, x.shape[-1]), ("shift", shift, channels)):
-        if tensor is not None and tensor.shape != (width,):
-            raise ValueError(
-                f"irrep_norm: {name} has shape {[*tensor.shape]}; it must be [{width}]"
-            )
-    weights = [float(weight) for _, weight in segments]
+    lengths, weights = _checked_segments(x, scale, shift, segments)
     compute = _Norm.apply if torch.is_grad_enabled() else _norm
     return compute(x, scale, shift, lengths, weights, eps, dtype or x.dtype)
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    segments: Segments,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + branch and the `irrep_norm` of this sum, in one pass over memory, forward and backward.
+
+    The sum has the wider of both dtypes; the rest is as in `irrep_norm`. Raises ValueError where
+    shapes do not fit.
+    """
+    if branch.shape != x.shape:
+        raise ValueError(f"a branch of shape {[*branch.shape]} beside x of {[*x.shape]}")
+    lengths, weights = _checked_segments(x, scale, shift, segments)
+    compute = _ResidualNorm.apply if torch.is_grad_enabled() else _residual_norm
+    return compute(x, branch, scale, shift, lengths, weights, eps, dtype or x.dtype)
 
 
 def regular_gelu(x: Tensor, transform: Matrix) -> Tensor:
@@ -73,6 +88,19 @@ def regular_gelu(x: Tensor, transform: Matrix) -> Tensor:
     _channels(x, len(transform))
     compute = _GELU.apply if torch.is_grad_enabled() else _gelu
     return compute(x, [entry for row in transform for entry in row])
+
+
+def _checked_segments(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, segments: Segments
+) -> tuple[list[int], list[float]]:
+    lengths = [length for length, _ in segments]
+    channels = _channels(x, sum(lengths))
+    for name, tensor, width in (("scale", scale, x.shape[-1]), ("shift", shift, channels)):
+        if tensor is not None and tensor.shape != (width,):
+            raise ValueError(
+                f"irrep_norm: {name} has shape {[*tensor.shape]}; it must be [{width}]"
+            )
+    return lengths, [float(weight) for _, weight in segments]
 
 
 def _channels(x: Tensor, order: int) -> int:
@@ -96,8 +124,8 @@ def _norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    arguments = (x.contiguous(), _dense(scale), _dense(shift), *_plan(lengths, weights), eps, dtype)
-    return _run("triton_norm", "forward", plain_norm, *arguments)
+    parts = (x.contiguous(), None, _dense(scale), _dense(shift))
+    return _run_norm("forward", *parts, *_plan(lengths, weights), eps, dtype)[1]
 
 
 @operator(
@@ -112,13 +140,59 @@ def _norm_backward(
     weights: Sequence[float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dense = (x.contiguous(), grad.contiguous(), _dense(scale), _dense(shift))
-    arguments = (*dense, *_plan(lengths, weights), eps)
-    dx, dscale, dshift = _run("triton_norm", "backward", plain_norm_backward, *arguments)
+    parts = (x.contiguous(), grad.contiguous(), None, None, _dense(scale), _dense(shift))
+    dx, _, *sums = _run_norm("backward", *parts, *_plan(lengths, weights), eps)
+    return dx, *_like_parameters(x, sums, (scale, shift))
+
+
+@operator(
+    f"residual_norm(Tensor x, Tensor branch, {_NORM_ARGUMENTS}, ScalarType dtype)"
+    " -> (Tensor, Tensor)"
+)
+def _residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    parts = (x.contiguous(), branch.contiguous(), _dense(scale), _dense(shift))
+    return _run_norm("forward", *parts, *_plan(lengths, weights), eps, dtype)
+
+
+@operator(
+    f"residual_norm_backward(Tensor grad, Tensor? past, Tensor total, {_NORM_ARGUMENTS},"
+    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _residual_norm_backward(
+    grad: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    eps: float,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cast = None if branch_dtype == total.dtype else branch_dtype
+    parts = (total, grad.contiguous(), _dense(past), cast, _dense(scale), _dense(shift))
+    dx, dbranch, *sums = _run_norm("backward", *parts, *_plan(lengths, weights), eps)
+    dbranch = total.new_empty(0) if dbranch is None else dbranch
+    return dx, dbranch, *_like_parameters(total, sums, (scale, shift))
+
+
+def _like_parameters(
+    x: Tensor, sums: Sequence[Tensor | None], parameters: Sequence
+) -> list[Tensor]:
     # An operator returns tensors, never None.
-    dscale = x.new_empty(0) if scale is None else dscale.to(scale.dtype)
-    dshift = x.new_empty(0) if shift is None else dshift.to(shift.dtype)
-    return dx, dscale, dshift
+    return [
+        x.new_empty(0) if total is None else total.to(parameter.dtype)
+        for total, parameter in zip(sums, parameters, strict=True)
+    ]
 
 
 @torch.library.register_fake("octic::irrep_norm")
@@ -128,10 +202,31 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 
 @torch.library.register_fake("octic::irrep_norm_backward")
 def _(grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, *_: Any) -> Any:
-    empty = (
-        x.new_empty(0) if part is None else part.new_empty(part.shape) for part in (scale, shift)
-    )
-    return x.new_empty(x.shape), *empty
+    return x.new_empty(x.shape), *_empty_like(x, scale, shift)
+
+
+@torch.library.register_fake("octic::residual_norm")
+def _(x: Tensor, branch: Tensor, *arguments: Any) -> Any:
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    return total, x.new_empty(x.shape, dtype=arguments[-1])
+
+
+@torch.library.register_fake("octic::residual_norm_backward")
+def _(
+    grad: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *arguments: Any,
+) -> Any:
+    dtype = arguments[-1]
+    dbranch = total.new_empty(0 if dtype == total.dtype else total.shape, dtype=dtype)
+    return total.new_empty(total.shape), dbranch, *_empty_like(total, scale, shift)
+
+
+def _empty_like(x: Tensor, *parts: Tensor | None) -> list[Tensor]:
+    return [x.new_empty(0) if part is None else part.new_empty(part.shape) for part in parts]
 
 
 class _Norm(torch.autograd.Function):
@@ -148,6 +243,29 @@ class _Norm(torch.autograd.Function):
         dx, dscale, dshift = _norm_backward(grad, x, scale, shift, *ctx.arguments)
         dscale, dshift = None if scale is None else dscale, None if shift is None else dshift
         return dx, dscale, dshift, None, None, None, None
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        total, y = _residual_norm(*inputs)
+        ctx.save_for_backward(total, *inputs[2:4])
+        ctx.arguments, ctx.branch_dtype = inputs[4:7], inputs[1].dtype
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple:
+        total, scale, shift = ctx.saved_tensors
+        if grad is None:
+            dx, dbranch, dscale, dshift = past, past, None, None
+        else:
+            arguments = (total, scale, shift, *ctx.arguments, ctx.branch_dtype)
+            dx, dbranch, dscale, dshift = _residual_norm_backward(grad, past, *arguments)
+            dbranch = dbranch if dbranch.numel() == dx.numel() else dx
+            dscale, dshift = None if scale is None else dscale, None if shift is None else dshift
+        return dx, dbranch, dscale, dshift, None, None, None, None
 
 
 # The GELU as an operator; the matrix comes row by row.
@@ -191,6 +309,8 @@ class _GELU(torch.autograd.Function):
     [
         torch.ops.octic.irrep_norm,
         torch.ops.octic.irrep_norm_backward,
+        torch.ops.octic.residual_norm,
+        torch.ops.octic.residual_norm_backward,
         torch.ops.octic.regular_gelu,
         torch.ops.octic.regular_gelu_backward,
     ]
@@ -201,6 +321,11 @@ def _no_multiply_adds(*shapes: Any, **_: Any) -> int:
 
 
 # Choice of the kernel.
+
+
+def _run_norm(function: str, *arguments: Any) -> Any:
+    plain = plain_residual_norm if function == "forward" else plain_residual_norm_backward
+    return _run("triton_norm", function, plain, *arguments)
 
 
 def _run(module: str, function: str, plain: Callable, x: Tensor, *arguments: Any) -> Any:

@@ -6,14 +6,16 @@ The storage is that of `octic.groups`; C = D / |G| is the number of channels of 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.groups import Group, get_group
+from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
-from octic.kernels import irrep_norm, regular_gelu
+from octic.kernels import irrep_norm, regular_gelu, residual_norm
 from octic.precision import autocast_dtype
 from vit.attention import attend, check_backend
 from vit.packing import Packing
@@ -173,12 +175,20 @@ class OcticLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise features [... D]."""
-        scale = shift = None
-        if self.scaling is not None:
-            scale, shift = self.scaling.vector(), self.scaling.beta
+        return irrep_norm(x, *self._affine(), **self._options(x))
+
+    def after(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch and its norm, [... D] both, in one pass."""
+        return residual_norm(x, branch, *self._affine(), **self._options(x))
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.scaling is None:
+            return None, None
+        return self.scaling.vector(), self.scaling.beta
+
+    def _options(self, x: Tensor) -> dict[str, Any]:
         # A matrix product follows: under autocast round once, here, not on its own in the product.
-        dtype = autocast_dtype(x)
-        return irrep_norm(x, scale, shift, segments=self.segments, eps=self.eps, dtype=dtype)
+        return {"segments": self.segments, "eps": self.eps, "dtype": autocast_dtype(x)}
 
 
 class OcticGELU(nn.Module):
@@ -273,12 +283,12 @@ class OcticAttention(nn.Module):
         self, x: Tensor, packing: Packing | None = None, scale: nn.Module | None = None
     ) -> Tensor:
         """Attend within each sequence, then apply `scale`; x and the result are [B T D]."""
-        q, k, v = self._split_heads(self.qkv(x), 3).unbind(2)
+        q, k, v = split_heads(self.qkv(x), self.num_heads, self.row_widths, 3)
         if self.qk_scale is not None or self.attn_mixer is not None:
             q = (q * self._query_factor()).to(k.dtype)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
-        return self.proj(self._join_heads(out), scale)
+        return self.proj(join_heads([out], self.row_widths), scale)
 
     def _query_factor(self) -> Tensor | float:
         """What queries are multiplied by, so that attention's own scale gives the wanted logits."""
@@ -291,17 +301,3 @@ class OcticAttention(nn.Module):
             for weight, irrep in zip(self.attn_mixer, self.group.irreps, strict=True)
         ]
         return scale * torch.cat(parts)
-
-    def _split_heads(self, x: Tensor, parts: int) -> Tensor:
-        """Features [B T parts*D] to heads [B T parts H D/H], in one copy."""
-        (batch, tokens, _), heads = x.shape, self.num_heads
-        widths = [parts * heads * width for width in self.row_widths]
-        rows = [row.view(batch, tokens, parts, heads, -1) for row in x.split(widths, dim=-1)]
-        return torch.cat(rows, dim=-1)
-
-    def _join_heads(self, x: Tensor) -> Tensor:
-        """Heads [B T H D/H] to features [B T D]."""
-        rows, count = x.split(self.row_widths, dim=-1), self.group.num_lines
-        # Rows of one width are joined along the heads, which is a copy less than one by one.
-        parts = [torch.cat(part, dim=2).flatten(2) for part in (rows[:count], rows[count:]) if part]
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

@@ -6,8 +6,10 @@ calls cost here, and an octic block makes seven of them (docs/performance.md has
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 
 def operator(schema: str) -> Callable[[Callable], Callable]:
@@ -26,3 +28,18 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
         return getattr(torch.ops.octic, name).default
 
     return register
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether a Triton kernel can compute on x: CUDA, not float64, and triton is installed."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

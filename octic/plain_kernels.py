@@ -5,8 +5,9 @@ the Triton kernels are tested against. Letters as in `octic.kernels`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,30 @@ def plain_norm_backward(
     dscale = None if scale is None else dweight * inverse_factors
     dshift = None if shift is None else dbias[: shift.shape[0]]
     return dx.view(x.shape).to(x.dtype), dscale, dshift
+
+
+def plain_residual_norm(x: Tensor, branch: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """x + branch (without one x itself) and its `plain_norm`, whose other arguments follow."""
+    total = x if branch is None else x + branch
+    return total, plain_norm(total, *arguments)
+
+
+def plain_residual_norm_backward(
+    total: Tensor,
+    grad: Tensor,
+    past: Tensor | None,
+    branch_dtype: torch.dtype | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, of the branch (the same in its dtype), scale and shift.
+
+    past: the gradient that the sum has from elsewhere, or None.
+    """
+    dx, dscale, dshift = plain_norm_backward(total, grad, *arguments)
+    if past is not None:
+        dx = dx + past
+    dbranch = None if branch_dtype is None else dx.to(branch_dtype)
+    return dx, dbranch, dscale, dshift
 
 
 def _centred(
@@ -170,3 +195,16 @@ def _matrix_tensor(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> 
 
 def _statistics_dtype(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def plain_split(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
+    """Compute `octic.heads.split_heads` with PyTorch's operators."""
+    rows = x.split([parts * heads * width for width in widths], dim=-1)
+    by_part = [row.unflatten(-1, (parts, heads, -1)).unbind(-3) for row in rows]
+    return [torch.cat(own, dim=-1) for own in zip(*by_part, strict=True)]
+
+
+def plain_join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    """Compute `octic.heads.join_heads` with PyTorch's operators."""
+    rows = zip(*(t.split(list(widths), dim=-1) for t in tensors), strict=True)
+    return torch.cat([part.flatten(-2) for row in rows for part in row], dim=-1)

@@ -35,6 +35,21 @@ def _transformed(values, STEPS: tl.constexpr, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
+def _upper_tail(h):
+    """1 - Phi(|h|) of the normal distribution, and exp(-h^2 / 2).
+
+    Abramowitz and Stegun 1964, 7.1.26, error at most 7.5e-8: two special functions and seven
+    multiply-adds, where erf takes enough arithmetic to hold up a kernel that only waits for memory.
+    """
+    t = 1.0 / (1.0 + 0.23164189 * tl.abs(h))
+    bell = tl.exp(-0.5 * h * h)
+    series = 0.5307027145 * t - 0.7265760135
+    series = series * t + 0.7107068705
+    series = series * t - 0.142248368
+    return (series * t + 0.127414796) * t * bell, bell
+
+
+@triton.jit
 def _tile(rows, C: tl.constexpr, G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Offsets (int64) and mask of this program's tile of the first component."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -65,7 +80,8 @@ def forward_kernel(
     active = ()
     for g in tl.static_range(G):
         h = hidden[g]
-        active = active + (0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476)),)
+        tail, _ = _upper_tail(h)
+        active = active + (tl.maximum(h, 0.0) - tl.abs(h) * tail,)
     outputs = _transformed(active, OUT_STEPS, OUT_OUTPUTS)
     for g in tl.static_range(G):
         tl.store(y_ptr + offsets + g * C, outputs[g].to(y_ptr.dtype.element_ty), mask=mask)
@@ -94,8 +110,9 @@ def backward_kernel(
     slopes = ()
     for g in tl.static_range(G):
         h = hidden[g]
-        cumulative = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-        slopes = slopes + (cumulative + h * tl.exp(-0.5 * h * h) * 0.3989422804014327,)
+        tail, bell = _upper_tail(h)
+        cumulative = tl.where(h > 0.0, 1.0 - tail, tail)
+        slopes = slopes + (cumulative + h * bell * 0.3989422804014327,)
     grads = ()
     for g in tl.static_range(G):
         grads = grads + (tl.load(grad_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32),)

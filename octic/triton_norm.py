@@ -1,10 +1,11 @@
-"""Triton kernels of `octic.kernels.irrep_norm`; imported only when a CUDA tensor needs them.
+"""Triton kernels of the norms of `octic.kernels`; imported only when a CUDA tensor needs them.
 
 A program walks over tokens and holds the channels of one in registers as a tile [G C]: one read
-and one write. What does not depend on the token (scale, shift, which channels share a mean) is read
-once per program. The backward pass computes the statistics again from x, so nothing else is saved;
-it sums the parameters' gradients per program, and the host adds these sums in a fixed order (no
-atomics: the same bits every time). No autotuning: the launch depends on the width alone.
+and one write of each tensor, the sum with a branch included. What does not depend on the token
+(scale, shift, which channels share a mean) is read once per program. The backward pass computes
+the statistics again from x, so nothing else is saved; it sums the parameters' gradients per
+program, and the host adds these sums in a fixed order (no atomics: the same bits every time). No
+autotuning: the launch depends on the width alone.
 """
 
 # Arguments of a Triton function have no Python types.
@@ -23,6 +24,9 @@ VALUES_PER_THREAD = 16
 # Warps for each streaming multiprocessor; with the kernels' 64 and 96 registers all are resident.
 FORWARD_WARPS = 32
 BACKWARD_WARPS = 16
+# Stages that loads run ahead of the arithmetic.
+FORWARD_AHEAD = 1
+BACKWARD_AHEAD = 1
 
 
 @triton.jit
@@ -64,8 +68,10 @@ def _normalised(x, mask, average, weight, eps, G: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "eps"])
 def forward_kernel(
     x_ptr,
+    branch_ptr,
     scale_ptr,
     shift_ptr,
+    total_ptr,
     y_ptr,
     rows,
     eps,
@@ -74,8 +80,10 @@ def forward_kernel(
     GP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BRANCH: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     group = tl.arange(0, GP)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
@@ -89,9 +97,16 @@ def forward_kernel(
     shift = tl.zeros([GP, BLOCK_C], tl.float32)
     if SHIFT:
         shift = tl.load(shift_ptr + offsets, mask=mask & (group == 0), other=0.0).to(tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+    first_row = tl.program_id(0).to(tl.int64)
+    for row in tl.range(first_row, rows, tl.num_programs(0), num_stages=AHEAD):
         start = row * (G * C)
         x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        if BRANCH:
+            branch = tl.load(branch_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            # What is normalised is what is stored, rounded.
+            total = (x + branch).to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + start + offsets, total, mask=mask)
+            x = total.to(tl.float32)
         y, _ = _normalised(x, mask, average, weight, eps, G)
         y = y * scale + shift
         tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -101,10 +116,11 @@ def forward_kernel(
 def backward_kernel(
     x_ptr,
     grad_ptr,
+    past_ptr,
     scale_ptr,
     dx_ptr,
-    dscale_ptr,
-    dshift_ptr,
+    dbranch_ptr,
+    sums_ptr,
     rows,
     eps,
     C: tl.constexpr,
@@ -112,8 +128,11 @@ def backward_kernel(
     GP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    PAST: tl.constexpr,
+    BRANCH: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     group = tl.arange(0, GP)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
@@ -127,7 +146,8 @@ def backward_kernel(
         scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     dscale = tl.zeros([GP, BLOCK_C], tl.float32)
     dshift = tl.zeros([BLOCK_C], tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+    first_row = tl.program_id(0).to(tl.int64)
+    for row in tl.range(first_row, rows, tl.num_programs(0), num_stages=AHEAD):
         start = row * (G * C)
         x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -140,59 +160,114 @@ def backward_kernel(
         along = tl.sum(tl.sum(grad * hat, axis=1), axis=0) / G
         grad -= _segment_means(grad, average)[:, None]
         dx = (grad - hat * (weight * along)[:, None]) * inverse
+        if PAST:
+            dx += tl.load(past_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        if BRANCH:
+            dbranch = dx.to(dbranch_ptr.dtype.element_ty)
+            tl.store(dbranch_ptr + start + offsets, dbranch, mask=mask)
         tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    program = tl.program_id(0).to(tl.int64)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (SCALE * G * C + SHIFT * C)
     if SCALE:
-        tl.store(dscale_ptr + program * (G * C) + offsets, dscale, mask=mask)
+        tl.store(sums_ptr + offsets, dscale, mask=mask)
     if SHIFT:
-        tl.store(dshift_ptr + program * C + first, dshift, mask=first < C)
+        tl.store(sums_ptr + SCALE * G * C + first, dshift, mask=first < C)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def sum_kernel(
+    sums_ptr,
+    total_ptr,
+    programs,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Sums of the columns of [programs WIDTH], in the same order every time."""
+    column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        program = first + tl.arange(0, BLOCK_P)
+        mask = (program < programs)[:, None] & (column < WIDTH)[None, :]
+        offsets = program[:, None] * WIDTH + column[None, :]
+        total += tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+    tl.store(total_ptr + column, tl.sum(total, axis=0), mask=column < WIDTH)
 
 
 def forward(
     x: Tensor,
+    branch: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
     lengths: tuple[int, ...],
     weights: tuple[float, ...],
     eps: float,
     dtype: torch.dtype,
-) -> Tensor:
-    """Normalise a contiguous x [..., G*C] into a tensor of dtype."""
+) -> tuple[Tensor, Tensor]:
+    """x + branch, contiguous [..., G*C] each, in the wider dtype, and its norm, a tensor of dtype.
+
+    Without a branch the first result is x itself.
+    """
+    total = x
+    if branch is not None:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
     y = x.new_empty(x.shape, dtype=dtype)
     if x.numel() == 0:
-        return y
-    given = {"SCALE": scale is not None, "SHIFT": shift is not None}
+        return total, y
+    given = {"BRANCH": branch is not None, "SCALE": scale is not None, "SHIFT": shift is not None}
     arguments = options(x.shape[-1], lengths, weights) | given
     rows = x.numel() // x.shape[-1]
     # A kernel argument that is not read still has to be a tensor.
-    tensors = (x, x if scale is None else scale, x if shift is None else shift, y)
+    given_or_x = (x if tensor is None else tensor for tensor in (branch, scale, shift))
     forward_kernel[(_programs(x, rows, FORWARD_WARPS // arguments["num_warps"]),)](
-        *tensors, rows, eps, **arguments
+        x, *given_or_x, total, y, rows, eps, AHEAD=FORWARD_AHEAD, **arguments
     )
-    return y
+    return total, y
 
 
 def backward(
     x: Tensor,
     grad: Tensor,
+    past: Tensor | None,
+    branch_dtype: torch.dtype | None,
     scale: Tensor | None,
     shift: Tensor | None,
     lengths: tuple[int, ...],
     weights: tuple[float, ...],
     eps: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (its dtype), scale and shift (float32); x and grad contiguous [..., G*C]."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (its dtype), the same in `branch_dtype`, of scale and of shift (float32).
+
+    x, grad and past are contiguous [..., G*C]; past, the gradient that x has from elsewhere, is
+    added.
+    """
     dx = x.new_empty(x.shape)
-    given = {"SCALE": scale is not None, "SHIFT": shift is not None}
+    dbranch = None if branch_dtype is None else x.new_empty(x.shape, dtype=branch_dtype)
+    given = {"PAST": past is not None, "BRANCH": dbranch is not None}
+    given |= {"SCALE": scale is not None, "SHIFT": shift is not None}
     arguments = options(x.shape[-1], lengths, weights) | given
     rows = x.numel() // x.shape[-1]
+    width = (0 if scale is None else x.shape[-1]) + (0 if shift is None else arguments["C"])
     programs = _programs(x, rows, BACKWARD_WARPS // arguments["num_warps"])
-    dscale = x.new_empty(programs if scale is not None else 0, x.shape[-1], dtype=torch.float32)
-    dshift = x.new_empty(programs if shift is not None else 0, arguments["C"], dtype=torch.float32)
+    sums = x.new_empty(programs, width, dtype=torch.float32)
     if rows:
-        tensors = (x, grad, x if scale is None else scale, dx, dscale, dshift)
-        backward_kernel[(programs,)](*tensors, rows, eps, **arguments)
-    return dx, None if scale is None else dscale.sum(0), None if shift is None else dshift.sum(0)
+        read = (x, grad, x if past is None else past, x if scale is None else scale)
+        written = (dx, dx if dbranch is None else dbranch, sums)
+        backward_kernel[(programs,)](*read, *written, rows, eps, AHEAD=BACKWARD_AHEAD, **arguments)
+    totals = _sum_programs(sums)
+    dscale = None if scale is None else totals[: x.shape[-1]]
+    dshift = None if shift is None else totals[width - arguments["C"] :]
+    return dx, dbranch, dscale, dshift
+
+
+def _sum_programs(sums: Tensor) -> Tensor:
+    programs, width = sums.shape
+    if not sums.numel():
+        return sums.new_zeros(width)
+    totals = sums.new_empty(width)
+    sum_kernel[(triton.cdiv(width, 32),)](
+        sums, totals, programs, WIDTH=width, BLOCK_P=64, BLOCK_W=32, num_warps=4
+    )
+    return totals
 
 
 @lru_cache(maxsize=256)  # a launch costs the host less

@@ -5,11 +5,18 @@ from torch import Tensor, nn
 
 from vit.attention import Attention
 from vit.packing import Packing
-from vit.stochastic_depth import add_branch, check_mode
+from vit.stochastic_depth import add_branch, check_mode, drop_whole
 
 
 class ResidualBlock(nn.Module):
-    """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)), each branch under stochastic depth."""
+    """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)), each branch under stochastic depth.
+
+    holds: whether it is worth while to leave a block's last sum to the next one (see `forward`). A
+        layer scale in float32 makes the branch a wider tensor than the product before it, and then
+        it is not.
+    """
+
+    holds = False
 
     def __init__(
         self,
@@ -32,17 +39,52 @@ class ResidualBlock(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.drop_path_mode = drop_path_mode
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Map tokens [B T D], packed or not, to tokens of the same shape."""
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        branch: Tensor | None = None,
+        hold: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Map tokens [B T D], packed or not, to tokens of the same shape.
+
+        A norm that follows a sum can take it along, without a pass over memory of its own. So a
+        block adds the `branch` of the block before it, if it is given one, and with `hold` returns
+        its own last sum as the two terms (the second None where nothing is left to add).
+        """
         rate = self.drop_path_rate if self.training else 0.0
-        x = add_branch(x, self._mix_tokens, packing, rate=rate, mode=self.drop_path_mode)
-        return add_branch(x, self._mix_channels, packing, rate=rate, mode=self.drop_path_mode)
+        if rate and self.drop_path_mode == "subset":
+            x = x if branch is None else x + branch
+            x = add_branch(x, self._mix_tokens, packing, rate=rate, mode="subset")
+            x = add_branch(x, self._mix_channels, packing, rate=rate, mode="subset")
+            return (x, None) if hold else x
+        x, normed = self._add_and_norm(x, branch, self.norm1)
+        update = self._attend(normed, packing)
+        x, normed = self._add_and_norm(x, drop_whole(update, packing, rate), self.norm2)
+        update = drop_whole(self._transform(normed), packing, rate)
+        return (x, update) if hold else x + update
 
     def _mix_tokens(self, x: Tensor, packing: Packing | None) -> Tensor:
-        return self.ls1(self.attn(self.norm1(x), packing))
+        """The first branch [B T D] of tokens."""
+        return self._attend(self.norm1(x), packing)
 
     def _mix_channels(self, x: Tensor, packing: Packing | None) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
+        """The second branch [B T D] of tokens."""
+        return self._transform(self.norm2(x))
+
+    # What an equivariant block computes otherwise.
+
+    def _add_and_norm(
+        self, x: Tensor, branch: Tensor | None, norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        return x, norm(x)
+
+    def _attend(self, normed: Tensor, packing: Packing | None) -> Tensor:
+        return self.ls1(self.attn(normed, packing))
+
+    def _transform(self, normed: Tensor) -> Tensor:
+        return self.ls2(self.mlp(normed))
 
 
 class Block(ResidualBlock):

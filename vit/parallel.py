@@ -31,7 +31,9 @@ class ParallelBlock(Block):
         self.norm11, self.attn1, self.ls11 = twin.norm1, twin.attn, twin.ls1
         self.norm21, self.mlp1, self.ls21 = twin.norm2, twin.mlp, twin.ls2
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, packing: Packing | None = None
+    ) -> Tensor:
         """Map tokens [B T D], packed or not, to tokens of the same shape."""
         x = self._add_both(x, packing, self._mix_tokens, self._mix_tokens_too)
         return self._add_both(x, packing, self._mix_channels, self._mix_channels_too)

@@ -20,13 +20,18 @@ def add_branch(
     runs the branch on max(1, int(B (1 - rate))) random sequences of each group and on nothing
     else, so that dropped work costs no time. Both divide by the kept share.
     """
-    if rate == 0.0:
-        return x + branch(x, packing)
-    if mode == "sample":
-        return x + branch(x, packing) * _keep_mask(x, packing, 1.0 - rate)
+    if rate == 0.0 or mode == "sample":
+        return x + drop_whole(branch(x, packing), packing, rate)
     if packing is None:
         return _add_on_subset(x, branch, 1.0 - rate)
     return _add_on_packed_subset(x, branch, packing, 1.0 - rate)
+
+
+def drop_whole(update: Tensor, packing: Packing | None, rate: float) -> Tensor:
+    """A branch's result, each sequence dropped by a coin of its own, over the kept share."""
+    if rate == 0.0:
+        return update
+    return update * _keep_mask(update, packing, 1.0 - rate)
 
 
 def _keep_mask(x: Tensor, packing: Packing | None, keep: float) -> Tensor:

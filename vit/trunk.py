@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit.backbone import Encoded, Features
+from vit.block import ResidualBlock
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -149,17 +150,23 @@ class Trunk(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks (up to `stop`, if not negative); also keep the outputs of `taps`."""
         taps, kept = set(taps), {}
+        branch: Tensor | None = None  # of the block before, not yet added
         last = len(self.blocks) - 1 if stop < 0 else stop
         for index, block in enumerate(self.blocks[: last + 1]):
             if index == self.switch:
-                x = self.transition(x)
+                x, branch = self.transition(_added(x, branch)), None
+            holds = _holds(block)
+            arguments = (x, packing, branch, True) if holds else (_added(x, branch), packing)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, use_reentrant=False)
+                out = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, packing)
+                out = block(*arguments)
+            x, branch = out if isinstance(out, tuple) else (out, None)
             if index in taps:
+                x, branch = _added(x, branch), None
                 # An octic block's output is told in the basis of the plain half.
                 kept[index] = self.transition(x) if index < self.switch else x
+        x = _added(x, branch)
         if last < self.switch:
             x = self.transition(x)
         return x, kept
@@ -336,6 +343,15 @@ class Trunk(nn.Module):
             for name, _ in self.named_parameters()
             if name == "cls_token" or name.split(".")[0] == "pos_embed"
         }
+
+
+def _added(x: Tensor, branch: Tensor | None) -> Tensor:
+    return x if branch is None else x + branch
+
+
+def _holds(block: nn.Module) -> bool:
+    """Whether the next block is to add this one's last branch; hooks see whole tokens."""
+    return isinstance(block, ResidualBlock) and block.holds and not block._forward_hooks
 
 
 def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from octic import plain_kernels
 from octic.irrep_linear import irrep_linear, linear_kernel
-from octic.kernels import irrep_norm, regular_gelu
+from octic.kernels import irrep_norm, regular_gelu, residual_norm
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -66,6 +66,46 @@ def test_gelu_in_pieces_is_gelu_at_once(monkeypatch):
     monkeypatch.setattr(plain_kernels, "PIECE", 4 * 56)
     pieces = gradients(lambda x: regular_gelu(x, D4), [x], grad)
     assert all(torch.equal(*pair) for pair in zip(whole, pieces, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_norm_after_a_sum_is_the_norm_of_the_sum(dtype):
+    """Value and gradients, whichever of the two results is used further."""
+    *inputs, grad = norm_inputs(OCTIC, tokens=(3, 5), channels=7, dtype=dtype)
+    inputs, past = [inputs[0], torch.randn_like(inputs[0]), *inputs[1:]], torch.randn_like(grad)
+
+    def together(x, branch, scale, shift):
+        return residual_norm(x, branch, scale, shift, segments=OCTIC, eps=1e-3)
+
+    def apart(x, branch, scale, shift):
+        total = x + branch
+        return total, irrep_norm(total, scale, shift, segments=OCTIC, eps=1e-3)
+
+    for used in ((past, grad), (past, None), (None, grad)):
+        found = []
+        for function in (together, apart):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            outputs = function(*leaves)
+            pairs = [(y, g) for y, g in zip(outputs, used, strict=True) if g is not None]
+            torch.autograd.backward(*zip(*pairs, strict=True))
+            found.append([*outputs, *(leaf.grad for leaf in leaves)])
+        for ours, reference in zip(*found, strict=True):
+            assert (ours is None) == (reference is None)
+            assert ours is None or relative_error(ours, reference) <= 2 * ROUNDING[dtype]
+
+
+def test_norm_after_a_sum_of_two_dtypes():
+    *inputs, grad = norm_inputs(OCTIC, tokens=(9,), channels=4, dtype=torch.float32)
+    branch = torch.randn_like(inputs[0]).bfloat16().requires_grad_()
+    x = inputs[0].requires_grad_()
+    options = {"segments": OCTIC, "dtype": torch.bfloat16}
+    total, y = residual_norm(x, branch, *inputs[1:], **options)
+    assert torch.equal(total, x + branch) and y.dtype == torch.bfloat16
+    assert torch.equal(y, irrep_norm(total, *inputs[1:], **options))
+    y.backward(grad.bfloat16())
+    assert torch.equal(branch.grad, x.grad.bfloat16())
+    with pytest.raises(ValueError, match=r"a branch of shape \[4, 32\] beside x of \[9, 32\]"):
+        residual_norm(x, branch[:4], segments=OCTIC)
 
 
 @pytest.mark.parametrize("with_scale", [False, True])
@@ -156,6 +196,12 @@ def test_operators_are_registered_completely():
         arguments = (*parameters, lengths, weights, 1e-5)
         check(ops.irrep_norm, (x, *arguments, torch.bfloat16))
         check(ops.irrep_norm_backward, (grad, x, *arguments))
+        branch = torch.randn_like(x).bfloat16()
+        check(ops.residual_norm, (x, branch, *arguments, torch.bfloat16))
+        for past, kind in ((None, torch.float32), (grad, torch.bfloat16)):
+            check(ops.residual_norm_backward, (grad, past, x, *arguments, kind))
+    check(ops.split_heads, (torch.randn(2, 3, 48), 2, [1, 1, 1, 1, 2, 2], 3))
+    check(ops.join_heads, ([torch.randn(2, 3, 2, 8)] * 3, [1, 1, 1, 1, 2, 2]))
     check(ops.regular_gelu, (x, flat))
     check(ops.regular_gelu_backward, (grad, x, flat))
     flat_x, lines, plane = x.flatten(0, 1), torch.randn(4, 2, 2), torch.randn(4, 4)
@@ -295,7 +341,9 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, m
 
 
 def test_an_unknown_kernel_of_linear_layers_is_refused(monkeypatch):
-    assert linear_kernel() == "products"
+    assert linear_kernel() == "auto"
     monkeypatch.setenv("OCTIC_LINEAR", "cutlass")
-    with pytest.raises(ValueError, match="OCTIC_LINEAR=cutlass is unknown; known: products, tri"):
+    with pytest.raises(
+        ValueError, match="OCTIC_LINEAR=cutlass is unknown; known: auto, products, tri"
+    ):
         linear_kernel()

@@ -11,7 +11,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from octic import irrep_linear, kernels, plain_kernels, triton_gelu, triton_linear, triton_norm
+from octic import (
+    irrep_linear,
+    kernels,
+    plain_kernels,
+    triton_bias,
+    triton_gelu,
+    triton_heads,
+    triton_linear,
+    triton_norm,
+    triton_weights,
+)
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -32,7 +42,7 @@ def tensor_range(*bounds):
     return range(*(int(b.handle.data.item()) if hasattr(b, "handle") else b for b in bounds))
 
 
-triton_norm.range = tensor_range
+triton_norm.range = triton_weights.range = tensor_range
 triton_norm.FORWARD_WARPS = triton_norm.BACKWARD_WARPS = 2  # so that a program takes several tokens
 
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -46,15 +56,16 @@ def test_norm_equals_the_twin(name, channels, dtype):
     lengths, weights = zip(*segments, strict=True)
     x, scale, shift, grad = norm_inputs(segments, tokens=(5,), channels=channels, dtype=dtype)
     parameters = [p.float() for p in (scale, shift)]
-    forward = (x, *parameters, lengths, weights, 1e-3, dtype)
-    y = triton_norm.forward(*forward)
+    forward = (*parameters, lengths, weights, 1e-3, dtype)
+    y = triton_norm.forward(x, None, *forward)[1]
     assert y.dtype == dtype
-    assert relative_error(y, plain_kernels.plain_norm(*forward)) <= 2 * tolerance
+    assert relative_error(y, plain_kernels.plain_norm(x, *forward)) <= 2 * tolerance
     exact = norm_by_definition(*(t.double() for t in (x, *parameters)), segments, 1e-3)
     assert relative_error(y, exact) < tolerance
-    backward = (x, grad, *parameters, lengths, weights, 1e-3)
-    twin = plain_kernels.plain_norm_backward(*backward)
-    for ours, reference in zip(triton_norm.backward(*backward), twin, strict=True):
+    backward = (*parameters, lengths, weights, 1e-3)
+    twin = plain_kernels.plain_norm_backward(x, grad, *backward)
+    dx, _, *sums = triton_norm.backward(x, grad, None, None, *backward)
+    for ours, reference in zip((dx, *sums), twin, strict=True):
         assert ours.dtype == reference.dtype and ours.shape == reference.shape
         assert relative_error(ours, reference) <= max(2 * tolerance, 2e-5)
 
@@ -65,17 +76,73 @@ def test_norm_without_scale_or_shift_and_with_another_dtype():
     x, scale, shift, grad = norm_inputs(segments, tokens=(1, 3), channels=6, dtype=torch.float32)
     for s, b in itertools.product((None, scale), (None, shift)):
         for dtype in ROUNDING:
-            arguments = (x, s, b, lengths, weights, 1e-5, dtype)
-            y, twin = triton_norm.forward(*arguments), plain_kernels.plain_norm(*arguments)
+            arguments = (s, b, lengths, weights, 1e-5, dtype)
+            _, y = triton_norm.forward(x, None, *arguments)
+            twin = plain_kernels.plain_norm(x, *arguments)
             assert y.dtype == dtype and relative_error(y, twin) <= 2 * ROUNDING[dtype]
             g = grad.to(dtype)
-            ours = triton_norm.backward(x, g, s, b, lengths, weights, 1e-5)
+            dx, _, *sums = triton_norm.backward(x, g, None, None, s, b, lengths, weights, 1e-5)
+            ours = (dx, *sums)
             twins = plain_kernels.plain_norm_backward(x, g, s, b, lengths, weights, 1e-5)
             for value, reference in zip(ours, twins, strict=True):
                 assert (value is None) == (reference is None)
                 if value is not None:
                     assert value.dtype == torch.float32 and value.shape == reference.shape
                     assert relative_error(value, reference) < 2e-6
+
+
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_norm_after_a_sum_equals_the_twin(half, past):
+    segments = SEGMENTS["octic"]
+    lengths, weights = zip(*segments, strict=True)
+    x, scale, shift, grad = norm_inputs(segments, tokens=(2, 3), channels=6, dtype=torch.float32)
+    branch, through = torch.randn(2, *x.shape)
+    branch, grad = branch.to(half), grad.to(half)
+    arguments = (scale, shift, lengths, weights, 1e-5)
+    total, y = triton_norm.forward(x, branch, *arguments, half)
+    twin = plain_kernels.plain_residual_norm(x, branch, *arguments, half)
+    assert torch.equal(total, twin[0]) and y.dtype == half
+    assert relative_error(y, twin[1]) <= 2 * ROUNDING[half]
+    cast = None if half == torch.float32 else half
+    backward = (total, grad, through if past else None, cast, *arguments)
+    ours, twins = (
+        triton_norm.backward(*backward),
+        plain_kernels.plain_residual_norm_backward(*backward),
+    )
+    for value, reference in zip(ours, twins, strict=True):
+        assert (value is None) == (reference is None)
+        if value is not None:
+            assert value.dtype == reference.dtype
+            assert relative_error(value, reference) <= max(2 * ROUNDING[value.dtype], 2e-5)
+
+
+# Heads, widths of a head's rows, parts: D4, C4 or V4 and mirror; widths that are no power of two.
+HEADS = [(3, [2] * 4 + [4] * 2, 3), (4, [10] * 4 + [20] * 2, 3), (5, [3] * 2, 1), (2, [8] * 4, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, widths, parts", HEADS)
+def test_heads_are_split_and_joined_as_by_the_twin(heads, widths, parts, dtype):
+    x = torch.randn(2, 19, parts * heads * sum(widths)).to(dtype)
+    apart = triton_heads.split(x, heads, widths, parts)
+    twins = plain_kernels.plain_split(x, heads, widths, parts)
+    assert all(torch.equal(*pair) for pair in zip(apart, twins, strict=True))
+    assert torch.equal(triton_heads.join(twins, widths), x)
+    empty = triton_heads.split(x[:0], heads, widths, parts)
+    assert empty[0].shape == (0, 19, heads, sum(widths))
+    assert triton_heads.join(empty, widths).shape == (0, *x.shape[1:])
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("channels", [5, 32, 300])
+def test_bias_is_added_as_by_the_twin(channels, dtype):
+    y, bias = torch.randn(75, 2 * channels).to(dtype), torch.randn(channels).to(dtype)
+    exact = y.clone()
+    exact[:, :channels] += bias
+    triton_bias.add(y, bias)
+    assert relative_error(y, exact) < 2 * ROUNDING[dtype]
+    assert torch.equal(y[:, channels:], exact[:, channels:])
 
 
 @DTYPES
@@ -141,12 +208,33 @@ def test_products_equal_the_twin(lines, rows, given, wanted, biased, dtype):
     assert relative_error(found, twin) < 2 * ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [37, 300, 0])
+@pytest.mark.parametrize("lines, rows, given, wanted", PRODUCTS)
+def test_gradients_of_the_weights_equal_the_twin(lines, rows, given, wanted, tokens, dtype):
+    shapes = [(tokens, given * (lines + 2 * rows)), (lines, wanted, given), (2 * wanted, 2 * given)]
+    x, matrices, plane = (torch.randn(s).to(dtype) for s in shapes)
+    plane = plane if rows else None
+    grad = torch.randn(tokens, wanted * (lines + 2 * rows)).to(dtype)
+    exact = irrep_linear._backward_weight(
+        *(t if t is None else t.double() for t in (grad, x, matrices, plane))
+    )
+    for ours, reference in zip(
+        triton_weights.backward(grad, x, matrices, plane), exact, strict=True
+    ):
+        assert ours.dtype == dtype and ours.shape == reference.shape
+        if ours.numel() and tokens:
+            assert relative_error(ours, reference) < 2 * ROUNDING[dtype]
+        else:
+            assert torch.equal(ours.double(), reference)
+
+
 def test_the_operator_hands_the_products_their_arguments(monkeypatch):
     inputs = [torch.randn(s) for s in ((2, 3, 32), (4, 5, 4), (10, 8), (5,))]
     grad = torch.randn(2, 3, 40)
     plain = gradients(irrep_linear.irrep_linear, inputs, grad)
     calls = []
-    monkeypatch.setattr(irrep_linear, "_uses_triton", lambda x: calls.append(x) is None)
+    monkeypatch.setattr(irrep_linear, "_uses_triton", lambda *a: calls.append(a) is None)
     for ours, reference in zip(
         gradients(irrep_linear.irrep_linear, inputs, grad), plain, strict=True
     ):
@@ -162,8 +250,8 @@ def test_empty_inputs():
     assert triton_gelu.forward(x, TRANSFORMS["D4"]).shape == x.shape
     assert triton_gelu.backward(x, x, TRANSFORMS["D4"]).shape == x.shape
     arguments = (scale, shift, lengths, weights, 1e-5)
-    assert triton_norm.forward(x, *arguments, torch.float32).shape == x.shape
-    dx, dscale, dshift = triton_norm.backward(x, x, *arguments)
+    assert triton_norm.forward(x, None, *arguments, torch.float32)[1].shape == x.shape
+    dx, _, dscale, dshift = triton_norm.backward(x, x, None, None, *arguments)
     assert dx.shape == x.shape
     assert torch.equal(dscale, torch.zeros(16)) and torch.equal(dshift, torch.zeros(2))
 

@@ -1,0 +1,98 @@
+"""Channels by irrep to channels by head and back: what stands around attention in an octic block.
+
+Features keep the channels of an irrep's row together; attention wants those of a head together, and
+every head holds a part of every row. `split_heads` and `join_heads` are inverse to each other, each
+one operator (namespace `octic`) and one pass over memory, and each the other's gradient. On CUDA a
+Triton kernel moves the channels (`triton_heads`), elsewhere torch's `cat` does.
+
+Letters: B sequences, T tokens, P parts (queries, keys, values: 3; one: 1), H heads, D channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from octic.operators import operator, takes_triton
+from octic.plain_kernels import plain_join, plain_split
+
+
+def split_heads(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> tuple[Tensor, ...]:
+    """Features [B T P*D] to P tensors of heads [B T H D/H].
+
+    widths: of a head's channels, those of each row of each irrep; D/H in all. x holds them row by
+    row, within a row part by part, within a part head by head.
+    """
+    if torch.is_grad_enabled():
+        return _Split.apply(x, heads, list(widths), parts)
+    return tuple(_split(x, heads, widths, parts))
+
+
+def join_heads(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    """P tensors of heads [B T H D/H] to features [B T P*D]: the inverse of `split_heads`."""
+    if torch.is_grad_enabled():
+        return _Join.apply(list(widths), *tensors)
+    return _join(tensors, widths)
+
+
+@operator("split_heads(Tensor x, int heads, int[] widths, int parts) -> Tensor[]")
+def _split(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
+    if takes_triton(x) and parts <= 3:
+        from octic import triton_heads
+
+        with torch.cuda.device_of(x):
+            return triton_heads.split(x.contiguous(), heads, widths, parts)
+    return plain_split(x, heads, widths, parts)
+
+
+@operator("join_heads(Tensor[] tensors, int[] widths) -> Tensor")
+def _join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    if takes_triton(tensors[0]) and len(tensors) <= 3:
+        from octic import triton_heads
+
+        with torch.cuda.device_of(tensors[0]):
+            return triton_heads.join([t.contiguous() for t in tensors], widths)
+    return plain_join(tensors, widths)
+
+
+@torch.library.register_fake("octic::split_heads")
+def _(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], heads, sum(widths)) for _ in range(parts)]
+
+
+@torch.library.register_fake("octic::join_heads")
+def _(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    first = tensors[0]
+    width = len(tensors) * first.shape[-2] * first.shape[-1]
+    return first.new_empty(*first.shape[:-2], width)
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, heads: int, widths: list[int], parts: int
+    ) -> tuple[Tensor, ...]:
+        ctx.widths = widths
+        return tuple(_split(x, heads, widths, parts))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return join_heads(grads, ctx.widths), None, None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, widths: list[int], *tensors: Tensor) -> Tensor:
+        ctx.widths, ctx.heads, ctx.parts = widths, tensors[0].shape[-2], len(tensors)
+        return _join(tensors, widths)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, *split_heads(grad, ctx.heads, ctx.widths, ctx.parts)
+
+
+@register_flop_formula([torch.ops.octic.split_heads, torch.ops.octic.join_heads])
+def _no_multiply_adds(*shapes: Any, **_: Any) -> int:
+    return 0
