@@ -23,6 +23,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import training_batches
 from utils.distributed import average_buffers, rank, world_size
 from utils.effective_batch import micro_batches
+from utils.parallel import blocks_of
 from vit.finetune import head_of, load_adapted
 from vit.weights import read_metadata
 
@@ -145,12 +146,12 @@ class DeiT(nn.Module):
 
     def parallelize(self, wrap: Callable[..., nn.Module]) -> None:
         """Let the loop shard and compile classifier, moving average and teacher."""
-        self.model = wrap(self.model, units=_blocks(self.model))
+        self.model = wrap(self.model, units=blocks_of(self.model))
         if self.ema is not None:
-            self.ema = wrap(self.ema, units=_blocks(self.ema))
+            self.ema = wrap(self.ema, units=blocks_of(self.ema))
         if self.distillation is not None:
             teacher = self.distillation.teacher
-            self.distillation.teacher = wrap(teacher, units=_blocks(teacher))
+            self.distillation.teacher = wrap(teacher, units=blocks_of(teacher))
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `deit.mixing.Collate`) from a step on, without end."""
@@ -270,11 +271,6 @@ class DeiT(nn.Module):
                 f"{self.num_classes} classes; set backbone.num_classes={self.num_classes}"
             )
         return wide(logits), wide(student)
-
-
-def _blocks(net: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network of ours, or of a timm network in its adapter."""
-    return list(getattr(net, "blocks", getattr(getattr(net, "net", None), "blocks", ())))
 
 
 def _count_classes(model: nn.Module, dataset: ImageDataset) -> int:

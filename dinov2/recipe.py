@@ -24,6 +24,7 @@ from dinov2.weights import load_start, read_start
 from utils.data.images import ImageDataset
 from utils.data.loaders import training_batches
 from utils.distributed import rank, world_size
+from utils.parallel import blocks_of
 
 NUM_GLOBAL_CROPS = 2
 
@@ -139,7 +140,7 @@ class DINOv2(nn.Module):
         """Let the loop shard and compile each part of student and teacher."""
         for parts in (self.student, self.teacher):
             for name, part in parts.items():
-                parts[name] = wrap(part, units=list(getattr(part, "blocks", ())))
+                parts[name] = wrap(part, units=blocks_of(part))
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `dinov2.masking.Collate`) from a step on, without end."""

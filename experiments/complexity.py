@@ -1,4 +1,4 @@
-"""Compare what nets cost with what their plain twins do: [--amp] [--compile] [--models A,B]."""
+"""What nets cost beside their plain twins: [--amp] [--compile] [--graphs] [--models A,B]."""
 
 from evaluation.cost.arguments import parse_complexity
 from slurm.command import main

@@ -18,7 +18,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser of a recipe's `groups` (see `utils.training.Recipe.param_groups`).
 
-    Raises UserError when a trainable parameter of `recipe` is in no group or in two.
+    On CUDA torch's Adam and AdamW are fused unless they are told `fused` or `foreach`. Raises
+    UserError when a trainable parameter of `recipe` is in no group or in two.
     """
     groups = [
         {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0, **g}
@@ -37,7 +38,21 @@ def make_optimizer(
             f"{len(wrong)} trainable parameters are not in exactly one parameter group, "
             f"e.g. {', '.join(wrong[:3])}"
         )
-    return factory([group for group in groups if group["params"]])
+    optimizer = factory([group for group in groups if group["params"]])
+    _fuse(optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let one kernel move an Adam's CUDA parameters, where the config leaves open how."""
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        chosen = group["fused"] is not None or group["foreach"] is not None
+        kinds = {(p.device.type, p.is_floating_point()) for p in group["params"]}
+        if not chosen and not group["differentiable"] and kinds == {("cuda", True)}:
+            # By group and not by keyword: a gradient scaler then goes on to skip steps by itself.
+            group["fused"] = True
 
 
 def apply_schedules(

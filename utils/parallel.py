@@ -65,6 +65,7 @@ def make_wrap(
             if activation_checkpointing and units:
                 _recompute(unit)
             if compile:
+                allow_variants()
                 unit.compile()
         if mesh is not None:
             for unit in units:
@@ -78,6 +79,23 @@ def make_wrap(
         return module
 
     return wrap
+
+
+def allow_variants() -> None:
+    """Let a block be compiled in as many variants as there are: by kind, place, mode and shapes.
+
+    All blocks share the code of one method, and torch leaves code alone that it has compiled eight
+    times.
+    """
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network of ours, or of a timm network in its adapter; or none."""
+    return list(getattr(net, "blocks", getattr(getattr(net, "net", None), "blocks", ())))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

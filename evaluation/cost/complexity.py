@@ -37,7 +37,7 @@ from utils.errors import UserError
 from utils.flops import count_operations
 from utils.run_folder import describe_code
 
-# Each net has two graphs, each group up to three nets, all of one code.
+# Each kind of block has two graphs, each group up to three nets, all of one code.
 RECOMPILE_LIMIT = 64
 
 
@@ -109,18 +109,15 @@ def _measure_group(
     shape = (settings.batch_size, 3, settings.size, settings.size)
     images = torch.randn(shape, device=settings.device)
     for name in group.names:
-        ready = unless_out_of_memory(partial(_prepare, name, nodes[name], images, settings))
-        if ready is None:
+        net = unless_out_of_memory(partial(_place, name, nodes[name], settings))
+        if net is None:
             results[name].lost += settings.passes
             say(f"{name}: not enough memory for its weights")
             continue
-        contestants[name] = ready
-        if config["operators"]:
-            with ready.autocast():
-                results[name].operators = count_operations(ready.net.eval(), images[:1])
-        if config["fvcore"]:
-            theirs = results[name].fvcore = count_with_fvcore(ready.net, settings.size)
-            say(explain_difference(name, results[name].cost.multiply_adds, theirs))
+        _count_as_it_runs(net, images[:1], results[name], config, settings)
+        contestants[name] = Contestant(
+            net, images, dtype=settings.dtype, compile=settings.compile, graphs=settings.graphs
+        )
     for kind in settings.passes if contestants else ():
         turns, lost = measure_in_turn(
             contestants,
@@ -141,9 +138,25 @@ def _measure_group(
     free_memory()
 
 
-def _prepare(name: str, node: Node, images: torch.Tensor, settings: Settings) -> Contestant:
-    net: nn.Module = make_net(name, node, "cpu", seed=settings.seed).to(settings.device)
-    return Contestant(net, images, dtype=settings.dtype, compile=settings.compile)
+def _place(name: str, node: Node, settings: Settings) -> nn.Module:
+    return make_net(name, node, settings.device, seed=settings.seed)
+
+
+def _count_as_it_runs(
+    net: nn.Module,
+    image: torch.Tensor,
+    result: Result,
+    config: Mapping[str, Any],
+    settings: Settings,
+) -> None:
+    # Before the blocks are compiled: a compiled one has other operators.
+    if config["operators"]:
+        half = settings.dtype
+        with torch.autocast(settings.device.type, dtype=half, enabled=half is not None):
+            result.operators = count_operations(net.eval(), image)
+    if config["fvcore"]:
+        theirs = result.fvcore = count_with_fvcore(net, settings.size)
+        say(explain_difference(result.name, result.cost.multiply_adds, theirs))
 
 
 @contextmanager
@@ -184,7 +197,9 @@ def describe(config: Mapping[str, Any], settings: Settings) -> tuple[dict[str, A
         "batch_size": settings.batch_size,
         "size": settings.size,
         "arithmetic": arithmetic,
+        "mode": settings.mode,
         "compile": settings.compile,
+        "graphs": settings.graphs,
         "steps": settings.steps,
         "rounds": settings.rounds,
         "warmup": settings.warmup,

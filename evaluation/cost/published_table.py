@@ -6,7 +6,7 @@ The table itself comes from configs/table: an object as `CostTable` says.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,10 +173,7 @@ def _speeds(
         images = torch.rand(batch, 3, size, size, device=settings.device)
         contestants = {
             str(index): Contestant(
-                table.reduce(row, net),
-                images,
-                dtype=settings.dtype,
-                compile=settings.compile,
+                _row_net(table, row, net, settings), images, dtype=settings.dtype
             )
             for index, row in enumerate(rows)
         }
@@ -190,6 +187,12 @@ def _speeds(
         for index, own in turns.items():
             found[int(index)][batch] = speed_of(own, batch).images_per_second
     return found
+
+
+def _row_net(table: CostTable, row: Any, net: nn.Module, settings: Settings) -> nn.Module:
+    # Compiled whole and not in place: the rows share their blocks.
+    reduced = table.reduce(row, net)
+    return cast(nn.Module, torch.compile(reduced)) if settings.compile else reduced
 
 
 def _print(table: CostTable, lines: list[Line], config: Mapping[str, Any]) -> None:
@@ -242,9 +245,8 @@ def _print_speeds(table: CostTable, lines: list[Line], settings: Settings) -> No
             cells += _speed_cells(line, base, batch, throughput=place > 0)
         rows.append(cells)
     arithmetic = arithmetic_of(settings.device, settings.dtype)
-    mode = "compiled" if settings.compile else "eager"
-    protocol = f"{arithmetic}, {mode}, {device_name(settings.device)}; rows of a model in turn; "
-    protocol += "stated: of FPS, then of throughput"
+    protocol = f"{arithmetic}, {settings.mode}, {device_name(settings.device)}; "
+    protocol += "rows of a model in turn; stated: of FPS, then of throughput"
     print_table("speed beside the base model", columns, rows, protocol=protocol)
 
 

@@ -28,9 +28,15 @@ class Settings(NamedTuple):
     warmup: int
     dtype: torch.dtype | None  # of autocast
     compile: bool
+    graphs: bool  # CUDA graphs
     passes: tuple[str, ...]
     seed: int
     defaulted: tuple[str, ...]  # keys that the device chose
+
+    @property
+    def mode(self) -> str:
+        """How steps are run, in words."""
+        return ("compiled" if self.compile else "eager") + (" + CUDA graphs" if self.graphs else "")
 
 
 def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
@@ -45,12 +51,17 @@ def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
     for word in config["passes"]:
         if word not in PASSES:
             raise UserError(f"passes are {', '.join(PASSES)}, not {word!r}")
+    if config["graphs"] and device.type != "cuda":
+        raise UserError(f"--graphs needs a CUDA device: {device.type} has no CUDA graphs")
+    if config["graphs"] and config.get("table"):
+        raise UserError("--graphs is not for --table: shapes within its rows depend on the images")
     values["rounds"] = min(values["rounds"], values["steps"])
     return Settings(
         device=device,
         size=config["size"],
         dtype=torch.bfloat16 if config["amp"] and has_bfloat16(device) else None,
         compile=config["compile"],
+        graphs=config["graphs"],
         passes=tuple(word for word in PASSES if word in config["passes"]),
         seed=config["seed"],
         defaulted=defaulted,

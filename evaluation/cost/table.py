@@ -114,9 +114,8 @@ def _digits(rate: float) -> str:
 def _in_words(protocol: Mapping[str, Any], peak: Peak | None) -> str:
     parts = [f"{protocol['size']} x {protocol['size']} pixels", "multiply-adds of one image"]
     if peak:
-        mode = "compiled" if protocol["compile"] else "eager"
         parts += [
-            f"batch {protocol['batch_size']}, {protocol['arithmetic']}, {mode}",
+            f"batch {protocol['batch_size']}, {protocol['arithmetic']}, {protocol['mode']}",
             f"{protocol['steps']} timed steps in {protocol['rounds']} rounds, nets in turn",
             "times the twin's: median of the rounds (least-greatest)",
             f"training step: {protocol['training_step']}",

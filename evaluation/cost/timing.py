@@ -7,8 +7,7 @@ else the machine does meets all nets of a round alike, so ratios are taken round
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evaluation.cost.graphs import Recording, is_out_of_memory, record
 from evaluation.cost.models import num_classes_of
 from evaluation.cost.peaks import synchronize
 from evaluation.progress import say, track
+from utils.errors import UserError
+from utils.parallel import blocks_of
 
 INFERENCE, TRAINING = "inference", "training step"
 PASSES = (INFERENCE, TRAINING)
@@ -55,6 +57,11 @@ class Contestant:
 
     Random labels and cross-entropy for a classifier, else the mean square of the pooled feature;
     AdamW; autocast in `dtype`, if one is given.
+
+    compile: as training does, in place: each block for itself, so that equal blocks share one code;
+        a net without `blocks` as a whole.
+    graphs: of a CUDA device: each pass is captured in its first turn and replayed ever after, until
+        `release`.
     """
 
     def __init__(
@@ -64,56 +71,79 @@ class Contestant:
         *,
         dtype: torch.dtype | None = None,
         compile: bool = False,
+        graphs: bool = False,
     ) -> None:
-        self.net, self.images, self.dtype = net, images, dtype
-        self.run: Callable[[Tensor], Tensor] = torch.compile(net) if compile else net
+        self.net, self.images, self.dtype, self.graphs = net, images, dtype, graphs
+        for unit in (blocks_of(net) or [net]) if compile else ():
+            unit.compile()
         classes = num_classes_of(net)
         labels = torch.randint(max(classes, 1), (len(images),), device=images.device)
         self.labels = labels if classes else None
+        self.recordings: dict[str, Recording] = {}
+        self._recorded_bytes: dict[str, int] = {}
 
     def turn(self, kind: str, steps: int) -> Turn:
         """Take one untimed step and `steps` timed ones, each until the device is done."""
         device = self.images.device
+        if self.graphs:
+            replay = self._recording(kind).graph.replay
+            return Turn(_time(replay, 1 + steps, device)[1:], self._recorded_bytes[kind])
         on_cuda = device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
             others = torch.cuda.memory_allocated(device) - self._own_bytes()
-        seconds = []
-        with self._stepping(kind) as step:
-            for _ in range(1 + steps):
-                synchronize(device)
-                start = time.perf_counter()
-                step()
-                synchronize(device)
-                seconds.append(time.perf_counter() - start)
+        step, optimizer = self._ready(kind)
+        try:
+            seconds = _time(step, 1 + steps, device)
+        finally:
+            if optimizer:
+                optimizer.zero_grad(set_to_none=True)
         peak = torch.cuda.max_memory_allocated(device) - others if on_cuda else None
         return Turn(seconds[1:], peak)
 
-    @contextmanager
-    def _stepping(self, kind: str) -> Iterator[Callable[[], None]]:
-        """A step of one pass; gradients and the optimiser's state are gone afterwards."""
+    def release(self) -> None:
+        """Give back the captured passes and the memory that is reserved for them."""
+        if self.recordings:
+            self.recordings.clear()
+            free_memory()
+
+    def _recording(self, kind: str) -> Recording:
+        if kind not in self.recordings:
+            step, optimizer = self._ready(kind)
+            try:
+                made = record(step, self.images.device)
+            finally:
+                if optimizer:
+                    optimizer.zero_grad(set_to_none=True)
+            # The state was made before the capture; in a turn without graphs it is of the peak too.
+            state = sum(map(_bytes_of, _state_of(optimizer)))
+            self._recorded_bytes[kind] = self._own_bytes() + state + made.grown_bytes
+            self.recordings[kind] = made
+        return self.recordings[kind]
+
+    def _ready(self, kind: str) -> tuple[Callable[[], Tensor], torch.optim.Optimizer | None]:
+        """A step of one pass, the net being in its mode, and the optimiser that it moves."""
+        self.net.train(kind == TRAINING)
         if kind == INFERENCE:
-            self.net.eval()
-            yield self._infer
-            return
-        self.net.train()
+            return self._infer, None
         trained = [p for p in self.net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        try:
-            yield lambda: self._train(optimizer)
-        finally:
-            optimizer.zero_grad(set_to_none=True)
+        fused = True if self.images.device.type == "cuda" else None  # the fastest there
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=fused, capturable=self.graphs)
+        return partial(self._train, optimizer), optimizer
 
-    def _infer(self) -> None:
+    def _infer(self) -> Tensor:
         with torch.no_grad(), self.autocast():
-            self.run(self.images)
+            output: Tensor = self.net(self.images)
+        return output
 
-    def _train(self, optimizer: torch.optim.Optimizer) -> None:
+    def _train(self, optimizer: torch.optim.Optimizer) -> Tensor:
         with self.autocast():
-            loss = self.loss(self.run(self.images))
+            loss = self.loss(self.net(self.images))
         loss.backward()
         optimizer.step()
+        # Within a capture too: gradients are made anew in every replay, in the graph's own memory.
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def loss(self, output: Tensor) -> Tensor:
         """Of a batch's output [B classes] or [B D]."""
@@ -123,12 +153,15 @@ class Contestant:
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
-        enabled = self.dtype is not None
-        return torch.autocast(self.images.device.type, dtype=self.dtype, enabled=enabled)
+        return torch.autocast(
+            self.images.device.type,
+            dtype=self.dtype,
+            enabled=self.dtype is not None,
+            cache_enabled=not self.graphs,  # a cast from before the capture would be missing in it
+        )
 
     def _own_bytes(self) -> int:
-        parts = [*self.net.parameters(), *self.net.buffers(), self.images]
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(map(_bytes_of, [*self.net.parameters(), *self.net.buffers(), self.images]))
 
 
 def measure_in_turn(
@@ -142,7 +175,8 @@ def measure_in_turn(
 ) -> tuple[dict[str, list[Turn]], list[str]]:
     """Turns of every net, one per round, and the names of those that ran out of memory.
 
-    `steps` timed steps each in all, dealt out over `rounds`; before, `warmup` untimed ones.
+    `steps` timed steps each in all, dealt out over `rounds`; before, `warmup` untimed ones. What
+    was captured is released at the end. UserError, with the net's name, where it cannot be.
     """
     racing = dict(contestants)
     turns: dict[str, list[Turn]] = {name: [] for name in contestants}
@@ -152,23 +186,28 @@ def measure_in_turn(
     plan = [*([(0, warmup)] if warmup else []), *enumerate(shares, start=1)]
     label = f"{kind}s" if kind == TRAINING else kind
     schedule = [(name, index, share) for index, share in plan for name in contestants]
-    for name, index, share in track(
-        schedule,
-        total=sum(1 + share for _, _, share in schedule) * batch,
-        label=f"{label}, images",
-        size=lambda entry: (1 + entry[2]) * batch,
-        shown=shown,
-    ):
-        if name not in racing:
-            continue
-        turn = unless_out_of_memory(partial(racing[name].turn, kind, share))
-        if turn is None:
-            del racing[name]
-            lost.append(name)
-            if shown:
-                say(f"{name}: out of memory in {kind} at batch {batch}; --batch-size N takes less")
-        elif index:
-            turns[name].append(turn)
+    try:
+        for name, index, share in track(
+            schedule,
+            total=sum(1 + share for _, _, share in schedule) * batch,
+            label=f"{label}, images",
+            size=lambda entry: (1 + entry[2]) * batch,
+            shown=shown,
+        ):
+            if name not in racing:
+                continue
+            turn = unless_out_of_memory(partial(_turn_of, name, racing[name], kind, share))
+            if turn is None:
+                del racing[name]
+                lost.append(name)
+                if shown:
+                    less = "--batch-size N takes less"
+                    say(f"{name}: out of memory in {kind} at batch {batch}; {less}")
+            elif index:
+                turns[name].append(turn)
+    finally:
+        for contestant in contestants.values():
+            contestant.release()
     return {name: turns[name] for name in racing}, lost
 
 
@@ -190,14 +229,40 @@ def ratio_of(turns: list[Turn], twins: list[Turn]) -> Ratio:
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
+def _turn_of(name: str, contestant: Contestant, kind: str, steps: int) -> Turn:
+    try:
+        return contestant.turn(kind, steps)
+    except UserError as error:
+        raise UserError(f"{name}: {kind} {error}") from None
+
+
+def _time(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Seconds of each step, waited for until the device is done."""
+    seconds = []
+    for _ in range(count):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _state_of(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    states = optimizer.state.values() if optimizer else ()
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def unless_out_of_memory(attempt: Callable[[], Result]) -> Result | None:
     """The result of `attempt`, or None, with the memory given back, if there was not enough."""
     try:
         return attempt()
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
     # Outside the handler: the traceback would keep the tensors of the step alive.
     free_memory()

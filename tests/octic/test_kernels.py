@@ -300,6 +300,46 @@ def test_triton_kernels_equal_the_plain_twins_in_the_interpreter():
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
 
+def _kernels_and_arguments(channels):
+    """Every Triton kernel with its compile-time arguments for C = `channels`, the octic group."""
+    from octic import (
+        triton_bias,
+        triton_gelu,
+        triton_heads,
+        triton_linear,
+        triton_norm,
+        triton_weights,
+    )
+
+    lengths, weights = zip(*OCTIC, strict=True)
+    norm = triton_norm.options(8 * channels, lengths, weights) | {"SCALE": True, "SHIFT": True}
+    for given in (False, True):
+        yield triton_norm.forward_kernel, norm | {"BRANCH": given}
+        yield triton_norm.backward_kernel, norm | {"PAST": given, "BRANCH": given}
+    yield triton_norm.sum_kernel, {"WIDTH": 9 * channels, "BLOCK_P": 64, "BLOCK_W": 32}
+    gelu = triton_gelu.options(channels, D4)
+    yield triton_gelu.forward_kernel, gelu
+    yield triton_gelu.backward_kernel, gelu
+    for parts in (1, 3):
+        width = channels * 8
+        widths = (channels,) * 4 + (2 * channels,) * 2
+        yield triton_heads.split_kernel, triton_heads.options(1, widths, parts, width)
+        yield triton_heads.join_kernel, triton_heads.options(1, widths, parts, parts * width)
+    shapes = (4, 4 * channels, channels), (8 * channels, 2 * channels), 2
+    for transposed in (False, True):
+        linear = triton_linear.options(*shapes, transposed=transposed)
+        yield (
+            triton_linear.product_kernel,
+            linear | {"BIAS": not transposed, "PRECISION": "ieee"},
+        )
+    share, _ = triton_weights.options(*shapes)
+    yield triton_weights.share_kernel, share | {"PRECISION": "ieee", "num_stages": 3}
+    sizes = {"LINE_VALUES": 320, "PLANE_VALUES": 64, "BIAS_VALUES": 8, "BLOCK": 512}
+    yield triton_weights.add_kernel, sizes
+    blocks = {"BLOCK_R": 8, "BLOCK_C": 256}
+    yield triton_bias.add_kernel, {"WIDTH": 8 * channels, "C": channels} | blocks
+
+
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler is for Linux")
@@ -309,24 +349,10 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, m
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from octic import triton_gelu, triton_linear, triton_norm
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    lengths, weights = zip(*OCTIC, strict=True)
-    norm = triton_norm.options(8 * channels, lengths, weights) | {"SCALE": True, "SHIFT": True}
-    gelu = triton_gelu.options(channels, D4)
-    kernels = [
-        (kernel, arguments)
-        for module, arguments in ((triton_norm, norm), (triton_gelu, gelu))
-        for kernel in (module.forward_kernel, module.backward_kernel)
-    ]
-    shapes = (4, 4 * channels, channels), (8 * channels, 2 * channels), 2
-    for transposed in (False, True):
-        linear = triton_linear.options(*shapes, transposed=transposed)
-        linear |= {"BIAS": not transposed, "PRECISION": "ieee"}
-        kernels.append((triton_linear.product_kernel, linear))
-    types = {"rows": "i32", "eps": "fp32", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
-    types |= {"dscale_ptr": "*fp32", "dshift_ptr": "*fp32"}
+    types = {"rows": "i32", "span": "i32", "shares": "i32", "programs": "i32", "eps": "fp32"}
+    types |= dict.fromkeys(("scale_ptr", "shift_ptr", "total_ptr", "past_ptr", "sums_ptr"), "*fp32")
+    kernels = list(_kernels_and_arguments(channels))
     for kernel, arguments in kernels:
         constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
         signature = {

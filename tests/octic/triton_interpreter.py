@@ -43,7 +43,7 @@ def tensor_range(*bounds):
 
 
 triton_norm.range = triton_weights.range = tensor_range
-triton_norm.FORWARD_WARPS = triton_norm.BACKWARD_WARPS = 2  # so that a program takes several tokens
+triton_norm.WARPS = 2  # so that a program takes several tokens
 
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 

@@ -1,10 +1,12 @@
 """Wrapping keeps names and numbers; clipping is per part; optimiser state goes by name."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.utils.loop_case import Net, TinyRecipe
 from utils import parallel
@@ -50,6 +52,14 @@ def test_to_device_keeps_the_nest():
     assert (moved["a"][1][1], moved["b"]) == (3, "text")
 
 
+def test_blocks_are_found_in_an_adapter_too():
+    net = Net()
+    adapter = nn.Module()
+    adapter.net = net
+    assert parallel.blocks_of(net) == parallel.blocks_of(adapter) == list(net.blocks)
+    assert parallel.blocks_of(nn.Linear(2, 2)) == []
+
+
 def test_each_part_is_clipped_by_its_own_norm():
     torch.manual_seed(0)
     parts = {"a": nn.Linear(3, 3).double(), "b": nn.Linear(3, 3).double(), "none": nn.Linear(2, 2)}
@@ -93,6 +103,23 @@ def test_optimizer_state_goes_by_name():
     smaller = make_optimizer(torch.optim.AdamW, second.param_groups()[:2], second)
     with pytest.raises(UserError, match=r"2 differ, e\.g\. head\.bias"):
         load_optimizer_state(smaller, second, saved)
+
+
+@pytest.mark.parametrize(
+    ("device", "keywords", "expected"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"fused": False}, False),
+        ("cuda", {"foreach": True}, None),
+        ("cpu", {}, None),
+    ],
+)
+def test_adamw_is_fused_on_cuda_unless_it_is_told_otherwise(device, keywords, expected):
+    with FakeTensorMode():
+        recipe = nn.Linear(3, 2, device=device)
+        groups = [{"params": recipe.parameters()}]
+        optimizer = make_optimizer(partial(torch.optim.AdamW, **keywords), groups, recipe)
+    assert optimizer.param_groups[0]["fused"] is expected
 
 
 def test_compiled_units_give_the_same_numbers():

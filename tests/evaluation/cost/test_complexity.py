@@ -5,6 +5,8 @@ import sys
 from functools import partial
 
 import pytest
+import torch
+from torch import nn
 
 from evaluation.cost import complexity, settings
 from evaluation.cost.arguments import parse_complexity, read_complexity_arguments
@@ -71,6 +73,16 @@ def test_one_pass_alone():
     assert all(list(result.speeds) == [INFERENCE] for result in results.values())
 
 
+def test_operators_are_counted_in_eager_mode(monkeypatch, capsys):
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda unit: original(unit, backend="aot_eager"))
+    words = ["--operators", "--no-training", "--steps", "1"]
+    eager, compiled = (measure(tiny(*words, *more)) for more in ([], ["--compile"]))
+    assert eager[HYBRID].operators == compiled[HYBRID].operators
+    out = capsys.readouterr().out
+    assert "fp32, eager" in out and "fp32, compiled" in out
+
+
 @pytest.mark.parametrize("failing", [HYBRID, PLAIN])
 def test_out_of_memory_of_one_leaves_the_others(failing, monkeypatch, capsys):
     def turns(contestants, kind, **_):
@@ -114,6 +126,7 @@ def test_accuracy_is_drawn_for_those_that_have_one(tmp_path):
         (["--picture-y", "height"], "picture_y is throughput or accuracy, not 'height'"),
         (["--json", "configs"], "is a folder"),
         (["--device", "gpu"], "device is auto, cpu, cuda or mps, not 'gpu'"),
+        (["--graphs"], "--graphs needs a CUDA device: cpu has no CUDA graphs"),
         (["--models", "resnet17"], "there is no model 'resnet17'"),
     ],
 )
@@ -133,8 +146,18 @@ def test_flags_are_keys():
         "passes=[inference]",
     ]
     assert read_complexity_arguments(["--no-training", "--no-inference"]) == ["passes=[]"]
-    config = parse_complexity(["--compile", "--no-inference", "--threads", "2"])
-    assert config["compile"] is True and config["passes"] == [TRAINING] and config["threads"] == 2
+    config = parse_complexity(["--compile", "--graphs", "--no-inference", "--threads", "2"])
+    assert config["compile"] is True and config["graphs"] is True
+    assert config["passes"] == [TRAINING] and config["threads"] == 2
+
+
+def test_the_mode_in_words():
+    config = {**tiny("--compile"), "graphs": True}
+    mode = settings.read_settings(config, torch.device("cuda")).mode
+    assert mode == "compiled + CUDA graphs"
+    assert settings.read_settings(tiny(), torch.device("cpu")).mode == "eager"
+    with pytest.raises(UserError, match="--graphs is not for --table"):
+        settings.read_settings({**config, "table": "a"}, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

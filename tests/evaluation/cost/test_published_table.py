@@ -110,7 +110,7 @@ def test_speeds_are_held_against_the_stated_ratio():
 def test_speeds_of_every_row_and_batch():
     config = parse_complexity([*WORDS, "--steps", "2", "--warmup", "0", "--batch-size", "3"])
     settings = published_table.Settings(
-        *(torch.device("cpu"), 3, 224, 2, 2, 0, None, False, ("inference",), 0, ()),
+        *(torch.device("cpu"), 3, 224, 2, 2, 0, None, False, False, ("inference",), 0, ()),
     )
     found = published_table._speeds(Stub(), list(Stub.rows), Stub().net("net"), config, settings)
     assert found.keys() == {0, 1, 2} and all(row.keys() == {1, 3} for row in found.values())

@@ -1,9 +1,16 @@
 """Nets are timed in turn, compared round by round, and one that needs too much memory drops out."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
+from evaluation.cost import graphs, timing
+from evaluation.cost.graphs import Recording
+from evaluation.cost.models import find_backbone, make_net
 from evaluation.cost.timing import (
     INFERENCE,
     PASSES,
@@ -15,6 +22,9 @@ from evaluation.cost.timing import (
     speed_of,
 )
 from tests.evaluation.backbones import IMAGE_SIZE, any_backbone, make
+from utils.errors import UserError
+
+RELEASED = [("a", "released"), ("b", "released")]
 
 
 class Stub:
@@ -32,12 +42,15 @@ class Stub:
         self.log.append((self.name, steps))
         return Turn([1.0] * steps, 3 * 2**20)
 
+    def release(self):
+        self.log.append((self.name, "released"))
+
 
 def test_turns_alternate_and_steps_are_dealt_out():
     log = []
     nets = {name: Stub(name, log) for name in "ab"}
     turns, lost = measure_in_turn(nets, INFERENCE, steps=5, rounds=2, warmup=7, shown=False)
-    assert log == [("a", 7), ("b", 7), ("a", 3), ("b", 3), ("a", 2), ("b", 2)]
+    assert log == [("a", 7), ("b", 7), ("a", 3), ("b", 3), ("a", 2), ("b", 2)] + RELEASED
     assert [len(turn.seconds) for turn in turns["a"]] == [3, 2] and lost == []
 
 
@@ -94,18 +107,99 @@ def test_classifiers_get_labels_and_others_the_mean_square():
     assert runner.loss(output) == nn.functional.cross_entropy(output, runner.labels)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", PASSES)
-def test_a_compiled_net_runs_compiled(kind):
-    calls = []
+@pytest.fixture
+def light_compiler(monkeypatch):
+    """Graphs are traced, but no C++ is compiled."""
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda unit: original(unit, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
 
-    def backend(graph, inputs):
-        calls.append(graph)
-        return graph.forward
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("hybrid_deit_small_patch16", marks=pytest.mark.slow), "deit_small_patch16_LS"],
+)
+def test_equal_blocks_are_compiled_once(name, light_compiler):
+    """However many there are; the first and the last of a kind may be graphs of their own."""
+    found = []
+    for depth in (6, 10):
+        torch.compiler.reset()
+        counters.clear()
+        keywords = {"depth": depth, "embed_dim": 32, "num_heads": 2, "patch_size": 8}
+        net = make_net(name, find_backbone(name, size=16, keywords=keywords), "cpu")
+        runner = Contestant(net, torch.randn(2, 3, 16, 16), compile=True)
+        for kind in PASSES:
+            runner.turn(kind, 1)
+            found.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+        kinds = len({type(block) for block in net.blocks})
+    assert found[:2] == found[2:]
+    assert 0 < found[0] <= 3 * kinds and found[1] == 2 * found[0]
+
+
+def test_a_net_without_blocks_is_compiled_whole(light_compiler):
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     runner = Contestant(net, torch.randn(2, 3, 2, 2), compile=True)
-    runner.run = torch.compile(net, backend=backend)
-    runner.turn(kind, 2)
-    assert len(calls) == 1
-    torch.compiler.reset()
+    for number, kind in enumerate(PASSES, start=1):
+        runner.turn(kind, 2)
+        assert counters["stats"]["unique_graphs"] == number
+
+
+def test_a_pass_is_captured_once_and_given_back(monkeypatch):
+    steps = []
+
+    def record(step, device):
+        steps.append(step())
+        return Recording(SimpleNamespace(replay=lambda: None), step, steps[-1], 1000)
+
+    monkeypatch.setattr(timing, "record", record)
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), torch.randn(2, 3, 2, 2)
+    runner = Contestant(net, images, graphs=True)
+    turns, lost = measure_in_turn({"net": runner}, INFERENCE, steps=4, rounds=2, warmup=1)
+    assert len(steps) == 1 and lost == [] and not runner.recordings
+    assert torch.equal(steps[0], net(images))
+    assert [len(turn.seconds) for turn in turns["net"]] == [2, 2]
+    assert {turn.peak_bytes for turn in turns["net"]} == {4 * (65 + 24) + 1000}
+
+
+def test_what_cannot_be_captured_is_one_line_with_the_net():
+    log = []
+    nets = {"a": Stub("a", log, 1, UserError("cannot be captured")), "b": Stub("b", log)}
+    with pytest.raises(UserError, match="^a: inference cannot be captured$"):
+        measure_in_turn(nets, INFERENCE, steps=1, rounds=1, warmup=0, shown=False)
+    assert log == RELEASED
+
+
+@pytest.mark.parametrize(
+    ("first", "expected", "message"),
+    [
+        (
+            RuntimeError("item() waits\n  at x"),
+            UserError,
+            r"CUDA graph \(item\(\) waits\); measure",
+        ),
+        (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "out of memory.*no room"),
+        (None, UserError, "capture is broken"),
+    ],
+)
+def test_a_broken_capture_tells_what_broke_it(first, expected, message, monkeypatch):
+    """The end of a capture that failed raises an error of its own, over the first one."""
+
+    @contextmanager
+    def graph(_, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture is broken")
+
+    def step():
+        if first:
+            raise first
+        return torch.zeros(())
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(expected, match=message):
+        graphs._capture(None, step, None)
