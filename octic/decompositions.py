@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octic import heads, irrep_linear, kernels  # noqa: F401  (they define the operators)
+from octic import heads, irrep_linear, kernels, matrices  # noqa: F401  (these define operators)
 from octic.plain_kernels import plain_join, plain_split
 from vit.export import DECOMPOSITIONS
 
@@ -54,6 +54,12 @@ def residual_norm(x: Tensor, branch: Tensor, *arguments: Any) -> tuple[Tensor, T
     return total, norm(total, *arguments)
 
 
+def stack(weights: Sequence[Tensor], bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute `octic::stack_matrices`."""
+    found = matrices.plain_stack(weights, bias, *arguments)
+    return tuple(weights[0].new_empty(0) if part is None else part for part in found)
+
+
 def gelu(x: Tensor, transform: Sequence[float]) -> Tensor:
     """Compute `octic::regular_gelu`."""
     order = math.isqrt(len(transform))
@@ -87,6 +93,7 @@ DECOMPOSITIONS.update(
         torch.ops.octic.residual_norm.default: residual_norm,
         torch.ops.octic.regular_gelu.default: gelu,
         torch.ops.octic.irrep_linear.default: linear,
+        torch.ops.octic.stack_matrices.default: stack,
         torch.ops.octic.split_heads.default: plain_split,
         torch.ops.octic.join_heads.default: plain_join,
     }

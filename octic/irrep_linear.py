@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from octic.operators import has_triton, operator, takes_triton
+from octic.operators import HAS_TRITON, operator, takes_triton
 from octic.precision import autocast_dtype
 
 NARROW = 64  # channels of a copy: products below it are faster in one Triton kernel (an H200)
@@ -132,11 +132,11 @@ def _uses_triton(x: Tensor, lines: Tensor) -> bool:
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     kernel = linear_kernel()
-    if kernel == "triton" and not has_triton():
+    if kernel == "triton" and not HAS_TRITON:
         raise ValueError(
             "OCTIC_LINEAR=triton needs the package triton; OCTIC_LINEAR=products needs nothing"
         )
-    narrow = kernel == "auto" and min(lines.shape[1:]) < NARROW and has_triton()
+    narrow = kernel == "auto" and min(lines.shape[1:]) < NARROW and HAS_TRITON
     return kernel == "triton" or narrow
 
 

@@ -16,6 +16,7 @@ from octic.groups import Group, get_group
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
 from octic.kernels import irrep_norm, regular_gelu, residual_norm
+from octic.matrices import stack_matrices
 from octic.precision import autocast_dtype
 from vit.attention import attend, check_backend
 from vit.packing import Packing
@@ -48,7 +49,6 @@ class OcticLinear(nn.Module):
         self.out_copy = channels_per_copy(out_features, self.group)
         self.in_features, self.out_features = in_features, out_features
         self.num_lines, planes = self.group.num_lines, self.group.planes
-        self.has_plane = bool(planes)
         self.is_complex = bool(planes) and planes[0].commuting == 2
         self.layer_names = [f"lin_{irrep.name}" for irrep in self.group.irreps]
         for index, (name, irrep) in enumerate(
@@ -68,19 +68,14 @@ class OcticLinear(nn.Module):
             return scale(self(x))
         layers = [getattr(self, name) for name in self.layer_names]
         weights, bias = [layer.weight for layer in layers], layers[0].bias
-        count = self.num_lines
-        lines = torch.stack(weights[:count])
-        plane = weights[-1] if self.has_plane else None
+        factors = scale.factors() if isinstance(scale, OcticScale) else []
         if self.is_complex:
-            plane = _complex_matrix(weights[-1])
-        if isinstance(scale, OcticScale):
-            factors = scale.factors()
-            lines = lines * torch.stack(factors[:count]).unsqueeze(-1)
-            bias = None if bias is None else bias * factors[0]
-            if plane is not None:
-                factor = factors[-1].repeat(2) if self.is_complex else factors[-1]
-                plane = plane * factor.unsqueeze(-1)
-        return irrep_linear(x, lines, plane, bias)
+            weights[-1] = _complex_matrix(weights[-1])
+            factors[-1:] = [factor.repeat(2) for factor in factors[-1:]]
+        found = stack_matrices(
+            weights, bias, factors, lines=self.num_lines, dtype=autocast_dtype(x)
+        )
+        return irrep_linear(x, *found)
 
     def extra_repr(self) -> str:
         """Widths and group."""

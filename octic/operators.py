@@ -6,10 +6,12 @@ calls cost here, and an octic block makes seven of them (docs/performance.md has
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 def operator(schema: str) -> Callable[[Callable], Callable]:
@@ -32,14 +34,4 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
 
 def takes_triton(x: Tensor) -> bool:
     """Whether a Triton kernel can compute on x: CUDA, not float64, and triton is installed."""
-    return x.is_cuda and x.dtype != torch.float64 and has_triton()
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether triton can be imported."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return x.is_cuda and x.dtype != torch.float64 and HAS_TRITON

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from evaluation.cost import blocks, growth, roofline
+from evaluation.cost import block_times, blocks, growth, roofline
 from utils.config import fail
 from utils.errors import UserError
 
@@ -30,6 +30,10 @@ def _show(words: argparse.Namespace) -> None:
     elif words.what == "blocks":
         names = (words.models or BLOCKS).split(",")
         blocks.measure(names, size=words.size, bf16=not words.float32, kernels=words.kernels)
+    elif words.what == "times":
+        names = (words.models or BLOCKS).split(",")
+        batch = 64 if words.batch_size is None else words.batch_size
+        block_times.measure(names, size=words.size, batch=batch, listed=words.kernels)
     else:
         _growth(words)
 

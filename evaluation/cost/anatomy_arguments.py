@@ -7,6 +7,7 @@ from pathlib import Path
 ABOUT = """What the speed of a net is made of (docs/performance.md).
 
 blocks    operators, compiled kernels and kept activations of each kind of block
+times     how long a CUDA device works on each kind of block, and on which kernels
 growth    time and memory over resolution, batch and depth, octic beside plain
 roofline  the least time of each layer of a block on a chip, by operations and bytes"""
 
@@ -16,12 +17,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("blocks", "growth", "roofline"))
+    parser.add_argument("what", choices=("blocks", "times", "growth", "roofline"))
     add = parser.add_argument
-    add("--models", default="", help="blocks: nets; growth: an octic one, a plain one")
+    add("--models", default="", help="blocks, times: nets; growth: an octic one, a plain one")
     add("--size", type=int, default=224, help="pixels a side (224)")
-    add("--batch-size", type=int, help="growth: images (1); roofline: images (64)")
-    add("--kernels", action="store_true", help="blocks: compile them too; a minute each")
+    add("--batch-size", type=int, help="growth: images (1); times, roofline: images (64)")
+    add(
+        "--kernels",
+        action="store_true",
+        help="blocks: compile them too, a minute each; times: list them",
+    )
     add("--float32", action="store_true", help="blocks: without autocast to bfloat16")
     add("--sizes", default="224,384,512,768,1024", help="growth: pixels a side")
     add("--batches", default="1,2,4,8", help="growth: images of a step")

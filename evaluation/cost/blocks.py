@@ -48,8 +48,8 @@ def measure(
         say(f"blocks of {name}")
         net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
         found[name] = [
-            cost_of_block(block, *_shape(net, size), bf16=bf16, kernels=kernels)
-            for block in _kinds(name, net)
+            cost_of_block(block, *shape_of(net, size), bf16=bf16, kernels=kernels)
+            for block in kinds_of(name, net)
         ]
     _print(found, size, bf16, kernels)
     return found
@@ -109,14 +109,16 @@ def count_kernels(block: nn.Module, x: Tensor) -> int:
     return sum(LAUNCHES.get(call, 1) for call in calls)
 
 
-def _kinds(name: str, net: nn.Module) -> list[nn.Module]:
+def kinds_of(name: str, net: nn.Module) -> list[nn.Module]:
+    """The first block of each kind; UserError for a net without `blocks`."""
     blocks: Any = getattr(net, "blocks", getattr(getattr(net, "net", None), "blocks", None))
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
         raise UserError(f"{name} has no `blocks` that could be compared")
     return list({type(block): block for block in reversed(blocks)}.values())[::-1]
 
 
-def _shape(net: nn.Module, size: int) -> tuple[int, int]:
+def shape_of(net: nn.Module, size: int) -> tuple[int, int]:
+    """Tokens of an image, and their width."""
     inner: Any = getattr(net, "net", net)
     patch = inner.patch_embed.patch_size if hasattr(inner, "patch_embed") else inner.patch_size
     side = patch if isinstance(patch, int) else patch[0]

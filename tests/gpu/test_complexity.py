@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from evaluation.cost import block_times
 from evaluation.cost.arguments import parse_complexity
 from evaluation.cost.complexity import measure
 from evaluation.cost.models import find_backbone, make_net
@@ -168,3 +169,13 @@ def test_a_step_that_waits_for_the_device_is_one_line(tmp_path):
     (said,) = in_processes(capture_what_waits, 1, tmp_path)
     assert said.startswith("waiting: inference cannot be captured as a CUDA graph (")
     assert said.endswith("measure it without --graphs") and "\n" not in said
+
+
+def test_times_of_blocks_are_those_of_their_kernels(capsys):
+    found = block_times.measure([NAME], batch=8, listed=True)[NAME]
+    assert len(found) == 8, "two kinds of blocks, two modes, two passes"
+    for time in found.values():
+        busy = sum(kernel.microseconds for kernel in time.kernels)
+        assert 0.5 * busy < time.microseconds < 3 * busy + 50
+    said = capsys.readouterr().out
+    assert "time of a block" in said and "OcticBlock, forward and backward" in said

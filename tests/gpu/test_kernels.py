@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from octic import kernels, plain_kernels
+from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
-from octic.kernels import irrep_norm, regular_gelu
+from octic.kernels import irrep_norm, regular_gelu, residual_norm
+from octic.matrices import plain_stack, stack_matrices
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -49,14 +51,90 @@ def test_norm_is_its_definition_and_its_twin(name, channels, dtype):
     assert relative_error(ours[0], twin) <= 2 * tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [7, 48, 128, 160])
+def test_norm_after_a_sum_is_the_norm_of_the_sum(channels, dtype):
+    *inputs, grad = norm_inputs(
+        OCTIC, tokens=(16, 197), channels=channels, dtype=torch.float32, device="cuda"
+    )
+    branch, past = torch.randn(2, *grad.shape, device="cuda")
+    found = []
+    for together in (True, False):
+        x, scale, shift, other = (t.clone().requires_grad_() for t in (*inputs, branch.to(dtype)))
+        options = {"segments": OCTIC, "dtype": dtype}
+        if together:
+            total, y = residual_norm(x, other, scale, shift, **options)
+        else:
+            total = x + other
+            y = irrep_norm(total, scale, shift, **options)
+        torch.autograd.backward([total, y], [past, grad.to(dtype)])
+        found.append([total, y, *(t.grad for t in (x, other, scale, shift))])
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, reference in zip(*found, strict=True):
+        assert ours.dtype == reference.dtype
+        assert relative_error(ours, reference) < 2 * ROUNDING[ours.dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads, width", [(16, 10), (6, 8), (12, 8), (5, 3)])
+def test_heads_are_split_and_joined_and_back(heads, width, dtype):
+    widths = [width] * 4 + [2 * width] * 2
+    x = torch.randn(8, 197, 24 * heads * width, device="cuda", dtype=dtype, requires_grad=True)
+    parts = split_heads(x, heads, widths, 3)
+    twins = plain_kernels.plain_split(x, heads, widths, 3)
+    assert all(torch.equal(*pair) for pair in zip(parts, twins, strict=True))
+    grads = [torch.randn_like(part) for part in parts]
+    (dx,) = torch.autograd.grad(parts, x, grads)
+    assert torch.equal(dx, plain_kernels.plain_join(grads, widths))
+    assert torch.equal(join_heads(parts, widths), x)
+    one = join_heads(parts[:1], widths)
+    assert torch.equal(split_heads(one, heads, widths, 1)[0], parts[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    "lines, plane, given, wanted", [(4, 1, 160, 480), (4, 0, 48, 7), (2, 1, 640, 160)]
+)
+def test_matrices_are_stacked_scaled_and_cast(lines, plane, given, wanted, scaled, compiled):
+    weights = list(torch.randn(lines, wanted, given, device="cuda"))
+    weights += [torch.randn(2 * wanted, 2 * given, device="cuda")] * plane
+    factors = [torch.randn(len(weight), device="cuda") for weight in weights if scaled]
+    bias = torch.randn(wanted, device="cuda")
+
+    def ours(*parts):
+        count = len(weights)
+        given = (parts[:count], parts[-1], parts[count:-1])
+        found = stack_matrices(*given, lines=lines, dtype=torch.bfloat16)
+        return [part for part in found if part is not None]
+
+    def twin(*parts):
+        count = len(weights)
+        given = (parts[:count], parts[-1], parts[count:-1], lines, torch.bfloat16)
+        return [part for part in plain_stack(*given) if part is not None]
+
+    found, grads = [], None
+    for function in (torch.compile(ours, fullgraph=True) if compiled else ours, twin):
+        leaves = [t.clone().requires_grad_() for t in (*weights, *factors, bias)]
+        outputs = function(*leaves)
+        grads = grads or [torch.randn_like(part) for part in outputs]
+        torch.autograd.backward(outputs, grads)
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    for value, reference in zip(*found, strict=True):
+        assert value.dtype == reference.dtype
+        # The twin's gradient passes through bfloat16 before it is summed.
+        assert relative_error(value, reference) < 2 * ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "products", "triton"])
 @pytest.mark.parametrize("compiled", [False, True])
 @DTYPES
 @pytest.mark.parametrize(
     "lines, rows, given, wanted",
     [(4, 2, 48, 144), (4, 2, 128, 512), (4, 2, 640, 160), (2, 2, 7, 5), (2, 0, 96, 288)],
 )
-def test_one_launch_of_products_equals_the_batched_ones(
-    lines, rows, given, wanted, dtype, compiled, monkeypatch
+def test_products_and_their_gradients_by_every_kernel(
+    lines, rows, given, wanted, dtype, compiled, kernel, monkeypatch
 ):
     shapes = [(8, 197, given * (lines + 2 * rows)), (lines, wanted, given)]
     shapes += [(2 * wanted, 2 * given), (wanted,)] if rows else [(wanted,)]
@@ -68,7 +146,7 @@ def test_one_launch_of_products_equals_the_batched_ones(
         return irrep_linear(x, matrices, *(plane or [None]), bias)
 
     exact = gradients(function, [t.double() for t in inputs], grad.to(dtype).double())
-    monkeypatch.setenv("OCTIC_LINEAR", "triton")
+    monkeypatch.setenv("OCTIC_LINEAR", kernel)
     ours = torch.compile(function, fullgraph=True) if compiled else function
     for value, reference in zip(gradients(ours, inputs, grad), exact, strict=True):
         assert value.dtype == dtype

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from octic import plain_kernels
+from octic import matrices, plain_kernels
 from octic.irrep_linear import irrep_linear, linear_kernel
 from octic.kernels import irrep_norm, regular_gelu, residual_norm
 from tests.octic.kernel_cases import (
@@ -202,6 +202,7 @@ def test_operators_are_registered_completely():
             check(ops.residual_norm_backward, (grad, past, x, *arguments, kind))
     check(ops.split_heads, (torch.randn(2, 3, 48), 2, [1, 1, 1, 1, 2, 2], 3))
     check(ops.join_heads, ([torch.randn(2, 3, 2, 8)] * 3, [1, 1, 1, 1, 2, 2]))
+    check_matrices(check, ops)
     check(ops.regular_gelu, (x, flat))
     check(ops.regular_gelu_backward, (grad, x, flat))
     flat_x, lines, plane = x.flatten(0, 1), torch.randn(4, 2, 2), torch.randn(4, 4)
@@ -210,6 +211,37 @@ def test_operators_are_registered_completely():
         check(ops.irrep_linear, (part, lines, matrix, bias))
         check(ops.irrep_linear_backward_input, (part, lines, matrix))
         check(ops.irrep_linear_backward_weight, (part, part, lines, matrix))
+
+
+def check_matrices(check, ops):
+    weights = [*torch.randn(4, 3, 2), torch.randn(6, 4)]
+    factors = [torch.randn(len(weight)) for weight in weights]
+    for given in ((weights, torch.randn(3), factors, 4), (weights[:4], None, [], 4)):
+        check(ops.stack_matrices, (*given, torch.bfloat16))
+        grads = [torch.randn_like(part) for part in ops.stack_matrices(*given, torch.float32)]
+        check(ops.stack_matrices_backward, (*grads, *given))
+
+
+def test_matrices_by_the_operator_are_those_of_torch():
+    """Values and gradients of what CUDA takes, on the device at hand."""
+    weights = [*torch.randn(4, 3, 2).double(), torch.randn(6, 4).double()]
+    factors = [torch.randn(len(weight)).double() for weight in weights]
+    for scaled in (factors, []):
+        found = []
+        for function in ("plain", "operator"):
+            leaves = [
+                t.clone().requires_grad_() for t in (*weights, *scaled, torch.ones(3).double())
+            ]
+            parts = (leaves[:5], leaves[-1], leaves[5:-1], 4)
+            if function == "plain":
+                outputs = matrices.plain_stack(*parts, None)
+            else:
+                outputs = matrices._Stack.apply(
+                    4, 5, torch.float64, leaves[-1], *leaves[:5], *leaves[5:-1]
+                )
+            sum(part.square().sum() for part in outputs).backward()
+            found.append([*outputs, *(leaf.grad for leaf in leaves)])
+        assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
 
 
 def test_a_second_derivative_is_refused():
@@ -307,6 +339,7 @@ def _kernels_and_arguments(channels):
         triton_gelu,
         triton_heads,
         triton_linear,
+        triton_matrices,
         triton_norm,
         triton_weights,
     )
@@ -334,6 +367,10 @@ def _kernels_and_arguments(channels):
         )
     share, _ = triton_weights.options(*shapes)
     yield triton_weights.share_kernel, share | {"PRECISION": "ieee", "num_stages": 3}
+    sizes = {"LINES": 4, "LINE_ROWS": channels, "LINE_COLUMNS": channels, "BIAS": True}
+    sizes |= {"PLANE_ROWS": 2 * channels, "PLANE_COLUMNS": 2 * channels, "SCALED": True}
+    yield triton_matrices.stack_kernel, sizes | {"BLOCK": triton_matrices.BLOCK}
+    yield triton_matrices.unstack_kernel, sizes | {"BLOCK_R": 8, "BLOCK_C": 128}
     sizes = {"LINE_VALUES": 320, "PLANE_VALUES": 64, "BIAS_VALUES": 8, "BLOCK": 512}
     yield triton_weights.add_kernel, sizes
     blocks = {"BLOCK_R": 8, "BLOCK_C": 256}

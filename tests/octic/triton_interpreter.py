@@ -14,11 +14,13 @@ import torch
 from octic import (
     irrep_linear,
     kernels,
+    matrices,
     plain_kernels,
     triton_bias,
     triton_gelu,
     triton_heads,
     triton_linear,
+    triton_matrices,
     triton_norm,
     triton_weights,
 )
@@ -42,7 +44,7 @@ def tensor_range(*bounds):
     return range(*(int(b.handle.data.item()) if hasattr(b, "handle") else b for b in bounds))
 
 
-triton_norm.range = triton_weights.range = tensor_range
+triton_norm.range = triton_weights.range = triton_matrices.range = tensor_range
 triton_norm.WARPS = 2  # so that a program takes several tokens
 
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -190,8 +192,8 @@ PRODUCTS = [(4, 2, 12, 40), (2, 2, 16, 3), (4, 0, 8, 130), (2, 0, 70, 5)]
 @pytest.mark.parametrize("lines, rows, given, wanted", PRODUCTS)
 def test_products_equal_the_twin(lines, rows, given, wanted, biased, dtype):
     shapes = [(37, given * (lines + 2 * rows)), (lines, wanted, given), (2 * wanted, 2 * given)]
-    x, matrices, plane = (torch.randn(s, dtype=torch.float64) for s in shapes)
-    inputs = [x, matrices, plane if rows else None, torch.randn(wanted) if biased else None]
+    x, stacked, plane = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    inputs = [x, stacked, plane if rows else None, torch.randn(wanted) if biased else None]
     exact = irrep_linear.irrep_linear(*(i if i is None else i.double() for i in inputs))
     inputs = [i if i is None else i.to(dtype) for i in inputs]
     y = triton_linear.forward(*inputs)
@@ -199,11 +201,11 @@ def test_products_equal_the_twin(lines, rows, given, wanted, biased, dtype):
     # The factors are rounded too.
     assert relative_error(y, exact) < 2 * ROUNDING[dtype]
     grad = torch.randn(exact.shape, dtype=torch.float64)
-    matrices, plane = inputs[1:3]
+    stacked, plane = inputs[1:3]
     twin = irrep_linear._backward_input(
-        grad.to(dtype).double(), matrices.double(), None if plane is None else plane.double()
+        grad.to(dtype).double(), stacked.double(), None if plane is None else plane.double()
     )
-    found = triton_linear.backward_input(grad.to(dtype), matrices, plane)
+    found = triton_linear.backward_input(grad.to(dtype), stacked, plane)
     assert found.dtype == dtype and found.shape == twin.shape
     assert relative_error(found, twin) < 2 * ROUNDING[dtype]
 
@@ -213,20 +215,38 @@ def test_products_equal_the_twin(lines, rows, given, wanted, biased, dtype):
 @pytest.mark.parametrize("lines, rows, given, wanted", PRODUCTS)
 def test_gradients_of_the_weights_equal_the_twin(lines, rows, given, wanted, tokens, dtype):
     shapes = [(tokens, given * (lines + 2 * rows)), (lines, wanted, given), (2 * wanted, 2 * given)]
-    x, matrices, plane = (torch.randn(s).to(dtype) for s in shapes)
+    x, stacked, plane = (torch.randn(s).to(dtype) for s in shapes)
     plane = plane if rows else None
     grad = torch.randn(tokens, wanted * (lines + 2 * rows)).to(dtype)
     exact = irrep_linear._backward_weight(
-        *(t if t is None else t.double() for t in (grad, x, matrices, plane))
+        *(t if t is None else t.double() for t in (grad, x, stacked, plane))
     )
     for ours, reference in zip(
-        triton_weights.backward(grad, x, matrices, plane), exact, strict=True
+        triton_weights.backward(grad, x, stacked, plane), exact, strict=True
     ):
         assert ours.dtype == dtype and ours.shape == reference.shape
         if ours.numel() and tokens:
             assert relative_error(ours, reference) < 2 * ROUNDING[dtype]
         else:
             assert torch.equal(ours.double(), reference)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("lines, rows, given, wanted", [*PRODUCTS, (4, 2, 300, 7)])
+def test_matrices_equal_the_twin(lines, rows, given, wanted, scaled, biased):
+    weights = list(torch.randn(lines, wanted, given)) + [torch.randn(2 * wanted, 2 * given)] * bool(
+        rows
+    )
+    factors = [torch.randn(len(weight)) for weight in weights] if scaled else []
+    inputs = (weights, torch.randn(wanted) if biased else None, factors, lines)
+    found = triton_matrices.stack(*inputs, torch.float16)
+    for ours, twin in zip(found, matrices._stack(*inputs, torch.float16), strict=True):
+        assert torch.equal(ours, twin)
+    grads = [torch.randn(part.shape).half() for part in found]
+    ours, twins = triton_matrices.unstack(*grads, *inputs), matrices.plain_unstack(*grads, *inputs)
+    for value, reference in zip(ours, twins, strict=True):
+        assert value.dtype == reference.dtype and relative_error(value, reference) < 2e-6
 
 
 def test_the_operator_hands_the_products_their_arguments(monkeypatch):
@@ -243,8 +263,8 @@ def test_the_operator_hands_the_products_their_arguments(monkeypatch):
 
 
 def test_empty_inputs():
-    matrices, plane = torch.empty(4, 6, 2), torch.empty(12, 4)
-    assert triton_linear.forward(torch.empty(0, 16), matrices, plane, None).shape == (0, 48)
+    stacked, plane = torch.empty(4, 6, 2), torch.empty(12, 4)
+    assert triton_linear.forward(torch.empty(0, 16), stacked, plane, None).shape == (0, 48)
     lengths, weights = zip(*SEGMENTS["octic"], strict=True)
     x, scale, shift = torch.empty(0, 3, 16), torch.ones(16), torch.ones(2)
     assert triton_gelu.forward(x, TRANSFORMS["D4"]).shape == x.shape

@@ -78,6 +78,11 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
         (["growth", "--models", "deit_small_patch16_LS"], "an octic net and its plain twin"),
         (["growth", "--json", "nowhere/g.json"], "there is no folder nowhere"),
         (["blocks", "--models", "resnet18"], "has no `blocks`"),
+        pytest.param(
+            ["times"],
+            "torch sees none here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(words, said, capsys):
