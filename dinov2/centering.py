@@ -35,12 +35,9 @@ class Targets(nn.Module):
     def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
         """Targets of a batch; with the centre, the batch also waits to move it."""
         with torch.autocast(device_type=logits.device.type, enabled=False):
-            logits = at_least_float32(logits)
             if self.centering == "sinkhorn_knopp":
-                return sinkhorn_knopp(logits, temperature, valid=valid)
-            targets = torch.softmax((logits - self.ema.center) / temperature, dim=-1)
-            self.ema.keep(logits, valid)
-            return targets
+                return sinkhorn_knopp(at_least_float32(logits), temperature, valid=valid)
+            return self.ema(logits, temperature, valid)
 
     def update(self) -> None:
         """Move the centre by the batches since the last call; once per optimiser step."""
@@ -70,6 +67,13 @@ class EmaCenter(nn.Module):
         self.register_buffer("center", torch.zeros(num_prototypes))
         self.register_buffer("waiting", torch.zeros(num_prototypes), persistent=False)
         self.register_buffer("num_waiting", torch.zeros(()), persistent=False)
+
+    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+        """Softmax of [B K] less the centre; what comes in waits to move it."""
+        logits = at_least_float32(logits)
+        targets = torch.softmax((logits - self.center) / temperature, dim=-1)
+        self.keep(logits, valid)
+        return targets
 
     def keep(self, logits: Tensor, valid: Tensor | None = None) -> None:
         """Note the mean of the valid rows of [B K] for the next update."""

@@ -6,10 +6,11 @@ least. Letters in shapes: S student crops, T teacher crops, B images, M masked p
 prototypes, D channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -17,27 +18,6 @@ from torch.nn import functional as F
 def at_least_float32(x: Tensor) -> Tensor:
     """Widen half precision to float32; leave float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def dino_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """Cross entropy, averaged over images, summed over all pairs of a student and a teacher crop.
-
-    student: logits [S B K]; teacher: probabilities [T B K].
-    """
-    # The sum over teachers first: it is linear, and the student's tensors are the large ones.
-    return _CrossEntropy.apply(student, teacher.sum(dim=0), temperature).sum(dim=0).mean()
-
-
-def ibot_loss(
-    student: Tensor, teacher: Tensor, weights: Tensor, num_images: int, *, temperature: float = 0.1
-) -> Tensor:
-    """Weighted cross entropy of masked patches, per image.
-
-    student: logits [M K]; teacher: probabilities [M K]; weights: [M], for the mean over an image's
-    patches 1 / number masked in the image; 0 for rows that only pad.
-    """
-    entropies = _CrossEntropy.apply(student[None], teacher, temperature)[0]
-    return (entropies * weights).sum() / num_images
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -67,6 +47,52 @@ class _CrossEntropy(torch.autograd.Function):
             probs = torch.softmax(at_least_float32(logits) / ctx.temperature, dim=-1)
             out.copy_(probs.mul_(mass).sub_(teacher).mul_(slope[:, None]))
         return d_student, None, None
+
+
+class CrossEntropy(nn.Module):
+    """The same as a module, so that it can be compiled: then in few kernels for all slices."""
+
+    def forward(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Logits [S B K] and targets [B K] to [S B]."""
+        if not torch.compiler.is_compiling():
+            return _CrossEntropy.apply(student, teacher, temperature)
+        # The compiler makes no wide copy and keeps the logits alone; slices would only make its
+        # graph long.
+        scores = at_least_float32(student) / temperature
+        return ((scores.logsumexp(dim=-1, keepdim=True) - scores) * teacher).sum(dim=-1)
+
+
+def dino_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 0.1,
+    cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply,
+) -> Tensor:
+    """Cross entropy, averaged over images, summed over all pairs of a student and a teacher crop.
+
+    student: logits [S B K]; teacher: probabilities [T B K].
+    """
+    # The sum over teachers first: it is linear, and the student's tensors are the large ones.
+    return cross_entropy(student, teacher.sum(dim=0), temperature).sum(dim=0).mean()
+
+
+def ibot_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    num_images: int,
+    *,
+    temperature: float = 0.1,
+    cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply,
+) -> Tensor:
+    """Weighted cross entropy of masked patches, per image.
+
+    student: logits [M K]; teacher: probabilities [M K]; weights: [M], for the mean over an image's
+    patches 1 / number masked in the image; 0 for rows that only pad.
+    """
+    entropies = cross_entropy(student[None], teacher, temperature)[0]
+    return (entropies * weights).sum() / num_images
 
 
 def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:

@@ -6,6 +6,7 @@ micro-batch, n local crops each, N patches, U rows of masked patches, D channels
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dinov2.centering import Targets
 from dinov2.crops import MultiCrop
 from dinov2.fast_crops import FastMultiCrop
 from dinov2.head import DINOHead
-from dinov2.losses import dino_loss, ibot_loss, koleo_loss
+from dinov2.losses import CrossEntropy, dino_loss, ibot_loss, koleo_loss
 from dinov2.masking import Collate, MaskSampler
 from dinov2.param_groups import param_groups
 from dinov2.schedules import Schedules
@@ -109,6 +110,7 @@ class DINOv2(nn.Module):
         self.dino_targets = Targets(head.num_prototypes, centering=centering)
         head = self.student["ibot_head" if separate_head else "dino_head"]
         self.ibot_targets = Targets(head.num_prototypes, centering=centering)
+        self.cross_entropy = CrossEntropy()
         self.grid = self._grid()
 
         batch_size = batch_size_per_gpu * accumulation * world_size()
@@ -141,6 +143,9 @@ class DINOv2(nn.Module):
         for parts in (self.student, self.teacher):
             for name, part in parts.items():
                 parts[name] = wrap(part, units=blocks_of(part))
+        # Nothing to shard here, but passes over all logits to compile.
+        for part in (self.cross_entropy, self.dino_targets.ema, self.ibot_targets.ema):
+            wrap(part)
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `dinov2.masking.Collate`) from a step on, without end."""
@@ -181,7 +186,8 @@ class DINOv2(nn.Module):
             self.student, tokens, _rows_of(encoded[0].patches, rows)
         )
         dino_global, dino_local = self._dino_losses(class_logits, class_targets)
-        ibot = ibot_loss(patch_logits, patch_targets, weights, num_images)
+        entropy = self.cross_entropy
+        ibot = ibot_loss(patch_logits, patch_targets, weights, num_images, cross_entropy=entropy)
         first, second = encoded[0].cls.chunk(NUM_GLOBAL_CROPS)
         koleo = self.koleo_loss_weight * (koleo_loss(first) + koleo_loss(second))
         loss = (
@@ -264,10 +270,11 @@ class DINOv2(nn.Module):
         num_images = targets[0].shape[0]  # B
         logits = logits.unflatten(0, (-1, num_images))  # [2+n B K]
         num_local = len(logits) - NUM_GLOBAL_CROPS
+        loss = partial(dino_loss, cross_entropy=self.cross_entropy)
         num_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1 + num_local)
-        local = dino_loss(logits[NUM_GLOBAL_CROPS:], targets) / num_pairs
+        local = loss(logits[NUM_GLOBAL_CROPS:], targets) / num_pairs
         paired = logits[:NUM_GLOBAL_CROPS].flatten(0, 1)[None]
-        same = dino_loss(paired, targets.flatten(0, 1)[None]) * NUM_GLOBAL_CROPS / num_pairs
+        same = loss(paired, targets.flatten(0, 1)[None]) * NUM_GLOBAL_CROPS / num_pairs
         return same, local
 
     def _grid(self) -> tuple[int, int]:

@@ -30,19 +30,32 @@ class Health:
         self.bad_steps: list[tuple[int, dict[str, float]]] = []
         self.skipped = 0
         self.alarm = ""  # one line when the last examination found the features collapsed
-        self._buffers: dict[str, Tensor] = {}
+        self._recipe: nn.Module | None = None
+        self._tables: list[dict[str, Tensor | None]] = []
+        self._copies: dict[tuple[int, str], Tensor] = {}
 
     @torch.no_grad()
     def remember(self, recipe: nn.Module) -> None:
         """Copy the buffers, which the forward pass may change."""
-        self._buffers = {name: buffer.clone() for name, buffer in recipe.named_buffers()}
+        if self._recipe is not recipe:  # walking its modules costs more than copying does
+            self._recipe, self._tables = recipe, [part._buffers for part in recipe.modules()]
+        self._copies = {place: buffer.clone() for place, buffer in self._buffers().items()}
 
     @torch.no_grad()
-    def undo(self, recipe: nn.Module) -> None:
+    def undo(self) -> None:
         """Put the buffers back."""
-        for name, buffer in recipe.named_buffers():
-            if name in self._buffers:
-                buffer.copy_(self._buffers[name])
+        for place, buffer in self._buffers().items():
+            if place in self._copies:
+                buffer.copy_(self._copies[place])
+
+    def _buffers(self) -> dict[tuple[int, str], Tensor]:
+        # Read anew each time: a module may have put another tensor in the place of a buffer.
+        return {
+            (number, name): buffer
+            for number, table in enumerate(self._tables)
+            for name, buffer in table.items()
+            if buffer is not None
+        }
 
     def agree(
         self,

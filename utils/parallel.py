@@ -41,8 +41,8 @@ def make_wrap(
 
     It changes `module` in place and returns it. `units` are the repeated parts (blocks) that are
     recomputed, compiled and sharded each for itself; a module without units is one. `methods` are
-    the ways in besides `forward`. Parameter names do not change. In one process nothing is sharded.
-    Every rank must call `wrap` in the same order.
+    the ways in besides `forward`. Parameter names do not change. In one process nothing is sharded,
+    nor ever a module without parameters. Every rank must call `wrap` in the same order.
     """
     mesh = make_mesh(device, sharding)
     # bf16 copies only where parameters travel (sharded); replicated ranks compute exactly as one
@@ -67,7 +67,7 @@ def make_wrap(
             if compile:
                 allow_variants()
                 unit.compile()
-        if mesh is not None:
+        if mesh is not None and list(module.parameters()):
             for unit in units:
                 fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             # The outermost too: a teacher never runs backward, and an EMA must act on its masters,
@@ -130,38 +130,50 @@ def broadcast_state(module: nn.Module) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def set_gradient_sync(module: nn.Module, on: bool) -> None:
-    """Reduce gradients in the coming backward pass, or only accumulate them.
+class Gradients:
+    """The gradients of a wrapped module: when they are reduced, and those that nobody wrapped.
 
-    Sharded gradients are always reduced: holding them whole would cost what the sharding saved.
+    What there is to do is looked up once, as walking all modules costs a step milliseconds. In one
+    process it is nothing.
     """
-    sharded = any(shard_group(p) is not None for p in module.parameters())
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(on or sharded, recurse=False)
 
+    def __init__(self, module: nn.Module) -> None:
+        self._wrapped: list[FSDPModule] = []
+        self._loose: list[nn.Parameter] = []
+        self._sharded = False
+        if distributed.world_size() > 1:
+            parameters = list(module.parameters())
+            self._wrapped = [part for part in module.modules() if isinstance(part, FSDPModule)]
+            self._loose = [p for p in parameters if not isinstance(p, DTensor)]
+            self._sharded = any(shard_group(p) is not None for p in parameters)
 
-def finish_gradients(module: nn.Module) -> None:
-    """Free gathered copies and average the gradients nobody wrapped; every rank must call this."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
+    def set_sync(self, on: bool) -> None:
+        """Reduce gradients in the coming backward pass, or only accumulate them.
+
+        Sharded gradients are always reduced: holding them whole would cost what the sharding saved.
+        """
+        for part in self._wrapped:
+            part.set_requires_gradient_sync(on or self._sharded, recurse=False)
+
+    def finish(self) -> None:
+        """Free gathered copies, average the gradients nobody wrapped; every rank must call this."""
+        for part in self._wrapped:
             part.reshard()
-    if distributed.world_size() == 1:
-        return
-    loose = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    if not loose:
-        return
-    # A parameter without a gradient here may have one on another rank.
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in loose]
-    )
-    used = torch.tensor(
-        [p.grad is not None for p in loose], device=flat.device, dtype=torch.float32
-    )
-    flat = distributed.all_reduce_mean(torch.cat([flat, used]))
-    pieces = flat[: -len(loose)].split([p.numel() for p in loose])
-    for parameter, piece, count in zip(loose, pieces, flat[-len(loose) :].tolist(), strict=True):
-        parameter.grad = piece.view_as(parameter).to(parameter.dtype) if count else None
+        loose = [p for p in self._loose if p.requires_grad]
+        if not loose:
+            return
+        # A parameter without a gradient here may have one on another rank.
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in loose]
+        )
+        used = torch.tensor(
+            [p.grad is not None for p in loose], device=flat.device, dtype=torch.float32
+        )
+        flat = distributed.all_reduce_mean(torch.cat([flat, used]))
+        pieces = flat[: -len(loose)].split([p.numel() for p in loose])
+        counts = flat[-len(loose) :].tolist()
+        for parameter, piece, count in zip(loose, pieces, counts, strict=True):
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype) if count else None
 
 
 def whole(tensor: Tensor) -> Tensor:

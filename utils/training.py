@@ -49,6 +49,7 @@ def fit(
     """
     batches = ShieldedBatches(recipe.batches(first_step))
     module = cast(nn.Module, recipe)  # a Protocol cannot inherit from a class
+    gradients = parallel.Gradients(module)
     step, stopping = first_step, False
 
     def save(at: int) -> None:
@@ -63,13 +64,13 @@ def fit(
         # Forward, backward
         for micro_batch in range(recipe.accumulation):
             batch = recipe.prepare(parallel.to_device(next(batches), device))
-            parallel.set_gradient_sync(module, micro_batch == recipe.accumulation - 1)
+            gradients.set_sync(micro_batch == recipe.accumulation - 1)
             with precision.autocast():
                 losses = recipe.losses(batch, step)
             precision.backward(losses["loss"] / recipe.accumulation)
             metrics.add(losses)
         # Clip
-        parallel.finish_gradients(module)
+        gradients.finish()
         precision.unscale(optimizer)
         norms = clip_parts(recipe.clipped_parts(), clip_grad)
         # Step, after-step; a step that is not finite leaves no trace
@@ -79,7 +80,7 @@ def fit(
             recipe.after_step(step)
         else:
             precision.skip()
-            health.undo(module)
+            health.undo()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         # Log, probe

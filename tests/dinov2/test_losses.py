@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
-from dinov2.losses import dino_loss, ibot_loss, koleo_loss
+from dinov2.losses import CrossEntropy, dino_loss, ibot_loss, koleo_loss
 
 
 def test_dino_loss_is_least_for_equal_distributions():
@@ -79,3 +80,28 @@ def test_of_the_students_logits_nothing_is_kept_twice():
     assert len(large) == 1 and large[0].data_ptr() == student.data_ptr()
     loss.backward()
     assert student.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+def test_compiled_nothing_wide_is_made_nor_kept(crops):
+    """The same numbers; of the logits' size there is the gradient alone, as narrow as they are."""
+    student = torch.randn(crops, 4, 96).bfloat16().requires_grad_()
+    teacher = torch.randn(4, 96).softmax(dim=-1)
+    module, kept = CrossEntropy(), []
+    expected = module(student, teacher, 0.1)
+    (gradient,) = torch.autograd.grad(expected.sum(), student)
+    module.compile(fullgraph=True)
+
+    def compiled():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            entropies = module(student, teacher, 0.1)
+        return entropies, *torch.autograd.grad(entropies.sum(), student)
+
+    (entropies, found), code = run_and_get_code(compiled)
+    torch.testing.assert_close(entropies, expected)
+    torch.testing.assert_close(found, gradient)
+    large = {t.data_ptr() for t in kept if t.numel() >= teacher.numel()}
+    assert large == {student.data_ptr(), teacher.data_ptr()}
+    shape = f"= empty_strided_cpu(({crops}, 4, 96), "
+    made = [line for text in code for line in text.splitlines() if shape in line]
+    assert len(made) == 1 and "torch.bfloat16" in made[0]

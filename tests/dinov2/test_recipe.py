@@ -263,7 +263,38 @@ def test_parts_are_wrapped_with_their_blocks():
         return module
 
     recipe.parallelize(wrap)
-    assert seen == [("OcticVisionTransformer", 2), ("DINOHead", 0)] * 2
+    parts = [("OcticVisionTransformer", 2), ("DINOHead", 0)] * 2
+    assert seen == [*parts, ("CrossEntropy", 0), ("EmaCenter", 0), ("EmaCenter", 0)]
+
+
+@pytest.mark.parametrize("options", [{}, {"dino_loss_weight": 0.0}, {"ibot_loss_weight": 0.0}])
+def test_compiled_losses_are_the_same_and_compiled_once(options):
+    """Temperatures that move from step to step make no new graph after the second."""
+    torch.compiler.reset()
+    graphs = []
+
+    def wrap(module, units=(), methods=()):
+        if not list(module.parameters()):
+            module.compile(fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+        return module
+
+    eager = make_recipe(**options).double()
+    compiled = copy.deepcopy(eager)
+    compiled.parallelize(wrap)
+    made = []
+    for step in range(4):
+        batch = to_double(make_batch(eager, seed=step))
+        found = [recipe.losses(batch, step) for recipe in (eager, compiled)]
+        torch.testing.assert_close(found[1], found[0])
+        for recipe, losses in zip((eager, compiled), found, strict=True):
+            recipe.zero_grad()
+            losses["loss"].backward()
+            recipe.after_step(step)
+        torch.testing.assert_close(gradients(compiled), gradients(eager), rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()))
+        made.append(len(graphs))
+    assert len({eager.schedules["teacher_temp"](step) for step in range(4)}) > 2
+    assert made[0] and made[1] == made[3]
 
 
 def test_backbones_that_do_not_fit_are_refused():

@@ -54,6 +54,7 @@ def train(
     wrap = parallel.make_wrap(place, mode, **switches)
     for net in (pair.student, pair.teacher):
         wrap(net, units=list(net.blocks))
+    reduction = parallel.Gradients(pair)
     optimizer = torch.optim.AdamW(pair.student.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     losses, gradients, messages = [], {}, []
@@ -63,12 +64,12 @@ def train(
         with Communication() as sent:
             for number, batch in enumerate(whole.chunk(MICRO_BATCHES)):
                 part = batch.chunk(distributed.world_size())[distributed.rank()]
-                parallel.set_gradient_sync(pair, number == MICRO_BATCHES - 1)
+                reduction.set_sync(number == MICRO_BATCHES - 1)
                 with mode.autocast():
                     loss = pair.loss(part, number) / MICRO_BATCHES
                 loss.backward()
                 total += loss.detach()
-            parallel.finish_gradients(pair)
+            reduction.finish()
         losses.append(float(distributed.all_reduce_mean(total)))
         if step == 0:
             messages = sent.messages

@@ -37,6 +37,28 @@ def test_alone_nothing_is_sharded_and_recomputation_changes_no_number():
         assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_alone_the_gradients_need_no_look_at_the_modules(monkeypatch):
+    net = Net()
+    net(torch.randn(4, 6)).sum().backward()
+    before = {name: p.grad.clone() for name, p in net.named_parameters()}
+    monkeypatch.setattr(nn.Module, "named_modules", None)  # what every walk begins with
+    gradients = parallel.Gradients(net)
+    gradients.set_sync(False)
+    gradients.finish()
+    monkeypatch.undo()
+    assert all(torch.equal(p.grad, before[name]) for name, p in net.named_parameters())
+
+
+def test_what_has_no_parameters_is_compiled_and_not_sharded(monkeypatch):
+    sharded = []
+    monkeypatch.setattr(parallel, "make_mesh", lambda device, sharding: "mesh")
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, **_: sharded.append(module))
+    wrap = parallel.make_wrap(CPU, Precision("fp32"), compile=True)
+    bare, linear = nn.GELU(), nn.Linear(2, 2)
+    assert wrap(bare) is bare and wrap(linear) is linear
+    assert bare._compiled_call_impl is not None and sharded == [linear]
+
+
 def test_unknown_sharding_and_precision_are_refused():
     with pytest.raises(UserError, match="replicate, shard or hybrid"):
         parallel.make_mesh(CPU, "zero3")
