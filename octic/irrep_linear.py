@@ -3,10 +3,10 @@
 All one-dimensional irreps are one batched product, the rows of the two-dimensional one another;
 both write straight into the result, so nothing is copied together. Operators of torch (namespace
 `octic`), forward and backward; FLOP counters count their multiply-adds. On CUDA cuBLAS
-multiplies and Triton kernels add the bias (`triton_bias`) and sum up the weights' gradients
-(`triton_weights`); narrow irreps, whose products are too small for cuBLAS, take one Triton kernel
-for all (`triton_linear`). The variable OCTIC_LINEAR chooses otherwise: `products`, cuBLAS for all,
-or `triton`, whatever the width.
+multiplies, and a Triton kernel adds the bias (`triton_bias`). In half precision Triton kernels sum
+up the weights' gradients (`triton_weights`) and multiply where irreps are too narrow for cuBLAS
+(`triton_linear`). The variable OCTIC_LINEAR chooses otherwise: `products`, cuBLAS for all, or
+`triton` for all.
 
 Letters: M tokens, L one-dimensional irreps of C channels, R rows of Q channels.
 """
@@ -66,10 +66,11 @@ def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: i
 
 @operator("irrep_linear(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor")
 def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
-    if _uses_triton(x, lines):
+    if _uses_triton(x, worth=_is_narrow(lines)):
         from octic import triton_linear
 
-        return triton_linear.forward(x, lines, plane, bias)
+        with torch.cuda.device_of(x):
+            return triton_linear.forward(x, lines, plane, bias)
     out = x.new_empty(x.shape[0], _width(x, lines, plane, given=-1, wanted=-2))
     x_lines, x_rows = _columns(x, lines, plane, -1)
     out_lines, out_rows = _columns(out, lines, plane, -2)
@@ -93,10 +94,11 @@ def _add_bias(out: Tensor, first: Tensor, bias: Tensor) -> None:
 
 @operator("irrep_linear_backward_input(Tensor grad, Tensor lines, Tensor? plane) -> Tensor")
 def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
-    if _uses_triton(grad, lines):
+    if _uses_triton(grad, worth=_is_narrow(lines)):
         from octic import triton_linear
 
-        return triton_linear.backward_input(grad, lines, plane)
+        with torch.cuda.device_of(grad):
+            return triton_linear.backward_input(grad, lines, plane)
     out = grad.new_empty(grad.shape[0], _width(grad, lines, plane, given=-2, wanted=-1))
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     out_lines, out_rows = _columns(out, lines, plane, -1)
@@ -113,7 +115,7 @@ def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor
 def _backward_weight(
     grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if takes_triton(grad) and linear_kernel() != "products":
+    if _uses_triton(grad, worth=True):
         from octic import triton_weights
 
         with torch.cuda.device_of(grad):
@@ -128,7 +130,8 @@ def _backward_weight(
     return d_lines, d_plane, grad_lines[0].sum(0)
 
 
-def _uses_triton(x: Tensor, lines: Tensor) -> bool:
+def _uses_triton(x: Tensor, *, worth: bool) -> bool:
+    """Whether a Triton kernel multiplies: asked for, or `worth` it and in half precision."""
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     kernel = linear_kernel()
@@ -136,12 +139,16 @@ def _uses_triton(x: Tensor, lines: Tensor) -> bool:
         raise ValueError(
             "OCTIC_LINEAR=triton needs the package triton; OCTIC_LINEAR=products needs nothing"
         )
-    narrow = kernel == "auto" and min(lines.shape[1:]) < NARROW and HAS_TRITON
-    return kernel == "triton" or narrow
+    half = x.dtype.itemsize == 2
+    return kernel == "triton" or (kernel == "auto" and worth and half and HAS_TRITON)
+
+
+def _is_narrow(lines: Tensor) -> bool:
+    return min(lines.shape[1:]) < NARROW
 
 
 def linear_kernel() -> str:
-    """What multiplies on CUDA, by OCTIC_LINEAR: `auto` (by width), `products` or `triton`."""
+    """What multiplies on CUDA, by OCTIC_LINEAR: `auto`, `products` (cuBLAS) or `triton`."""
     name = os.environ.get("OCTIC_LINEAR", "auto")
     if name not in ("auto", "products", "triton"):
         raise ValueError(f"OCTIC_LINEAR={name} is unknown; known: auto, products, triton")

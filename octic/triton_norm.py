@@ -23,7 +23,8 @@ from torch import Tensor
 # Of all these an H200 was tried with 8, 16 and 32; 16, 24, 32 and 64; 1, 2 and 3 (ViT-S to ViT-H).
 VALUES_PER_THREAD = 8  # twice as many where that saves warps beyond the fourth, which wait in sums
 WARPS = 16  # for each streaming multiprocessor
-AHEAD = 3  # stages that loads run ahead of the arithmetic
+AHEAD = 3  # stages of a load, which runs ahead of the arithmetic through shared memory
+AHEAD_VALUES = 4096  # of a row; wider ones would need more shared memory than there is
 
 
 @triton.jit
@@ -282,7 +283,7 @@ def options(width: int, lengths: tuple[int, ...], weights: tuple[float, ...]) ->
         "GP": padded,
         "BLOCK_C": block_c,
         "SEGMENTS": tuple(zip(starts, lengths, weights, strict=True)),
-        "AHEAD": AHEAD,
+        "AHEAD": AHEAD if padded * block_c <= AHEAD_VALUES else 1,
         "num_warps": min(max(warps, 1), 16),
         "enable_fp_fusion": True,
     }

@@ -169,7 +169,7 @@ def backward(
     count, wanted, given = lines.shape
     shape = None if plane is None else tuple(plane.shape)
     planes = 0 if plane is None else (x.shape[1] - count * given) // plane.shape[1]
-    tile, tiles = options(tuple(lines.shape), shape, planes)
+    tile, tiles = options(tuple(lines.shape), shape, planes, half=x.dtype.itemsize == 2)
     d_lines = lines.new_empty(lines.shape, dtype=x.dtype)
     d_plane = x.new_empty(0) if plane is None else plane.new_empty(plane.shape, dtype=x.dtype)
     d_bias = x.new_empty(wanted)
@@ -177,11 +177,9 @@ def backward(
     values = d_lines.numel(), d_plane.numel(), wanted
     sums = x.new_empty(shares, sum(values), dtype=torch.float32)
     exact = torch.get_float32_matmul_precision() == "highest"
-    stages = 3 if x.dtype.itemsize == 2 else 2
     share_kernel[(tiles, shares)](
         *(grad.contiguous(), x.contiguous(), sums, len(x), span),
         PRECISION="ieee" if exact else "tf32",
-        num_stages=stages,
         **tile,
     )
     names = ("LINE_VALUES", "PLANE_VALUES", "BIAS_VALUES")
@@ -193,15 +191,20 @@ def backward(
 
 
 @lru_cache(maxsize=256)  # a launch costs the host less
-def options(lines: tuple, plane: tuple | None, planes: int) -> tuple[dict[str, Any], int]:
-    """Compile-time arguments for matrices of these shapes, and the number of tiles."""
+def options(
+    lines: tuple, plane: tuple | None, planes: int, *, half: bool
+) -> tuple[dict[str, Any], int]:
+    """Compile-time arguments for matrices of these shapes, and the number of tiles.
+
+    half: numbers of two bytes. Wider ones take tiles and stages that need as much memory.
+    """
     count, line_out, line_in = lines
     plane_out, plane_in = plane or (1, 1)
     blocks = {
-        "LINE_I": _block(line_out),
-        "LINE_J": _block(line_in),
-        "PLANE_I": _block(plane_out),
-        "PLANE_J": _block(plane_in),
+        "LINE_I": _block(line_out, half),
+        "LINE_J": _block(line_in, half),
+        "PLANE_I": _block(plane_out, half),
+        "PLANE_J": _block(plane_in, half),
     }
     rows = triton.cdiv(line_out, blocks["LINE_I"])
     tiles = count * rows * triton.cdiv(line_in, blocks["LINE_J"]) + rows
@@ -220,12 +223,13 @@ def options(lines: tuple, plane: tuple | None, planes: int) -> tuple[dict[str, A
         "PLANE_OUT": plane_out,
         "BLOCK_M": BLOCK_M,
         "num_warps": 4,
+        "num_stages": 3 if half else 2,
     }
     return arguments | blocks, tiles
 
 
-def _block(width: int) -> int:
-    return 64 if width % 128 else 128  # the larger one only where it pads nothing
+def _block(width: int, half: bool) -> int:
+    return 128 if half and width % 128 == 0 else 64  # the larger one only where it pads nothing
 
 
 def _shares(rows: int, tiles: int, device: torch.device) -> tuple[int, int]:

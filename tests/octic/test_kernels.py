@@ -365,8 +365,8 @@ def _kernels_and_arguments(channels):
             triton_linear.product_kernel,
             linear | {"BIAS": not transposed, "PRECISION": "ieee"},
         )
-    share, _ = triton_weights.options(*shapes)
-    yield triton_weights.share_kernel, share | {"PRECISION": "ieee", "num_stages": 3}
+    share, _ = triton_weights.options(*shapes, half=True)
+    yield triton_weights.share_kernel, share | {"PRECISION": "tf32"}
     sizes = {"LINES": 4, "LINE_ROWS": channels, "LINE_COLUMNS": channels, "BIAS": True}
     sizes |= {"PLANE_ROWS": 2 * channels, "PLANE_COLUMNS": 2 * channels, "SCALED": True}
     yield triton_matrices.stack_kernel, sizes | {"BLOCK": triton_matrices.BLOCK}
@@ -380,7 +380,7 @@ def _kernels_and_arguments(channels):
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler is for Linux")
-@pytest.mark.parametrize("channels", [48, 5])
+@pytest.mark.parametrize("channels", [48, 5, 128])
 def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -400,7 +400,21 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, m
         options = {name: v for name, v in arguments.items() if name not in kernel.arg_names}
         for capability in (80, 90):
             target = GPUTarget("cuda", capability, 32)
-            assert triton.compile(source, target=target, options=options).asm["cubin"]
+            compiled = triton.compile(source, target=target, options=options)
+            assert compiled.asm["cubin"]
+            assert compiled.metadata.shared <= 99 * 1024, "what every such GPU has"
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [512, 1280, 4096, 8192, 10240])
+def test_a_norm_loads_ahead_only_what_shared_memory_holds(width):
+    """Three float32 tensors of a row, twice: an H200 refused rows of 10,240 channels."""
+    from octic import triton_norm
+
+    lengths, weights = zip(*OCTIC, strict=True)
+    chosen = triton_norm.options(width, lengths, weights)
+    row = 8 * chosen["BLOCK_C"] * 4
+    assert 3 * row * (chosen["AHEAD"] - 1) <= 99 * 1024
 
 
 def test_an_unknown_kernel_of_linear_layers_is_refused(monkeypatch):
