@@ -59,9 +59,9 @@ class ResidualBlock(nn.Module):
             x = add_branch(x, self._mix_channels, packing, rate=rate, mode="subset")
             return (x, None) if hold else x
         x, normed = self._add_and_norm(x, branch, self.norm1)
-        update = self._attend(normed, packing)
-        x, normed = self._add_and_norm(x, drop_whole(update, packing, rate), self.norm2)
-        update = drop_whole(self._transform(normed), packing, rate)
+        update = drop_whole(self._attend(normed, packing), packing, rate, dtype=x.dtype)
+        x, normed = self._add_and_norm(x, update, self.norm2)
+        update = drop_whole(self._transform(normed), packing, rate, dtype=x.dtype)
         return (x, update) if hold else x + update
 
     def _mix_tokens(self, x: Tensor, packing: Packing | None) -> Tensor:

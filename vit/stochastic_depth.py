@@ -21,22 +21,28 @@ def add_branch(
     else, so that dropped work costs no time. Both divide by the kept share.
     """
     if rate == 0.0 or mode == "sample":
-        return x + drop_whole(branch(x, packing), packing, rate)
+        return x + drop_whole(branch(x, packing), packing, rate, dtype=x.dtype)
     if packing is None:
         return _add_on_subset(x, branch, 1.0 - rate)
     return _add_on_packed_subset(x, branch, packing, 1.0 - rate)
 
 
-def drop_whole(update: Tensor, packing: Packing | None, rate: float) -> Tensor:
-    """A branch's result, each sequence dropped by a coin of its own, over the kept share."""
+def drop_whole(
+    update: Tensor, packing: Packing | None, rate: float, *, dtype: torch.dtype
+) -> Tensor:
+    """A branch's result, each sequence dropped by a coin of its own, over the kept share.
+
+    dtype: of the tokens that it is added to, and so of the share's inverse, which a half precision
+    of the branch would round.
+    """
     if rate == 0.0:
         return update
-    return update * _keep_mask(update, packing, 1.0 - rate)
+    return update * _keep_mask(update, packing, 1.0 - rate, dtype)
 
 
-def _keep_mask(x: Tensor, packing: Packing | None, keep: float) -> Tensor:
+def _keep_mask(x: Tensor, packing: Packing | None, keep: float, dtype: torch.dtype) -> Tensor:
     count = x.shape[0] if packing is None else packing.num_sequences
-    mask = x.new_empty(count).bernoulli_(keep)
+    mask = x.new_empty(count, dtype=dtype).bernoulli_(keep)
     if keep > 0.0:
         mask = mask / keep
     if packing is None:

@@ -11,6 +11,7 @@ from octic import OcticVisionTransformer
 from octic.actions import act_on_tokens
 from octic.groups import get_group
 from octic.invariants import INVARIANTIZATIONS
+from vit.stochastic_depth import add_branch, drop_whole
 
 GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -146,12 +147,39 @@ def test_stochastic_depth_keeps_the_mean_and_the_symmetry(mode: str) -> None:
     moved = block(act_on_tokens(x, element, symmetry, (2, 2)))
     assert relative(moved, act_on_tokens(y, element, symmetry, (2, 2))) <= 1e-12
     branch = torch.stack([block._mix_channels(x, None) for _ in range(2)])[0]
-    from vit.stochastic_depth import add_branch
-
     drawn = [add_branch(x, block._mix_channels, None, rate=0.4, mode=mode) - x for _ in range(400)]
     # Each sample is kept with probability 0.6: the mean over 400 draws has deviation 0.041.
     ratio = torch.stack(drawn).mean(0).norm() / branch.norm()
     assert abs(ratio.item() - 1.0) < 0.05
+
+
+@pytest.mark.parametrize("mode", ("sample", "subset"))
+def test_a_sum_left_to_the_next_block_is_the_same_sum(mode: str) -> None:
+    """Handing the last branch on changes no value and no gradient; hooks see whole tokens."""
+    net = make(drop_path_rate=0.3, drop_path_mode=mode, depth=4).train()
+    x = images()
+    assert net.blocks[0].holds and not net.blocks[-1].holds
+    found, seen = [], []
+    for watched in (False, True):
+        handles = [b.register_forward_hook(lambda *a: seen.append(a[-1])) for b in net.blocks]
+        if not watched:
+            for handle in handles:
+                handle.remove()
+        net.zero_grad()
+        torch.manual_seed(0)
+        y = net(x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(seen) == 4 and all(out.shape == seen[0].shape for out in seen)
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_a_dropped_branch_in_half_precision_is_divided_exactly() -> None:
+    update = torch.ones(50, 1, 8, dtype=torch.bfloat16)
+    dropped = drop_whole(update, None, 0.4, dtype=torch.float32)
+    assert dropped.dtype == torch.float32
+    assert set(dropped.unique().tolist()) == {0.0, (1 / torch.tensor(0.6)).item()}
 
 
 def test_intermediate_layers_include_the_octic_blocks() -> None:
