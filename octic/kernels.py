@@ -14,7 +14,6 @@ Letters: N tokens, D = G C channels, G the order of the group, C channels per co
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from octic.operators import operator
+from octic.operators import operator, takes_triton
 from octic.plain_kernels import (
     Matrix,
     plain_gelu,
@@ -329,26 +328,16 @@ def _run_norm(function: str, *arguments: Any) -> Any:
 
 
 def _run(module: str, function: str, plain: Callable, x: Tensor, *arguments: Any) -> Any:
-    if _uses_triton(x):
+    if takes_triton(x):
+        from octic import triton_gelu, triton_norm
+
+        kernels = {"triton_gelu": triton_gelu, "triton_norm": triton_norm}[module]
         with torch.cuda.device_of(x):
-            return getattr(_triton_kernels()[module], function)(x, *arguments)
+            return getattr(kernels, function)(x, *arguments)
     if autocast_dtype(x) is None:
         return plain(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
         return plain(x, *arguments)
-
-
-def _uses_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and bool(_triton_kernels())
-
-
-@lru_cache(maxsize=1)
-def _triton_kernels() -> dict[str, ModuleType]:
-    try:
-        from octic import triton_gelu, triton_norm
-    except ImportError:
-        return {}
-    return {"triton_gelu": triton_gelu, "triton_norm": triton_norm}
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

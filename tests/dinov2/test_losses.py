@@ -82,7 +82,7 @@ def test_of_the_students_logits_nothing_is_kept_twice():
     assert student.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("crops", [1, 3])
+@pytest.mark.parametrize("crops", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_compiled_nothing_wide_is_made_nor_kept(crops):
     """The same numbers; of the logits' size there is the gradient alone, as narrow as they are."""
     student = torch.randn(crops, 4, 96).bfloat16().requires_grad_()

@@ -267,7 +267,14 @@ def test_parts_are_wrapped_with_their_blocks():
     assert seen == [*parts, ("CrossEntropy", 0), ("EmaCenter", 0), ("EmaCenter", 0)]
 
 
-@pytest.mark.parametrize("options", [{}, {"dino_loss_weight": 0.0}, {"ibot_loss_weight": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"dino_loss_weight": 0.0}, marks=pytest.mark.slow),
+        pytest.param({"ibot_loss_weight": 0.0}, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_losses_are_the_same_and_compiled_once(options):
     """Temperatures that move from step to step make no new graph after the second."""
     torch.compiler.reset()

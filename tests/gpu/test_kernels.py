@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from octic import kernels, plain_kernels
+from octic import plain_kernels
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
 from octic.kernels import irrep_norm, regular_gelu, residual_norm
 from octic.matrices import plain_stack, stack_matrices
+from octic.operators import takes_triton
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -28,7 +29,7 @@ DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.fixture(autouse=True)
 def triton_is_used():
     pytest.importorskip("triton")
-    assert kernels._uses_triton(torch.empty(1, device="cuda"))
+    assert takes_triton(torch.empty(1, device="cuda"))
 
 
 @DTYPES
