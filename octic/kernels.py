@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
-from octic.operators import operator, takes_triton
+from octic.operators import multiplies_nothing, operator, takes_triton
 from octic.plain_kernels import (
     Matrix,
     plain_gelu,
@@ -304,19 +303,14 @@ class _GELU(torch.autograd.Function):
         return _gelu_backward(grad, *ctx.saved_tensors, ctx.transform), None
 
 
-@register_flop_formula(
-    [
-        torch.ops.octic.irrep_norm,
-        torch.ops.octic.irrep_norm_backward,
-        torch.ops.octic.residual_norm,
-        torch.ops.octic.residual_norm_backward,
-        torch.ops.octic.regular_gelu,
-        torch.ops.octic.regular_gelu_backward,
-    ]
+multiplies_nothing(
+    torch.ops.octic.irrep_norm,
+    torch.ops.octic.irrep_norm_backward,
+    torch.ops.octic.residual_norm,
+    torch.ops.octic.residual_norm_backward,
+    torch.ops.octic.regular_gelu,
+    torch.ops.octic.regular_gelu_backward,
 )
-def _no_multiply_adds(*shapes: Any, **_: Any) -> int:
-    # Elementwise work, counted like torch's own layer norm and GELU: not at all.
-    return 0
 
 
 # Choice of the kernel.

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
-from octic.operators import operator, takes_triton
+from octic.operators import multiplies_nothing, operator, takes_triton
 
 Matrices = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -36,11 +35,11 @@ def stack_matrices(
     """
     if not takes_triton(weights[0]) or lines > 4:
         return plain_stack(weights, bias, factors, lines, dtype)
-    arguments = (lines, len(weights), dtype or weights[0].dtype, bias, *weights, *factors)
+    dtype = dtype or weights[0].dtype
     if torch.is_grad_enabled():
-        found = _Stack.apply(*arguments)
+        found = _Stack.apply(lines, len(weights), dtype, bias, *weights, *factors)
     else:
-        found = _stack(weights, bias, factors, *arguments[:1], arguments[2])
+        found = _stack(weights, bias, factors, lines, dtype)
     plane = found[1] if len(weights) > lines else None
     return found[0], plane, None if bias is None else found[2]
 
@@ -185,7 +184,4 @@ class _Stack(torch.autograd.Function):
         return None, None, None, d_bias, *found[: len(tensors)]
 
 
-@register_flop_formula([torch.ops.octic.stack_matrices, torch.ops.octic.stack_matrices_backward])
-def _no_multiply_adds(*shapes: Any, **_: Any) -> int:
-    # Work on weights, which layer scales would add to a count that has none of the tokens'.
-    return 0
+multiplies_nothing(torch.ops.octic.stack_matrices, torch.ops.octic.stack_matrices_backward)

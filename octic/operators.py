@@ -6,10 +6,13 @@ calls cost here, and an octic block makes seven of them (docs/performance.md has
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -35,3 +38,16 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
 def takes_triton(x: Tensor) -> bool:
     """Whether a Triton kernel can compute on x: CUDA, not float64, and triton is installed."""
     return x.is_cuda and x.dtype != torch.float64 and HAS_TRITON
+
+
+def multiplies_nothing(*operators: Any) -> None:
+    """Tell FLOP counters that operators are elementwise work, counted as torch's own is: 0."""
+    register_flop_formula(list(operators))(lambda *shapes, **_: 0)
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for a CPU, where Triton's interpreter runs."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -251,7 +251,8 @@ def unstack(
 ) -> list[Tensor]:
     """Gradients of the weights, then of the factors, then of the bias, in their dtypes."""
     first = weights[0]
-    d_weights, d_factors = [torch.empty_like(w) for w in weights], list(map(_empty_like, factors))
+    d_weights = [torch.empty_like(weight) for weight in weights]
+    d_factors = [torch.empty_like(factor) for factor in factors]
     d_bias = None if bias is None else torch.empty_like(bias)
     tiles = lines * triton.cdiv(first.shape[0], BLOCK_R)
     tiles += triton.cdiv(weights[lines].shape[0], BLOCK_R) if len(weights) > lines else 0
@@ -268,10 +269,6 @@ def unstack(
         num_warps=4,
     )
     return [*d_weights, *d_factors, *([] if d_bias is None else [d_bias])]
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
 
 
 def _five(tensors: Sequence[Tensor], lines: int, other: Tensor) -> list[Tensor]:

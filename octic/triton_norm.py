@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import processors
+
 # Of all these an H200 was tried with 8, 16 and 32; 16, 24, 32 and 64; 1, 2 and 3 (ViT-S to ViT-H).
 VALUES_PER_THREAD = 8  # twice as many where that saves warps beyond the fourth, which wait in sums
 WARPS = 16  # for each streaming multiprocessor
@@ -290,11 +292,4 @@ def options(width: int, lengths: tuple[int, ...], weights: tuple[float, ...]) ->
 
 
 def _programs(x: Tensor, rows: int, per_processor: int) -> int:
-    return min(rows, per_processor * _processors(x.device))
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return min(rows, per_processor * processors(x.device))

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import processors
+
 BLOCK_M = 64  # tokens at a time
 # Programs for each streaming multiprocessor; more are better balanced, and write more sums.
 PROGRAMS = 3
@@ -234,13 +236,6 @@ def _block(width: int, half: bool) -> int:
 
 def _shares(rows: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """Tokens of a share, a multiple of a block's, and how many shares there are."""
-    wanted = max(1, round(PROGRAMS * _processors(device) / tiles))
+    wanted = max(1, round(PROGRAMS * processors(device) / tiles))
     span = triton.cdiv(triton.cdiv(max(rows, 1), wanted), BLOCK_M) * BLOCK_M
     return span, triton.cdiv(max(rows, 1), span)
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 4  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count

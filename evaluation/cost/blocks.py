@@ -15,6 +15,7 @@ from evaluation.progress import say
 from evaluation.results import print_table
 from utils.errors import UserError
 from utils.flops import count_operations
+from utils.parallel import blocks_of
 
 # A call in the code that Inductor writes: a kernel of its own, or an operator.
 CALL = re.compile(r"^\s+(?:\w+ = )?((?:cpp_|triton_|extern_kernels\.|torch\.ops\.)[\w.]+)\(", re.M)
@@ -111,8 +112,8 @@ def count_kernels(block: nn.Module, x: Tensor) -> int:
 
 def kinds_of(name: str, net: nn.Module) -> list[nn.Module]:
     """The first block of each kind; UserError for a net without `blocks`."""
-    blocks: Any = getattr(net, "blocks", getattr(getattr(net, "net", None), "blocks", None))
-    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+    blocks = blocks_of(net)
+    if not blocks:
         raise UserError(f"{name} has no `blocks` that could be compared")
     return list({type(block): block for block in reversed(blocks)}.values())[::-1]
 

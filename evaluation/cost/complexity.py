@@ -35,10 +35,8 @@ from utils import distributed
 from utils.build import plain
 from utils.errors import UserError
 from utils.flops import count_operations
+from utils.parallel import allow_variants
 from utils.run_folder import describe_code
-
-# Each kind of block has two graphs, each group up to three nets, all of one code.
-RECOMPILE_LIMIT = 64
 
 
 def measure(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,17 +160,15 @@ def _count_as_it_runs(
 @contextmanager
 def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
     """The threads asked for; on CUDA float32 products may be taken in TF32, as published."""
-    import torch._dynamo
-
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads or before[0])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    allow_variants()
     try:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            yield
+        yield
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
