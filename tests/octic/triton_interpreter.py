@@ -1,6 +1,6 @@
 """Triton kernels against their plain twins, in Triton's interpreter on a CPU.
 
-`test_kernels.py` runs this file in a process of its own: TRITON_INTERPRET=1 has to be set before
+`test_triton.py` runs this file in a process of its own: TRITON_INTERPRET=1 has to be set before
 triton is imported.
 """
 
