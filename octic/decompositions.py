@@ -1,7 +1,7 @@
 """Our operators in PyTorch's words, for programs that run where octic is not (`vit.export`).
 
 Functions of the operators' own arguments, forward alone and without in-place operations; importing
-`octic` makes them known. Letters as in `octic.kernels` and `octic.irrep_linear`.
+`octic` makes them known. Letters as in `octic.irrep_norm` and `octic.irrep_linear`.
 """
 
 import math
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octic import heads, irrep_linear, kernels, matrices  # noqa: F401  (these define operators)
-from octic.plain_kernels import plain_join, plain_split
+from octic import heads, irrep_linear, irrep_norm, matrices, regular_gelu  # noqa: F401  (these define operators)
+from octic.plain_kernels import by_segment, plain_join, plain_split, with_bias
 from vit.export import DECOMPOSITIONS
 
 
 def norm(
     x: Tensor,
-    scale: Tensor | None,
+    scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: Sequence[int],
     weights: Sequence[float],
+    shared: Sequence[int],
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -41,8 +42,8 @@ def norm(
         start += count * width
     variance = torch.stack(variances).sum(0) + eps
     y = torch.cat(centred, -1) * (variance / order).rsqrt()[..., None]
-    if scale is not None:
-        y = y * scale
+    if scales:
+        y = y * by_segment(scales, shared)
     if shift is not None:
         y = y + F.pad(shift, (0, x.shape[-1] - shift.shape[0]))
     return y.to(dtype)
@@ -60,10 +61,10 @@ def stack(weights: Sequence[Tensor], bias: Tensor | None, *arguments: Any) -> tu
     return tuple(weights[0].new_empty(0) if part is None else part for part in found)
 
 
-def gelu(x: Tensor, transform: Sequence[float]) -> Tensor:
+def gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
     """Compute `octic::regular_gelu`."""
     order = math.isqrt(len(transform))
-    wide = _statistics_dtype(x).unflatten(-1, (order, x.shape[-1] // order))
+    wide = _statistics_dtype(with_bias(x, bias)).unflatten(-1, (order, x.shape[-1] // order))
     matrix = torch.tensor(list(transform), dtype=wide.dtype, device=x.device).view(order, order)
     return (matrix @ F.gelu(matrix.T @ wide)).flatten(-2).to(x.dtype)
 

@@ -18,15 +18,18 @@ from octic.operators import multiplies_nothing, operator, takes_triton
 from octic.plain_kernels import plain_join, plain_split
 
 
-def split_heads(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> tuple[Tensor, ...]:
+def split_heads(
+    x: Tensor, heads: int, widths: Sequence[int], parts: int, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Features [B T P*D] to P tensors of heads [B T H D/H].
 
     widths: of a head's channels, those of each row of each irrep; D/H in all. x holds them row by
-    row, within a row part by part, within a part head by head.
+    row, within a row part by part, within a part head by head. bias: added to as many of the first
+    channels as it has; it gets no gradient (see `octic.irrep_linear`).
     """
     if torch.is_grad_enabled():
-        return _Split.apply(x, heads, list(widths), parts)
-    return tuple(_split(x, heads, widths, parts))
+        return _Split.apply(x, bias, heads, list(widths), parts)
+    return tuple(_split(x, bias, heads, widths, parts))
 
 
 def join_heads(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
@@ -36,14 +39,16 @@ def join_heads(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     return _join(tensors, widths)
 
 
-@operator("split_heads(Tensor x, int heads, int[] widths, int parts) -> Tensor[]")
-def _split(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
+@operator("split_heads(Tensor x, Tensor? bias, int heads, int[] widths, int parts) -> Tensor[]")
+def _split(
+    x: Tensor, bias: Tensor | None, heads: int, widths: Sequence[int], parts: int
+) -> list[Tensor]:
     if takes_triton(x) and parts <= 3:
         from octic import triton_heads
 
         with torch.cuda.device_of(x):
-            return triton_heads.split(x.contiguous(), heads, widths, parts)
-    return plain_split(x, heads, widths, parts)
+            return triton_heads.split(x.contiguous(), bias, heads, widths, parts)
+    return plain_split(x, bias, heads, widths, parts)
 
 
 @operator("join_heads(Tensor[] tensors, int[] widths) -> Tensor")
@@ -57,7 +62,9 @@ def _join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("octic::split_heads")
-def _(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
+def _(
+    x: Tensor, bias: Tensor | None, heads: int, widths: Sequence[int], parts: int
+) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], heads, sum(widths)) for _ in range(parts)]
 
 
@@ -71,14 +78,14 @@ def _(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, heads: int, widths: list[int], parts: int
+        ctx: Any, x: Tensor, bias: Tensor | None, heads: int, widths: list[int], parts: int
     ) -> tuple[Tensor, ...]:
         ctx.widths = widths
-        return tuple(_split(x, heads, widths, parts))
+        return tuple(_split(x, bias, heads, widths, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        return join_heads(grads, ctx.widths), None, None, None
+        return join_heads(grads, ctx.widths), None, None, None, None
 
 
 class _Join(torch.autograd.Function):

@@ -26,11 +26,20 @@ from octic.precision import autocast_dtype
 NARROW = 64  # channels of a copy: products below it are faster in one Triton kernel (an H200)
 
 
-def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
+def irrep_linear(
+    x: Tensor,
+    lines: Tensor,
+    plane: Tensor | None,
+    bias: Tensor | None,
+    *,
+    add_bias: bool = True,
+) -> Tensor:
     """Map features [... L C + R Q] to [... L C' + R Q'] by one matrix for each irrep.
 
     lines [L C' C]; plane [Q' Q], shared by its R rows; bias [C'] on the first irrep. Under
-    autocast all are cast to its dtype, as torch's own linear does.
+    autocast all are cast to its dtype, as torch's own linear does. Without `add_bias` whoever reads
+    the result next adds the bias, without a gradient of it: that is given here all the same, with
+    those of the matrices.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -38,8 +47,11 @@ def irrep_linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | 
         plane = None if plane is None else plane.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    multiply = _Linear.apply if torch.is_grad_enabled() else _linear
-    return multiply(flat, lines, plane, bias).view(*x.shape[:-1], -1)
+    if torch.is_grad_enabled():
+        y = _Linear.apply(flat, lines, plane, bias, add_bias)
+    else:
+        y = _linear(flat, lines, plane, bias if add_bias else None)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _columns(x: Tensor, lines: Tensor, plane: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
@@ -176,11 +188,16 @@ def _(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        lines: Tensor,
+        plane: Tensor | None,
+        bias: Tensor | None,
+        add_bias: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, lines, plane)
         ctx.biased = bias is not None
-        return _linear(x, lines, plane, bias)
+        return _linear(x, lines, plane, bias if add_bias else None)
 
     @staticmethod
     @once_differentiable
@@ -189,9 +206,10 @@ class _Linear(torch.autograd.Function):
         grad = grad.contiguous()
         d_x = _backward_input(grad, lines, plane) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:]):
-            return d_x, None, None, None
+            return d_x, None, None, None, None
         d_lines, d_plane, d_bias = _backward_weight(grad, x, lines, plane)
-        return d_x, d_lines, None if plane is None else d_plane, d_bias if ctx.biased else None
+        d_plane = None if plane is None else d_plane
+        return d_x, d_lines, d_plane, d_bias if ctx.biased else None, None
 
 
 def _flops(x: Any, lines: Any, plane: Any, side: int) -> int:

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from octic.groups import Group, get_group
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
-from octic.kernels import irrep_norm, regular_gelu, residual_norm
-from octic.matrices import stack_matrices
+from octic.irrep_norm import irrep_norm, residual_norm
+from octic.matrices import Matrices, stack_matrices
+from octic.operators import takes_triton
 from octic.precision import autocast_dtype
+from octic.regular_gelu import regular_gelu
 from vit.attention import attend, check_backend
 from vit.packing import Packing
 
@@ -66,16 +68,29 @@ class OcticLinear(nn.Module):
         """
         if scale is not None and not _fits_in_weights(scale, x):
             return scale(self(x))
+        return irrep_linear(x, *self._matrices(x, scale))
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product [... out_features] and the bias that whoever reads it next is to add.
+
+        Its gradient comes with that of the product. On a GPU a kernel that reads the product anyway
+        saves the pass over memory that adds a bias; elsewhere, and where hooks watch the layer, it
+        is added here, and None returned.
+        """
+        if not takes_triton(x) or _is_watched(self):
+            return self(x), None
+        lines, plane, bias = self._matrices(x)
+        y = irrep_linear(x, lines, plane, bias, add_bias=False)
+        return y, None if bias is None else bias.detach()
+
+    def _matrices(self, x: Tensor, scale: nn.Module | None = None) -> Matrices:
         layers = [getattr(self, name) for name in self.layer_names]
         weights, bias = [layer.weight for layer in layers], layers[0].bias
         factors = scale.factors() if isinstance(scale, OcticScale) else []
         if self.is_complex:
             weights[-1] = _complex_matrix(weights[-1])
             factors[-1:] = [factor.repeat(2) for factor in factors[-1:]]
-        found = stack_matrices(
-            weights, bias, factors, lines=self.num_lines, dtype=autocast_dtype(x)
-        )
-        return irrep_linear(x, *found)
+        return stack_matrices(weights, bias, factors, lines=self.num_lines, dtype=autocast_dtype(x))
 
     def extra_repr(self) -> str:
         """Widths and group."""
@@ -86,6 +101,12 @@ def _fits_in_weights(scale: nn.Module, x: Tensor) -> bool:
     # Layer scales of 1e-5 times weights would leave float16's range.
     half = (autocast_dtype(x) or x.dtype) == torch.float16
     return isinstance(scale, OcticScale) and scale.beta is None and not half
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether hooks wait for what goes into the layer or comes out of it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(layer, name) for name in hooks)
 
 
 def _complex_matrix(parts: Tensor) -> Tensor:
@@ -127,14 +148,10 @@ class OcticScale(nn.Module):
         """The factors of a row of each irrep."""
         return [getattr(self, name) for name in self.factor_names]
 
-    def vector(self) -> Tensor:
-        """The factors of all D channels."""
-        pairs = zip(self.factors(), self.group.irreps, strict=True)
-        return torch.cat([factor for factor, irrep in pairs for _ in range(irrep.dim)])
-
     def forward(self, x: Tensor) -> Tensor:
         """Scale (and shift) features [... D]."""
-        y = x * self.vector()
+        pairs = zip(self.factors(), self.group.irreps, strict=True)
+        y = x * torch.cat([factor for factor, irrep in pairs for _ in range(irrep.dim)])
         if self.beta is not None:
             y = y + F.pad(self.beta, (0, x.shape[-1] - len(self.beta)))
         return y
@@ -166,6 +183,7 @@ class OcticLayerNorm(nn.Module):
         channels_per_copy(dim, self.group)
         self.eps = eps
         self.segments = self.group.segments(irrep_weights or {})
+        self.rows = [irrep.dim for irrep in self.group.irreps]  # that share a scale
         self.scaling = OcticScale(dim, bias=bias, group=self.group) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,14 +194,19 @@ class OcticLayerNorm(nn.Module):
         """x + branch and its norm, [... D] both, in one pass."""
         return residual_norm(x, branch, *self._affine(), **self._options(x))
 
-    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+    def _affine(self) -> tuple[list[Tensor], Tensor | None]:
         if self.scaling is None:
-            return None, None
-        return self.scaling.vector(), self.scaling.beta
+            return [], None
+        return self.scaling.factors(), self.scaling.beta
 
     def _options(self, x: Tensor) -> dict[str, Any]:
         # A matrix product follows: under autocast round once, here, not on its own in the product.
-        return {"segments": self.segments, "eps": self.eps, "dtype": autocast_dtype(x)}
+        return {
+            "segments": self.segments,
+            "rows": self.rows,
+            "eps": self.eps,
+            "dtype": autocast_dtype(x),
+        }
 
 
 class OcticGELU(nn.Module):
@@ -194,9 +217,9 @@ class OcticGELU(nn.Module):
         self.group = get_group(group)
         self.transform = tuple(map(tuple, self.group.fourier.tolist()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Activate features [... D]."""
-        return regular_gelu(x, self.transform)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Activate features [... D], a bias [C] added to the trivial irrep before."""
+        return regular_gelu(x, self.transform, bias)
 
 
 class OcticMlp(nn.Module):
@@ -222,7 +245,7 @@ class OcticMlp(nn.Module):
 
     def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         """Map features [... in] to [... out]; `scale` is applied to the result."""
-        return self.fc2(self.norm(self.act(self.fc1(x))), scale)
+        return self.fc2(self.norm(self.act(*self.fc1.without_bias(x))), scale)
 
 
 class OcticAttention(nn.Module):
@@ -278,7 +301,8 @@ class OcticAttention(nn.Module):
         self, x: Tensor, packing: Packing | None = None, scale: nn.Module | None = None
     ) -> Tensor:
         """Attend within each sequence, then apply `scale`; x and the result are [B T D]."""
-        q, k, v = split_heads(self.qkv(x), self.num_heads, self.row_widths, 3)
+        features, bias = self.qkv.without_bias(x)
+        q, k, v = split_heads(features, self.num_heads, self.row_widths, 3, bias)
         if self.qk_scale is not None or self.attn_mixer is not None:
             q = (q * self._query_factor()).to(k.dtype)
         dropout = self.attn_drop if self.training else 0.0

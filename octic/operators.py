@@ -45,6 +45,18 @@ def multiplies_nothing(*operators: Any) -> None:
     register_flop_formula(list(operators))(lambda *shapes, **_: 0)
 
 
+def channels_of_copies(x: Tensor, order: int) -> int:
+    """C of a feature [... G C]; ValueError where G = `order` does not divide its width."""
+    if x.shape[-1] % order:
+        raise ValueError(f"{x.shape[-1]} channels are not a multiple of the group's order {order}")
+    return x.shape[-1] // order
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Parts of `size` that hold `count`; triton.cdiv, called outside of a kernel, takes 10 us."""
+    return -(-count // size)
+
+
 @lru_cache(maxsize=64)
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 for a CPU, where Triton's interpreter runs."""

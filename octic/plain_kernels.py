@@ -1,7 +1,7 @@
 """Plain PyTorch twins of the Triton kernels: every device, float64 too; written for few passes.
 
-They compute forward and backward without autograd (`octic.kernels` ties them together) and are what
-the Triton kernels are tested against. Letters as in `octic.kernels`.
+They compute forward and backward without autograd, which their callers (`octic.irrep_norm` and its
+like) add, and are what the Triton kernels are tested against. Letters as in `octic.irrep_norm`.
 """
 
 import math
@@ -19,16 +19,17 @@ PIECE = 2**19  # values; with those between its steps about the last cache that 
 
 def plain_norm(
     x: Tensor,
-    scale: Tensor | None,
+    scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: tuple[int, ...],
     weights: tuple[float, ...],
+    shared: tuple[int, ...],
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute `irrep_norm` with PyTorch's operators, without autograd."""
     centred, inverse_factors = _centred(x, lengths, weights)
-    weight, bias = _affine(scale, shift, inverse_factors)
+    weight, bias = _affine(scales, shared, shift, inverse_factors)
     width = centred.shape[-1]
     y = torch.native_layer_norm(centred, [width], weight, bias, eps / sum(lengths))[0]
     return y.view(x.shape).to(dtype)
@@ -37,15 +38,16 @@ def plain_norm(
 def plain_norm_backward(
     x: Tensor,
     grad: Tensor,
-    scale: Tensor | None,
+    scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: tuple[int, ...],
     weights: tuple[float, ...],
+    shared: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (its dtype), scale and shift."""
+    """Gradients of x (its dtype), of the scales by segment [D] and of the shift."""
     centred, inverse_factors = _centred(x, lengths, weights)
-    weight, bias = _affine(scale, shift, inverse_factors)
+    weight, bias = _affine(scales, shared, shift, inverse_factors)
     width = centred.shape[-1]
     length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     inverse = length.square_().div_(width).add_(eps / sum(lengths)).rsqrt_()
@@ -57,13 +59,13 @@ def plain_norm_backward(
         inverse,
         weight,
         bias,
-        [True, scale is not None, shift is not None],
+        [True, bool(scales), shift is not None],
     )
     # Centring is its own transpose.
     dx = _centred(dx, lengths, weights)[0]
-    dscale = None if scale is None else dweight * inverse_factors
+    dscales = dweight * inverse_factors if scales else None
     dshift = None if shift is None else dbias[: shift.shape[0]]
-    return dx.view(x.shape).to(x.dtype), dscale, dshift
+    return dx.view(x.shape).to(x.dtype), dscales, dshift
 
 
 def plain_residual_norm(x: Tensor, branch: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -79,15 +81,15 @@ def plain_residual_norm_backward(
     branch_dtype: torch.dtype | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, of the branch (the same in its dtype), scale and shift.
+    """Gradients of x, of the branch (the same in its dtype), scales by segment [D] and shift.
 
     past: the gradient that the sum has from elsewhere, or None.
     """
-    dx, dscale, dshift = plain_norm_backward(total, grad, *arguments)
+    dx, dscales, dshift = plain_norm_backward(total, grad, *arguments)
     if past is not None:
         dx = dx + past
     dbranch = None if branch_dtype is None else dx.to(branch_dtype)
-    return dx, dbranch, dscale, dshift
+    return dx, dbranch, dscales, dshift
 
 
 def _centred(
@@ -129,34 +131,50 @@ def _segment_tensors(
 
 
 def _affine(
-    scale: Tensor | None, shift: Tensor | None, inverse_factors: Tensor
+    scales: Sequence[Tensor],
+    shared: tuple[int, ...],
+    shift: Tensor | None,
+    inverse_factors: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias [D] of the layer norm of centred features."""
     weight = inverse_factors
-    if scale is not None:
-        weight = scale.to(weight.dtype) * weight
+    if scales:
+        weight = by_segment(scales, shared).to(weight.dtype) * weight
     if shift is None:
         return weight, None
     return weight, F.pad(shift.to(weight.dtype), (0, weight.shape[0] - shift.shape[0]))
 
 
-def plain_gelu(x: Tensor, transform: Matrix) -> Tensor:
+def by_segment(scales: Sequence[Tensor], shared: Sequence[int]) -> Tensor:
+    """The factors [D] of all channels; so many segments share each tensor."""
+    pairs = zip(scales, shared, strict=True)
+    return torch.cat([scale for scale, count in pairs for _ in range(count)])
+
+
+def plain_gelu(x: Tensor, bias: Tensor | None, transform: Matrix) -> Tensor:
     """Compute `regular_gelu` with PyTorch's operators, without autograd."""
     y = torch.empty_like(x)
+    x = x if bias is None else with_bias(_statistics_dtype(x), bias)
     for back, part, out in _pieces(transform, x, y):
         hidden = torch.bmm(back.mT, _statistics_dtype(part))
         _bmm(back, torch.ops.aten.gelu_(hidden), out)
     return y
 
 
-def plain_gelu_backward(x: Tensor, grad: Tensor, transform: Matrix) -> Tensor:
+def plain_gelu_backward(x: Tensor, bias: Tensor | None, grad: Tensor, transform: Matrix) -> Tensor:
     """Gradient of x."""
     dx = torch.empty_like(x)
+    x = x if bias is None else with_bias(_statistics_dtype(x), bias)
     for back, part, slope, out in _pieces(transform, x, grad, dx):
         hidden = torch.bmm(back.mT, _statistics_dtype(part))
         slope = torch.bmm(back.mT, _statistics_dtype(slope))
         _bmm(back, torch.ops.aten.gelu_backward(slope, hidden), out)
     return dx
+
+
+def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x, with the bias [C] on its first C channels."""
+    return x if bias is None else x + F.pad(bias.to(x.dtype), (0, x.shape[-1] - len(bias)))
 
 
 def _pieces(transform: Matrix, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -197,9 +215,11 @@ def _statistics_dtype(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def plain_split(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
+def plain_split(
+    x: Tensor, bias: Tensor | None, heads: int, widths: Sequence[int], parts: int
+) -> list[Tensor]:
     """Compute `octic.heads.split_heads` with PyTorch's operators."""
-    rows = x.split([parts * heads * width for width in widths], dim=-1)
+    rows = with_bias(x, bias).split([parts * heads * width for width in widths], dim=-1)
     by_part = [row.unflatten(-1, (parts, heads, -1)).unbind(-3) for row in rows]
     return [torch.cat(own, dim=-1) for own in zip(*by_part, strict=True)]
 

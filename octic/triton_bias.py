@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import ceil_div
+
 TILE = 2048  # tokens x channels
 
 
@@ -42,7 +44,7 @@ def add(y: Tensor, bias: Tensor) -> None:
     rows = max(1, TILE // block)
     if not y.numel():
         return
-    add_kernel[(triton.cdiv(channels, block), triton.cdiv(len(y), rows))](
+    add_kernel[(ceil_div(channels, block), ceil_div(len(y), rows))](
         *(y, bias.contiguous(), len(y)),
         WIDTH=y.shape[1],
         C=channels,

@@ -1,4 +1,4 @@
-"""Triton kernels of `octic.kernels.regular_gelu`; imported only when a CUDA tensor needs them.
+"""Triton kernels of `octic.regular_gelu`; imported only when a CUDA tensor needs them.
 
 A program owns a tile of tokens and channels and holds all G components of it in registers. The
 transform is no matrix product but the shortest list of additions that a greedy search finds: 24 for
@@ -14,10 +14,12 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import ceil_div
 from octic.plain_kernels import Matrix
 
 TILE = 512  # tokens x channels of one program: 4 values of each component per thread
@@ -58,13 +60,38 @@ def _tile(rows, C: tl.constexpr, G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C
     return offsets, (row < rows)[:, None] & (channel < C)[None, :]
 
 
+@triton.jit
+def _components(
+    x_ptr,
+    bias_ptr,
+    offsets,
+    mask,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """The G components of this program's tile in float32, with the bias added to the first."""
+    values = ()
+    for g in tl.static_range(G):
+        value = tl.load(x_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32)
+        if BIAS and g == 0:
+            channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+            bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0)
+            value += bias.to(tl.float32)[None, :]
+        values = values + (value,)
+    return values
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr,
+    bias_ptr,
     y_ptr,
     rows,
     C: tl.constexpr,
     G: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     IN_STEPS: tl.constexpr,
@@ -73,9 +100,7 @@ def forward_kernel(
     OUT_OUTPUTS: tl.constexpr,
 ):
     offsets, mask = _tile(rows, C, G, BLOCK_R, BLOCK_C)
-    values = ()
-    for g in tl.static_range(G):
-        values = values + (tl.load(x_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32),)
+    values = _components(x_ptr, bias_ptr, offsets, mask, C, G, BLOCK_C, BIAS)
     hidden = _transformed(values, IN_STEPS, IN_OUTPUTS)
     active = ()
     for g in tl.static_range(G):
@@ -90,11 +115,13 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     x_ptr,
+    bias_ptr,
     grad_ptr,
     dx_ptr,
     rows,
     C: tl.constexpr,
     G: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     IN_STEPS: tl.constexpr,
@@ -103,9 +130,7 @@ def backward_kernel(
     OUT_OUTPUTS: tl.constexpr,
 ):
     offsets, mask = _tile(rows, C, G, BLOCK_R, BLOCK_C)
-    values = ()
-    for g in tl.static_range(G):
-        values = values + (tl.load(x_ptr + offsets + g * C, mask=mask, other=0.0).to(tl.float32),)
+    values = _components(x_ptr, bias_ptr, offsets, mask, C, G, BLOCK_C, BIAS)
     hidden = _transformed(values, IN_STEPS, IN_OUTPUTS)
     slopes = ()
     for g in tl.static_range(G):
@@ -125,17 +150,17 @@ def backward_kernel(
         tl.store(dx_ptr + offsets + g * C, outputs[g].to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(x: Tensor, transform: Matrix) -> Tensor:
-    """T gelu(T^t x) of a contiguous x [..., G*C]."""
-    y = x.new_empty(x.shape)
-    _launch(forward_kernel, (x, y), transform)
+def forward(x: Tensor, bias: Tensor | None, transform: Matrix) -> Tensor:
+    """T gelu(T^t x) of a contiguous x [..., G*C]; a bias [C] is added to its first C channels."""
+    y = torch.empty_like(x)
+    _launch(forward_kernel, x, bias, (y,), transform)
     return y
 
 
-def backward(x: Tensor, grad: Tensor, transform: Matrix) -> Tensor:
+def backward(x: Tensor, bias: Tensor | None, grad: Tensor, transform: Matrix) -> Tensor:
     """Gradient with respect to x; x and grad contiguous [..., G*C]."""
-    dx = x.new_empty(x.shape)
-    _launch(backward_kernel, (x, grad, dx), transform)
+    dx = torch.empty_like(x)
+    _launch(backward_kernel, x, bias, (grad, dx), transform)
     return dx
 
 
@@ -159,15 +184,18 @@ def options(channels: int, transform: Matrix) -> dict[str, Any]:
     }
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], transform: Matrix) -> None:
-    x = tensors[0]
+def _launch(
+    kernel: Any, x: Tensor, bias: Tensor | None, others: tuple[Tensor, ...], transform: Matrix
+) -> None:
     if x.numel() == 0:
         return
     channels = x.shape[-1] // len(transform)
     rows = x.numel() // x.shape[-1]
     arguments = options(channels, transform)
-    grid = (triton.cdiv(rows, arguments["BLOCK_R"]), triton.cdiv(channels, arguments["BLOCK_C"]))
-    kernel[grid](*tensors, rows, **arguments)
+    grid = (ceil_div(rows, arguments["BLOCK_R"]), ceil_div(channels, arguments["BLOCK_C"]))
+    # A kernel argument that is not read still has to be a tensor.
+    read = (x, x if bias is None else bias)
+    kernel[grid](*read, *others, rows, BIAS=bias is not None, **arguments)
 
 
 @lru_cache(maxsize=64)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import ceil_div
+
 TILE = 2048  # tokens x channels
 ROUNDS = 2  # tiles of a program
 MAX_PARTS = 3  # queries, keys, values
@@ -31,10 +33,12 @@ def _tokens(start, rows, BLOCK_R: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def split_kernel(
     x_ptr,
+    bias_ptr,
     first_ptr,
     second_ptr,
     third_ptr,
     rows,
+    BIASED: tl.constexpr,
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     LINES: tl.constexpr,
@@ -56,10 +60,15 @@ def split_kernel(
         in_planes = ((rest // PLANE) * PARTS + part) * (HEADS * PLANE) + head * PLANE + rest % PLANE
         source = tl.where(rest < 0, source, LINES * PARTS * HEADS * LINE + in_planes)
     source = tl.max_contiguous(tl.multiple_of(source, RUN), RUN)
+    if BIASED > 0:
+        inside = (source < BIASED) & (column < HEADS * HEAD)
+        bias = tl.load(bias_ptr + source, mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(ROUNDS):
         token, valid = _tokens(tl.program_id(2) * ROUNDS + k, rows, BLOCK_R)
         mask = valid & (column < HEADS * HEAD)[None, :]
         value = tl.load(x_ptr + token * (PARTS * HEADS * HEAD) + source[None, :], mask=mask)
+        if BIASED > 0:
+            value = (value.to(tl.float32) + bias[None, :]).to(x_ptr.dtype.element_ty)
         offsets = token * (HEADS * HEAD) + column[None, :]
         # One store in each branch: a pointer that is chosen at run time is not known to be aligned.
         if part == 0:
@@ -119,12 +128,19 @@ def join_kernel(
         )
 
 
-def split(x: Tensor, heads: int, widths: Sequence[int], parts: int) -> list[Tensor]:
-    """Features [B T parts*D], contiguous, to `parts` tensors of heads [B T H D/H]."""
+def split(
+    x: Tensor, bias: Tensor | None, heads: int, widths: Sequence[int], parts: int
+) -> list[Tensor]:
+    """Features [B T parts*D], contiguous, to `parts` tensors of heads [B T H D/H].
+
+    bias: added to as many of the first channels as it has.
+    """
     head = sum(widths)
     out = [x.new_empty(*x.shape[:-1], heads, head) for _ in range(parts)]
     arguments = options(heads, tuple(widths), parts, heads * head)
-    _launch(split_kernel, x, (x, *_three(out)), out[0].numel(), arguments, (parts,))
+    read = (x, x if bias is None else bias.contiguous())
+    arguments = arguments | {"BIASED": 0 if bias is None else len(bias)}
+    _launch(split_kernel, (*read, *_three(out)), out[0].numel(), arguments, (parts,))
     return out
 
 
@@ -134,7 +150,7 @@ def join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     heads, width = first.shape[-2], parts * first.shape[-2] * first.shape[-1]
     y = first.new_empty(*first.shape[:-2], width)
     arguments = options(heads, tuple(widths), parts, width)
-    _launch(join_kernel, first, (*_three(tensors), y), first.numel(), arguments, ())
+    _launch(join_kernel, (*_three(tensors), y), first.numel(), arguments, ())
     return y
 
 
@@ -165,9 +181,7 @@ def options(heads: int, widths: tuple[int, ...], parts: int, columns: int) -> di
     }
 
 
-def _launch(
-    kernel: Any, x: Tensor, tensors: tuple, values: int, arguments: dict, middle: tuple
-) -> None:
+def _launch(kernel: Any, tensors: tuple, values: int, arguments: dict, middle: tuple) -> None:
     if not values:
         return
     head = arguments["LINES"] * arguments["LINE"] + arguments["PLANES"] * arguments["PLANE"]
@@ -175,8 +189,8 @@ def _launch(
     rows = values // width
     columns = width if middle else arguments["PARTS"] * width
     grid = (
-        triton.cdiv(columns, arguments["BLOCK_C"]),
+        ceil_div(columns, arguments["BLOCK_C"]),
         *middle,
-        triton.cdiv(rows, arguments["BLOCK_R"] * arguments["ROUNDS"]),
+        ceil_div(rows, arguments["BLOCK_R"] * arguments["ROUNDS"]),
     )
     kernel[grid](*tensors, rows, **arguments)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import ceil_div
+
 BLOCK_M = 128  # tokens of a program
 
 
@@ -163,10 +165,10 @@ def _launch(
     x, lines = x.contiguous(), lines.contiguous()
     plane = lines if plane is None else plane.contiguous()
     block = arguments["BLOCK_N"]
-    tiles = arguments["LINES"] * triton.cdiv(arguments["LINE_OUT"], block)
-    tiles += rows * triton.cdiv(arguments["PLANE_OUT"], block)
+    tiles = arguments["LINES"] * ceil_div(arguments["LINE_OUT"], block)
+    tiles += rows * ceil_div(arguments["PLANE_OUT"], block)
     exact = torch.get_float32_matmul_precision() == "highest"
-    product_kernel[(tiles, triton.cdiv(len(x), BLOCK_M))](
+    product_kernel[(tiles, ceil_div(len(x), BLOCK_M))](
         *(x, lines, plane, lines if bias is None else bias.contiguous(), y, len(x)),
         BIAS=bias is not None,
         PRECISION="ieee" if exact else "tf32",

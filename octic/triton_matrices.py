@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.operators import ceil_div
+
 MAX_LINES = 4  # one-dimensional irreps of a group
 BLOCK = 1024  # values of a program
 BLOCK_R, BLOCK_C = 8, 128  # rows of a program in the backward pass, columns at a time
@@ -228,8 +230,8 @@ def stack(
     plane = first.new_empty(weights[lines].shape if len(weights) > lines else (0,), dtype=dtype)
     out_bias = first.new_empty(0 if bias is None else len(bias), dtype=dtype)
     sizes = _sizes(weights, bias, factors, lines)
-    tiles = lines * triton.cdiv(first.numel(), BLOCK) + triton.cdiv(plane.numel(), BLOCK)
-    stack_kernel[(tiles + triton.cdiv(out_bias.numel(), BLOCK),)](
+    tiles = lines * ceil_div(first.numel(), BLOCK) + ceil_div(plane.numel(), BLOCK)
+    stack_kernel[(tiles + ceil_div(out_bias.numel(), BLOCK),)](
         *_five(weights, lines, first),
         *_five(factors, lines, first),
         *(first if bias is None else bias, stacked, plane, out_bias),
@@ -254,8 +256,8 @@ def unstack(
     d_weights = [torch.empty_like(weight) for weight in weights]
     d_factors = [torch.empty_like(factor) for factor in factors]
     d_bias = None if bias is None else torch.empty_like(bias)
-    tiles = lines * triton.cdiv(first.shape[0], BLOCK_R)
-    tiles += triton.cdiv(weights[lines].shape[0], BLOCK_R) if len(weights) > lines else 0
+    tiles = lines * ceil_div(first.shape[0], BLOCK_R)
+    tiles += ceil_div(weights[lines].shape[0], BLOCK_R) if len(weights) > lines else 0
     unstack_kernel[(tiles,)](
         *(grad_lines, grad_plane, grad_bias),
         *(first if bias is None else bias, first if d_bias is None else d_bias),

@@ -1,4 +1,4 @@
-"""Triton kernels of the norms of `octic.kernels`; imported only when a CUDA tensor needs them.
+"""Triton kernels of the norms of `octic.irrep_norm`; imported only when a CUDA tensor needs them.
 
 A program walks over tokens and holds the channels of one in registers as a tile [G C]: one read
 and one write of each tensor, the sum with a branch included. What does not depend on the token
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import processors
+from octic.operators import ceil_div, processors
 
 # Of all these an H200 was tried with 8, 16 and 32; 16, 24, 32 and 64; 1, 2 and 3 (ViT-S to ViT-H).
 VALUES_PER_THREAD = 8  # twice as many where that saves warps beyond the fourth, which wait in sums
@@ -52,6 +52,30 @@ def _variance_weights(C: tl.constexpr, GP: tl.constexpr, SEGMENTS: tl.constexpr)
 
 
 @triton.jit
+def _scales(
+    scale_ptrs,
+    C: tl.constexpr,
+    GP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Tile [GP BLOCK_C] of the factors, by the tensors that segments share; or ones."""
+    row = tl.arange(0, GP)[:, None]
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    if not SCALE:
+        return tl.full([GP, BLOCK_C], 1.0, tl.float32)
+    scale = tl.zeros([GP, BLOCK_C], tl.float32)
+    for s in tl.static_range(len(SEGMENTS)):
+        offsets = (row - SEGMENTS[s][0]) * C + channel
+        inside = (row >= SEGMENTS[s][0]) & (row < SEGMENTS[s][0] + SEGMENTS[s][1]) & (channel < C)
+        scale += tl.load(scale_ptrs[SEGMENTS[s][3]] + offsets, mask=inside, other=0.0).to(
+            tl.float32
+        )
+    return scale
+
+
+@triton.jit
 def _segment_means(tile, average):
     return tl.sum(average * tl.sum(tile, axis=1)[None, :], axis=1)
 
@@ -69,7 +93,7 @@ def _normalised(x, mask, average, weight, eps, G: tl.constexpr):
 def forward_kernel(
     x_ptr,
     branch_ptr,
-    scale_ptr,
+    scale_ptrs,
     shift_ptr,
     total_ptr,
     y_ptr,
@@ -91,9 +115,7 @@ def forward_kernel(
     mask = (group < G) & (channel < C)
     average = _averaging(C, G, GP, SEGMENTS)
     weight = _variance_weights(C, GP, SEGMENTS)
-    scale = tl.full([GP, BLOCK_C], 1.0, tl.float32)
-    if SCALE:
-        scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    scale = _scales(scale_ptrs, C, GP, BLOCK_C, SEGMENTS, SCALE)
     shift = tl.zeros([GP, BLOCK_C], tl.float32)
     if SHIFT:
         shift = tl.load(shift_ptr + offsets, mask=mask & (group == 0), other=0.0).to(tl.float32)
@@ -117,7 +139,7 @@ def backward_kernel(
     x_ptr,
     grad_ptr,
     past_ptr,
-    scale_ptr,
+    scale_ptrs,
     dx_ptr,
     dbranch_ptr,
     sums_ptr,
@@ -141,9 +163,7 @@ def backward_kernel(
     average = _averaging(C, G, GP, SEGMENTS)
     weight = _variance_weights(C, GP, SEGMENTS)
     first = tl.arange(0, BLOCK_C)  # the channels that the shift acts on
-    scale = tl.full([GP, BLOCK_C], 1.0, tl.float32)
-    if SCALE:
-        scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    scale = _scales(scale_ptrs, C, GP, BLOCK_C, SEGMENTS, SCALE)
     dscale = tl.zeros([GP, BLOCK_C], tl.float32)
     dshift = tl.zeros([BLOCK_C], tl.float32)
     first_row = tl.program_id(0).to(tl.int64)
@@ -196,10 +216,11 @@ def sum_kernel(
 def forward(
     x: Tensor,
     branch: Tensor | None,
-    scale: Tensor | None,
+    scales: tuple[Tensor, ...],
     shift: Tensor | None,
     lengths: tuple[int, ...],
     weights: tuple[float, ...],
+    shared: tuple[int, ...],
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -209,17 +230,17 @@ def forward(
     """
     total = x
     if branch is not None:
-        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
-    y = x.new_empty(x.shape, dtype=dtype)
+        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
+    y = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return total, y
-    given = {"BRANCH": branch is not None, "SCALE": scale is not None, "SHIFT": shift is not None}
-    arguments = options(x.shape[-1], lengths, weights) | given
+    given = {"BRANCH": branch is not None, "SCALE": bool(scales), "SHIFT": shift is not None}
+    arguments = options(x.shape[-1], lengths, weights, shared) | given
     rows = x.numel() // x.shape[-1]
     # A kernel argument that is not read still has to be a tensor.
-    given_or_x = (x if tensor is None else tensor for tensor in (branch, scale, shift))
+    branch, shift = (x if tensor is None else tensor for tensor in (branch, shift))
     forward_kernel[(_programs(x, rows, WARPS // arguments["num_warps"]),)](
-        x, *given_or_x, total, y, rows, eps, **arguments
+        x, branch, scales, shift, total, y, rows, eps, **arguments
     )
     return total, y
 
@@ -229,34 +250,36 @@ def backward(
     grad: Tensor,
     past: Tensor | None,
     branch_dtype: torch.dtype | None,
-    scale: Tensor | None,
+    scales: tuple[Tensor, ...],
     shift: Tensor | None,
     lengths: tuple[int, ...],
     weights: tuple[float, ...],
+    shared: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x (its dtype), the same in `branch_dtype`, of scale and of shift (float32).
+    """Gradients of x (its dtype), the same in `branch_dtype`, of the scales by segment [D]
+    and of the shift (float32).
 
     x, grad and past are contiguous [..., G*C]; past, the gradient that x has from elsewhere, is
     added.
     """
-    dx = x.new_empty(x.shape)
-    dbranch = None if branch_dtype is None else x.new_empty(x.shape, dtype=branch_dtype)
+    dx = torch.empty_like(x)
+    dbranch = None if branch_dtype is None else torch.empty_like(x, dtype=branch_dtype)
     given = {"PAST": past is not None, "BRANCH": dbranch is not None}
-    given |= {"SCALE": scale is not None, "SHIFT": shift is not None}
-    arguments = options(x.shape[-1], lengths, weights) | given
+    given |= {"SCALE": bool(scales), "SHIFT": shift is not None}
+    arguments = options(x.shape[-1], lengths, weights, shared) | given
     rows = x.numel() // x.shape[-1]
-    width = (0 if scale is None else x.shape[-1]) + (0 if shift is None else arguments["C"])
+    width = (x.shape[-1] if scales else 0) + (0 if shift is None else arguments["C"])
     programs = _programs(x, rows, WARPS // arguments["num_warps"])
     sums = x.new_empty(programs, width, dtype=torch.float32)
     if rows:
-        read = (x, grad, x if past is None else past, x if scale is None else scale)
+        read = (x, grad, x if past is None else past, scales)
         written = (dx, dx if dbranch is None else dbranch, sums)
         backward_kernel[(programs,)](*read, *written, rows, eps, **arguments)
     totals = _sum_programs(sums)
-    dscale = None if scale is None else totals[: x.shape[-1]]
+    dscales = totals[: x.shape[-1]] if scales else None
     dshift = None if shift is None else totals[width - arguments["C"] :]
-    return dx, dbranch, dscale, dshift
+    return dx, dbranch, dscales, dshift
 
 
 def _sum_programs(sums: Tensor) -> Tensor:
@@ -264,19 +287,26 @@ def _sum_programs(sums: Tensor) -> Tensor:
     if not sums.numel():
         return sums.new_zeros(width)
     totals = sums.new_empty(width)
-    sum_kernel[(triton.cdiv(width, 32),)](
+    sum_kernel[(ceil_div(width, 32),)](
         sums, totals, programs, WIDTH=width, BLOCK_P=64, BLOCK_W=32, num_warps=4
     )
     return totals
 
 
 @lru_cache(maxsize=256)  # a launch costs the host less
-def options(width: int, lengths: tuple[int, ...], weights: tuple[float, ...]) -> dict[str, Any]:
-    """Compile-time arguments for features of `width` channels."""
+def options(
+    width: int, lengths: tuple[int, ...], weights: tuple[float, ...], shared: tuple[int, ...]
+) -> dict[str, Any]:
+    """Compile-time arguments for features of `width` channels.
+
+    A segment is told by start, length, weight and the number of its scale.
+    """
     order = sum(lengths)
     channels = width // order
     padded, block_c = triton.next_power_of_2(order), triton.next_power_of_2(channels)
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    owners = [number for number, count in enumerate(shared) for _ in range(count)]
+    owners = owners or [0] * len(lengths)  # nobody's, where there are no scales
     warps = padded * block_c // (32 * VALUES_PER_THREAD)
     warps = max(4, warps // 2) if warps > 4 else warps
     return {
@@ -284,7 +314,7 @@ def options(width: int, lengths: tuple[int, ...], weights: tuple[float, ...]) ->
         "G": order,
         "GP": padded,
         "BLOCK_C": block_c,
-        "SEGMENTS": tuple(zip(starts, lengths, weights, strict=True)),
+        "SEGMENTS": tuple(zip(starts, lengths, weights, owners, strict=True)),
         "AHEAD": AHEAD if padded * block_c <= AHEAD_VALUES else 1,
         "num_warps": min(max(warps, 1), 16),
         "enable_fp_fusion": True,

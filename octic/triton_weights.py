@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import processors
+from octic.operators import ceil_div, processors
 
 BLOCK_M = 64  # tokens at a time
 # Programs for each streaming multiprocessor; more are better balanced, and write more sums.
@@ -186,7 +186,7 @@ def backward(
     )
     names = ("LINE_VALUES", "PLANE_VALUES", "BIAS_VALUES")
     sizes = dict(zip(names, values, strict=True))
-    add_kernel[(triton.cdiv(sum(values), 512),)](
+    add_kernel[(ceil_div(sum(values), 512),)](
         *(sums, d_lines, d_plane, d_bias, shares), **sizes, BLOCK=512, num_warps=4
     )
     return d_lines, d_plane, d_bias
@@ -208,12 +208,10 @@ def options(
         "PLANE_I": _block(plane_out, half),
         "PLANE_J": _block(plane_in, half),
     }
-    rows = triton.cdiv(line_out, blocks["LINE_I"])
-    tiles = count * rows * triton.cdiv(line_in, blocks["LINE_J"]) + rows
+    rows = ceil_div(line_out, blocks["LINE_I"])
+    tiles = count * rows * ceil_div(line_in, blocks["LINE_J"]) + rows
     if planes:
-        tiles += triton.cdiv(plane_out, blocks["PLANE_I"]) * triton.cdiv(
-            plane_in, blocks["PLANE_J"]
-        )
+        tiles += ceil_div(plane_out, blocks["PLANE_I"]) * ceil_div(plane_in, blocks["PLANE_J"])
     arguments = {
         "IN": count * line_in + planes * plane_in,
         "OUT": count * line_out + planes * plane_out,
@@ -237,5 +235,5 @@ def _block(width: int, half: bool) -> int:
 def _shares(rows: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """Tokens of a share, a multiple of a block's, and how many shares there are."""
     wanted = max(1, round(PROGRAMS * processors(device) / tiles))
-    span = triton.cdiv(triton.cdiv(max(rows, 1), wanted), BLOCK_M) * BLOCK_M
-    return span, triton.cdiv(max(rows, 1), span)
+    span = ceil_div(ceil_div(max(rows, 1), wanted), BLOCK_M) * BLOCK_M
+    return span, ceil_div(max(rows, 1), span)

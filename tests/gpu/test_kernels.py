@@ -6,9 +6,9 @@ import torch
 from octic import plain_kernels
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
-from octic.kernels import irrep_norm, regular_gelu, residual_norm
 from octic.matrices import plain_stack, stack_matrices
 from octic.operators import takes_triton
+from octic.regular_gelu import regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -16,6 +16,10 @@ from tests.octic.kernel_cases import (
     gradients,
     norm_by_definition,
     norm_inputs,
+    norm_of,
+    norm_of_sum,
+    parted,
+    plan_of,
     relative_error,
 )
 
@@ -41,14 +45,16 @@ def test_norm_is_its_definition_and_its_twin(name, channels, dtype):
     *inputs, grad = norm_inputs(
         segments, tokens=tokens, channels=channels, dtype=dtype, device="cuda"
     )
-    ours = gradients(lambda *a: irrep_norm(*a, segments=segments, eps=1e-5), inputs, grad)
+    ours = gradients(lambda *a: norm_of(*a, segments=segments, eps=1e-5), inputs, grad)
     doubles = [t.double() for t in inputs]
     exact = gradients(lambda *a: norm_by_definition(*a, segments, 1e-5), doubles, grad)
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == dtype
         assert relative_error(value, reference) < tolerance
-    lengths, weights = zip(*segments, strict=True)
-    twin = plain_kernels.plain_norm(*inputs, lengths, weights, 1e-5, dtype)
+    plan = plan_of(segments)
+    x, scale, shift = inputs
+    options = (*plan, 1e-5, dtype)
+    twin = plain_kernels.plain_norm(x, parted(scale, segments), shift, *options)
     assert relative_error(ours[0], twin) <= 2 * tolerance
 
 
@@ -64,10 +70,10 @@ def test_norm_after_a_sum_is_the_norm_of_the_sum(channels, dtype):
         x, scale, shift, other = (t.clone().requires_grad_() for t in (*inputs, branch.to(dtype)))
         options = {"segments": OCTIC, "dtype": dtype}
         if together:
-            total, y = residual_norm(x, other, scale, shift, **options)
+            total, y = norm_of_sum(x, other, scale, shift, **options)
         else:
             total = x + other
-            y = irrep_norm(total, scale, shift, **options)
+            y = norm_of(total, scale, shift, **options)
         torch.autograd.backward([total, y], [past, grad.to(dtype)])
         found.append([total, y, *(t.grad for t in (x, other, scale, shift))])
     assert torch.equal(found[0][0], found[1][0])
@@ -82,7 +88,7 @@ def test_heads_are_split_and_joined_and_back(heads, width, dtype):
     widths = [width] * 4 + [2 * width] * 2
     x = torch.randn(8, 197, 24 * heads * width, device="cuda", dtype=dtype, requires_grad=True)
     parts = split_heads(x, heads, widths, 3)
-    twins = plain_kernels.plain_split(x, heads, widths, 3)
+    twins = plain_kernels.plain_split(x, None, heads, widths, 3)
     assert all(torch.equal(*pair) for pair in zip(parts, twins, strict=True))
     grads = [torch.randn_like(part) for part in parts]
     (dx,) = torch.autograd.grad(parts, x, grads)
@@ -166,14 +172,14 @@ def test_gelu_is_its_definition_and_its_twin(name, channels, dtype):
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == dtype
         assert relative_error(value, reference) < tolerance
-    assert relative_error(ours[0], plain_kernels.plain_gelu(x, transform)) <= 2 * tolerance
+    assert relative_error(ours[0], plain_kernels.plain_gelu(x, None, transform)) <= 2 * tolerance
 
 
 def test_float64_is_computed_in_float64():
     *inputs, grad = norm_inputs(OCTIC, tokens=(40,), channels=5, dtype=torch.float64, device="cuda")
 
     def ours(*a):
-        return regular_gelu(irrep_norm(*a, segments=OCTIC), D4)
+        return regular_gelu(norm_of(*a, segments=OCTIC), D4)
 
     def exact(*a):
         return gelu_by_definition(norm_by_definition(*a, OCTIC, 1e-5), D4)
@@ -187,7 +193,7 @@ def test_float64_is_computed_in_float64():
 @pytest.mark.parametrize("shape", [(0, 5, 64), (64,), (3, 1, 64)])
 def test_any_token_axes(shape):
     x = torch.randn(shape, device="cuda", requires_grad=True)
-    y = regular_gelu(irrep_norm(x, torch.ones(64, device="cuda"), segments=OCTIC), D4)
+    y = regular_gelu(norm_of(x, torch.ones(64, device="cuda"), segments=OCTIC), D4)
     y.sum().backward()
     assert y.shape == x.grad.shape == x.shape
 
@@ -196,7 +202,7 @@ def test_the_same_bits_every_time():
     *inputs, grad = norm_inputs(
         OCTIC, tokens=(5000,), channels=96, dtype=torch.bfloat16, device="cuda"
     )
-    runs = [gradients(lambda *a: irrep_norm(*a, segments=OCTIC), inputs, grad) for _ in range(2)]
+    runs = [gradients(lambda *a: norm_of(*a, segments=OCTIC), inputs, grad) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -205,11 +211,11 @@ def test_autocast_keeps_the_dtype_and_mixed_parameters_work():
         OCTIC, tokens=(50,), channels=16, dtype=torch.float32, device="cuda"
     )
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        y = irrep_norm(*inputs, segments=OCTIC)
-        half = irrep_norm(*inputs, segments=OCTIC, dtype=torch.bfloat16)
+        y = norm_of(*inputs, segments=OCTIC)
+        half = norm_of(*inputs, segments=OCTIC, dtype=torch.bfloat16)
     assert y.dtype == torch.float32 and torch.equal(half, y.bfloat16())
     ours = gradients(
-        lambda x, *a: irrep_norm(x, *(p.float() for p in a), segments=OCTIC),
+        lambda x, *a: norm_of(x, *(p.float() for p in a), segments=OCTIC),
         [t.bfloat16() for t in inputs],
         grad,
     )
@@ -222,7 +228,7 @@ def test_no_graph_break_and_the_same_results_when_compiled(mode, dtype):
     *inputs, grad = norm_inputs(OCTIC, tokens=(8, 197), channels=96, dtype=dtype, device="cuda")
 
     def function(x, scale, shift):
-        return regular_gelu(irrep_norm(x * 2, scale, shift, segments=OCTIC), D4) + 1
+        return regular_gelu(norm_of(x * 2, scale, shift, segments=OCTIC), D4) + 1
 
     compiled = torch.compile(function, fullgraph=True, mode=mode)
     plain = gradients(function, inputs, grad)
@@ -233,17 +239,17 @@ def test_no_graph_break_and_the_same_results_when_compiled(mode, dtype):
 
 
 def test_operators_are_registered_completely():
-    lengths, weights = zip(*OCTIC, strict=True)
+    plan = plan_of(OCTIC)
     x, scale, shift, grad = norm_inputs(
         OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32, device="cuda"
     )
     flat = [entry for row in D4 for entry in row]
     ops = torch.ops.octic
-    torch.library.opcheck(ops.irrep_norm, (x, scale, shift, lengths, weights, 1e-5, torch.float32))
-    torch.library.opcheck(ops.regular_gelu, (x, flat))
-    arguments = (grad, x, scale, shift, lengths, weights, 1e-5)
-    torch.library.opcheck(ops.irrep_norm_backward, arguments)
-    torch.library.opcheck(ops.regular_gelu_backward, (grad, x, flat))
+    options = (parted(scale, OCTIC), shift, *plan, 1e-5)
+    torch.library.opcheck(ops.irrep_norm, (x, *options, torch.float32))
+    torch.library.opcheck(ops.regular_gelu, (x, scale[:4], flat))
+    torch.library.opcheck(ops.irrep_norm_backward, (grad, x, *options))
+    torch.library.opcheck(ops.regular_gelu_backward, (grad, x, scale[:4], flat))
 
 
 @pytest.mark.slow
@@ -255,11 +261,11 @@ def test_more_than_two_to_the_31_elements():
         pytest.skip("needs 20 GiB of free GPU memory")
     x = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
     x[-500:] = torch.randn(500, width, device="cuda")
-    lengths, weights = zip(*OCTIC, strict=True)
+    plan = plan_of(OCTIC)
     end = x[-500:].clone()
-    assert torch.equal(irrep_norm(x, segments=OCTIC)[-500:], irrep_norm(end, segments=OCTIC))
+    assert torch.equal(norm_of(x, segments=OCTIC)[-500:], norm_of(end, segments=OCTIC))
     assert torch.equal(regular_gelu(x, D4)[-500:], regular_gelu(end, D4))
     ops = torch.ops.octic
-    arguments = (None, None, lengths, weights, 1e-5)
+    arguments = (None, None, *plan, 1e-5)
     dx = ops.irrep_norm_backward(x, x, *arguments)[0][-500:]
     assert torch.equal(dx, ops.irrep_norm_backward(end, end, *arguments)[0])

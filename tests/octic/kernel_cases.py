@@ -1,11 +1,13 @@
 """Independent definitions of the two operators, and the cases their tests share."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octic.groups import get_group
+from octic.irrep_norm import irrep_norm, residual_norm
 
 # Segments (length, weight) of features over groups of order 8, 4, 2, and of one that is no group's.
 SEGMENTS = {
@@ -37,6 +39,44 @@ def norm_by_definition(
     if shift is not None:
         y = y + torch.cat([shift, shift.new_zeros(x.shape[-1] - channels)])
     return y
+
+
+def plan_of(segments: tuple) -> tuple[tuple, ...]:
+    """Lengths and weights of the segments, and that each has a scale of its own."""
+    return *zip(*segments, strict=True), (1,) * len(segments)
+
+
+def parted(scale: Tensor | None, segments: tuple) -> tuple[Tensor, ...]:
+    """The factors [D] of all channels as those of each segment."""
+    if scale is None:
+        return ()
+    channels = len(scale) // sum(length for length, _ in segments)
+    return scale.split([length * channels for length, _ in segments])
+
+
+def norm_of(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    segments: tuple,
+    **options: Any,
+) -> Tensor:
+    """`irrep_norm` with the factors of all channels as one tensor [D]."""
+    return irrep_norm(x, parted(scale, segments), shift, segments=segments, **options)
+
+
+def norm_of_sum(
+    x: Tensor,
+    branch: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    segments: tuple,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`residual_norm` with the factors of all channels as one tensor [D]."""
+    return residual_norm(x, branch, parted(scale, segments), shift, segments=segments, **options)
 
 
 def gelu_by_definition(x: Tensor, transform: tuple) -> Tensor:

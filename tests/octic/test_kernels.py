@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from octic import matrices, plain_kernels
 from octic.irrep_linear import irrep_linear, linear_kernel
-from octic.kernels import irrep_norm, regular_gelu, residual_norm
+from octic.irrep_norm import irrep_norm
+from octic.regular_gelu import regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
     TRANSFORMS,
@@ -15,6 +16,10 @@ from tests.octic.kernel_cases import (
     gradients,
     norm_by_definition,
     norm_inputs,
+    norm_of,
+    norm_of_sum,
+    parted,
+    plan_of,
     relative_error,
 )
 
@@ -28,13 +33,30 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-8, to
 def test_norm_is_its_definition_forward_and_backward(name, dtype):
     segments = SEGMENTS[name]
     *inputs, grad = norm_inputs(segments, tokens=(3, 5), channels=7, dtype=dtype)
-    ours = gradients(lambda *a: irrep_norm(*a, segments=segments, eps=1e-3), inputs, grad)
+    ours = gradients(lambda *a: norm_of(*a, segments=segments, eps=1e-3), inputs, grad)
     exact = gradients(
         lambda *a: norm_by_definition(*a, segments, 1e-3), [t.double() for t in inputs], grad
     )
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == dtype
         assert relative_error(value, reference) < ROUNDING[dtype]
+
+
+def test_rows_of_an_irrep_share_a_scale():
+    """As the norm of one tensor of factors that repeats them; gradients are summed."""
+    *inputs, grad = norm_inputs(OCTIC, tokens=(3, 5), channels=7, dtype=torch.float64)
+    x, scale, shift = inputs
+    own = [*scale[:28].split(7), scale[28:42]]
+
+    def shared(x, shift, *scales):
+        return irrep_norm(x, scales, shift, segments=OCTIC, rows=[1, 1, 1, 1, 2])
+
+    def repeated(x, shift, *scales):
+        return norm_of(x, torch.cat([*scales, scales[-1]]), shift, segments=OCTIC)
+
+    found = [gradients(function, [x, shift, *own], grad) for function in (shared, repeated)]
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -64,11 +86,11 @@ def test_norm_after_a_sum_is_the_norm_of_the_sum(dtype):
     inputs, past = [inputs[0], torch.randn_like(inputs[0]), *inputs[1:]], torch.randn_like(grad)
 
     def together(x, branch, scale, shift):
-        return residual_norm(x, branch, scale, shift, segments=OCTIC, eps=1e-3)
+        return norm_of_sum(x, branch, scale, shift, segments=OCTIC, eps=1e-3)
 
     def apart(x, branch, scale, shift):
         total = x + branch
-        return total, irrep_norm(total, scale, shift, segments=OCTIC, eps=1e-3)
+        return total, norm_of(total, scale, shift, segments=OCTIC, eps=1e-3)
 
     for used in ((past, grad), (past, None), (None, grad)):
         found = []
@@ -88,13 +110,13 @@ def test_norm_after_a_sum_of_two_dtypes():
     branch = torch.randn_like(inputs[0]).bfloat16().requires_grad_()
     x = inputs[0].requires_grad_()
     options = {"segments": OCTIC, "dtype": torch.bfloat16}
-    total, y = residual_norm(x, branch, *inputs[1:], **options)
+    total, y = norm_of_sum(x, branch, *inputs[1:], **options)
     assert torch.equal(total, x + branch) and y.dtype == torch.bfloat16
-    assert torch.equal(y, irrep_norm(total, *inputs[1:], **options))
+    assert torch.equal(y, norm_of(total, *inputs[1:], **options))
     y.backward(grad.bfloat16())
     assert torch.equal(branch.grad, x.grad.bfloat16())
     with pytest.raises(ValueError, match=r"a branch of shape \[4, 32\] beside x of \[9, 32\]"):
-        residual_norm(x, branch[:4], segments=OCTIC)
+        norm_of_sum(x, branch[:4], segments=OCTIC)
 
 
 @pytest.mark.parametrize("with_scale", [False, True])
@@ -107,7 +129,7 @@ def test_norm_gradients_by_finite_differences(with_scale, with_shift):
         rest = list(rest)
         scale = rest.pop(0) if with_scale else None
         shift = rest.pop(0) if with_shift else None
-        return irrep_norm(x, scale, shift, segments=OCTIC, eps=1e-5)
+        return norm_of(x, scale, shift, segments=OCTIC, eps=1e-5)
 
     assert torch.autograd.gradcheck(norm, [t.requires_grad_() for t in inputs])
 
@@ -120,7 +142,7 @@ def test_gelu_gradients_by_finite_differences():
 @pytest.mark.parametrize("tokens", [(), (1,), (0, 4), (4, 0), (2, 3, 4)])
 def test_any_token_axes(tokens):
     x = torch.randn(*tokens, 24, requires_grad=True)
-    y = irrep_norm(regular_gelu(x, D4), torch.ones(24), segments=OCTIC, eps=1e-5)
+    y = norm_of(regular_gelu(x, D4), torch.ones(24), segments=OCTIC, eps=1e-5)
     y.sum().backward()
     assert y.shape == x.shape == x.grad.shape
 
@@ -130,7 +152,7 @@ def test_strided_inputs_equal_dense_ones():
     dense = strided.contiguous()
     for function in (
         lambda x: regular_gelu(x, D4),
-        lambda x: irrep_norm(x, segments=OCTIC),
+        lambda x: norm_of(x, segments=OCTIC),
     ):
         grad = torch.randn(1, 1, 24).expand(5, 3, 24)
         for ours, reference in zip(
@@ -143,15 +165,15 @@ def test_large_offsets_do_not_harm_the_variance():
     x = torch.randn(5, 16) + 1e4
     exact = norm_by_definition(x.double(), None, None, OCTIC, 1e-5)
     assert (
-        relative_error(irrep_norm(x, segments=OCTIC, eps=1e-5), exact) < 5e-3
+        relative_error(norm_of(x, segments=OCTIC, eps=1e-5), exact) < 5e-3
     )  # a variance from squares: none right
 
 
 def test_norm_writes_the_dtype_it_is_asked_for():
     *inputs, grad = norm_inputs(OCTIC, tokens=(9,), channels=4, dtype=torch.float32)
-    full = gradients(lambda *a: irrep_norm(*a, segments=OCTIC), inputs, grad.bfloat16())
+    full = gradients(lambda *a: norm_of(*a, segments=OCTIC), inputs, grad.bfloat16())
     half = gradients(
-        lambda *a: irrep_norm(*a, segments=OCTIC, dtype=torch.bfloat16), inputs, grad.bfloat16()
+        lambda *a: norm_of(*a, segments=OCTIC, dtype=torch.bfloat16), inputs, grad.bfloat16()
     )
     assert torch.equal(half[0], full[0].bfloat16())
     assert all(torch.equal(a, b) for a, b in zip(half[1:], full[1:], strict=True))
@@ -159,41 +181,47 @@ def test_norm_writes_the_dtype_it_is_asked_for():
 
 def test_autocast_changes_nothing():
     x = torch.randn(6, 32)
-    plain = regular_gelu(x, D4), irrep_norm(x, segments=OCTIC)
+    plain = regular_gelu(x, D4), norm_of(x, segments=OCTIC)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = regular_gelu(x, D4), irrep_norm(x, torch.ones(32), segments=OCTIC)
+        cast = regular_gelu(x, D4), norm_of(x, torch.ones(32), segments=OCTIC)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="12 channels are not a multiple of the group's order 8"):
         regular_gelu(torch.ones(2, 12), D4)
+    with pytest.raises(ValueError, match=r"bias has shape \[3\]; it must be \[2\]"):
+        regular_gelu(torch.ones(2, 16), D4, torch.ones(3))
     with pytest.raises(ValueError, match="12 channels"):
         irrep_norm(torch.ones(2, 12), segments=OCTIC)
-    with pytest.raises(ValueError, match=r"scale has shape \[8\]; it must be \[16\]"):
-        irrep_norm(torch.ones(2, 16), torch.ones(8), segments=OCTIC)
+    with pytest.raises(ValueError, match=r"1 scales with rows \[1\] for 6 segments"):
+        irrep_norm(torch.ones(2, 16), [torch.ones(16)], segments=OCTIC)
+    with pytest.raises(ValueError, match=r"scale 4 has shape \[2\]; it must be \[4\]"):
+        irrep_norm(torch.ones(2, 16), [torch.ones(2)] * 6, segments=OCTIC)
     with pytest.raises(ValueError, match=r"shift has shape \[16\]; it must be \[2\]"):
         irrep_norm(torch.ones(2, 16), shift=torch.ones(16), segments=OCTIC)
 
 
 def test_operators_are_registered_completely():
-    lengths, weights = zip(*OCTIC, strict=True)
+    plan = plan_of(OCTIC)
     x, scale, shift, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=2, dtype=torch.float32)
     flat = [entry for row in D4 for entry in row]
     check, ops = torch.library.opcheck, torch.ops.octic
-    for parameters in ((scale, shift), (None, None)):
-        arguments = (*parameters, lengths, weights, 1e-5)
+    for parameters in ((parted(scale, OCTIC), shift), ((), None)):
+        arguments = (*parameters, *plan, 1e-5)
         check(ops.irrep_norm, (x, *arguments, torch.bfloat16))
         check(ops.irrep_norm_backward, (grad, x, *arguments))
         branch = torch.randn_like(x).bfloat16()
         check(ops.residual_norm, (x, branch, *arguments, torch.bfloat16))
         for past, kind in ((None, torch.float32), (grad, torch.bfloat16)):
             check(ops.residual_norm_backward, (grad, past, x, *arguments, kind))
-    check(ops.split_heads, (torch.randn(2, 3, 48), 2, [1, 1, 1, 1, 2, 2], 3))
+    for bias in (torch.randn(6), None):
+        check(ops.split_heads, (torch.randn(2, 3, 48), bias, 2, [1, 1, 1, 1, 2, 2], 3))
     check(ops.join_heads, ([torch.randn(2, 3, 2, 8)] * 3, [1, 1, 1, 1, 2, 2]))
     check_matrices(check, ops)
-    check(ops.regular_gelu, (x, flat))
-    check(ops.regular_gelu_backward, (grad, x, flat))
+    for bias in (shift, None):
+        check(ops.regular_gelu, (x, bias, flat))
+        check(ops.regular_gelu_backward, (grad, x, bias, flat))
     flat_x, lines, plane = x.flatten(0, 1), torch.randn(4, 2, 2), torch.randn(4, 4)
     for matrix, bias in ((plane, torch.randn(2)), (None, None)):
         part = flat_x if matrix is not None else flat_x[:, :8]
@@ -237,7 +265,7 @@ def test_a_second_derivative_is_refused():
     x = torch.randn(3, 16, requires_grad=True)
     lines, plane = torch.randn(4, 2, 2), torch.randn(4, 4)
     for y in (
-        irrep_norm(x, segments=OCTIC),
+        norm_of(x, segments=OCTIC),
         regular_gelu(x, D4),
         irrep_linear(x, lines, plane, None),
     ):
@@ -251,7 +279,7 @@ def test_no_graph_break_and_the_same_results_when_compiled():
     *inputs, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32)
 
     def function(x, scale, shift):
-        x = irrep_norm(x * 2, scale, shift, segments=OCTIC, eps=1e-5)
+        x = norm_of(x * 2, scale, shift, segments=OCTIC, eps=1e-5)
         return regular_gelu(x, D4) + 1
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
@@ -268,7 +296,7 @@ def test_recomputed_activations_give_the_same_gradients():
     *inputs, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32)
 
     def function(*a):
-        return regular_gelu(irrep_norm(*a, segments=OCTIC), D4)
+        return regular_gelu(norm_of(*a, segments=OCTIC), D4)
 
     plain = gradients(function, inputs, grad)
     recomputed = gradients(lambda *a: checkpoint(function, *a, use_reentrant=False), inputs, grad)
@@ -279,7 +307,7 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_no_multiply_adds_are_counted(device):
     x = torch.randn(2, 16, device=device, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        y = regular_gelu(irrep_norm(x, segments=OCTIC), D4)
+        y = regular_gelu(norm_of(x, segments=OCTIC), D4)
         y.backward(torch.empty_like(y))
     assert counter.get_total_flops() == 0
     assert torch.ops.octic.regular_gelu in counter.get_flop_counts()["Global"]

@@ -154,6 +154,29 @@ def test_bad_widths_are_refused() -> None:
         OcticPatchEmbed(patch_size=2, embed_dim=64)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_a_bias_that_the_next_kernel_adds_is_the_layers_own(name, group, monkeypatch):
+    """As on a GPU, with its gradient; hooks see whole results."""
+    layer = randomised(LAYERS[name](get_group(group)))
+    x = features().requires_grad_()
+    inputs, grad = [x, *layer.parameters()], features()
+
+    def run():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, inputs, grad)]
+
+    apart = run()
+    monkeypatch.setattr("octic.layers.takes_triton", lambda x: True)
+    for ours, reference in zip(run(), apart, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    watched = layer.fc1 if name == "mlp" else layer.qkv
+    seen = []
+    watched.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert torch.equal(run()[0], apart[0])
+    torch.testing.assert_close(seen[0], watched.without_bias(x)[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["D4", "C4", "V4", "mirror"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_a_scale_in_the_weights_is_a_scale_of_the_result(name, dtype):

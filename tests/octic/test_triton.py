@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.octic.kernel_cases import SEGMENTS, TRANSFORMS
+from tests.octic.kernel_cases import SEGMENTS, TRANSFORMS, plan_of
 
 ROOT = Path(__file__).parents[2]
 OCTIC, D4 = SEGMENTS["octic"], TRANSFORMS["D4"]
@@ -34,10 +34,10 @@ def test_works_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from octic import kernels, operators
+from octic import irrep_norm, operators
 assert not operators.HAS_TRITON
 segments = ((1, 1.0), (1, 1.0))
-print(kernels.irrep_norm(torch.ones(2, 4), segments=segments).shape)
+print(irrep_norm.irrep_norm(torch.ones(2, 4), segments=segments).shape)
 """
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
@@ -65,19 +65,20 @@ def _kernels_and_arguments(channels):
         triton_weights,
     )
 
-    lengths, weights = zip(*OCTIC, strict=True)
-    norm = triton_norm.options(8 * channels, lengths, weights) | {"SCALE": True, "SHIFT": True}
+    plan = plan_of(OCTIC)
+    norm = triton_norm.options(8 * channels, *plan) | {"SCALE": True, "SHIFT": True}
     for given in (False, True):
         yield triton_norm.forward_kernel, norm | {"BRANCH": given}
         yield triton_norm.backward_kernel, norm | {"PAST": given, "BRANCH": given}
     yield triton_norm.sum_kernel, {"WIDTH": 9 * channels, "BLOCK_P": 64, "BLOCK_W": 32}
-    gelu = triton_gelu.options(channels, D4)
+    gelu = triton_gelu.options(channels, D4) | {"BIAS": True}
     yield triton_gelu.forward_kernel, gelu
     yield triton_gelu.backward_kernel, gelu
     for parts in (1, 3):
         width = channels * 8
         widths = (channels,) * 4 + (2 * channels,) * 2
-        yield triton_heads.split_kernel, triton_heads.options(1, widths, parts, width)
+        split = triton_heads.options(1, widths, parts, width)
+        yield triton_heads.split_kernel, split | {"BIASED": channels * (parts > 1)}
         yield triton_heads.join_kernel, triton_heads.options(1, widths, parts, parts * width)
     shapes = (4, 4 * channels, channels), (8 * channels, 2 * channels), 2
     for transposed in (False, True):
@@ -109,7 +110,8 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, m
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"rows": "i32", "span": "i32", "shares": "i32", "programs": "i32", "eps": "fp32"}
-    types |= dict.fromkeys(("scale_ptr", "shift_ptr", "total_ptr", "past_ptr", "sums_ptr"), "*fp32")
+    types |= dict.fromkeys(("shift_ptr", "total_ptr", "past_ptr", "sums_ptr"), "*fp32")
+    types["scale_ptrs"] = ("*fp32",) * len(OCTIC)
     kernels = list(_kernels_and_arguments(channels))
     for kernel, arguments in kernels:
         constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
@@ -132,7 +134,7 @@ def test_a_norm_loads_ahead_only_what_shared_memory_holds(width):
     """Three float32 tensors of a row, twice: an H200 refused rows of 10,240 channels."""
     from octic import triton_norm
 
-    lengths, weights = zip(*OCTIC, strict=True)
-    chosen = triton_norm.options(width, lengths, weights)
+    plan = plan_of(OCTIC)
+    chosen = triton_norm.options(width, *plan)
     row = 8 * chosen["BLOCK_C"] * 4
     assert 3 * row * (chosen["AHEAD"] - 1) <= 99 * 1024

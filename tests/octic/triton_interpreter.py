@@ -13,9 +13,10 @@ import torch
 
 from octic import (
     irrep_linear,
-    kernels,
+    irrep_norm,
     matrices,
     plain_kernels,
+    regular_gelu,
     triton_bias,
     triton_gelu,
     triton_heads,
@@ -31,6 +32,9 @@ from tests.octic.kernel_cases import (
     gradients,
     norm_by_definition,
     norm_inputs,
+    norm_of,
+    parted,
+    plan_of,
     relative_error,
 )
 
@@ -56,16 +60,17 @@ DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_norm_equals_the_twin(name, channels, dtype):
     segments, tolerance = SEGMENTS[name], ROUNDING[dtype]
-    lengths, weights = zip(*segments, strict=True)
+    plan = plan_of(segments)
     x, scale, shift, grad = norm_inputs(segments, tokens=(5,), channels=channels, dtype=dtype)
     parameters = [p.float() for p in (scale, shift)]
-    forward = (*parameters, lengths, weights, 1e-3, dtype)
+    scales = parted(parameters[0], segments)
+    forward = (scales, parameters[1], *plan, 1e-3, dtype)
     y = triton_norm.forward(x, None, *forward)[1]
     assert y.dtype == dtype
     assert relative_error(y, plain_kernels.plain_norm(x, *forward)) <= 2 * tolerance
     exact = norm_by_definition(*(t.double() for t in (x, *parameters)), segments, 1e-3)
     assert relative_error(y, exact) < tolerance
-    backward = (*parameters, lengths, weights, 1e-3)
+    backward = (scales, parameters[1], *plan, 1e-3)
     twin = plain_kernels.plain_norm_backward(x, grad, *backward)
     dx, _, *sums = triton_norm.backward(x, grad, None, None, *backward)
     for ours, reference in zip((dx, *sums), twin, strict=True):
@@ -73,20 +78,35 @@ def test_norm_equals_the_twin(name, channels, dtype):
         assert relative_error(ours, reference) <= max(2 * tolerance, 2e-5)
 
 
+def test_segments_may_share_a_scale():
+    lengths, weights = zip(*SEGMENTS["octic"], strict=True)
+    x, scale, shift, grad = norm_inputs(
+        SEGMENTS["octic"], tokens=(4,), channels=6, dtype=torch.float32
+    )
+    shared = scale[:24].split(6), scale[24:36]
+    arguments = ((*shared[0], shared[1]), shift, lengths, weights, (1, 1, 1, 1, 2), 1e-5)
+    twin = plain_kernels.plain_norm(x, *arguments, torch.float32)
+    assert relative_error(triton_norm.forward(x, None, *arguments, torch.float32)[1], twin) < 2e-6
+    twins = plain_kernels.plain_norm_backward(x, grad, *arguments)
+    ours = triton_norm.backward(x, grad, None, None, *arguments)
+    for value, reference in zip((ours[0], *ours[2:]), twins, strict=True):
+        assert relative_error(value, reference) < 2e-5
+
+
 def test_norm_without_scale_or_shift_and_with_another_dtype():
     segments = SEGMENTS["octic"]
-    lengths, weights = zip(*segments, strict=True)
+    plan = plan_of(segments)
     x, scale, shift, grad = norm_inputs(segments, tokens=(1, 3), channels=6, dtype=torch.float32)
-    for s, b in itertools.product((None, scale), (None, shift)):
+    for s, b in itertools.product(((), parted(scale, segments)), (None, shift)):
         for dtype in ROUNDING:
-            arguments = (s, b, lengths, weights, 1e-5, dtype)
+            arguments = (s, b, *plan, 1e-5, dtype)
             _, y = triton_norm.forward(x, None, *arguments)
             twin = plain_kernels.plain_norm(x, *arguments)
             assert y.dtype == dtype and relative_error(y, twin) <= 2 * ROUNDING[dtype]
             g = grad.to(dtype)
-            dx, _, *sums = triton_norm.backward(x, g, None, None, s, b, lengths, weights, 1e-5)
+            dx, _, *sums = triton_norm.backward(x, g, None, None, s, b, *plan, 1e-5)
             ours = (dx, *sums)
-            twins = plain_kernels.plain_norm_backward(x, g, s, b, lengths, weights, 1e-5)
+            twins = plain_kernels.plain_norm_backward(x, g, s, b, *plan, 1e-5)
             for value, reference in zip(ours, twins, strict=True):
                 assert (value is None) == (reference is None)
                 if value is not None:
@@ -98,11 +118,11 @@ def test_norm_without_scale_or_shift_and_with_another_dtype():
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_norm_after_a_sum_equals_the_twin(half, past):
     segments = SEGMENTS["octic"]
-    lengths, weights = zip(*segments, strict=True)
+    plan = plan_of(segments)
     x, scale, shift, grad = norm_inputs(segments, tokens=(2, 3), channels=6, dtype=torch.float32)
     branch, through = torch.randn(2, *x.shape)
     branch, grad = branch.to(half), grad.to(half)
-    arguments = (scale, shift, lengths, weights, 1e-5)
+    arguments = (parted(scale, segments), shift, *plan, 1e-5)
     total, y = triton_norm.forward(x, branch, *arguments, half)
     twin = plain_kernels.plain_residual_norm(x, branch, *arguments, half)
     assert torch.equal(total, twin[0]) and y.dtype == half
@@ -128,11 +148,15 @@ HEADS = [(3, [2] * 4 + [4] * 2, 3), (4, [10] * 4 + [20] * 2, 3), (5, [3] * 2, 1)
 @pytest.mark.parametrize("heads, widths, parts", HEADS)
 def test_heads_are_split_and_joined_as_by_the_twin(heads, widths, parts, dtype):
     x = torch.randn(2, 19, parts * heads * sum(widths)).to(dtype)
-    apart = triton_heads.split(x, heads, widths, parts)
-    twins = plain_kernels.plain_split(x, heads, widths, parts)
-    assert all(torch.equal(*pair) for pair in zip(apart, twins, strict=True))
+    bias = torch.randn(parts * heads * widths[0]).to(dtype)
+    for given in (bias, None):
+        apart = triton_heads.split(x, given, heads, widths, parts)
+        twins = plain_kernels.plain_split(x, given, heads, widths, parts)
+        for ours, twin in zip(apart, twins, strict=True):
+            # The interpreter rounds sums otherwise than a GPU.
+            assert relative_error(ours, twin) <= (0 if given is None else 2 * ROUNDING[dtype])
     assert torch.equal(triton_heads.join(twins, widths), x)
-    empty = triton_heads.split(x[:0], heads, widths, parts)
+    empty = triton_heads.split(x[:0], None, heads, widths, parts)
     assert empty[0].shape == (0, 19, heads, sum(widths))
     assert triton_heads.join(empty, widths).shape == (0, *x.shape[1:])
 
@@ -155,15 +179,32 @@ def test_gelu_equals_the_twin(name, channels, dtype):
     transform, tolerance = TRANSFORMS[name], ROUNDING[dtype]
     shape = (2, 3, 5, channels * len(transform))
     x, grad = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype)
-    y = triton_gelu.forward(x, transform)
+    y = triton_gelu.forward(x, None, transform)
     assert y.dtype == dtype
-    assert relative_error(y, plain_kernels.plain_gelu(x, transform)) <= 2 * tolerance
+    assert relative_error(y, plain_kernels.plain_gelu(x, None, transform)) <= 2 * tolerance
     assert relative_error(y, gelu_by_definition(x.double(), transform)) < tolerance
-    dx = triton_gelu.backward(x, grad, transform)
+    dx = triton_gelu.backward(x, None, grad, transform)
     assert dx.dtype == dtype
     assert (
-        relative_error(dx, plain_kernels.plain_gelu_backward(x, grad, transform)) <= 2 * tolerance
+        relative_error(dx, plain_kernels.plain_gelu_backward(x, None, grad, transform))
+        <= 2 * tolerance
     )
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [1, 32, 72, 300])
+def test_gelu_takes_a_bias_along(channels, dtype):
+    transform, tolerance = TRANSFORMS["D4"], ROUNDING[dtype]
+    x, grad = (3 * torch.randn(2, 5, channels * 8, dtype=torch.float64)).to(dtype)
+    bias = torch.randn(channels).to(dtype)
+    total = plain_kernels.with_bias(x.double(), bias)
+    y, dx = (
+        triton_gelu.forward(x, bias, transform),
+        triton_gelu.backward(x, bias, grad, transform),
+    )
+    assert relative_error(y, gelu_by_definition(total, transform)) < tolerance
+    exact = plain_kernels.plain_gelu_backward(total, None, grad.double(), transform)
+    assert relative_error(dx, exact) < tolerance
 
 
 def test_operators_hand_the_kernels_their_arguments(monkeypatch):
@@ -171,12 +212,13 @@ def test_operators_hand_the_kernels_their_arguments(monkeypatch):
     *inputs, grad = norm_inputs(segments, tokens=(2, 3), channels=5, dtype=torch.float32)
 
     def function(*inputs):
-        y = kernels.irrep_norm(*inputs, segments=segments, eps=1e-3)
-        return kernels.regular_gelu(y.mT.contiguous().mT, transform)
+        y = norm_of(*inputs, segments=segments, eps=1e-3)
+        return regular_gelu.regular_gelu(y.mT.contiguous().mT, transform)
 
     plain = gradients(function, inputs, grad)
     calls = []
-    monkeypatch.setattr(kernels, "takes_triton", lambda x: calls.append(x) is None)
+    for module in (irrep_norm, regular_gelu):
+        monkeypatch.setattr(module, "takes_triton", lambda x: calls.append(x) is None)
     monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
     for ours, reference in zip(gradients(function, inputs, grad), plain, strict=True):
         assert relative_error(ours, reference) < 1e-5
@@ -267,11 +309,11 @@ def test_the_operator_hands_the_products_their_arguments(monkeypatch):
 def test_empty_inputs():
     stacked, plane = torch.empty(4, 6, 2), torch.empty(12, 4)
     assert triton_linear.forward(torch.empty(0, 16), stacked, plane, None).shape == (0, 48)
-    lengths, weights = zip(*SEGMENTS["octic"], strict=True)
+    plan = plan_of(SEGMENTS["octic"])
     x, scale, shift = torch.empty(0, 3, 16), torch.ones(16), torch.ones(2)
-    assert triton_gelu.forward(x, TRANSFORMS["D4"]).shape == x.shape
-    assert triton_gelu.backward(x, x, TRANSFORMS["D4"]).shape == x.shape
-    arguments = (scale, shift, lengths, weights, 1e-5)
+    assert triton_gelu.forward(x, None, TRANSFORMS["D4"]).shape == x.shape
+    assert triton_gelu.backward(x, None, x, TRANSFORMS["D4"]).shape == x.shape
+    arguments = (parted(scale, SEGMENTS["octic"]), shift, *plan, 1e-5)
     assert triton_norm.forward(x, None, *arguments, torch.float32)[1].shape == x.shape
     dx, _, dscale, dshift = triton_norm.backward(x, x, None, None, *arguments)
     assert dx.shape == x.shape

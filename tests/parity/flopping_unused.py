@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from baselines.flopping.filters import MIRROR, HalfFilter
 from baselines.flopping.resmlp import PairScale, TokenLinear
-from octic.kernels import irrep_norm
+from octic.irrep_norm import irrep_norm
 from octic.layers import OcticMlp, OcticScale
 from tests.parity.flopping_case import Golden, pairs, unpaired
 

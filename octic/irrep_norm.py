@@ -1,0 +1,338 @@
+"""The norm over irreps, alone or after a sum: operators of torch (namespace `octic`).
+
+Each is one operator forward and one backward, which an autograd.Function ties together. On CUDA a
+Triton kernel computes it (`triton_norm`); elsewhere, and in float64, a plain twin does
+(`plain_kernels`). Both compute in float32 (float64 for float64) and round once. `torch.compile`
+keeps the operators whole, autocast leaves them alone, and FLOP counters count no multiply-adds for
+them.
+
+Letters: N tokens, D = G C channels, G the order of the group, C channels per copy; a feature
+[... D] is seen as [... G C].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from octic.operators import channels_of_copies, multiplies_nothing, operator, takes_triton
+from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward
+from octic.precision import without_autocast
+
+Segments = tuple[tuple[int, float], ...]
+
+
+def irrep_norm(
+    x: Tensor,
+    scales: Sequence[Tensor] = (),
+    shift: Tensor | None = None,
+    *,
+    segments: Segments,
+    rows: Sequence[int] | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Subtract each segment's mean, divide by the common deviation, then scale and shift.
+
+    x [... D]. Segments are consecutive channels, each (length in units of C, weight w):
+    deviation^2 = (sum of w * var + eps) / G with biased variances. scales: factors [length * C],
+    none at all or one tensor for so many consecutive segments as `rows` says (None: one each);
+    shift [C], added to the first C channels. The result has x's dtype, or `dtype`, under autocast
+    too and whatever the dtypes of scales and shift. Raises ValueError where shapes do not fit.
+    Formula: octic-vits, LayerNormD8.
+    """
+    plan = _checked_plan(x, scales, shift, segments, rows)
+    dtype = dtype or x.dtype
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, shift, *plan, eps, dtype, *scales)
+    return _norm(x, scales, shift, *plan, eps, dtype)
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    scales: Sequence[Tensor] = (),
+    shift: Tensor | None = None,
+    *,
+    segments: Segments,
+    rows: Sequence[int] | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + branch and the `irrep_norm` of this sum, in one pass over memory, forward and backward.
+
+    The sum has the wider of both dtypes; the rest is as in `irrep_norm`. Raises ValueError where
+    shapes do not fit.
+    """
+    if branch.shape != x.shape:
+        raise ValueError(f"a branch of shape {[*branch.shape]} beside x of {[*x.shape]}")
+    plan = _checked_plan(x, scales, shift, segments, rows)
+    dtype = dtype or x.dtype
+    if torch.is_grad_enabled():
+        return _ResidualNorm.apply(x, branch, shift, *plan, eps, dtype, *scales)
+    return _residual_norm(x, branch, scales, shift, *plan, eps, dtype)
+
+
+def _checked_plan(
+    x: Tensor,
+    scales: Sequence[Tensor],
+    shift: Tensor | None,
+    segments: Segments,
+    rows: Sequence[int] | None,
+) -> tuple[list[int], list[float], list[int]]:
+    """Lengths and weights of the segments, and how many of them share each scale."""
+    lengths = [length for length, _ in segments]
+    channels = channels_of_copies(x, sum(lengths))
+    shared = [1] * len(scales) if rows is None else list(rows)
+    if scales and (len(scales) != len(shared) or sum(shared) != len(lengths)):
+        raise ValueError(
+            f"irrep_norm: {len(scales)} scales with rows {shared} for {len(lengths)} segments"
+        )
+    first = 0
+    for number, (scale, count) in enumerate(zip(scales, shared, strict=False)):
+        _check_width(f"scale {number}", scale, lengths[first] * channels)
+        first += count
+    if shift is not None:
+        _check_width("shift", shift, channels)
+    return lengths, [float(weight) for _, weight in segments], shared
+
+
+def _check_width(name: str, tensor: Tensor, width: int) -> None:
+    if tensor.shape != (width,):
+        raise ValueError(f"irrep_norm: {name} has shape {[*tensor.shape]}; it must be [{width}]")
+
+
+# The norm as an operator.
+
+_NORM_ARGUMENTS = (
+    "Tensor[] scales, Tensor? shift, int[] lengths, float[] weights, int[] shared, float eps"
+)
+
+
+@operator(f"irrep_norm(Tensor x, {_NORM_ARGUMENTS}, ScalarType dtype) -> Tensor")
+def _norm(
+    x: Tensor,
+    scales: Sequence[Tensor],
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    shared: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    parts = (x.contiguous(), None, _all_dense(scales), _dense(shift))
+    return _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)[1]
+
+
+@operator(
+    f"irrep_norm_backward(Tensor grad, Tensor x, {_NORM_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+def _norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    scales: Sequence[Tensor],
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    shared: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = (x.contiguous(), grad.contiguous(), None, None, _all_dense(scales), _dense(shift))
+    dx, _, *sums = _run("backward", *parts, *_plan(lengths, weights, shared), eps)
+    return dx, *_like_parameters(x, sums, scales, shift)
+
+
+@operator(
+    f"residual_norm(Tensor x, Tensor branch, {_NORM_ARGUMENTS}, ScalarType dtype)"
+    " -> (Tensor, Tensor)"
+)
+def _residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    scales: Sequence[Tensor],
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    shared: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    parts = (x.contiguous(), branch.contiguous(), _all_dense(scales), _dense(shift))
+    return _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)
+
+
+@operator(
+    f"residual_norm_backward(Tensor grad, Tensor? past, Tensor total, {_NORM_ARGUMENTS},"
+    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _residual_norm_backward(
+    grad: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    scales: Sequence[Tensor],
+    shift: Tensor | None,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    shared: Sequence[int],
+    eps: float,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cast = None if branch_dtype == total.dtype else branch_dtype
+    parts = (total, grad.contiguous(), _dense(past), cast, _all_dense(scales), _dense(shift))
+    dx, dbranch, *sums = _run("backward", *parts, *_plan(lengths, weights, shared), eps)
+    dbranch = total.new_empty(0) if dbranch is None else dbranch
+    return dx, dbranch, *_like_parameters(total, sums, scales, shift)
+
+
+def _like_parameters(
+    x: Tensor, sums: Sequence[Tensor | None], scales: Sequence[Tensor], shift: Tensor | None
+) -> list[Tensor]:
+    """Gradients by segment of all scales [D] and of the shift [C], in their dtypes."""
+    # An operator returns tensors, never None.
+    return [
+        x.new_empty(0) if total is None or parameter is None else total.to(parameter.dtype)
+        for total, parameter in zip(sums, (scales[0] if scales else None, shift), strict=True)
+    ]
+
+
+@torch.library.register_fake("octic::irrep_norm")
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=arguments[-1])
+
+
+@torch.library.register_fake("octic::irrep_norm_backward")
+def _(grad: Tensor, x: Tensor, scales: Sequence[Tensor], shift: Tensor | None, *_: Any) -> Any:
+    return x.new_empty(x.shape), *_empty_gradients(x, scales, shift)
+
+
+@torch.library.register_fake("octic::residual_norm")
+def _(x: Tensor, branch: Tensor, *arguments: Any) -> Any:
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    return total, x.new_empty(x.shape, dtype=arguments[-1])
+
+
+@torch.library.register_fake("octic::residual_norm_backward")
+def _(
+    grad: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    scales: Sequence[Tensor],
+    shift: Tensor | None,
+    *arguments: Any,
+) -> Any:
+    dtype = arguments[-1]
+    dbranch = total.new_empty(0 if dtype == total.dtype else total.shape, dtype=dtype)
+    return total.new_empty(total.shape), dbranch, *_empty_gradients(total, scales, shift)
+
+
+def _empty_gradients(
+    x: Tensor, scales: Sequence[Tensor], shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dscales = scales[0].new_empty(x.shape[-1]) if scales else x.new_empty(0)
+    return dscales, x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor | None,
+        lengths: list[int],
+        weights: list[float],
+        shared: list[int],
+        eps: float,
+        dtype: torch.dtype,
+        *scales: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, shift, *scales)
+        ctx.arguments = (lengths, weights, shared, eps)
+        return _norm(x, scales, shift, *ctx.arguments, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, shift, *scales = ctx.saved_tensors
+        dx, dscales, dshift = _norm_backward(grad, x, scales, shift, *ctx.arguments)
+        dshift = None if shift is None else dshift
+        return dx, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        shift: Tensor | None,
+        lengths: list[int],
+        weights: list[float],
+        shared: list[int],
+        eps: float,
+        dtype: torch.dtype,
+        *scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (lengths, weights, shared, eps)
+        total, y = _residual_norm(x, branch, scales, shift, *arguments, dtype)
+        ctx.save_for_backward(total, shift, *scales)
+        ctx.arguments, ctx.branch_dtype = arguments, branch.dtype
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple:
+        total, shift, *scales = ctx.saved_tensors
+        if grad is None:
+            return past, past, *[None] * (6 + len(scales))
+        arguments = (total, scales, shift, *ctx.arguments, ctx.branch_dtype)
+        dx, dbranch, dscales, dshift = _residual_norm_backward(grad, past, *arguments)
+        dbranch = dbranch if dbranch.numel() == dx.numel() else dx
+        dshift = None if shift is None else dshift
+        return dx, dbranch, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
+
+
+def _summed(dscales: Tensor, scales: Sequence[Tensor], shared: Sequence[int]) -> list[Tensor]:
+    """Gradients of the scales, from those [D] by segment."""
+    found, start = [], 0
+    for scale, count in zip(scales, shared, strict=False):
+        part = dscales[start : start + count * len(scale)]
+        found.append(part.view(count, -1).sum(0) if count > 1 else part)
+        start += len(part)
+    return found
+
+
+multiplies_nothing(
+    torch.ops.octic.irrep_norm,
+    torch.ops.octic.irrep_norm_backward,
+    torch.ops.octic.residual_norm,
+    torch.ops.octic.residual_norm_backward,
+)
+
+
+# Choice of the kernel.
+
+
+def _run(function: str, x: Tensor, *arguments: Any) -> Any:
+    if takes_triton(x):
+        from octic import triton_norm
+
+        with torch.cuda.device_of(x):
+            return getattr(triton_norm, function)(x, *arguments)
+    forward = function == "forward"
+    plain: Callable = plain_residual_norm if forward else plain_residual_norm_backward
+    return without_autocast(plain, x, *arguments)
+
+
+def _all_dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _plan(*lists: Sequence[float]) -> tuple[tuple, ...]:
+    return tuple(map(tuple, lists))

@@ -1,0 +1,101 @@
+"""The GELU on the regular basis: an operator of torch (namespace `octic`), forward and backward.
+
+Made as the norms are (`octic.irrep_norm`, its letters too): a Triton kernel on CUDA
+(`triton_gelu`), a plain twin elsewhere and in float64 (`plain_kernels`).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from octic.operators import channels_of_copies, multiplies_nothing, operator, takes_triton
+from octic.plain_kernels import Matrix, plain_gelu, plain_gelu_backward
+from octic.precision import without_autocast
+
+
+def regular_gelu(x: Tensor, transform: Matrix, bias: Tensor | None = None) -> Tensor:
+    """T gelu(T^t x) along G, channel by channel, with the exact GELU.
+
+    x [... D]; transform: the orthogonal T [G G] as nested tuples, so that kernels are compiled for
+    it. bias [C]: added to the first C channels of x before; it gets no gradient (see
+    `octic.irrep_linear`). The result has x's dtype. Raises ValueError where shapes do not fit.
+    """
+    channels = channels_of_copies(x, len(transform))
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"regular_gelu: bias has shape {[*bias.shape]}; it must be [{channels}]")
+    compute = _GELU.apply if torch.is_grad_enabled() else _gelu
+    return compute(x, bias, [entry for row in transform for entry in row])
+
+
+@operator("regular_gelu(Tensor x, Tensor? bias, float[] transform) -> Tensor")
+def _gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
+    arguments = (
+        x.contiguous(),
+        None if bias is None else bias.contiguous(),
+        _matrix(tuple(transform)),
+    )
+    if takes_triton(x):
+        from octic import triton_gelu
+
+        with torch.cuda.device_of(x):
+            return triton_gelu.forward(*arguments)
+    return without_autocast(plain_gelu, *arguments)
+
+
+@operator("regular_gelu_backward(Tensor grad, Tensor x, Tensor? bias, float[] transform) -> Tensor")
+def _gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, transform: Sequence[float]
+) -> Tensor:
+    arguments = (
+        x.contiguous(),
+        None if bias is None else bias.contiguous(),
+        grad.contiguous(),
+        _matrix(tuple(transform)),
+    )
+    if takes_triton(x):
+        from octic import triton_gelu
+
+        with torch.cuda.device_of(x):
+            return triton_gelu.backward(*arguments)
+    return without_autocast(plain_gelu_backward, *arguments)
+
+
+@torch.library.register_fake("octic::regular_gelu")
+def _(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("octic::regular_gelu_backward")
+def _(grad: Tensor, x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.transform = transform
+        return _gelu(x, bias, transform)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _gelu_backward(grad, *ctx.saved_tensors, ctx.transform), None, None
+
+
+multiplies_nothing(torch.ops.octic.regular_gelu, torch.ops.octic.regular_gelu_backward)
+
+
+@lru_cache(maxsize=64)
+def _matrix(entries: tuple[float, ...]) -> Matrix:
+    order = math.isqrt(len(entries))
+    return tuple(entries[row * order : (row + 1) * order] for row in range(order))
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
