@@ -1,13 +1,25 @@
 """The octic transformer block: the plain block with equivariant layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from octic.groups import Group, get_group
-from octic.layers import OcticAttention, OcticLayerNorm, OcticMlp, OcticScale
-from vit.block import ResidualBlock
+from octic.layers import (
+    OcticAttention,
+    OcticLayerNorm,
+    OcticMlp,
+    OcticScale,
+    is_watched,
+    matrices_of,
+)
+from octic.matrices import Matrices
+from octic.operators import takes_triton
+from vit.block import Addend, ResidualBlock
 from vit.packing import Packing
+
+Ready = Sequence[Matrices | None]  # of qkv, proj, fc1, fc2
+NOTHING_READY: Ready = (None,) * 4
 
 
 class OcticBlock(ResidualBlock):
@@ -64,13 +76,28 @@ class OcticBlock(ResidualBlock):
             drop_path_mode=drop_path_mode,
         )
 
+    def _prepare(self, x: Tensor) -> Ready:
+        # On a GPU one launch for all four layers; elsewhere each layer makes its own.
+        if not takes_triton(x):
+            return NOTHING_READY
+        layers = [*self.attn.layers(self.ls1), *self.mlp.layers(self.ls2)]
+        return matrices_of(layers, x)
+
     def _add_and_norm(
-        self, x: Tensor, branch: Tensor | None, norm: nn.Module
+        self, x: Tensor, addend: Addend | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        return (x, norm(x)) if branch is None else norm.after(x, branch)
+        return (x, norm(x)) if addend is None else norm.after(x, *addend)
 
-    def _attend(self, normed: Tensor, packing: Packing | None) -> Tensor:
-        return self.attn(normed, packing, self.ls1)
+    def _attend(
+        self, normed: Tensor, packing: Packing | None, ready: Ready | None, *, hold: bool
+    ) -> Addend:
+        matrices = (ready or NOTHING_READY)[:2]
+        if hold and not is_watched(self.attn):
+            return Addend(*self.attn.without_bias(normed, packing, self.ls1, matrices))
+        return Addend(self.attn(normed, packing, self.ls1, matrices))
 
-    def _transform(self, normed: Tensor) -> Tensor:
-        return self.mlp(normed, self.ls2)
+    def _transform(self, normed: Tensor, ready: Ready | None, *, hold: bool) -> Addend:
+        matrices = (ready or NOTHING_READY)[2:]
+        if hold and not is_watched(self.mlp):
+            return Addend(*self.mlp.without_bias(normed, self.ls2, matrices))
+        return Addend(self.mlp(normed, self.ls2, matrices))

@@ -49,16 +49,19 @@ def norm(
     return y.to(dtype)
 
 
-def residual_norm(x: Tensor, branch: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def residual_norm(
+    x: Tensor, branch: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     """Compute `octic::residual_norm`."""
-    total = x + branch
+    total = x + with_bias(branch, bias)
     return total, norm(total, *arguments)
 
 
-def stack(weights: Sequence[Tensor], bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def stack(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Compute `octic::stack_matrices`."""
-    found = matrices.plain_stack(weights, bias, *arguments)
-    return tuple(weights[0].new_empty(0) if part is None else part for part in found)
+    layers = matrices.layers_of(tensors, layout)
+    found = [part for layer in layers for part in matrices.plain_stack(layer, dtype)]
+    return [part for part in found if part is not None]
 
 
 def gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:

@@ -58,21 +58,25 @@ def residual_norm(
     *,
     segments: Segments,
     rows: Sequence[int] | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + branch and the `irrep_norm` of this sum, in one pass over memory, forward and backward.
 
-    The sum has the wider of both dtypes; the rest is as in `irrep_norm`. Raises ValueError where
+    The sum has the wider of both dtypes. bias [C]: added to the first C channels too; it gets no
+    gradient (see `octic.irrep_linear`). The rest is as in `irrep_norm`. Raises ValueError where
     shapes do not fit.
     """
     if branch.shape != x.shape:
         raise ValueError(f"a branch of shape {[*branch.shape]} beside x of {[*x.shape]}")
     plan = _checked_plan(x, scales, shift, segments, rows)
+    if bias is not None:
+        _check_width("bias", bias, x.shape[-1] // sum(plan[0]))
     dtype = dtype or x.dtype
     if torch.is_grad_enabled():
-        return _ResidualNorm.apply(x, branch, shift, *plan, eps, dtype, *scales)
-    return _residual_norm(x, branch, scales, shift, *plan, eps, dtype)
+        return _ResidualNorm.apply(x, branch, bias, shift, *plan, eps, dtype, *scales)
+    return _residual_norm(x, branch, bias, scales, shift, *plan, eps, dtype)
 
 
 def _checked_plan(
@@ -122,7 +126,7 @@ def _norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    parts = (x.contiguous(), None, _all_dense(scales), _dense(shift))
+    parts = (x.contiguous(), None, None, _all_dense(scales), _dense(shift))
     return _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)[1]
 
 
@@ -145,12 +149,13 @@ def _norm_backward(
 
 
 @operator(
-    f"residual_norm(Tensor x, Tensor branch, {_NORM_ARGUMENTS}, ScalarType dtype)"
+    f"residual_norm(Tensor x, Tensor branch, Tensor? bias, {_NORM_ARGUMENTS}, ScalarType dtype)"
     " -> (Tensor, Tensor)"
 )
 def _residual_norm(
     x: Tensor,
     branch: Tensor,
+    bias: Tensor | None,
     scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: Sequence[int],
@@ -159,7 +164,8 @@ def _residual_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    parts = (x.contiguous(), branch.contiguous(), _all_dense(scales), _dense(shift))
+    added = (branch.contiguous(), _dense(bias))
+    parts = (x.contiguous(), *added, _all_dense(scales), _dense(shift))
     return _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)
 
 
@@ -266,6 +272,7 @@ class _ResidualNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         branch: Tensor,
+        bias: Tensor | None,
         shift: Tensor | None,
         lengths: list[int],
         weights: list[float],
@@ -275,7 +282,7 @@ class _ResidualNorm(torch.autograd.Function):
         *scales: Tensor,
     ) -> tuple[Tensor, Tensor]:
         arguments = (lengths, weights, shared, eps)
-        total, y = _residual_norm(x, branch, scales, shift, *arguments, dtype)
+        total, y = _residual_norm(x, branch, bias, scales, shift, *arguments, dtype)
         ctx.save_for_backward(total, shift, *scales)
         ctx.arguments, ctx.branch_dtype = arguments, branch.dtype
         ctx.set_materialize_grads(False)
@@ -286,12 +293,12 @@ class _ResidualNorm(torch.autograd.Function):
     def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple:
         total, shift, *scales = ctx.saved_tensors
         if grad is None:
-            return past, past, *[None] * (6 + len(scales))
+            return past, past, *[None] * (7 + len(scales))
         arguments = (total, scales, shift, *ctx.arguments, ctx.branch_dtype)
         dx, dbranch, dscales, dshift = _residual_norm_backward(grad, past, *arguments)
         dbranch = dbranch if dbranch.numel() == dx.numel() else dx
         dshift = None if shift is None else dshift
-        return dx, dbranch, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
+        return dx, dbranch, None, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
 
 
 def _summed(dscales: Tensor, scales: Sequence[Tensor], shared: Sequence[int]) -> list[Tensor]:

@@ -5,7 +5,7 @@ The storage is that of `octic.groups`; C = D / |G| is the number of channels of 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from octic.groups import Group, get_group
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
 from octic.irrep_norm import irrep_norm, residual_norm
-from octic.matrices import Matrices, stack_matrices
+from octic.matrices import Matrices, Sources, stack_matrices
 from octic.operators import takes_triton
 from octic.precision import autocast_dtype
 from octic.regular_gelu import regular_gelu
 from vit.attention import attend, check_backend
 from vit.packing import Packing
+
+Pair = Sequence[Matrices | None]  # of the two linear layers of attention or MLP
 
 
 def channels_per_copy(dim: int, group: Group) -> int:
@@ -60,37 +62,44 @@ class OcticLinear(nn.Module):
             layer = nn.Linear(irrep.copies * self.in_copy, rows, bias=bias and index == 0)
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: nn.Module | None = None, matrices: Matrices | None = None
+    ) -> Tensor:
         """Map [... in_features] to [... out_features]; `scale` is applied to the result.
 
         An `OcticScale` goes into the matrices, which are smaller than the features: one pass over
-        these less, and one tensor less to keep for the backward pass.
+        these less, and one tensor less to keep for the backward pass. matrices: those of this layer
+        if they are made already (`matrices_of`).
         """
         if scale is not None and not _fits_in_weights(scale, x):
-            return scale(self(x))
-        return irrep_linear(x, *self._matrices(x, scale))
+            return scale(self(x, None, matrices))
+        return irrep_linear(x, *(matrices or matrices_of([(self, scale)], x)[0]))
 
-    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product [... out_features] and the bias that whoever reads it next is to add.
+    def without_bias(
+        self, x: Tensor, scale: nn.Module | None = None, matrices: Matrices | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` gives without the bias, and the bias that whoever reads it next is to add.
 
         Its gradient comes with that of the product. On a GPU a kernel that reads the product anyway
         saves the pass over memory that adds a bias; elsewhere, and where hooks watch the layer, it
         is added here, and None returned.
         """
-        if not takes_triton(x) or _is_watched(self):
-            return self(x), None
-        lines, plane, bias = self._matrices(x)
+        folded = scale is None or _fits_in_weights(scale, x)
+        if not takes_triton(x) or is_watched(self) or not folded:
+            return self(x, scale, matrices), None
+        lines, plane, bias = matrices or matrices_of([(self, scale)], x)[0]
         y = irrep_linear(x, lines, plane, bias, add_bias=False)
         return y, None if bias is None else bias.detach()
 
-    def _matrices(self, x: Tensor, scale: nn.Module | None = None) -> Matrices:
+    def sources(self, scale: nn.Module | None = None) -> Sources:
+        """What this layer's matrices are made of, with a scale of its result."""
         layers = [getattr(self, name) for name in self.layer_names]
         weights, bias = [layer.weight for layer in layers], layers[0].bias
         factors = scale.factors() if isinstance(scale, OcticScale) else []
         if self.is_complex:
             weights[-1] = _complex_matrix(weights[-1])
             factors[-1:] = [factor.repeat(2) for factor in factors[-1:]]
-        return stack_matrices(weights, bias, factors, lines=self.num_lines, dtype=autocast_dtype(x))
+        return Sources(weights, bias, factors, self.num_lines)
 
     def extra_repr(self) -> str:
         """Widths and group."""
@@ -103,7 +112,18 @@ def _fits_in_weights(scale: nn.Module, x: Tensor) -> bool:
     return isinstance(scale, OcticScale) and scale.beta is None and not half
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def matrices_of(
+    layers: Sequence[tuple[OcticLinear, nn.Module | None]], x: Tensor
+) -> list[Matrices]:
+    """The matrices of layers, each with its result's scale, for products with tokens like x."""
+    sources = [
+        layer.sources(scale if scale is not None and _fits_in_weights(scale, x) else None)
+        for layer, scale in layers
+    ]
+    return stack_matrices(sources, dtype=autocast_dtype(x))
+
+
+def is_watched(layer: nn.Module) -> bool:
     """Whether hooks wait for what goes into the layer or comes out of it."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(layer, name) for name in hooks)
@@ -190,9 +210,9 @@ class OcticLayerNorm(nn.Module):
         """Normalise features [... D]."""
         return irrep_norm(x, *self._affine(), **self._options(x))
 
-    def after(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """x + branch and its norm, [... D] both, in one pass."""
-        return residual_norm(x, branch, *self._affine(), **self._options(x))
+    def after(self, x: Tensor, branch: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch and its norm, [... D] both, in one pass; the bias [C] is of the branch."""
+        return residual_norm(x, branch, *self._affine(), bias=bias, **self._options(x))
 
     def _affine(self) -> tuple[list[Tensor], Tensor | None]:
         if self.scaling is None:
@@ -243,9 +263,27 @@ class OcticMlp(nn.Module):
         self.norm = OcticLayerNorm(hidden, group=group) if norm else nn.Identity()
         self.fc2 = OcticLinear(hidden, out_features or in_features, bias=biases[1], group=group)
 
-    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
-        """Map features [... in] to [... out]; `scale` is applied to the result."""
-        return self.fc2(self.norm(self.act(*self.fc1.without_bias(x))), scale)
+    def forward(
+        self, x: Tensor, scale: nn.Module | None = None, matrices: Pair = (None, None)
+    ) -> Tensor:
+        """Map features [... in] to [... out]; `scale` is applied to the result.
+
+        matrices: those of both layers, if they are made already.
+        """
+        return self.fc2(self._hidden(x, matrices[0]), scale, matrices[1])
+
+    def without_bias(
+        self, x: Tensor, scale: nn.Module | None, matrices: Pair
+    ) -> tuple[Tensor, Tensor | None]:
+        """The result and a bias that is still to be added (`OcticLinear.without_bias`)."""
+        return self.fc2.without_bias(self._hidden(x, matrices[0]), scale, matrices[1])
+
+    def layers(self, scale: nn.Module | None) -> list[tuple[OcticLinear, nn.Module | None]]:
+        """The linear layers, each with the scale of its result."""
+        return [(self.fc1, None), (self.fc2, scale)]
+
+    def _hidden(self, x: Tensor, matrices: Matrices | None) -> Tensor:
+        return self.norm(self.act(*self.fc1.without_bias(x, None, matrices)))
 
 
 class OcticAttention(nn.Module):
@@ -298,16 +336,36 @@ class OcticAttention(nn.Module):
         self.proj = OcticLinear(dim, dim, bias=proj_bias, group=self.group)
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, scale: nn.Module | None = None
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        scale: nn.Module | None = None,
+        matrices: Pair = (None, None),
     ) -> Tensor:
-        """Attend within each sequence, then apply `scale`; x and the result are [B T D]."""
-        features, bias = self.qkv.without_bias(x)
+        """Attend within each sequence, then apply `scale`; x and the result are [B T D].
+
+        matrices: those of both layers, if they are made already.
+        """
+        return self.proj(self._attended(x, packing, matrices[0]), scale, matrices[1])
+
+    def without_bias(
+        self, x: Tensor, packing: Packing | None, scale: nn.Module | None, matrices: Pair
+    ) -> tuple[Tensor, Tensor | None]:
+        """The result and a bias that is still to be added (`OcticLinear.without_bias`)."""
+        return self.proj.without_bias(self._attended(x, packing, matrices[0]), scale, matrices[1])
+
+    def layers(self, scale: nn.Module | None) -> list[tuple[OcticLinear, nn.Module | None]]:
+        """The linear layers, each with the scale of its result."""
+        return [(self.qkv, None), (self.proj, scale)]
+
+    def _attended(self, x: Tensor, packing: Packing | None, matrices: Matrices | None) -> Tensor:
+        features, bias = self.qkv.without_bias(x, None, matrices)
         q, k, v = split_heads(features, self.num_heads, self.row_widths, 3, bias)
         if self.qk_scale is not None or self.attn_mixer is not None:
             q = (q * self._query_factor()).to(k.dtype)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
-        return self.proj(join_heads([out], self.row_widths), scale)
+        return join_heads([out], self.row_widths)
 
     def _query_factor(self) -> Tensor | float:
         """What queries are multiplied by, so that attention's own scale gives the wanted logits."""

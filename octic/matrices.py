@@ -1,14 +1,16 @@
-"""The matrices of an equivariant linear layer as its product takes them, from a weight an irrep.
+"""The matrices of equivariant linear layers as their products take them, from a weight an irrep.
 
 Stacked, scaled and cast: some thirty short operators a block, forward and backward, which a GPU
-finishes sooner than it starts them. On CUDA each layer's are one operator (namespace `octic`) and
-one Triton kernel either way (`triton_matrices`); elsewhere torch's own do it.
+finishes sooner than it starts them. On CUDA those of any number of layers are one operator
+(namespace `octic`) and one Triton kernel either way (`triton_matrices`); elsewhere torch's own do
+it.
 
 Letters: L one-dimensional irreps, their matrices [C' C]; the two-dimensional one's [Q' Q].
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,42 +18,53 @@ from torch.autograd.function import once_differentiable
 
 from octic.operators import multiplies_nothing, operator, takes_triton
 
-Matrices = tuple[Tensor, Tensor | None, Tensor | None]
 
-
-def stack_matrices(
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    *,
-    lines: int,
-    dtype: torch.dtype | None = None,
-) -> Matrices:
-    """Matrices [L C' C], [Q' Q] (or None) and the bias [C'] (or None), in `dtype` if it is given.
+class Sources(NamedTuple):
+    """What the matrices of one layer are made of.
 
     weights: those of the L = `lines` one-dimensional irreps, then of the two-dimensional one, if
     there is one. factors: for each of them what its rows are multiplied by, or none at all; the
     bias goes with the first.
     """
-    if not takes_triton(weights[0]) or lines > 4:
-        return plain_stack(weights, bias, factors, lines, dtype)
-    dtype = dtype or weights[0].dtype
+
+    weights: Sequence[Tensor]
+    bias: Tensor | None
+    factors: Sequence[Tensor]
+    lines: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in this order."""
+        return [*self.weights, *([] if self.bias is None else [self.bias]), *self.factors]
+
+
+class Matrices(NamedTuple):
+    """Those of a layer: [L C' C], [Q' Q] or None, and the bias [C'] or None."""
+
+    lines: Tensor
+    plane: Tensor | None
+    bias: Tensor | None
+
+
+def stack_matrices(
+    layers: Sequence[Sources], *, dtype: torch.dtype | None = None
+) -> list[Matrices]:
+    """The matrices of each layer, in `dtype` if it is given; one launch for all on a GPU."""
+    first = layers[0].weights[0]
+    if not takes_triton(first):
+        return [plain_stack(layer, dtype) for layer in layers]
+    dtype = dtype or first.dtype
+    tensors, layout = [t for layer in layers for t in layer.tensors], _layout(layers)
     if torch.is_grad_enabled():
-        found = _Stack.apply(lines, len(weights), dtype, bias, *weights, *factors)
+        found = iter(_Stack.apply(layout, dtype, *tensors))
     else:
-        found = _stack(weights, bias, factors, lines, dtype)
-    plane = found[1] if len(weights) > lines else None
-    return found[0], plane, None if bias is None else found[2]
+        found = iter(_stack(tensors, layout, dtype))
+    return [_taken(layer, found) for layer in layers]
 
 
-def plain_stack(
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-    dtype: torch.dtype | None,
-) -> Matrices:
-    """Compute `stack_matrices` with PyTorch's operators."""
+def plain_stack(layer: Sources, dtype: torch.dtype | None) -> Matrices:
+    """Compute a layer's matrices with PyTorch's operators."""
+    weights, bias, factors, lines = layer
     stacked = torch.stack(list(weights[:lines]))
     plane = weights[lines] if len(weights) > lines else None
     if factors:
@@ -59,129 +72,111 @@ def plain_stack(
         bias = None if bias is None else bias * factors[0]
         plane = None if plane is None else plane * factors[lines].unsqueeze(-1)
     if dtype is None:
-        return stacked, plane, bias
+        return Matrices(stacked, plane, bias)
     plane, bias = (None if part is None else part.to(dtype) for part in (plane, bias))
-    return stacked.to(dtype), plane, bias
+    return Matrices(stacked.to(dtype), plane, bias)
 
 
-@operator(
-    "stack_matrices(Tensor[] weights, Tensor? bias, Tensor[] factors, int lines, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-def _stack(
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    if not takes_triton(weights[0]):
-        found = plain_stack(weights, bias, factors, lines, dtype)
-        return tuple(weights[0].new_empty(0, dtype=dtype) if t is None else t for t in found)
-    from octic import triton_matrices
-
-    with torch.cuda.device_of(weights[0]):
-        dense = [w.contiguous() for w in weights]
-        return triton_matrices.stack(dense, bias, factors, lines, dtype)
-
-
-@operator(
-    "stack_matrices_backward(Tensor d_lines, Tensor d_plane, Tensor d_bias, Tensor[] weights,"
-    " Tensor? bias, Tensor[] factors, int lines) -> Tensor[]"
-)
-def _stack_backward(
-    d_lines: Tensor,
-    d_plane: Tensor,
-    d_bias: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-) -> list[Tensor]:
-    if not takes_triton(d_lines):
-        return plain_unstack(d_lines, d_plane, d_bias, weights, bias, factors, lines)
-    from octic import triton_matrices
-
-    with torch.cuda.device_of(d_lines):
-        grads = (d_lines.contiguous(), d_plane.contiguous(), d_bias.contiguous())
-        dense = [w.contiguous() for w in weights]
-        return triton_matrices.unstack(*grads, dense, bias, factors, lines)
-
-
-def plain_unstack(
-    d_lines: Tensor,
-    d_plane: Tensor,
-    d_bias: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-) -> list[Tensor]:
-    """Gradients of weights, factors and bias with PyTorch's operators."""
-    grads = [*d_lines.unbind(), d_plane][: len(weights)]
+def plain_unstack(grads: Matrices, layer: Sources) -> list[Tensor]:
+    """Gradients of a layer's tensors, in their order, with PyTorch's operators."""
+    weights, bias, factors, _ = layer
+    of_weights = [*grads.lines.unbind(), *([] if grads.plane is None else [grads.plane])]
+    pairs = list(zip(of_weights, weights, strict=True))
+    beside = [] if bias is None or grads.bias is None else [(grads.bias, bias)]
     if not factors:
-        found = [g.to(w.dtype, copy=True) for g, w in zip(grads, weights, strict=True)]
-        return found if bias is None else [*found, d_bias.to(bias.dtype, copy=True)]
-    scaled = zip(grads, factors, weights, strict=True)
+        return [g.to(t.dtype, copy=True) for g, t in [*pairs, *beside]]
+    scaled = zip(of_weights, factors, weights, strict=True)
     d_weights = [(g * f.unsqueeze(-1)).to(w.dtype) for g, f, w in scaled]
-    sums = [(g * w).sum(-1) for g, w in zip(grads, weights, strict=True)]
-    if bias is not None:
-        sums[0] = sums[0] + d_bias * bias
-    d_factors = [total.to(f.dtype) for total, f in zip(sums, factors, strict=True)]
-    rest = [] if bias is None else [(d_bias * factors[0]).to(bias.dtype)]
-    return [*d_weights, *d_factors, *rest]
+    sums = [(g * w).sum(-1) for g, w in pairs]
+    for g, b in beside:
+        sums[0] = sums[0] + g * b
+    d_bias = [(g * factors[0]).to(b.dtype) for g, b in beside]
+    return [*d_weights, *d_bias, *(s.to(f.dtype) for s, f in zip(sums, factors, strict=True))]
+
+
+# A list of layers as an operator takes it: tensors, and four numbers a layer.
+
+
+def _layout(layers: Iterable[Sources]) -> list[int]:
+    numbers = []
+    for weights, bias, factors, lines in layers:
+        numbers += [lines, len(weights), int(bias is not None), len(factors)]
+    return numbers
+
+
+def layers_of(tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Sources]:
+    """The layers that an operator's arguments stand for."""
+    rest, found = iter(tensors), []
+    for start in range(0, len(layout), 4):
+        lines, count, biased, scaled = layout[start : start + 4]
+        weights = list(islice(rest, count))
+        bias = next(rest) if biased else None
+        found.append(Sources(weights, bias, list(islice(rest, scaled)), lines))
+    return found
+
+
+def _taken(layer: Sources, found: Iterator[Tensor]) -> Matrices:
+    """The next tensors as those of a layer."""
+    lines = next(found)
+    plane = next(found) if len(layer.weights) > layer.lines else None
+    return Matrices(lines, plane, None if layer.bias is None else next(found))
+
+
+@operator("stack_matrices(Tensor[] tensors, int[] layout, ScalarType dtype) -> Tensor[]")
+def _stack(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    layers = layers_of(tensors, layout)
+    if not takes_triton(tensors[0]):
+        found = [part for layer in layers for part in plain_stack(layer, dtype)]
+        # An operator may not return what it was given.
+        return [part.clone() for part in found if part is not None]
+    from octic import triton_matrices
+
+    with torch.cuda.device_of(tensors[0]):
+        return triton_matrices.stack(layers, dtype)
+
+
+@operator("stack_matrices_backward(Tensor[] grads, Tensor[] tensors, int[] layout) -> Tensor[]")
+def _stack_backward(
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]
+) -> list[Tensor]:
+    layers, rest = layers_of(tensors, layout), iter(grads)
+    pairs = [(_taken(layer, rest), layer) for layer in layers]
+    if not takes_triton(tensors[0]):
+        return [part for own, layer in pairs for part in plain_unstack(own, layer)]
+    from octic import triton_matrices
+
+    with torch.cuda.device_of(tensors[0]):
+        return triton_matrices.unstack(pairs)
 
 
 @torch.library.register_fake("octic::stack_matrices")
-def _(
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    first = weights[0]
-    plane = weights[lines].shape if len(weights) > lines else (0,)
-    shapes = (lines, *first.shape), plane, (0,) if bias is None else bias.shape
-    return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
+def _(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    found = []
+    for weights, bias, _, lines in layers_of(tensors, layout):
+        found.append(weights[0].new_empty((lines, *weights[0].shape), dtype=dtype))
+        rest = [*weights[lines:], *([] if bias is None else [bias])]
+        found += [part.new_empty(part.shape, dtype=dtype) for part in rest]
+    return found
 
 
 @torch.library.register_fake("octic::stack_matrices_backward")
-def _(
-    d_lines: Tensor,
-    d_plane: Tensor,
-    d_bias: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-) -> list[Tensor]:
-    parts = [*weights, *factors, *([] if bias is None else [bias])]
-    return [part.new_empty(part.shape) for part in parts]
+def _(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
+    return [part.new_empty(part.shape) for part in tensors]
 
 
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        lines: int,
-        count: int,
-        dtype: torch.dtype,
-        bias: Tensor | None,
-        *tensors: Tensor,
+        ctx: Any, layout: list[int], dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(bias, *tensors)
-        ctx.lines, ctx.count = lines, count
-        return _stack(tensors[:count], bias, tensors[count:], lines, dtype)
+        ctx.save_for_backward(*tensors)
+        ctx.layout = layout
+        return tuple(_stack(tensors, layout, dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        bias, *tensors = ctx.saved_tensors
-        weights, factors = tensors[: ctx.count], tensors[ctx.count :]
-        found = _stack_backward(*grads, weights, bias, factors, ctx.lines)
-        d_bias = None if bias is None else found[-1]
-        return None, None, None, d_bias, *found[: len(tensors)]
+        return None, None, *_stack_backward(grads, ctx.saved_tensors, ctx.layout)
 
 
 multiplies_nothing(torch.ops.octic.stack_matrices, torch.ops.octic.stack_matrices_backward)

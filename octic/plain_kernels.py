@@ -68,9 +68,14 @@ def plain_norm_backward(
     return dx.view(x.shape).to(x.dtype), dscales, dshift
 
 
-def plain_residual_norm(x: Tensor, branch: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """x + branch (without one x itself) and its `plain_norm`, whose other arguments follow."""
-    total = x if branch is None else x + branch
+def plain_residual_norm(
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """x + branch (without one x itself) and its `plain_norm`, whose other arguments follow.
+
+    bias: added to as many of the branch's first channels as it has.
+    """
+    total = x if branch is None else x + with_bias(branch, bias)
     return total, plain_norm(total, *arguments)
 
 

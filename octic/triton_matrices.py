@@ -1,7 +1,8 @@
-"""Triton kernels of `octic.matrices`: the matrices of all irreps made ready in one launch.
+"""Triton kernels of `octic.matrices`: the matrices of all irreps, of several layers, in one launch.
 
 Torch takes a kernel each to stack, to scale and to cast, forward and backward: some thirty a block,
-each shorter than its launch. Imported only when a CUDA tensor needs them.
+each shorter than its launch. A launch is a list of jobs, one a weight, dealt out over its programs;
+the list is known when the kernel is compiled. Imported only when a CUDA tensor needs them.
 """
 
 # Arguments of a Triton function have no Python types.
@@ -9,15 +10,17 @@ each shorter than its launch. Imported only when a CUDA tensor needs them.
 # mypy: disable-error-code="assignment, attr-defined"
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octic.matrices import Matrices, Sources
 from octic.operators import ceil_div
 
-MAX_LINES = 4  # one-dimensional irreps of a group
 BLOCK = 1024  # values of a program
 BLOCK_R, BLOCK_C = 8, 128  # rows of a program in the backward pass, columns at a time
 
@@ -42,63 +45,18 @@ def _scaled_copy(
 
 
 @triton.jit
-def stack_kernel(
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    fourth_ptr,
-    last_ptr,
-    first_factor_ptr,
-    second_factor_ptr,
-    third_factor_ptr,
-    fourth_factor_ptr,
-    last_factor_ptr,
-    bias_ptr,
-    lines_out_ptr,
-    plane_out_ptr,
-    bias_out_ptr,
-    LINES: tl.constexpr,
-    LINE_ROWS: tl.constexpr,
-    LINE_COLUMNS: tl.constexpr,
-    PLANE_ROWS: tl.constexpr,
-    PLANE_COLUMNS: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    VALUES: tl.constexpr = LINE_ROWS * LINE_COLUMNS
-    PLANE_VALUES: tl.constexpr = PLANE_ROWS * PLANE_COLUMNS
-    TILES: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
-    PLANE_TILES: tl.constexpr = (PLANE_VALUES + BLOCK - 1) // BLOCK
-    line, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    out_ptr = lines_out_ptr + line * VALUES
-    rest = tl.program_id(0) - LINES * TILES
-    if line == 0:
-        _scaled_copy(
-            *(first_ptr, first_factor_ptr, out_ptr, tile), *(VALUES, LINE_COLUMNS, SCALED, BLOCK)
-        )
-    elif line == 1 and LINES > 1:
-        _scaled_copy(
-            *(second_ptr, second_factor_ptr, out_ptr, tile), *(VALUES, LINE_COLUMNS, SCALED, BLOCK)
-        )
-    elif line == 2 and LINES > 2:
-        _scaled_copy(
-            *(third_ptr, third_factor_ptr, out_ptr, tile), *(VALUES, LINE_COLUMNS, SCALED, BLOCK)
-        )
-    elif line == 3 and LINES > 3:
-        _scaled_copy(
-            *(fourth_ptr, fourth_factor_ptr, out_ptr, tile), *(VALUES, LINE_COLUMNS, SCALED, BLOCK)
-        )
-    elif rest < PLANE_TILES:
-        _scaled_copy(
-            *(last_ptr, last_factor_ptr, plane_out_ptr, rest),
-            *(PLANE_VALUES, PLANE_COLUMNS, SCALED, BLOCK),
-        )
-    elif BIAS:
-        _scaled_copy(
-            *(bias_ptr, first_factor_ptr, bias_out_ptr, rest - PLANE_TILES),
-            *(LINE_ROWS, 1, SCALED, BLOCK),
-        )
+def stack_kernel(source_ptrs, factor_ptrs, out_ptrs, JOBS: tl.constexpr, BLOCK: tl.constexpr):
+    """JOBS: of each source its first tile, tiles, values, columns, factor, output, place in it."""
+    program = tl.program_id(0)
+    for j in tl.static_range(len(JOBS)):
+        if (program >= JOBS[j][0]) & (program < JOBS[j][0] + JOBS[j][1]):
+            _scaled_copy(
+                source_ptrs[j],
+                factor_ptrs[JOBS[j][4]],
+                out_ptrs[JOBS[j][5]] + JOBS[j][6],
+                program - JOBS[j][0],
+                *(JOBS[j][2], JOBS[j][3], JOBS[j][4] > 0, BLOCK),
+            )
 
 
 @triton.jit
@@ -147,148 +105,131 @@ def _unscaled_rows(
 
 @triton.jit
 def unstack_kernel(
-    grad_lines_ptr,
-    grad_plane_ptr,
-    grad_bias_ptr,
-    bias_ptr,
-    dbias_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    fourth_ptr,
-    last_ptr,
-    first_factor_ptr,
-    second_factor_ptr,
-    third_factor_ptr,
-    fourth_factor_ptr,
-    last_factor_ptr,
-    first_out_ptr,
-    second_out_ptr,
-    third_out_ptr,
-    fourth_out_ptr,
-    last_out_ptr,
-    first_dfactor_ptr,
-    second_dfactor_ptr,
-    third_dfactor_ptr,
-    fourth_dfactor_ptr,
-    last_dfactor_ptr,
-    LINES: tl.constexpr,
-    LINE_ROWS: tl.constexpr,
-    LINE_COLUMNS: tl.constexpr,
-    PLANE_ROWS: tl.constexpr,
-    PLANE_COLUMNS: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
+    grad_ptrs,
+    weight_ptrs,
+    bias_ptrs,
+    factor_ptrs,
+    dweight_ptrs,
+    dbias_ptrs,
+    dfactor_ptrs,
+    JOBS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    TILES: tl.constexpr = (LINE_ROWS + BLOCK_R - 1) // BLOCK_R
-    line, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    grad_ptr = grad_lines_ptr + line * (LINE_ROWS * LINE_COLUMNS)
-    if line == 0:
-        _unscaled_rows(
-            *(grad_ptr, first_ptr, first_factor_ptr, first_out_ptr, first_dfactor_ptr),
-            *(grad_bias_ptr, bias_ptr, dbias_ptr, tile),
-            *(LINE_ROWS, LINE_COLUMNS, BIAS, SCALED, BLOCK_R, BLOCK_C),
-        )
-    elif line == 1 and LINES > 1:
-        _unscaled_rows(
-            *(grad_ptr, second_ptr, second_factor_ptr, second_out_ptr, second_dfactor_ptr),
-            *(grad_bias_ptr, bias_ptr, dbias_ptr, tile),
-            *(LINE_ROWS, LINE_COLUMNS, False, SCALED, BLOCK_R, BLOCK_C),
-        )
-    elif line == 2 and LINES > 2:
-        _unscaled_rows(
-            *(grad_ptr, third_ptr, third_factor_ptr, third_out_ptr, third_dfactor_ptr),
-            *(grad_bias_ptr, bias_ptr, dbias_ptr, tile),
-            *(LINE_ROWS, LINE_COLUMNS, False, SCALED, BLOCK_R, BLOCK_C),
-        )
-    elif line == 3 and LINES > 3:
-        _unscaled_rows(
-            *(grad_ptr, fourth_ptr, fourth_factor_ptr, fourth_out_ptr, fourth_dfactor_ptr),
-            *(grad_bias_ptr, bias_ptr, dbias_ptr, tile),
-            *(LINE_ROWS, LINE_COLUMNS, False, SCALED, BLOCK_R, BLOCK_C),
-        )
-    else:
-        _unscaled_rows(
-            *(grad_plane_ptr, last_ptr, last_factor_ptr, last_out_ptr, last_dfactor_ptr),
-            *(grad_bias_ptr, bias_ptr, dbias_ptr, tl.program_id(0) - LINES * TILES),
-            *(PLANE_ROWS, PLANE_COLUMNS, False, SCALED, BLOCK_R, BLOCK_C),
-        )
+    """JOBS: of each weight its first tile, tiles, rows, columns, factor, gradient, place in it,
+    the bias beside it and that one's gradient.
+    """
+    program = tl.program_id(0)
+    for j in tl.static_range(len(JOBS)):
+        if (program >= JOBS[j][0]) & (program < JOBS[j][0] + JOBS[j][1]):
+            _unscaled_rows(
+                grad_ptrs[JOBS[j][5]] + JOBS[j][6],
+                *(weight_ptrs[j], factor_ptrs[JOBS[j][4]], dweight_ptrs[j]),
+                dfactor_ptrs[JOBS[j][4]],
+                *(grad_ptrs[JOBS[j][8]], bias_ptrs[JOBS[j][7]], dbias_ptrs[JOBS[j][7]]),
+                program - JOBS[j][0],
+                *(JOBS[j][2], JOBS[j][3], JOBS[j][7] > 0, JOBS[j][4] > 0, BLOCK_R, BLOCK_C),
+            )
 
 
-def stack(
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices [L C' C] and [Q' Q] and the bias [C'], scaled, in dtype; what is absent is empty."""
-    first = weights[0]
-    stacked = first.new_empty(lines, *first.shape, dtype=dtype)
-    plane = first.new_empty(weights[lines].shape if len(weights) > lines else (0,), dtype=dtype)
-    out_bias = first.new_empty(0 if bias is None else len(bias), dtype=dtype)
-    sizes = _sizes(weights, bias, factors, lines)
-    tiles = lines * ceil_div(first.numel(), BLOCK) + ceil_div(plane.numel(), BLOCK)
-    stack_kernel[(tiles + ceil_div(out_bias.numel(), BLOCK),)](
-        *_five(weights, lines, first),
-        *_five(factors, lines, first),
-        *(first if bias is None else bias, stacked, plane, out_bias),
-        **sizes,
-        BLOCK=BLOCK,
-        num_warps=4,
+class Shape(NamedTuple):
+    """Of a layer, as a key: its irreps, sizes of their weights, and what else there is."""
+
+    lines: int
+    weights: tuple[tuple[int, ...], ...]
+    biased: bool
+    scaled: bool
+
+
+def stack(layers: Sequence[Sources], dtype: torch.dtype) -> list[Tensor]:
+    """Of each layer the matrices [L C' C], [Q' Q] and the bias [C'], scaled, in dtype."""
+    shapes = tuple(map(_shape, layers))
+    jobs, tiles = stack_jobs(shapes)
+    out, sources, first = [], [], layers[0].weights[0]
+    for weights, bias, _, lines in layers:
+        out.append(weights[0].new_empty((lines, *weights[0].shape), dtype=dtype))
+        rest = [*weights[lines:], *([] if bias is None else [bias])]
+        out += [part.new_empty(part.shape, dtype=dtype) for part in rest]
+        sources += [*weights, *([] if bias is None else [bias])]
+    factors = (first, *(factor for layer in layers for factor in layer.factors))
+    stack_kernel[(tiles,)](
+        *map(_dense, (sources, factors, out)), JOBS=jobs, BLOCK=BLOCK, num_warps=4
     )
-    return stacked, plane, out_bias
+    return out
 
 
-def unstack(
-    grad_lines: Tensor,
-    grad_plane: Tensor,
-    grad_bias: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    lines: int,
-) -> list[Tensor]:
-    """Gradients of the weights, then of the factors, then of the bias, in their dtypes."""
-    first = weights[0]
-    d_weights = [torch.empty_like(weight) for weight in weights]
-    d_factors = [torch.empty_like(factor) for factor in factors]
-    d_bias = None if bias is None else torch.empty_like(bias)
-    tiles = lines * ceil_div(first.shape[0], BLOCK_R)
-    tiles += ceil_div(weights[lines].shape[0], BLOCK_R) if len(weights) > lines else 0
+def unstack(pairs: Sequence[tuple[Matrices, Sources]]) -> list[Tensor]:
+    """Gradients of all tensors of each layer, in their order and dtypes."""
+    layers = [layer for _, layer in pairs]
+    jobs, tiles = unstack_jobs(tuple(map(_shape, layers)))
+    grads = [part for own, _ in pairs for part in own if part is not None]
+    weights = [weight for layer in layers for weight in layer.weights]
+    # What is not there is number 0, and never read or written.
+    unread = weights[0]
+    biases = [unread, *(layer.bias for layer in layers if layer.bias is not None)]
+    factors = [unread, *(factor for layer in layers for factor in layer.factors)]
+    d_weights, d_biases, d_factors = (
+        [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+        for parts in (weights, biases[1:], factors[1:])
+    )
     unstack_kernel[(tiles,)](
-        *(grad_lines, grad_plane, grad_bias),
-        *(first if bias is None else bias, first if d_bias is None else d_bias),
-        *_five(weights, lines, first),
-        *_five(factors, lines, first),
-        *_five(d_weights, lines, first),
-        *_five(d_factors, lines, first),
-        **_sizes(weights, bias, factors, lines),
+        *map(_dense, (grads, weights, biases, factors)),
+        *(tuple(d_weights), (unread, *d_biases), (unread, *d_factors)),
+        JOBS=jobs,
         BLOCK_R=BLOCK_R,
         BLOCK_C=BLOCK_C,
         num_warps=4,
     )
-    return [*d_weights, *d_factors, *([] if d_bias is None else [d_bias])]
+    of_weights, of_biases, of_factors = map(iter, (d_weights, d_biases, d_factors))
+    found = []
+    for layer in layers:
+        found += [next(of_weights) for _ in layer.weights]
+        found += [] if layer.bias is None else [next(of_biases)]
+        found += [next(of_factors) for _ in layer.factors]
+    return found
 
 
-def _five(tensors: Sequence[Tensor], lines: int, other: Tensor) -> list[Tensor]:
-    """Those of four lines and of the plane; `other` stands for what a kernel does not read."""
-    of_lines, rest = list(tensors[:lines]), tensors[lines:]
-    return [*of_lines, *[other] * (MAX_LINES - len(of_lines)), rest[0] if rest else other]
+def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _sizes(
-    weights: Sequence[Tensor], bias: Tensor | None, factors: Sequence[Tensor], lines: int
-) -> dict[str, int | bool]:
-    plane = tuple(weights[lines].shape) if len(weights) > lines else (0, 0)
-    return {
-        "LINES": lines,
-        "LINE_ROWS": weights[0].shape[0],
-        "LINE_COLUMNS": weights[0].shape[1],
-        "PLANE_ROWS": plane[0],
-        "PLANE_COLUMNS": plane[1],
-        "BIAS": bias is not None,
-        "SCALED": bool(factors),
-    }
+def _shape(layer: Sources) -> Shape:
+    sizes = tuple(tuple(weight.shape) for weight in layer.weights)
+    return Shape(layer.lines, sizes, layer.bias is not None, bool(layer.factors))
+
+
+@lru_cache(maxsize=256)  # a launch costs the host less
+def stack_jobs(layers: tuple[Shape, ...]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """The jobs of `stack_kernel`, and how many tiles they have."""
+    jobs, tile, output, factor = [], 0, 0, 0
+    for lines, weights, biased, scaled in layers:
+        parts = [*weights, *([(weights[0][0], 1)] if biased else [])]
+        numbers = [*range(factor + 1, factor + len(weights) + 1), factor + 1]
+        for index, (rows, columns) in enumerate(parts):
+            tiles, line = ceil_div(rows * columns, BLOCK), index < lines
+            place = (output, index * rows * columns) if line else (output + index - lines + 1, 0)
+            number = numbers[min(index, len(weights))] if scaled else 0
+            jobs.append((tile, tiles, rows * columns, columns, number, *place))
+            tile += tiles
+        output += len(parts) - lines + 1
+        factor += len(weights) if scaled else 0
+    return tuple(jobs), tile
+
+
+@lru_cache(maxsize=256)
+def unstack_jobs(layers: tuple[Shape, ...]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """The jobs of `unstack_kernel`, and how many tiles they have."""
+    jobs, tile, grad, factor, bias = [], 0, 0, 0, 0
+    for lines, weights, biased, scaled in layers:
+        grads = 1 + len(weights) - lines + biased
+        bias += biased
+        for index, (rows, columns) in enumerate(weights):
+            tiles, line = ceil_div(rows, BLOCK_R), index < lines
+            place = (grad, index * rows * columns) if line else (grad + index - lines + 1, 0)
+            beside = (bias, grad + grads - 1) if biased and index == 0 else (0, grad)
+            number = factor + index + 1 if scaled else 0
+            jobs.append((tile, tiles, rows, columns, number, *place, *beside))
+            tile += tiles
+        grad += grads
+        factor += len(weights) if scaled else 0
+    return tuple(jobs), tile

@@ -93,6 +93,7 @@ def _normalised(x, mask, average, weight, eps, G: tl.constexpr):
 def forward_kernel(
     x_ptr,
     branch_ptr,
+    bias_ptr,
     scale_ptrs,
     shift_ptr,
     total_ptr,
@@ -105,6 +106,7 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BRANCH: tl.constexpr,
+    BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -116,6 +118,9 @@ def forward_kernel(
     average = _averaging(C, G, GP, SEGMENTS)
     weight = _variance_weights(C, GP, SEGMENTS)
     scale = _scales(scale_ptrs, C, GP, BLOCK_C, SEGMENTS, SCALE)
+    bias = tl.zeros([GP, BLOCK_C], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + offsets, mask=mask & (group == 0), other=0.0).to(tl.float32)
     shift = tl.zeros([GP, BLOCK_C], tl.float32)
     if SHIFT:
         shift = tl.load(shift_ptr + offsets, mask=mask & (group == 0), other=0.0).to(tl.float32)
@@ -126,7 +131,7 @@ def forward_kernel(
         if BRANCH:
             branch = tl.load(branch_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
             # What is normalised is what is stored, rounded.
-            total = (x + branch).to(total_ptr.dtype.element_ty)
+            total = (x + branch + bias).to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + start + offsets, total, mask=mask)
             x = total.to(tl.float32)
         y, _ = _normalised(x, mask, average, weight, eps, G)
@@ -216,6 +221,7 @@ def sum_kernel(
 def forward(
     x: Tensor,
     branch: Tensor | None,
+    bias: Tensor | None,
     scales: tuple[Tensor, ...],
     shift: Tensor | None,
     lengths: tuple[int, ...],
@@ -226,7 +232,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """x + branch, contiguous [..., G*C] each, in the wider dtype, and its norm, a tensor of dtype.
 
-    Without a branch the first result is x itself.
+    A bias [C] is added to the branch's first C channels. Without a branch the first result is x
+    itself.
     """
     total = x
     if branch is not None:
@@ -234,13 +241,14 @@ def forward(
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return total, y
-    given = {"BRANCH": branch is not None, "SCALE": bool(scales), "SHIFT": shift is not None}
+    given = {"BRANCH": branch is not None, "BIAS": bias is not None}
+    given |= {"SCALE": bool(scales), "SHIFT": shift is not None}
     arguments = options(x.shape[-1], lengths, weights, shared) | given
     rows = x.numel() // x.shape[-1]
     # A kernel argument that is not read still has to be a tensor.
-    branch, shift = (x if tensor is None else tensor for tensor in (branch, shift))
+    branch, bias, shift = (x if tensor is None else tensor for tensor in (branch, bias, shift))
     forward_kernel[(_programs(x, rows, WARPS // arguments["num_warps"]),)](
-        x, branch, scales, shift, total, y, rows, eps, **arguments
+        x, branch, bias, scales, shift, total, y, rows, eps, **arguments
     )
     return total, y
 

@@ -1,11 +1,28 @@
 """The pre-norm transformer block, plain or equivariant alike: only its layers differ."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit.attention import Attention
 from vit.packing import Packing
 from vit.stochastic_depth import add_branch, check_mode, drop_whole
+
+
+class Addend(NamedTuple):
+    """What is still to be added to tokens [B T D]: as many, and a bias of their first channels."""
+
+    tokens: Tensor
+    bias: Tensor | None = None
+
+    def to(self, x: Tensor) -> Tensor:
+        """The sum."""
+        x = x + self.tokens
+        return x if self.bias is None else x + F.pad(self.bias, (0, x.shape[-1] - len(self.bias)))
 
 
 class ResidualBlock(nn.Module):
@@ -43,48 +60,63 @@ class ResidualBlock(nn.Module):
         self,
         x: Tensor,
         packing: Packing | None = None,
-        branch: Tensor | None = None,
+        addend: Addend | None = None,
         hold: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Addend | None]:
         """Map tokens [B T D], packed or not, to tokens of the same shape.
 
         A norm that follows a sum can take it along, without a pass over memory of its own. So a
-        block adds the `branch` of the block before it, if it is given one, and with `hold` returns
+        block adds the `addend` of the block before it, if it is given one, and with `hold` returns
         its own last sum as the two terms (the second None where nothing is left to add).
         """
         rate = self.drop_path_rate if self.training else 0.0
+        ready = self._prepare(x)
         if rate and self.drop_path_mode == "subset":
-            x = x if branch is None else x + branch
-            x = add_branch(x, self._mix_tokens, packing, rate=rate, mode="subset")
-            x = add_branch(x, self._mix_channels, packing, rate=rate, mode="subset")
+            x = x if addend is None else addend.to(x)
+            mix_tokens, mix_channels = (
+                partial(mix, ready=ready) for mix in (self._mix_tokens, self._mix_channels)
+            )
+            x = add_branch(x, mix_tokens, packing, rate=rate, mode="subset")
+            x = add_branch(x, mix_channels, packing, rate=rate, mode="subset")
             return (x, None) if hold else x
-        x, normed = self._add_and_norm(x, branch, self.norm1)
-        update = drop_whole(self._attend(normed, packing), packing, rate, dtype=x.dtype)
-        x, normed = self._add_and_norm(x, update, self.norm2)
-        update = drop_whole(self._transform(normed), packing, rate, dtype=x.dtype)
-        return (x, update) if hold else x + update
+        x, normed = self._add_and_norm(x, addend, self.norm1)
+        addend = self._attend(normed, packing, ready, hold=not rate)
+        addend = _thinned(addend, packing, rate, x.dtype)
+        x, normed = self._add_and_norm(x, addend, self.norm2)
+        addend = self._transform(normed, ready, hold=hold and not rate)
+        addend = _thinned(addend, packing, rate, x.dtype)
+        return (x, addend) if hold else addend.to(x)
 
-    def _mix_tokens(self, x: Tensor, packing: Packing | None) -> Tensor:
+    def _mix_tokens(self, x: Tensor, packing: Packing | None, ready: Any = None) -> Tensor:
         """The first branch [B T D] of tokens."""
-        return self._attend(self.norm1(x), packing)
+        return self._attend(self.norm1(x), packing, ready, hold=False).tokens
 
-    def _mix_channels(self, x: Tensor, packing: Packing | None) -> Tensor:
+    def _mix_channels(self, x: Tensor, packing: Packing | None, ready: Any = None) -> Tensor:
         """The second branch [B T D] of tokens."""
-        return self._transform(self.norm2(x))
+        return self._transform(self.norm2(x), ready, hold=False).tokens
 
-    # What an equivariant block computes otherwise.
+    # What an equivariant block computes otherwise. With `hold` an addend may have a bias.
+
+    def _prepare(self, x: Tensor) -> Any:
+        """What both branches need beside the tokens, made at once."""
+        return None
 
     def _add_and_norm(
-        self, x: Tensor, branch: Tensor | None, norm: nn.Module
+        self, x: Tensor, addend: Addend | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        x = x if branch is None else x + branch
+        x = x if addend is None else addend.to(x)
         return x, norm(x)
 
-    def _attend(self, normed: Tensor, packing: Packing | None) -> Tensor:
-        return self.ls1(self.attn(normed, packing))
+    def _attend(self, normed: Tensor, packing: Packing | None, ready: Any, *, hold: bool) -> Addend:
+        return Addend(self.ls1(self.attn(normed, packing)))
 
-    def _transform(self, normed: Tensor) -> Tensor:
-        return self.ls2(self.mlp(normed))
+    def _transform(self, normed: Tensor, ready: Any, *, hold: bool) -> Addend:
+        return Addend(self.ls2(self.mlp(normed)))
+
+
+def _thinned(addend: Addend, packing: Packing | None, rate: float, dtype: torch.dtype) -> Addend:
+    """An addend without a bias after sequences were dropped; any as it is at rate 0."""
+    return addend._replace(tokens=drop_whole(addend.tokens, packing, rate, dtype=dtype))
 
 
 class Block(ResidualBlock):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit.backbone import Encoded, Features
-from vit.block import ResidualBlock
+from vit.block import Addend, ResidualBlock
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -150,23 +150,23 @@ class Trunk(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks (up to `stop`, if not negative); also keep the outputs of `taps`."""
         taps, kept = set(taps), {}
-        branch: Tensor | None = None  # of the block before, not yet added
+        addend: Addend | None = None  # of the block before
         last = len(self.blocks) - 1 if stop < 0 else stop
         for index, block in enumerate(self.blocks[: last + 1]):
             if index == self.switch:
-                x, branch = self.transition(_added(x, branch)), None
+                x, addend = self.transition(_added(x, addend)), None
             holds = _holds(block)
-            arguments = (x, packing, branch, True) if holds else (_added(x, branch), packing)
+            arguments = (x, packing, addend, True) if holds else (_added(x, addend), packing)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 out = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 out = block(*arguments)
-            x, branch = out if isinstance(out, tuple) else (out, None)
+            x, addend = out if isinstance(out, tuple) else (out, None)
             if index in taps:
-                x, branch = _added(x, branch), None
+                x, addend = _added(x, addend), None
                 # An octic block's output is told in the basis of the plain half.
                 kept[index] = self.transition(x) if index < self.switch else x
-        x = _added(x, branch)
+        x = _added(x, addend)
         if last < self.switch:
             x = self.transition(x)
         return x, kept
@@ -345,8 +345,8 @@ class Trunk(nn.Module):
         }
 
 
-def _added(x: Tensor, branch: Tensor | None) -> Tensor:
-    return x if branch is None else x + branch
+def _added(x: Tensor, addend: Addend | None) -> Tensor:
+    return x if addend is None else addend.to(x)
 
 
 def _holds(block: nn.Module) -> bool:

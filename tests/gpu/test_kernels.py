@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from octic import plain_kernels
+from octic import matrices, plain_kernels
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
-from octic.matrices import plain_stack, stack_matrices
 from octic.operators import takes_triton
 from octic.regular_gelu import regular_gelu
 from tests.octic.kernel_cases import (
@@ -14,6 +13,7 @@ from tests.octic.kernel_cases import (
     TRANSFORMS,
     gelu_by_definition,
     gradients,
+    matrix_sources,
     norm_by_definition,
     norm_inputs,
     norm_of,
@@ -101,28 +101,31 @@ def test_heads_are_split_and_joined_and_back(heads, width, dtype):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
-    "lines, plane, given, wanted", [(4, 1, 160, 480), (4, 0, 48, 7), (2, 1, 640, 160)]
+    "lines, planes, given, wanted", [(4, 1, 160, 480), (4, 0, 48, 7), (2, 1, 640, 160)]
 )
-def test_matrices_are_stacked_scaled_and_cast(lines, plane, given, wanted, scaled, compiled):
-    weights = list(torch.randn(lines, wanted, given, device="cuda"))
-    weights += [torch.randn(2 * wanted, 2 * given, device="cuda")] * plane
-    factors = [torch.randn(len(weight), device="cuda") for weight in weights if scaled]
-    bias = torch.randn(wanted, device="cuda")
+def test_matrices_are_stacked_scaled_and_cast(lines, planes, given, wanted, scaled, compiled):
+    """Of two layers in one launch."""
+    sizes = {"lines": lines, "planes": planes, "given": given, "wanted": wanted}
+    layers = [
+        matrix_sources(scaled=scaled, biased=True, **sizes, device="cuda"),
+        matrix_sources(scaled=not scaled, biased=False, given=64, wanted=24, device="cuda"),
+    ]
+    tensors, layout = [t for layer in layers for t in layer.tensors], matrices._layout(layers)
 
-    def ours(*parts):
-        count = len(weights)
-        given = (parts[:count], parts[-1], parts[count:-1])
-        found = stack_matrices(*given, lines=lines, dtype=torch.bfloat16)
-        return [part for part in found if part is not None]
+    def parts_of(stacked):
+        return [part for own in stacked for part in own if part is not None]
 
-    def twin(*parts):
-        count = len(weights)
-        given = (parts[:count], parts[-1], parts[count:-1], lines, torch.bfloat16)
-        return [part for part in plain_stack(*given) if part is not None]
+    def ours(*tensors):
+        own = matrices.layers_of(tensors, layout)
+        return parts_of(matrices.stack_matrices(own, dtype=torch.bfloat16))
+
+    def twin(*tensors):
+        own = matrices.layers_of(tensors, layout)
+        return parts_of(matrices.plain_stack(layer, torch.bfloat16) for layer in own)
 
     found, grads = [], None
     for function in (torch.compile(ours, fullgraph=True) if compiled else ours, twin):
-        leaves = [t.clone().requires_grad_() for t in (*weights, *factors, bias)]
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         outputs = function(*leaves)
         grads = grads or [torch.randn_like(part) for part in outputs]
         torch.autograd.backward(outputs, grads)

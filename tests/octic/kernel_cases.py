@@ -8,6 +8,7 @@ from torch import Tensor
 
 from octic.groups import get_group
 from octic.irrep_norm import irrep_norm, residual_norm
+from octic.matrices import Sources
 
 # Segments (length, weight) of features over groups of order 8, 4, 2, and of one that is no group's.
 SEGMENTS = {
@@ -114,3 +115,24 @@ def gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
 def relative_error(ours: Tensor, exact: Tensor) -> float:
     """Largest deviation over the largest value."""
     return ((ours.double() - exact.double()).abs().max() / exact.double().abs().max()).item()
+
+
+def matrix_sources(
+    *,
+    scaled: bool,
+    biased: bool,
+    lines: int = 4,
+    planes: int = 1,
+    given: int = 2,
+    wanted: int = 3,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Sources:
+    """Random weights of a layer of `given` channels a copy to `wanted`, factors and bias."""
+    options = {"dtype": dtype, "device": device}
+    weights = [
+        *torch.randn(lines, wanted, given, **options),
+        *torch.randn(planes, 2 * wanted, 2 * given, **options),
+    ]
+    factors = [torch.randn(len(weight), **options) for weight in weights if scaled]
+    return Sources(weights, torch.randn(wanted, **options) if biased else None, factors, lines)

@@ -1,5 +1,7 @@
 """The operators compute their definitions, differentiate, compile, and survive odd inputs."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +16,7 @@ from tests.octic.kernel_cases import (
     TRANSFORMS,
     gelu_by_definition,
     gradients,
+    matrix_sources,
     norm_by_definition,
     norm_inputs,
     norm_of,
@@ -103,6 +106,25 @@ def test_norm_after_a_sum_is_the_norm_of_the_sum(dtype):
         for ours, reference in zip(*found, strict=True):
             assert (ours is None) == (reference is None)
             assert ours is None or relative_error(ours, reference) <= 2 * ROUNDING[dtype]
+
+
+def test_norm_after_a_sum_takes_the_branchs_bias_along():
+    *inputs, grad = norm_inputs(OCTIC, tokens=(3, 5), channels=7, dtype=torch.float64)
+    x, scale, shift = inputs
+    branch, bias = torch.randn_like(x), torch.randn(7).double()
+    padded = torch.cat([bias, bias.new_zeros(49)])
+
+    def function(bias, *parts):
+        return sum(norm_of_sum(*parts, segments=OCTIC, bias=bias))
+
+    found = [
+        gradients(partial(function, bias), [x, branch, scale, shift], grad),
+        gradients(partial(function, None), [x, branch + padded, scale, shift], grad),
+    ]
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"bias has shape \[56\]; it must be \[7\]"):
+        norm_of_sum(x, branch, segments=OCTIC, bias=padded)
 
 
 def test_norm_after_a_sum_of_two_dtypes():
@@ -212,7 +234,8 @@ def test_operators_are_registered_completely():
         check(ops.irrep_norm, (x, *arguments, torch.bfloat16))
         check(ops.irrep_norm_backward, (grad, x, *arguments))
         branch = torch.randn_like(x).bfloat16()
-        check(ops.residual_norm, (x, branch, *arguments, torch.bfloat16))
+        for bias in (shift, None):
+            check(ops.residual_norm, (x, branch, bias, *arguments, torch.bfloat16))
         for past, kind in ((None, torch.float32), (grad, torch.bfloat16)):
             check(ops.residual_norm_backward, (grad, past, x, *arguments, kind))
     for bias in (torch.randn(6), None):
@@ -231,34 +254,36 @@ def test_operators_are_registered_completely():
 
 
 def check_matrices(check, ops):
-    weights = [*torch.randn(4, 3, 2), torch.randn(6, 4)]
-    factors = [torch.randn(len(weight)) for weight in weights]
-    for given in ((weights, torch.randn(3), factors, 4), (weights[:4], None, [], 4)):
-        check(ops.stack_matrices, (*given, torch.bfloat16))
-        grads = [torch.randn_like(part) for part in ops.stack_matrices(*given, torch.float32)]
-        check(ops.stack_matrices_backward, (*grads, *given))
+    layers = [matrix_sources(scaled=True, biased=True), matrix_sources(scaled=False, biased=False)]
+    tensors, layout = [t for layer in layers for t in layer.tensors], matrices._layout(layers)
+    check(ops.stack_matrices, (tensors, layout, torch.bfloat16))
+    found = ops.stack_matrices(tensors, layout, torch.float32)
+    check(ops.stack_matrices_backward, ([torch.randn_like(t) for t in found], tensors, layout))
 
 
 def test_matrices_by_the_operator_are_those_of_torch():
-    """Values and gradients of what CUDA takes, on the device at hand."""
-    weights = [*torch.randn(4, 3, 2).double(), torch.randn(6, 4).double()]
-    factors = [torch.randn(len(weight)).double() for weight in weights]
-    for scaled in (factors, []):
-        found = []
-        for function in ("plain", "operator"):
-            leaves = [
-                t.clone().requires_grad_() for t in (*weights, *scaled, torch.ones(3).double())
-            ]
-            parts = (leaves[:5], leaves[-1], leaves[5:-1], 4)
-            if function == "plain":
-                outputs = matrices.plain_stack(*parts, None)
-            else:
-                outputs = matrices._Stack.apply(
-                    4, 5, torch.float64, leaves[-1], *leaves[:5], *leaves[5:-1]
-                )
-            sum(part.square().sum() for part in outputs).backward()
-            found.append([*outputs, *(leaf.grad for leaf in leaves)])
-        assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
+    """Values and gradients of what CUDA takes, on the device at hand; several layers at once."""
+    kinds = [(True, True), (False, False), (False, True), (True, False)]
+    layers = [
+        matrix_sources(scaled=scaled, biased=biased, dtype=torch.float64)
+        for scaled, biased in kinds
+    ]
+    tensors, layout = [t for layer in layers for t in layer.tensors], matrices._layout(layers)
+
+    def plain(*tensors):
+        found = [matrices.plain_stack(own, None) for own in matrices.layers_of(tensors, layout)]
+        return [part for own in found for part in own if part is not None]
+
+    def by_operator(*tensors):
+        return matrices._Stack.apply(layout, torch.float64, *tensors)
+
+    found = []
+    for function in (plain, by_operator):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        outputs = function(*leaves)
+        sum(part.square().sum() for part in outputs).backward()
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
 
 
 def test_a_second_derivative_is_refused():

@@ -154,27 +154,74 @@ def test_bad_widths_are_refused() -> None:
         OcticPatchEmbed(patch_size=2, embed_dim=64)
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and blocks hand on biases and matrices as where Triton is; operators do not."""
+    for module in ("octic.layers", "octic.block"):
+        monkeypatch.setattr(f"{module}.takes_triton", lambda x: True)
+
+
+def values_and_gradients(net: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The result, and the gradients of x and of all parameters."""
+    x = x.clone().requires_grad_()
+    y = net(x)
+    return [y, *torch.autograd.grad(y, [x, *net.parameters()], grad)]
+
+
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("name", ["mlp", "attention"])
-def test_a_bias_that_the_next_kernel_adds_is_the_layers_own(name, group, monkeypatch):
-    """As on a GPU, with its gradient; hooks see whole results."""
-    layer = randomised(LAYERS[name](get_group(group)))
-    x = features().requires_grad_()
-    inputs, grad = [x, *layer.parameters()], features()
-
-    def run():
-        y = layer(x)
-        return [y, *torch.autograd.grad(y, inputs, grad)]
-
-    apart = run()
-    monkeypatch.setattr("octic.layers.takes_triton", lambda x: True)
-    for ours, reference in zip(run(), apart, strict=True):
+@pytest.mark.parametrize("name", ["mlp", "attention", "block"])
+def test_what_a_gpu_hands_on_changes_nothing(name, group, monkeypatch):
+    """Biases that the next kernel adds, matrices made at once: the same values and gradients."""
+    layer, x, grad = randomised(LAYERS[name](get_group(group))), features(), features()
+    apart = values_and_gradients(layer, x, grad)
+    as_on_a_gpu(monkeypatch)
+    for ours, reference in zip(values_and_gradients(layer, x, grad), apart, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
-    watched = layer.fc1 if name == "mlp" else layer.qkv
-    seen = []
-    watched.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert torch.equal(run()[0], apart[0])
-    torch.testing.assert_close(seen[0], watched.without_bias(x)[0], rtol=0, atol=0)
+
+
+def test_hooks_see_whole_results_where_biases_are_handed_on(monkeypatch):
+    block, x = randomised(LAYERS["block"](get_group("D4"))), features()
+    plain = block(x)
+    as_on_a_gpu(monkeypatch)
+    watched = {
+        name: module for name, module in block.named_modules() if isinstance(module, OcticLinear)
+    } | {"attn": block.attn, "mlp": block.mlp}
+    seen = {}
+    for name, module in watched.items():
+        module.register_forward_hook(lambda m, i, output, name=name: seen.update({name: output}))
+    torch.testing.assert_close(block(x), plain, rtol=1e-12, atol=1e-12)
+    assert seen.keys() == watched.keys()
+    torch.testing.assert_close(seen["attn"], seen["attn.proj"], rtol=1e-12, atol=1e-12)
+    hidden = block.norm2(x + seen["attn"])
+    torch.testing.assert_close(seen["mlp.fc1"], block.mlp.fc1(hidden), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["sample", "subset"])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_net_hands_on_from_block_to_block(rate, mode, monkeypatch):
+    """Layer scales, dropped branches, tapped blocks and the last block of all."""
+    blocks = [
+        OcticBlock(DIM, num_heads=4, init_values=0.1, drop_path_rate=rate, drop_path_mode=mode)
+        for _ in range(3)
+    ]
+    chain = randomised(nn.ModuleList(blocks)).train()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = chain
+
+        def forward(self, x):
+            torch.manual_seed(0)
+            addend = None
+            for block in self.blocks:
+                x, addend = block(x, None, addend, True)
+            return x if addend is None else addend.to(x)
+
+    net, x, grad = Net(), features(), features()
+    apart = values_and_gradients(net, x, grad)
+    as_on_a_gpu(monkeypatch)
+    for ours, reference in zip(values_and_gradients(net, x, grad), apart, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["D4", "C4", "V4", "mirror"])

@@ -68,7 +68,7 @@ def _kernels_and_arguments(channels):
     plan = plan_of(OCTIC)
     norm = triton_norm.options(8 * channels, *plan) | {"SCALE": True, "SHIFT": True}
     for given in (False, True):
-        yield triton_norm.forward_kernel, norm | {"BRANCH": given}
+        yield triton_norm.forward_kernel, norm | {"BRANCH": given, "BIAS": given}
         yield triton_norm.backward_kernel, norm | {"PAST": given, "BRANCH": given}
     yield triton_norm.sum_kernel, {"WIDTH": 9 * channels, "BLOCK_P": 64, "BLOCK_W": 32}
     gelu = triton_gelu.options(channels, D4) | {"BIAS": True}
@@ -89,10 +89,14 @@ def _kernels_and_arguments(channels):
         )
     share, _ = triton_weights.options(*shapes, half=True)
     yield triton_weights.share_kernel, share | {"PRECISION": "tf32"}
-    sizes = {"LINES": 4, "LINE_ROWS": channels, "LINE_COLUMNS": channels, "BIAS": True}
-    sizes |= {"PLANE_ROWS": 2 * channels, "PLANE_COLUMNS": 2 * channels, "SCALED": True}
-    yield triton_matrices.stack_kernel, sizes | {"BLOCK": triton_matrices.BLOCK}
-    yield triton_matrices.unstack_kernel, sizes | {"BLOCK_R": 8, "BLOCK_C": 128}
+    layers = tuple(
+        triton_matrices.Shape(4, (size,) * 4 + (tuple(2 * n for n in size),), True, scaled)
+        for size, scaled in (((3 * channels, channels), False), ((channels, channels), True))
+    )
+    jobs, _ = triton_matrices.stack_jobs(layers)
+    yield triton_matrices.stack_kernel, {"JOBS": jobs, "BLOCK": triton_matrices.BLOCK}
+    jobs, _ = triton_matrices.unstack_jobs(layers)
+    yield triton_matrices.unstack_kernel, {"JOBS": jobs, "BLOCK_R": 8, "BLOCK_C": 128}
     sizes = {"LINE_VALUES": 320, "PLANE_VALUES": 64, "BIAS_VALUES": 8, "BLOCK": 512}
     yield triton_weights.add_kernel, sizes
     blocks = {"BLOCK_R": 8, "BLOCK_C": 256}
@@ -112,6 +116,10 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(channels, tmp_path, m
     types = {"rows": "i32", "span": "i32", "shares": "i32", "programs": "i32", "eps": "fp32"}
     types |= dict.fromkeys(("shift_ptr", "total_ptr", "past_ptr", "sums_ptr"), "*fp32")
     types["scale_ptrs"] = ("*fp32",) * len(OCTIC)
+    counts = {"source": 12, "weight": 10, "dweight": 10, "bias": 3, "dbias": 3}
+    counts |= {"factor": 6, "dfactor": 6}
+    types |= {f"{name}_ptrs": ("*fp32",) * count for name, count in counts.items()}
+    types |= {name: ("*bf16",) * 6 for name in ("out_ptrs", "grad_ptrs")}
     kernels = list(_kernels_and_arguments(channels))
     for kernel, arguments in kernels:
         constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
@@ -138,3 +146,34 @@ def test_a_norm_loads_ahead_only_what_shared_memory_holds(width):
     chosen = triton_norm.options(width, *plan)
     row = 8 * chosen["BLOCK_C"] * 4
     assert 3 * row * (chosen["AHEAD"] - 1) <= 99 * 1024
+
+
+# Kernels that an operator launches on a GPU: the one-dimensional irreps, the two-dimensional one.
+LAUNCHES = {"octic.irrep_linear.default": 2}
+VIEWS = ("view", "transpose", "getitem", "detach", "alias", "slice", "select", "expand")
+
+
+@needs_triton
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_forward_pass_of_a_block_is_fifteen_launches_on_a_gpu(scaled, monkeypatch):
+    """By the operators that run on CUDA tensors without data, attention counted as one."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from octic.block import OcticBlock
+    from vit.block import Addend
+
+    monkeypatch.setattr("octic.layers.attend", lambda q, k, v, *_, **__: q.clone())
+
+    def forward(x, addend):
+        x, addend = block(x, None, Addend(addend), True)
+        return x, *addend
+
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        block = OcticBlock(512, num_heads=8, init_values=1e-5 if scaled else None)
+        x = torch.randn(2, 257, 512)
+        graph = make_fx(forward)(x, x)
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    run = [name for name in names if not any(view in name for view in VIEWS)]
+    assert sum(LAUNCHES.get(name, 1) for name in run) == 15, "\n".join(run)

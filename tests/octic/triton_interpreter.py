@@ -30,6 +30,7 @@ from tests.octic.kernel_cases import (
     TRANSFORMS,
     gelu_by_definition,
     gradients,
+    matrix_sources,
     norm_by_definition,
     norm_inputs,
     norm_of,
@@ -65,7 +66,7 @@ def test_norm_equals_the_twin(name, channels, dtype):
     parameters = [p.float() for p in (scale, shift)]
     scales = parted(parameters[0], segments)
     forward = (scales, parameters[1], *plan, 1e-3, dtype)
-    y = triton_norm.forward(x, None, *forward)[1]
+    y = triton_norm.forward(x, None, None, *forward)[1]
     assert y.dtype == dtype
     assert relative_error(y, plain_kernels.plain_norm(x, *forward)) <= 2 * tolerance
     exact = norm_by_definition(*(t.double() for t in (x, *parameters)), segments, 1e-3)
@@ -86,7 +87,10 @@ def test_segments_may_share_a_scale():
     shared = scale[:24].split(6), scale[24:36]
     arguments = ((*shared[0], shared[1]), shift, lengths, weights, (1, 1, 1, 1, 2), 1e-5)
     twin = plain_kernels.plain_norm(x, *arguments, torch.float32)
-    assert relative_error(triton_norm.forward(x, None, *arguments, torch.float32)[1], twin) < 2e-6
+    assert (
+        relative_error(triton_norm.forward(x, None, None, *arguments, torch.float32)[1], twin)
+        < 2e-6
+    )
     twins = plain_kernels.plain_norm_backward(x, grad, *arguments)
     ours = triton_norm.backward(x, grad, None, None, *arguments)
     for value, reference in zip((ours[0], *ours[2:]), twins, strict=True):
@@ -100,7 +104,7 @@ def test_norm_without_scale_or_shift_and_with_another_dtype():
     for s, b in itertools.product(((), parted(scale, segments)), (None, shift)):
         for dtype in ROUNDING:
             arguments = (s, b, *plan, 1e-5, dtype)
-            _, y = triton_norm.forward(x, None, *arguments)
+            _, y = triton_norm.forward(x, None, None, *arguments)
             twin = plain_kernels.plain_norm(x, *arguments)
             assert y.dtype == dtype and relative_error(y, twin) <= 2 * ROUNDING[dtype]
             g = grad.to(dtype)
@@ -114,18 +118,21 @@ def test_norm_without_scale_or_shift_and_with_another_dtype():
                     assert relative_error(value, reference) < 2e-6
 
 
-@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("past, biased", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_norm_after_a_sum_equals_the_twin(half, past):
+def test_norm_after_a_sum_equals_the_twin(half, past, biased):
     segments = SEGMENTS["octic"]
     plan = plan_of(segments)
     x, scale, shift, grad = norm_inputs(segments, tokens=(2, 3), channels=6, dtype=torch.float32)
     branch, through = torch.randn(2, *x.shape)
     branch, grad = branch.to(half), grad.to(half)
     arguments = (parted(scale, segments), shift, *plan, 1e-5)
-    total, y = triton_norm.forward(x, branch, *arguments, half)
-    twin = plain_kernels.plain_residual_norm(x, branch, *arguments, half)
-    assert torch.equal(total, twin[0]) and y.dtype == half
+    bias = torch.randn(6).to(half) if biased else None
+    total, y = triton_norm.forward(x, branch, bias, *arguments, half)
+    twin = plain_kernels.plain_residual_norm(x, branch, bias, *arguments, half)
+    # The twin rounds the branch with its bias.
+    assert relative_error(total, twin[0]) <= (ROUNDING[half] if biased else 0)
+    assert y.dtype == half
     assert relative_error(y, twin[1]) <= 2 * ROUNDING[half]
     cast = None if half == torch.float32 else half
     backward = (total, grad, through if past else None, cast, *arguments)
@@ -278,17 +285,23 @@ def test_gradients_of_the_weights_equal_the_twin(lines, rows, given, wanted, tok
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("lines, rows, given, wanted", [*PRODUCTS, (4, 2, 300, 7)])
 def test_matrices_equal_the_twin(lines, rows, given, wanted, scaled, biased):
-    weights = list(torch.randn(lines, wanted, given)) + [torch.randn(2 * wanted, 2 * given)] * bool(
-        rows
-    )
-    factors = [torch.randn(len(weight)) for weight in weights] if scaled else []
-    inputs = (weights, torch.randn(wanted) if biased else None, factors, lines)
-    found = triton_matrices.stack(*inputs, torch.float16)
-    for ours, twin in zip(found, matrices._stack(*inputs, torch.float16), strict=True):
+    """Of three layers at once: the one in question between two others."""
+    sizes = {"lines": lines, "planes": int(rows > 0), "given": given, "wanted": wanted}
+    layers = [
+        matrix_sources(scaled=not scaled, biased=True, given=6, wanted=5),
+        matrix_sources(scaled=scaled, biased=biased, **sizes),
+        matrix_sources(scaled=True, biased=False, given=3, wanted=9),
+    ]
+    twins = [matrices.plain_stack(layer, torch.float16) for layer in layers]
+    parts = [part for twin in twins for part in twin if part is not None]
+    for ours, twin in zip(triton_matrices.stack(layers, torch.float16), parts, strict=True):
         assert torch.equal(ours, twin)
-    grads = [torch.randn(part.shape).half() for part in found]
-    ours, twins = triton_matrices.unstack(*grads, *inputs), matrices.plain_unstack(*grads, *inputs)
-    for value, reference in zip(ours, twins, strict=True):
+    pairs = [
+        (matrices.Matrices(*(p if p is None else torch.randn_like(p) for p in twin)), layer)
+        for twin, layer in zip(twins, layers, strict=True)
+    ]
+    exact = [part for pair in pairs for part in matrices.plain_unstack(*pair)]
+    for value, reference in zip(triton_matrices.unstack(pairs), exact, strict=True):
         assert value.dtype == reference.dtype and relative_error(value, reference) < 2e-6
 
 
@@ -314,7 +327,7 @@ def test_empty_inputs():
     assert triton_gelu.forward(x, None, TRANSFORMS["D4"]).shape == x.shape
     assert triton_gelu.backward(x, None, x, TRANSFORMS["D4"]).shape == x.shape
     arguments = (parted(scale, SEGMENTS["octic"]), shift, *plan, 1e-5)
-    assert triton_norm.forward(x, None, *arguments, torch.float32)[1].shape == x.shape
+    assert triton_norm.forward(x, None, None, *arguments, torch.float32)[1].shape == x.shape
     dx, _, dscale, dshift = triton_norm.backward(x, x, None, None, *arguments)
     assert dx.shape == x.shape
     assert torch.equal(dscale, torch.zeros(16)) and torch.equal(dshift, torch.zeros(2))
