@@ -1,6 +1,7 @@
 # What a person does with the checkout. It needs python3 (3.11 or newer) and make; the rest goes into .venv.
 #   make install PYTHON=python3.12     another interpreter
 #   make test ARGS="-k kernels"        arguments for pytest
+#   make speed ARGS="--minutes 14"     arguments for experiments/speed.py
 
 PYTHON ?= python3
 ARGS ?=
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu test-slurm lint format typecheck wheel clean
+.PHONY: help install quickstart speed test test-slow test-gpu test-slurm lint format typecheck wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ $(STAMP): pyproject.toml
 
 quickstart: install ## train a small octic ViT on the embedded digits and show what it learnt
 	$(BIN)/python experiments/quickstart.py
+
+speed: install ## measure the speed table of this machine
+	$(BIN)/python experiments/speed.py $(ARGS)
 
 # A process per core; a file's tests stay together, for the nets that they share.
 test: lint typecheck ## lint, types and the fast tests

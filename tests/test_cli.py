@@ -10,12 +10,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "experiments/train_dinov2.py"
-# What reads no config of its own: a page made of a folder, arithmetic about probes and scaling.
+# What reads no config of its own: a page made of a folder, arithmetic about probes and scaling,
+# measurements.
 WITHOUT_CONFIG = (
     "report.py",
     "plan_probes.py",
     "scaling.py",
     "anatomy.py",
+    "speed.py",
     "make_lmdb.py",
     "make_shards.py",
 )

@@ -1,6 +1,7 @@
 """What experiments/anatomy.py runs: the parts of a net's speed, each by its module."""
 
 import argparse
+import sys
 
 import torch
 
@@ -18,6 +19,9 @@ def show(words: argparse.Namespace) -> None:
         _show(words)
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _show(words: argparse.Namespace) -> None:
@@ -25,6 +29,9 @@ def _show(words: argparse.Namespace) -> None:
         if words.threads < 1:
             raise UserError("--threads must be at least 1")
         torch.set_num_threads(words.threads)
+    for path in filter(None, (words.json, words.picture)):
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
     if words.what == "roofline":
         roofline.show(words.chip, 64 if words.batch_size is None else words.batch_size)
     elif words.what == "blocks":
@@ -33,7 +40,9 @@ def _show(words: argparse.Namespace) -> None:
     elif words.what == "times":
         names = (words.models or BLOCKS).split(",")
         batch = 64 if words.batch_size is None else words.batch_size
-        block_times.measure(names, size=words.size, batch=batch, listed=words.kernels)
+        block_times.measure(
+            names, size=words.size, batch=batch, listed=words.kernels, json_file=words.json
+        )
     else:
         _growth(words)
 
@@ -42,9 +51,6 @@ def _growth(words: argparse.Namespace) -> None:
     names = (words.models or PAIR).split(",")
     if len(names) != 2:
         raise UserError(f"--models takes an octic net and its plain twin, not {words.models!r}")
-    for path in filter(None, (words.json, words.picture)):
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}")
     device = words.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,8 +12,8 @@ growth    time and memory over resolution, batch and depth, octic beside plain
 roofline  the least time of each layer of a block on a chip, by operations and bytes"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The flags, each with the word it belongs to."""
     parser = argparse.ArgumentParser(
         description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,10 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=3, help="growth: timed steps of each net (3)")
     add("--device", default="auto", help="growth: auto, cpu, cuda")
     add("--threads", type=int, help="growth: of a CPU; torch's choice if left out")
-    add("--json", type=Path, help="growth: file for all figures")
+    add("--json", type=Path, help="growth, times: file for all figures")
     add("--picture", type=Path, help="growth: file for the picture, .png, .pdf or .svg")
     add("--chip", default="H200", help="roofline: H100 or H200")
-    words = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    words = make_parser().parse_args(argv)
     from evaluation.cost.anatomy import show  # late: it imports torch
 
     show(words)

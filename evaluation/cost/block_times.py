@@ -5,9 +5,12 @@ host that launches; a block is called as its net calls it. A whole net in one mo
 `experiments/complexity.py`'s affair.
 """
 
+import json
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +21,11 @@ from evaluation.cost.graphs import record
 from evaluation.cost.models import find_backbone, make_net
 from evaluation.progress import say
 from evaluation.results import print_table
+from utils.checkpoint import write_text
 from utils.errors import UserError
 from utils.parallel import allow_variants
 
+MODES = ("eager", "compiled")
 PASSES = ("forward", "forward and backward")
 REPLAYS = 30
 LISTED = 25  # kernels of a pass, the longest
@@ -50,59 +55,104 @@ Times = dict[tuple[str, str, str], BlockTime]  # by kind of block, mode and pass
 
 
 def measure(
-    names: list[str], *, size: int = 224, batch: int = 64, listed: bool = False
+    names: list[str],
+    *,
+    size: int = 224,
+    batch: int = 64,
+    listed: bool = False,
+    json_file: Path | None = None,
 ) -> dict[str, Times]:
     """Times of the kinds of blocks of registered nets under autocast to bfloat16, as a table.
 
-    listed: also print the kernels of each compiled pass. Raises UserError without a CUDA device and
-    for a net without `blocks`.
+    A time is told as soon as it is measured, and json_file is written after every net; on an
+    interrupt, table and file are of what there is. listed: also print the kernels of each compiled
+    pass. Raises UserError without a CUDA device and for a net without `blocks`.
     """
     if not torch.cuda.is_available():
         raise UserError("times are those of a CUDA device, and torch sees none here")
     allow_variants()
-    found = {}
-    for name in names:
-        say(f"times of the blocks of {name}")
-        net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
-        tokens, width = shape_of(net, size)
-        found[name] = {
-            (type(block).__name__, mode, kind): time_pass(step)
-            for block in kinds_of(name, net)
-            for mode in ("eager", "compiled")
-            for kind, step in steps_of(block, (batch, tokens, width), mode).items()
-        }
-    _print(found, size, batch)
-    if listed:
-        for name, times in found.items():
-            _print_kernels(name, times)
+    found: dict[str, Times] = {}
+    try:
+        for name in names:
+            found[name] = {}
+            _measure_net(name, found[name], size, batch)
+            if json_file:
+                write_json(json_file, found, _protocol(size, batch))
+    finally:
+        if any(found.values()):
+            _show(found, _protocol(size, batch), listed, json_file)
     return found
 
 
-def steps_of(
-    block: nn.Module, shape: tuple[int, int, int], mode: str
-) -> dict[str, Callable[[], Any]]:
-    """Both passes of a block on tokens [B T D], called as within a net."""
-    block = block.cuda().train()
-    run: Callable[..., Any] = torch.compile(block, fullgraph=True) if mode == "compiled" else block
-    x = torch.randn(shape, device="cuda", requires_grad=True)
-    inputs: tuple[Any, ...] = (x,)
-    if getattr(block, "holds", False):
-        branch = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        inputs = (x, None, branch, True)
-    leaves = [t for t in inputs if isinstance(t, Tensor)] + list(block.parameters())
+def _measure_net(name: str, times: Times, size: int, batch: int) -> None:
+    say(f"times of the blocks of {name}")
+    net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
+    tokens, width = shape_of(net, size)
+    # The last kind first, as the others are held against it.
+    for block in reversed(kinds_of(name, net)):
+        kind = type(block).__name__
+        for mode in MODES:
+            for passed, step in steps_of(block, (batch, tokens, width), mode).items():
+                time = times[kind, mode, passed] = time_pass(step)
+                say(f"{name}: {kind}, {mode}, {passed}: {time.microseconds:.0f} us")
 
-    def forward() -> Any:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return run(*inputs)
+
+def _show(found: Mapping[str, Times], protocol: str, listed: bool, json_file: Path | None) -> None:
+    _print(found, protocol)
+    if listed:
+        for name, times in found.items():
+            _print_kernels(name, times)
+    if json_file:
+        say(f"written: {write_json(json_file, found, protocol)}")
+
+
+def write_json(path: Path, found: Mapping[str, Times], protocol: str) -> Path:
+    """Rows by net, with every kernel of every pass."""
+    nets = {
+        name: [
+            {
+                "block": kind,
+                "mode": mode,
+                "pass": passed,
+                "microseconds": time.microseconds,
+                "times_the_last": _ratio(times, kind, mode, passed),
+                "launches": time.launches,
+                "kernels": [kernel._asdict() for kernel in time.kernels],
+            }
+            for (kind, mode, passed), time in times.items()
+        ]
+        for name, times in found.items()
+    }
+    write_text(path, json.dumps({"protocol": protocol, "blocks": nets}, indent=2) + "\n")
+    return path
+
+
+def steps_of(
+    block: nn.Module, shape: tuple[int, int, int], mode: str, device: str = "cuda"
+) -> dict[str, Callable[[], Any]]:
+    """Both passes of a block on tokens [B T D], called as in the middle of its net."""
+    block = block.to(device).train()
+    run: Callable[..., Any] = torch.compile(block, fullgraph=True) if mode == "compiled" else block
+    x = torch.randn(shape, device=device, requires_grad=True)
+    autocast = partial(torch.autocast, device, torch.bfloat16, cache_enabled=False)
+    inputs: list[Any]
+    inputs, leaves = [x], [x, *block.parameters()]
+    if getattr(block, "holds", False):
+        with torch.no_grad(), autocast():
+            addend = block(x, None, None, True)[1]
+        addend = addend._replace(tokens=addend.tokens.requires_grad_())
+        inputs, leaves = [x, None, addend, True], [*leaves, addend.tokens]
+
+    def forward() -> list[Tensor]:
+        with autocast():
+            found = run(*inputs)
+        return [found] if isinstance(found, Tensor) else [found[0], found[1].tokens]
 
     with torch.no_grad():
-        outputs = forward()
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [torch.randn_like(output) for output in outputs]
+        grads = [torch.randn_like(output) for output in forward()]
 
-    def both() -> Any:
-        found = forward()
-        return torch.autograd.grad(found if isinstance(found, tuple) else [found], leaves, grads)
+    def both() -> Sequence[Tensor]:
+        return torch.autograd.grad(forward(), leaves, grads)
 
     return dict(zip(PASSES, (torch.no_grad()(forward), both), strict=True))
 
@@ -135,25 +185,35 @@ def _kernels_of(replay: Callable[[], None]) -> list[Kernel]:
     return sorted(found, key=lambda kernel: -kernel.microseconds)
 
 
-def _print(found: dict[str, Times], size: int, batch: int) -> None:
-    rows = []
-    for name, times in found.items():
-        plain = list(times)[-1][0]  # the last kind of a net
-        for kind, mode in dict.fromkeys((kind, mode) for kind, mode, _ in times):
-            row: list[Any] = [name, kind, mode]
-            for passed in PASSES:
-                own, other = times[kind, mode, passed], times[plain, mode, passed]
-                row += [f"{own.microseconds:.0f}", own.launches]
-                row += [f"{other.microseconds / own.microseconds:.2f}"]
-            rows.append(row)
-    columns = ["model", "block", "mode"]
-    for words in ("forward", "forward,\nbackward"):
-        columns += [f"{words}\nus", "kernels", "times the\nlast's"]
+def _ratio(times: Times, kind: str, mode: str, passed: str) -> float | None:
+    """How many times as fast as the last kind of the net, which was measured first."""
+    last = times.get((next(iter(times))[0], mode, passed))
+    return last.microseconds / times[kind, mode, passed].microseconds if last else None
+
+
+def _protocol(size: int, batch: int) -> str:
     device = torch.cuda.get_device_name()
-    protocol = (
+    return (
         f"batch {batch}, {size} x {size} pixels, autocast to bfloat16, training mode, CUDA graphs, "
         f"median of {REPLAYS - 1} replays; {device}; torch {torch.__version__}"
     )
+
+
+def _print(found: Mapping[str, Times], protocol: str) -> None:
+    rows = []
+    for name, times in found.items():
+        kinds = list(dict.fromkeys(kind for kind, _, _ in times))[::-1]  # the last again last
+        for kind, mode in ((kind, mode) for kind in kinds for mode in MODES):
+            row: list[Any] = [name, kind, mode]
+            for passed in PASSES:
+                own = times.get((kind, mode, passed))
+                row += [f"{own.microseconds:.0f}", own.launches] if own else [None, None]
+                row += [_ratio(times, kind, mode, passed) if own else None]
+            if any(cell is not None for cell in row[3:]):
+                rows.append(row)
+    columns = ["model", "block", "mode"]
+    for words in ("forward", "forward,\nbackward"):
+        columns += [f"{words}\nus", "kernels", "times the\nlast's"]
     print_table("time of a block", columns, rows, protocol=protocol)
 
 

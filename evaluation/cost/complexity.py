@@ -3,7 +3,7 @@
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
@@ -21,7 +21,7 @@ from evaluation.cost.peaks import Peak, arithmetic_of, device_name, find_peak
 from evaluation.cost.picture import draw_costs, heights
 from evaluation.cost.published_table import measure_table
 from evaluation.cost.settings import Settings, check_outputs, choose_device, read_settings
-from evaluation.cost.table import Result, print_results, write_json
+from evaluation.cost.table import Result, in_words, print_results, write_json
 from evaluation.cost.timing import (
     Contestant,
     free_memory,
@@ -43,9 +43,10 @@ def measure(config: Mapping[str, Any]) -> dict[str, Any]:
     """Compare the nets of `config["models"]`: the keys of configs/complexity.yaml.
 
     With `config["table"]`, the rows of that published table instead. Prints the table; writes
-    `json` and `picture` where they are asked for. A net that runs out of memory is one line, the
-    others go on. Of several processes the first measures, the others wait. Raises UserError for
-    names and settings that cannot be, and for operators nobody counts.
+    `json` and `picture` where they are asked for. A pass of a group is told, and the JSON written,
+    as soon as it is measured; on an interrupt the table is of what there is. A net that runs out of
+    memory is one line, the others go on. Of several processes the first measures, the others wait.
+    Raises UserError for names and settings that cannot be, and for operators nobody counts.
     """
     config = dict(plain(config))
     name = choose_device(config["device"])
@@ -81,13 +82,25 @@ def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
     protocol, peak = describe(config, settings)
     if peak:
         _say_what_is_measured(config, settings, protocol, estimate_s(results, settings, peak))
-    for index, group in enumerate(groups):
-        if settings.passes or config["operators"] or config["fvcore"]:
-            say(f"group {index + 1} of {len(groups)}: {', '.join(group.names)}")
-            _measure_group(group, nodes, results, config, settings)
-    shown = print_results(list(results.values()), settings, protocol, peak)
-    if config["json_file"]:
-        say(f"written: {write_json(Path(config['json_file']), results, protocol, shown)}")
+    file = Path(config["json_file"]) if config["json_file"] else None
+
+    def keep() -> None:
+        if file:
+            write_json(file, results, protocol, peak)
+
+    try:
+        for index, group in enumerate(groups):
+            if settings.passes or config["operators"] or config["fvcore"]:
+                say(f"group {index + 1} of {len(groups)}: {', '.join(group.names)}")
+                _measure_group(group, nodes, results, config, settings, keep)
+    except BaseException:  # an interrupt too: what was measured until then stays
+        if any(result.speeds for result in results.values()):
+            print_results(list(results.values()), settings, protocol, peak)
+        raise
+    print_results(list(results.values()), settings, protocol, peak)
+    if file:
+        keep()
+        say(f"written: {file}")
     if config["picture_file"]:
         path = draw_costs(
             list(results.values()), Path(config["picture_file"]), y=config["picture_y"]
@@ -102,6 +115,7 @@ def _measure_group(
     results: Mapping[str, Result],
     config: Mapping[str, Any],
     settings: Settings,
+    keep: Callable[[], None],
 ) -> None:
     contestants = {}
     shape = (settings.batch_size, 3, settings.size, settings.size)
@@ -130,6 +144,9 @@ def _measure_group(
             results[name].speeds[kind] = speed_of(own, settings.batch_size)
             if name != group.twin and group.twin in turns:
                 results[name].ratios[kind] = ratio_of(own, turns[group.twin])
+        for name in turns:
+            say(in_words(results[name], kind))
+        keep()
     contestants.clear()
     if settings.compile:
         torch.compiler.reset()

@@ -15,6 +15,7 @@ from utils.checkpoint import write_text
 from utils.flops import Operations
 
 COUNTED = "forward"
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Result:
 
 def print_results(
     results: list[Result], settings: Settings, protocol: Mapping[str, Any], peak: Peak | None
-) -> dict[str, dict[str, float | None]]:
-    """Print one row per net and pass; returns the use of the device by net and pass."""
+) -> None:
+    """Print one row per net and pass."""
     kinds = settings.passes or (COUNTED,)
     columns = ["model", "parameters\n10^6", "pass", "multiply-adds\n10^9"]
     columns += ["images/s", "times\nthe twin's", "MFU\n%", "peak\nMiB"] if settings.passes else []
@@ -54,21 +55,23 @@ def print_results(
     rows = [
         _row(result, kind, kind == kinds[0], peak, columns) for result in results for kind in kinds
     ]
-    print_table("cost of a net", columns, rows, protocol=_in_words(protocol, peak))
-    return {
-        result.name: {kind: result.use(kind, peak) for kind in settings.passes if peak}
-        for result in results
-    }
+    print_table("cost of a net", columns, rows, protocol=_protocol_in_words(protocol, peak))
+
+
+def in_words(result: Result, kind: str) -> str:
+    """A pass of a net as one line, told as soon as it is measured."""
+    if kind not in result.speeds:
+        return f"{result.name}: {kind}, {OUT_OF_MEMORY}"
+    rate, ratio = digits(result.speeds[kind].images_per_second), result.ratios.get(kind)
+    beside = f", {times_of(ratio._asdict())} times the twin's" if ratio else ""
+    return f"{result.name}: {kind}, {rate} images/s{beside}"
 
 
 def write_json(
-    path: Path,
-    results: Mapping[str, Result],
-    protocol: Mapping[str, Any],
-    use: Mapping[str, Mapping[str, float | None]],
+    path: Path, results: Mapping[str, Result], protocol: Mapping[str, Any], peak: Peak | None
 ) -> Path:
     """Everything of every net, with the protocol."""
-    models = {name: _plain(result, use.get(name, {})) for name, result in results.items()}
+    models = {name: _plain(result, peak) for name, result in results.items()}
     write_text(path, json.dumps({"protocol": dict(protocol), "models": models}, indent=2) + "\n")
     return path
 
@@ -77,16 +80,15 @@ def _row(
     result: Result, kind: str, first: bool, peak: Peak | None, columns: list[str]
 ) -> list[str | None]:
     speed, ratio = result.speeds.get(kind), result.ratios.get(kind)
-    lost = "out of memory" if kind in result.lost else None
+    lost = OUT_OF_MEMORY if kind in result.lost else None
     use = result.use(kind, peak) if peak else None
     cells: dict[str, str | None] = {
         "model": _label(result) if first else "",
         "parameters\n10^6": f"{result.cost.parameters / 1e6:.2f}" if first else "",
         "pass": kind,
         "multiply-adds\n10^9": f"{result.operations(kind) / 2e9:.2f}",
-        "images/s": lost or (speed and _digits(speed.images_per_second)),
-        "times\nthe twin's": ratio
-        and f"{ratio.median:.2f} ({ratio.least:.2f}-{ratio.greatest:.2f})",
+        "images/s": lost or (speed and digits(speed.images_per_second)),
+        "times\nthe twin's": ratio and times_of(ratio._asdict()),
         "MFU\n%": None if use is None else f"{100 * use:.1f}",
         "peak\nMiB": None if speed is None or speed.peak_mib is None else f"{speed.peak_mib:.0f}",
         "operators": _operators(result, kind),
@@ -107,11 +109,17 @@ def _operators(result: Result, kind: str) -> str | None:
     return str(count if kind in (INFERENCE, COUNTED) else count + back)
 
 
-def _digits(rate: float) -> str:
+def digits(rate: float) -> str:
+    """A rate with three figures, more where they stand before the point."""
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 10 else f"{rate:.2f}"
 
 
-def _in_words(protocol: Mapping[str, Any], peak: Peak | None) -> str:
+def times_of(ratio: Mapping[str, float]) -> str:
+    """A ratio's median with the least and the greatest of its rounds."""
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['greatest']:.2f})"
+
+
+def _protocol_in_words(protocol: Mapping[str, Any], peak: Peak | None) -> str:
     parts = [f"{protocol['size']} x {protocol['size']} pixels", "multiply-adds of one image"]
     if peak:
         parts += [
@@ -125,7 +133,7 @@ def _in_words(protocol: Mapping[str, Any], peak: Peak | None) -> str:
     return "; ".join([*parts, f"torch {protocol['torch']}", protocol["date"]])
 
 
-def _plain(result: Result, use: Mapping[str, float | None]) -> dict[str, Any]:
+def _plain(result: Result, peak: Peak | None) -> dict[str, Any]:
     cost = result.cost
     return {
         "twin": result.twin,
@@ -140,7 +148,7 @@ def _plain(result: Result, use: Mapping[str, float | None]) -> dict[str, Any]:
         "passes": {
             kind: {
                 **speed._asdict(),
-                "mfu": use.get(kind),
+                "mfu": result.use(kind, peak) if peak else None,
                 "times_the_twin": kind in result.ratios and result.ratios[kind]._asdict() or None,
             }
             for kind, speed in result.speeds.items()

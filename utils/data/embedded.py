@@ -20,7 +20,7 @@ from filelock import FileLock
 from PIL import Image, ImageFilter
 
 from utils.data.imagenet import ImageNetTree, relative_path
-from utils.data.images import ImageFolder
+from utils.data.images import ImageDataset, ImageFolder, Subset
 from utils.errors import UserError
 
 VERSION = 1  # to be raised with every change of what is written
@@ -38,9 +38,15 @@ def digits(root: str | os.PathLike | None = None, *, split: str = "train") -> Im
     return ImageNetTree(ensure_embedded(root) / "digits", split=split)
 
 
-def photographs(root: str | os.PathLike | None = None) -> ImageFolder:
-    """The two photographs, without labels."""
-    return ImageFolder(ensure_embedded(root) / "photographs", labels=False)
+def photographs(root: str | os.PathLike | None = None, *, copies: int = 1) -> ImageDataset:
+    """The two photographs, without labels, one after the other `copies` times.
+
+    Copies make an epoch long enough to time a training. Raises UserError for fewer than one.
+    """
+    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+        raise UserError(f"copies must be a whole number of at least 1, got {copies!r}")
+    images = ImageFolder(ensure_embedded(root) / "photographs", labels=False)
+    return images if copies == 1 else Subset(images, np.tile(np.arange(len(images)), copies))
 
 
 def segmentation_root(root: str | os.PathLike | None = None) -> Path:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from evaluation.cost import anatomy_arguments, growth
+from evaluation.cost import anatomy_arguments, block_times, growth
 from evaluation.cost.blocks import cost_of_block, kept_bytes
 from evaluation.cost.growth import Point
 from evaluation.cost.roofline import BANDWIDTHS, SIZES, layers_of
@@ -70,6 +70,31 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
     assert "batch 2" in capsys.readouterr().out
 
 
+def test_times_are_told_and_kept_as_they_come(tmp_path, monkeypatch, capsys):
+    """The arithmetic around a CUDA device's times, an interrupt in the sixth of eight."""
+    times = iter([100.0, 300.0, 80.0, 240.0, 50.0])
+
+    def clock(step):
+        if (microseconds := next(times, None)) is None:
+            raise KeyboardInterrupt
+        kernel = block_times.Kernel("void at::native::add<float>(int)", 2, microseconds)
+        return block_times.BlockTime(microseconds, [kernel])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(block_times, "steps_of", lambda *_: dict.fromkeys(block_times.PASSES))
+    monkeypatch.setattr(block_times, "time_pass", clock)
+    file = tmp_path / "t.json"
+    with pytest.raises(KeyboardInterrupt):
+        block_times.measure(["hybrid_deit_small_patch16"], size=32, listed=True, json_file=file)
+    rows = json.loads(file.read_text())["blocks"]["hybrid_deit_small_patch16"]
+    assert [row["times_the_last"] for row in rows] == [1, 1, 1, 1, 2]
+    assert rows[-1]["block"] == "OcticBlock" and rows[-1]["kernels"][0]["launches"] == 2
+    told, table = capsys.readouterr().out.split("time of a block")
+    assert told.splitlines()[-1].endswith("OcticBlock, eager, forward: 50 us")
+    assert table.index("OcticBlock") < table.index(" Block ") and "2.00" in table
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -77,6 +102,7 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
         (["growth", "--sizes", "224,x"], "--sizes takes numbers"),
         (["growth", "--models", "deit_small_patch16_LS"], "an octic net and its plain twin"),
         (["growth", "--json", "nowhere/g.json"], "there is no folder nowhere"),
+        (["times", "--json", "nowhere/t.json"], "there is no folder nowhere"),
         (["blocks", "--models", "resnet18"], "has no `blocks`"),
         pytest.param(
             ["times"],

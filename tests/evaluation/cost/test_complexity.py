@@ -83,6 +83,24 @@ def test_operators_are_counted_in_eager_mode(monkeypatch, capsys):
     assert "fp32, eager" in out and "fp32, compiled" in out
 
 
+def test_an_interrupt_keeps_table_and_json_of_what_was_measured(tmp_path, monkeypatch, capsys):
+    measure_pass = complexity.measure_in_turn
+
+    def interrupted(contestants, kind, **more):
+        if kind == TRAINING:
+            raise KeyboardInterrupt
+        return measure_pass(contestants, kind, **more)
+
+    monkeypatch.setattr(complexity, "measure_in_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny("--json", str(tmp_path / "c.json")))
+    for net in json.loads((tmp_path / "c.json").read_text())["models"].values():
+        assert list(net["passes"]) == [INFERENCE] and net["passes"][INFERENCE]["mfu"] > 0
+    told, table = capsys.readouterr().out.split("cost of a net")
+    assert f"{PLAIN}: inference, " in told and "times the twin's" in told.splitlines()[-1]
+    assert HYBRID in table and "protocol: 32 x 32" in table
+
+
 @pytest.mark.parametrize("failing", [HYBRID, PLAIN])
 def test_out_of_memory_of_one_leaves_the_others(failing, monkeypatch, capsys):
     def turns(contestants, kind, **_):

@@ -10,6 +10,7 @@ import pytest
 from torchvision.datasets import VOCSegmentation
 
 from utils.data import embedded
+from utils.data.encoded import encoded_image
 from utils.data.imagenet import ImageNetTree, write_extra
 from utils.errors import UserError
 
@@ -37,6 +38,19 @@ def test_photographs_are_a_folder_without_labels(root: Path) -> None:
     images = embedded.photographs(root)
     assert (len(images), images.labels, images.read(0).size) == (2, None, (640, 427))
     assert (root / "photographs" / "README.txt").exists()
+
+
+def test_photographs_are_there_as_often_as_asked_for(root: Path) -> None:
+    once, often = embedded.photographs(root), embedded.photographs(root, copies=3)
+    assert [often.path(i) for i in range(len(often))] == [once.path(i) for i in (0, 1)] * 3
+    assert often.labels is None and often.read(5).size == (640, 427)
+    assert encoded_image(often, 4).data == once.read_bytes(0)
+
+
+@pytest.mark.parametrize("copies", [0, -2, 1.5, True, "many"])
+def test_copies_that_cannot_be_are_one_line(root: Path, copies: object) -> None:
+    with pytest.raises(UserError, match="copies must be a whole number of at least 1, got"):
+        embedded.photographs(root, copies=copies)
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 240), ("val", 80)])

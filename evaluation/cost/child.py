@@ -1,0 +1,133 @@
+"""A command as a process group of its own: shown, logged, and stopped with all it has started."""
+
+import codecs
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+LIMIT, INTERRUPT = "limit", "interrupt"
+# What a child gets when it is to end, and the seconds it has before the next.
+GRACES = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+TICK_S = 0.2
+
+
+class Interrupts:
+    """Counts INT, TERM and HUP inside a `with` block, in place of what they would do."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        """Install the handlers; outside the main thread, where Python forbids it, do nothing."""
+        with suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._before[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+class Ended(NamedTuple):
+    """How a command ended; the code is negative where a signal ended it."""
+
+    code: int
+    cause: str | None  # LIMIT or INTERRUPT, if it was stopped
+    seconds: float
+
+
+def run(
+    command: Sequence[str],
+    log: Path,
+    *,
+    limit_s: float,
+    interrupts: Interrupts,
+    graces: Sequence[tuple[int, float]] = GRACES,
+) -> Ended:
+    """Run a command to its end or for `limit_s` seconds; its output is shown and goes to `log`.
+
+    Stopped by the signals of `graces`, in turn, to its whole group; an interrupt does the same, and
+    another one goes on to the next signal at once. What it leaves running in its group is killed.
+    """
+    start = time.monotonic()
+    cause, due, seen = None, start + limit_s, interrupts.count
+    waiting = list(graces)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            process_group=0,
+        )
+        with _Output(process, file) as output:
+            while process.poll() is None:
+                output.pass_on(TICK_S)
+                hurried, seen = interrupts.count > seen, interrupts.count
+                if waiting and (hurried or time.monotonic() >= due):
+                    cause = cause or (INTERRUPT if hurried else LIMIT)
+                    number, grace = waiting.pop(0)
+                    _signal(process.pid, number)
+                    due = time.monotonic() + grace
+    return Ended(process.returncode, cause, time.monotonic() - start)
+
+
+class _Output:
+    """What a process says, passed on as it comes; at the end its group is killed."""
+
+    def __init__(self, process: subprocess.Popen[bytes], file: BinaryIO) -> None:
+        assert process.stdout is not None
+        self.process, self.pipe, self.file = process, process.stdout, file
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.open = True
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _signal(self.process.pid, signal.SIGKILL)  # what is left, also after an error of ours
+        self.process.wait()
+        with self.pipe:
+            while not any(error) and self.pass_on(0.0):
+                pass
+
+    def pass_on(self, seconds: float) -> bool:
+        """Wait at most so long for output; whether there was some."""
+        if not self.open:  # it closed its output and goes on
+            time.sleep(seconds)
+            return False
+        if not select.select([self.pipe], [], [], seconds)[0]:
+            return False
+        data = os.read(self.pipe.fileno(), 1 << 16)
+        self.open = bool(data)
+        self.file.write(data)
+        self.file.flush()
+        with suppress(OSError):  # the terminal is gone; the log is not
+            sys.stdout.write(self.decoder.decode(data, final=not data))
+            sys.stdout.flush()
+        return self.open
+
+
+def _signal(group: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)

@@ -1,0 +1,82 @@
+"""What a figure of speed depends on besides its command: device, versions, driver, revision.
+
+Run as a program it prints them as JSON: a process that only starts others must not hold a device.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.cost.peaks import device_name
+from utils.errors import UserError
+from utils.run_folder import describe_code
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ask() -> dict[str, Any]:
+    """The facts of this machine, from a process of their own; UserError if that fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluation.cost.machine"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"torch says: {(done.stderr.splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe() -> dict[str, Any]:
+    """Device, versions, driver, cores and the code's revision; None for what is not there."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "device_type": kind,
+        "device": device_name(torch.device(kind)),
+        "driver": _driver() if kind == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "cores": _cores(),
+        "code": describe_code(),
+    }
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """The facts as a line."""
+    parts = [facts["device"], f"{facts['cores']} cores", f"Python {facts['python']}"]
+    parts += [f"{name} {facts[name]}" for name in ("torch", "triton", "timm") if facts[name]]
+    if facts["driver"]:
+        parts.append(f"driver {facts['driver']}")
+    return ", ".join([*parts, f"code {facts['code'].partition(' ')[0]}"])
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return said.stdout.partition("\n")[0].strip() or None
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe()))
