@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from deit.augment import CROPS
 from utils.data import colours
-from utils.data.colour_plan import STRENGTHS, colour, draw_colours
+from utils.data.colour_plan import STRENGTHS, Colours, draw_colours
 from utils.data.encoded import EncodedImage, pixels_of
 from utils.data.random_crops import CropKind, cut_crops
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -61,7 +61,7 @@ class FastThreeAugment:
                     v2.RandomHorizontalFlip(flip_probability),
                 ]
             )
-        self.operators = {"blur": partial(colours.pillow_blur, max_radius=MAX_RADIUS)}
+        self.colours = Colours(partial(colours.pillow_blur, max_radius=MAX_RADIUS))
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     def __call__(self, image: EncodedImage | Image) -> dict[str, Tensor]:
@@ -83,6 +83,6 @@ class FastThreeAugment:
     def finish(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with coloured, normalised images in place of uint8 ones and their plan."""
         done = dict(batch)
-        levels = colour(done["images"], done.pop("colours"), self.operators)
+        levels = self.colours(done["images"], done.pop("colours"))
         mean, std = (v.to(levels.device, non_blocking=True) for v in (self.mean, self.std))
         return done | {"images": colours.normalize(levels, mean, std)}

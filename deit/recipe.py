@@ -159,6 +159,9 @@ class DeiT(nn.Module):
         self._follow(max(first_step - 1, 0))
         return training_batches(
             self.dataset,
+        colours = getattr(self.augmentation, "colours", None)
+        if colours is not None:
+            wrap(colours)
             self.augmentation,
             Collate(),
             self.batch_size_per_gpu,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinov2.crops import IMAGENET_MEAN, IMAGENET_STD, check_crops
 from utils.data import colours
-from utils.data.colour_plan import colour, draw_colours
+from utils.data.colour_plan import Colours, draw_colours
 from utils.data.encoded import EncodedImage
 from utils.data.random_crops import CropKind, cut_crops
 
@@ -70,7 +70,7 @@ class FastMultiCrop:
             "blur_probability": [first, second] + [local] * local_crops_number,
             "solarize_probability": [0.0, solarize_probability] + [0.0] * local_crops_number,
         }
-        self.operators = {"blur": partial(colours.gaussian_blur, kernel_size=blur_kernel_size)}
+        self.colours = Colours(partial(colours.gaussian_blur, kernel_size=blur_kernel_size))
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     def __call__(self, image: EncodedImage | Image) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class FastMultiCrop:
         for kind in ("global", "local"):
             if f"{kind}_crops" in done:
                 pixels, plan = done[f"{kind}_crops"], done.pop(f"{kind}_colours")
-                levels = colour(pixels, plan, self.operators)
+                levels = self.colours(pixels, plan)
                 mean, std = (v.to(levels.device, non_blocking=True) for v in (self.mean, self.std))
                 done[f"{kind}_crops"] = colours.normalize(levels, mean, std)
         return done

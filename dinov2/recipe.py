@@ -143,9 +143,11 @@ class DINOv2(nn.Module):
         for parts in (self.student, self.teacher):
             for name, part in parts.items():
                 parts[name] = wrap(part, units=blocks_of(part))
-        # Nothing to shard here, but passes over all logits to compile.
-        for part in (self.cross_entropy, self.dino_targets.ema, self.ibot_targets.ema):
-            wrap(part)
+        # Nothing to shard here, but passes over all logits and all pixels to compile.
+        loose = [self.cross_entropy, self.dino_targets.ema, self.ibot_targets.ema]
+        colours = getattr(self.crops, "colours", None)
+        for module in loose if colours is None else [*loose, colours]:
+            wrap(module)
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `dinov2.masking.Collate`) from a step on, without end."""

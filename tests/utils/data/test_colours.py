@@ -1,5 +1,6 @@
 """Colours of a batch on the device are Pillow's and torchvision's, to one level in 255."""
 
+import pickle
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from utils.data.colour_plan import (
     SLOTS,
     STRENGTHS,
     WIDTH,
+    Colours,
     colour,
     draw_colours,
     plan_colours,
@@ -102,6 +104,30 @@ def test_a_plan_does_what_was_drawn_in_the_order_drawn():
     expected = [first, published.to_grayscale(IMAGES[1], 3), ImageOps.solarize(IMAGES[2], 128)]
     assert torch.equal(found, levels(expected))
     assert torch.equal(pixels.float(), BATCH), "the pixels are left as they were"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_colours_are_the_same_and_stay_at_home(backend):
+    """For any number of images of any size; a copy for a worker has no compiled code."""
+    blur = partial(colours.gaussian_blur, kernel_size=3)
+    plain, compiled = Colours(blur), Colours(blur)
+    compiled.compile(backend=backend)
+    np.random.seed(0)
+    for count, size in ((6, 16), (9, 24), (5, 16)):
+        pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+        draws = draw_colours(
+            count,
+            jitter=(0.4, 0.4, 0.2, 0.1),
+            greyscale_probability=0.3,
+            blur_probability=0.5,
+            solarize_probability=0.3,
+        )
+        plan = plan_colours(torch.from_numpy(draws), ("jitter", "greyscale", "blur", "solarize"))
+        found, expected = compiled(pixels, plan), plain(pixels, plan)
+        assert torch.equal(found, expected)
+        copy = pickle.loads(pickle.dumps(compiled))
+        assert copy.operators.keys() == {"blur"}
+        assert torch.equal(copy(pixels, plan), expected)
 
 
 def test_a_plan_of_nothing():
