@@ -16,6 +16,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.ranges import check_count, check_order, check_range, check_share
 
 CROPS = ("random_resized", "simple")
 SMALL = 32  # up to this size timm's augmentation pads and crops instead of zooming
@@ -53,8 +54,14 @@ class ThreeAugment:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if crop not in CROPS:
-            raise ValueError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
+        check_three(
+            input_size=input_size,
+            crop=crop,
+            scale=scale,
+            flip_probability=flip_probability,
+            three_probability=three_probability,
+            color_jitter=color_jitter,
+        )
         self.input_size = input_size
         bicubic = InterpolationMode.BICUBIC
         if crop == "simple":
@@ -88,6 +95,25 @@ class ThreeAugment:
         return batch
 
 
+def check_three(
+    *,
+    input_size: int,
+    crop: str,
+    scale: Sequence[float],
+    flip_probability: float,
+    three_probability: float,
+    color_jitter: float,
+) -> None:
+    """ValueError for keywords of 3-Augment without a meaning."""
+    if crop not in CROPS:
+        raise ValueError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
+    check_count("input_size", input_size, 1)
+    check_order("scale", scale, 0, 1, ends="(]")
+    check_share("flip_probability", flip_probability)
+    check_share("three_probability", three_probability)
+    check_range("color_jitter", color_jitter)
+
+
 class TimmAugmentation:
     """timm's augmentation (RandAugment and the like, random erasing) with DeiT's defaults."""
 
@@ -104,6 +130,10 @@ class TimmAugmentation:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
+        check_count("input_size", input_size, 1)
+        check_range("color_jitter", color_jitter)
+        check_share("erase_probability", erase_probability)
+        check_count("erase_count", erase_count, 1)
         self.input_size = input_size
         self.steps = create_transform(
             input_size,

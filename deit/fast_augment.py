@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from deit.augment import CROPS
+from deit.augment import check_three
 from utils.data import colours
 from utils.data.colour_plan import STRENGTHS, Colours, draw_colours
 from utils.data.encoded import EncodedImage, pixels_of
@@ -46,8 +46,14 @@ class FastThreeAugment:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if crop not in CROPS:
-            raise ValueError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
+        check_three(
+            input_size=input_size,
+            crop=crop,
+            scale=scale,
+            flip_probability=flip_probability,
+            three_probability=three_probability,
+            color_jitter=color_jitter,
+        )
         self.input_size = input_size
         self.kind = CropKind(1, input_size, (float(scale[0]), float(scale[1])))
         self.flip_probability, self.three_probability = flip_probability, three_probability

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.ranges import check_range, check_share
 from vit.weights import load_net, read_state
 
 LOSSES = ("bce", "ce")
@@ -71,8 +72,8 @@ class Distillation(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} of distillation; known: {', '.join(KINDS)}")
-        if not 0 <= alpha <= 1 or tau <= 0:
-            raise ValueError(f"alpha must lie in [0, 1] and tau above 0, not {alpha} and {tau}")
+        check_share("alpha", alpha)
+        check_range("tau", tau, ends="()")
         self.kind, self.alpha, self.tau = kind, alpha, tau
         self.teacher = teacher().requires_grad_(False).eval()
         if weights:

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from deit.fast_augment import STAGES
 from utils.data.colour_plan import plan_colours
+from utils.ranges import check_order, check_range, check_share
 
 MODES = ("batch", "pair", "elem")
 
@@ -36,6 +37,12 @@ class Mixing:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r} of mixing; known: {', '.join(MODES)}")
+        check_range("mixup", mixup)
+        check_range("cutmix", cutmix)
+        if cutmix_minmax:
+            check_order("cutmix_minmax", cutmix_minmax, 0, 1)
+        check_share("probability", probability)
+        check_share("switch_probability", switch_probability)
         if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
             raise ValueError("mixing needs mixup or cutmix above 0; mixing=null leaves both out")
         self.options = {

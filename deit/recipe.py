@@ -20,10 +20,11 @@ from deit.param_groups import freeze, param_groups
 from deit.schedules import Schedules
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
-from utils.data.loaders import training_batches
+from utils.data.loaders import check_loading, training_batches
 from utils.distributed import average_buffers, rank, world_size
 from utils.effective_batch import micro_batches
 from utils.parallel import blocks_of
+from utils.ranges import OutOfRange, check_range
 from vit.finetune import head_of, load_adapted
 from vit.weights import read_metadata
 
@@ -84,6 +85,9 @@ class DeiT(nn.Module):
     ) -> None:
         super().__init__()
         _check_loss(loss, smoothing, cosub, distillation)
+        check_range("epochs", epochs, ends="()")
+        check_range("ema_decay", ema_decay, 0, 1, ends="[)")
+        check_range("layerwise_decay", layerwise_decay, 0, 1)
         if export not in EXPORTS or (export == "ema" and not ema_decay):
             raise ValueError(f"export is {' or '.join(EXPORTS)}, the latter with ema_decay above 0")
         self.batch_size_per_gpu = batch_size_per_gpu
@@ -103,6 +107,7 @@ class DeiT(nn.Module):
             "on_error": on_error,
             "seed": seed,
         }
+        check_loading(**self.loading)
         self.trainable, self.layerwise_decay = trainable, layerwise_decay
         self.decay_vectors, self.train_mode = decay_vectors, train_mode
         self.ema_decay, self.export = ema_decay, export
@@ -122,6 +127,8 @@ class DeiT(nn.Module):
             epoch_length = max(1, len(dataset) // batch_size)
         self.epoch_length = epoch_length
         self.total_steps = round(epochs * epoch_length)
+        if self.total_steps < 1:
+            raise OutOfRange(f"epochs {epochs} of {epoch_length} steps each make no step")
         self.schedules = (schedules or Schedules()).build(
             epochs=epochs, epoch_length=epoch_length, batch_size=batch_size
         )
@@ -152,6 +159,9 @@ class DeiT(nn.Module):
         if self.distillation is not None:
             teacher = self.distillation.teacher
             self.distillation.teacher = wrap(teacher, units=blocks_of(teacher))
+        colours = getattr(self.augmentation, "colours", None)
+        if colours is not None:
+            wrap(colours)
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `deit.mixing.Collate`) from a step on, without end."""
@@ -159,9 +169,6 @@ class DeiT(nn.Module):
         self._follow(max(first_step - 1, 0))
         return training_batches(
             self.dataset,
-        colours = getattr(self.augmentation, "colours", None)
-        if colours is not None:
-            wrap(colours)
             self.augmentation,
             Collate(),
             self.batch_size_per_gpu,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from utils.ranges import OutOfRange, check_range
 from utils.schedules import LR_SCALINGS, Constant, Schedule, scale_lr
 
 SHAPES = ("cosine", "step")
@@ -110,11 +111,13 @@ class Schedules:
             raise ValueError(f"unknown update {update!r}; known: {', '.join(UPDATES)}")
         if shape not in SHAPES:
             raise ValueError(f"unknown shape {shape!r} of the rate; known: {', '.join(SHAPES)}")
-        if decay_epochs <= 0 or not 0 < decay_rate <= 1:
-            raise ValueError(
-                f"decay_epochs must lie above 0 and decay_rate in (0, 1], not {decay_epochs} and "
-                f"{decay_rate}"
-            )
+        values = {"lr": lr, "min_lr": min_lr, "warmup_lr": warmup_lr, "weight_decay": weight_decay}
+        for key, value in {**values, "warmup_epochs": warmup_epochs}.items():
+            check_range(key, value)
+        if shape == "cosine" and min_lr > lr:
+            raise OutOfRange(f"min_lr {min_lr:g} is more than lr {lr:g}")
+        check_range("decay_epochs", decay_epochs, ends="()")
+        check_range("decay_rate", decay_rate, 0, 1, ends="(]")
         self.lr = lr
         self.lr_scaling = lr_scaling
         self.min_lr = min_lr
@@ -128,7 +131,7 @@ class Schedules:
     def build(self, *, epochs: float, epoch_length: int, batch_size: int) -> dict[str, Schedule]:
         """Functions of the step; epoch_length in steps, batch_size in images per step."""
         if self.warmup_epochs > epochs:
-            raise ValueError(
+            raise OutOfRange(
                 f"schedules.warmup_epochs {self.warmup_epochs} is more than the {epochs} epochs "
                 "of the run"
             )

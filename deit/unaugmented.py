@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, UnlessOfSize, to_normalized_tensor
+from utils.ranges import check_count
 
 
 class Unaugmented:
@@ -23,6 +24,7 @@ class Unaugmented:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
+        check_count("input_size", input_size, 1)
         self.input_size = input_size
         resize = v2.Resize(input_size, v2.InterpolationMode.BICUBIC, antialias=True)
         fitted = UnlessOfSize(input_size, resize, v2.CenterCrop(input_size))

@@ -4,7 +4,7 @@ Caron et al. 2021, section 3; Grill et al. 2020 (BYOL) for the colours. Randomne
 torch's global generator, which the loader seeds for each sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
+
+from utils.ranges import check_count, check_order, check_share
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,6 +52,18 @@ class MultiCrop:
             local_crops_size,
             blur_probabilities,
             blur_kernel_size,
+        )
+        check_shares(
+            scales={
+                "global_crops_scale": global_crops_scale,
+                "local_crops_scale": local_crops_scale,
+            },
+            probabilities={
+                "solarize_probability": solarize_probability,
+                "color_jitter_probability": color_jitter_probability,
+                "grayscale_probability": grayscale_probability,
+                "flip_probability": flip_probability,
+            },
         )
         self.global_crops_size = global_crops_size
         self.local_crops_number = local_crops_number
@@ -100,17 +114,30 @@ def check_crops(
     blur_probabilities: Sequence[float],
     blur_kernel_size: int,
 ) -> None:
-    """ValueError for what cannot be."""
-    if local_crops_number < 0:
-        raise ValueError(f"local_crops_number cannot be negative, not {local_crops_number}")
+    """ValueError for sizes and a blur that cannot be."""
+    check_count("local_crops_number", local_crops_number)
+    check_count("global_crops_size", global_crops_size, 1)
+    check_count("local_crops_size", local_crops_size, 1 if local_crops_number else 0)
     if len(blur_probabilities) != 3:
         raise ValueError(
             "blur_probabilities takes three values (first global, second global, local crops), "
             f"not {list(blur_probabilities)}"
         )
+    for probability in blur_probabilities:
+        check_share("blur_probabilities", probability)
     smallest = min([global_crops_size, *[local_crops_size] * bool(local_crops_number)])
-    if blur_kernel_size % 2 == 0 or blur_kernel_size // 2 >= smallest:
+    if blur_kernel_size < 1 or blur_kernel_size % 2 == 0 or blur_kernel_size // 2 >= smallest:
         raise ValueError(
             f"blur_kernel_size must be odd and less than twice the smallest crop, {smallest}; "
             f"not {blur_kernel_size}"
         )
+
+
+def check_shares(
+    *, scales: Mapping[str, Sequence[float]], probabilities: Mapping[str, float]
+) -> None:
+    """ValueError for shares of the image's area, and for probabilities, that are none."""
+    for key, scale in scales.items():
+        check_order(key, scale, 0, 1, ends="(]")
+    for key, probability in probabilities.items():
+        check_share(key, probability)

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dinov2.crops import IMAGENET_MEAN, IMAGENET_STD, check_crops
+from dinov2.crops import IMAGENET_MEAN, IMAGENET_STD, check_crops, check_shares
 from utils.data import colours
 from utils.data.colour_plan import Colours, draw_colours
 from utils.data.encoded import EncodedImage
@@ -53,6 +53,18 @@ class FastMultiCrop:
             local_crops_size,
             blur_probabilities,
             blur_kernel_size,
+        )
+        check_shares(
+            scales={
+                "global_crops_scale": global_crops_scale,
+                "local_crops_scale": local_crops_scale,
+            },
+            probabilities={
+                "solarize_probability": solarize_probability,
+                "color_jitter_probability": color_jitter_probability,
+                "grayscale_probability": grayscale_probability,
+                "flip_probability": flip_probability,
+            },
         )
         self.global_crops_size = global_crops_size
         self.local_crops_number = local_crops_number

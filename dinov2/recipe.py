@@ -23,9 +23,10 @@ from dinov2.param_groups import param_groups
 from dinov2.schedules import Schedules
 from dinov2.weights import load_start, read_start
 from utils.data.images import ImageDataset
-from utils.data.loaders import training_batches
+from utils.data.loaders import check_loading, training_batches
 from utils.distributed import rank, world_size
 from utils.parallel import blocks_of
+from utils.ranges import OutOfRange, check_count, check_range
 
 NUM_GLOBAL_CROPS = 2
 
@@ -71,11 +72,14 @@ class DINOv2(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size_per_gpu < 1 or accumulation < 1:
-            raise ValueError(
-                "batch_size_per_gpu and accumulation must be at least 1, "
-                f"not {batch_size_per_gpu} and {accumulation}"
-            )
+        check_count("batch_size_per_gpu", batch_size_per_gpu, 1)
+        check_count("accumulation", accumulation, 1)
+        check_range("epochs", epochs, ends="()")
+        check_range("layerwise_decay", layerwise_decay, 0, 1)
+        check_range("patch_embed_lr_multiplier", patch_embed_lr_multiplier)
+        check_range("dino_loss_weight", dino_loss_weight)
+        check_range("ibot_loss_weight", ibot_loss_weight)
+        check_range("koleo_loss_weight", koleo_loss_weight)
         if not (dino_loss_weight or ibot_loss_weight or koleo_loss_weight):
             raise ValueError("all loss weights are 0: there is nothing to learn")
         self.dataset = dataset
@@ -95,6 +99,7 @@ class DINOv2(nn.Module):
             "on_error": on_error,
             "seed": seed,
         }
+        check_loading(**self.loading)
         self.crops = crops or MultiCrop()
         self.masks = masks or MaskSampler()
 
@@ -118,6 +123,8 @@ class DINOv2(nn.Module):
             epoch_length = max(1, len(dataset) // batch_size)
         self.epoch_length = epoch_length
         self.total_steps = round(epochs * epoch_length)
+        if self.total_steps < 1:
+            raise OutOfRange(f"epochs {epochs} of {epoch_length} steps each make no step")
         self.schedules = (schedules or Schedules()).build(
             epochs=epochs, epoch_length=epoch_length, batch_size=batch_size
         )

@@ -1,7 +1,9 @@
 """The five quantities of DINOv2 that change with the step (Oquab et al. 2023, appendix B)."""
 
+import math
 from collections.abc import Sequence
 
+from utils.ranges import OutOfRange, check_range
 from utils.schedules import LR_SCALINGS, Cosine, Frozen, Linear, Schedule, scale_lr
 
 
@@ -28,22 +30,29 @@ class Schedules:
     ) -> None:
         if lr_scaling not in LR_SCALINGS:
             raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
-        if min(teacher_temp) <= 0:
-            raise ValueError(f"teacher_temp must be positive, not {list(teacher_temp)}")
+        lengths = {
+            "warmup_epochs": warmup_epochs,
+            "freeze_last_layer_epochs": freeze_last_layer_epochs,
+            "teacher_temp_warmup_epochs": teacher_temp_warmup_epochs,
+        }
+        for key, value in {"lr": lr, "min_lr": min_lr, **lengths}.items():
+            check_range(key, value)
+        if min_lr > lr:
+            raise OutOfRange(f"min_lr {min_lr:g} is more than lr {lr:g}")
         self.lr = lr
         self.lr_scaling = lr_scaling
         self.min_lr = min_lr
         self.warmup_epochs = warmup_epochs
         self.freeze_last_layer_epochs = freeze_last_layer_epochs
         self.weight_decay = _pair("weight_decay", weight_decay)
-        self.momentum = _pair("momentum", momentum)
-        self.teacher_temp = _pair("teacher_temp", teacher_temp)
+        self.momentum = _pair("momentum", momentum, high=1.0)
+        self.teacher_temp = _pair("teacher_temp", teacher_temp, ends="()")
         self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
 
     def build(self, *, epochs: float, epoch_length: int, batch_size: int) -> dict[str, Schedule]:
         """Functions of the step; epoch_length in steps, batch_size in images per step."""
         if self.warmup_epochs > epochs:
-            raise ValueError(
+            raise OutOfRange(
                 f"schedules.warmup_epochs {self.warmup_epochs} is more than the {epochs} epochs "
                 "of the run"
             )
@@ -67,7 +76,11 @@ class Schedules:
         }
 
 
-def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+def _pair(
+    name: str, values: Sequence[float], *, high: float = math.inf, ends: str = "[]"
+) -> tuple[float, float]:
     if len(values) != 2:
-        raise ValueError(f"{name} takes two values (first, last), not {list(values)}")
+        raise OutOfRange(f"{name} takes two values (first, last), not {list(values)}")
+    for value in values:
+        check_range(name, value, 0.0, high, ends=ends)
     return float(values[0]), float(values[1])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from evaluation.features import PRECISIONS, evaluating
 from evaluation.progress import say, track
-from evaluation.results import print_table
+from evaluation.results import print_table, write_results
 from utils import distributed
 from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset
@@ -118,18 +118,22 @@ class AccuracyProbe:
         if option:
             drawn = self._as_published(by_element)
             main = figures[option] = figures_of(drawn, upright, batch_size=self.batch_size)
+        results = {
+            f"{'' if name == UPRIGHT else name + '_'}{key}": value
+            for name, part in figures.items()
+            for key, value in part._asdict().items()
+            if key not in (("changed",) if name == UPRIGHT else ("image_loss",))
+        }
         if distributed.is_main():
             say(str(main))
             count = len(dataset)
             say(f"Accuracy of the network on the {count} test images: {main.acc1:.1f}%")
             if len(figures) > 1:
                 self._print(figures)
-        return {
-            f"{'' if name == UPRIGHT else name + '_'}{key}": value
-            for name, part in figures.items()
-            for key, value in part._asdict().items()
-            if key not in (("changed",) if name == UPRIGHT else ("image_loss",))
-        }
+            if step:  # an evaluation writes them itself, with the name of the net
+                protocol = self.protocol | {"data": repr(dataset), "step": step}
+                write_results(output_dir, "accuracy", protocol=protocol, figures=results)
+        return results
 
     @property
     def elements(self) -> list[str]:

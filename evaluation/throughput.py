@@ -15,6 +15,7 @@ from evaluation.cost.peaks import device_name
 from evaluation.cost.timing import INFERENCE, Contestant, Turn, speed_of
 from evaluation.features import PRECISIONS
 from evaluation.progress import say
+from evaluation.results import write_results
 from evaluation.sample import image_size_of
 from utils import distributed
 from utils.errors import UserError
@@ -70,7 +71,11 @@ class ThroughputProbe:
             f"{speed.images_per_second:.1f} img/s (batch {self.batch_size}, {size} x {size}, "
             f"{self.precision}, {device_name(device)}), {count} multiply-adds"
         )
-        return {"images_per_second": speed.images_per_second, "gmacs": macs}
+        results = {"images_per_second": speed.images_per_second, "gmacs": macs}
+        if step:  # an evaluation writes them itself, with the name of the net
+            protocol = self.protocol | {"step": step}
+            write_results(output_dir, "throughput", protocol=protocol, figures=results)
+        return results
 
     @property
     def protocol(self) -> dict[str, object]:

@@ -21,6 +21,7 @@ from slurm.submission import Submission, with_id
 from utils.build import check_targets, plain
 from utils.config import fail
 from utils.errors import UserError
+from utils.folders import check_run_folder, keeps_records, make_folder
 
 if TYPE_CHECKING:
     import submitit
@@ -105,6 +106,8 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     if several and len(kinds) > 1:
         raise UserError("the points of a sweep and what follows need one launcher")
     kind = "here" if joins else kinds.pop()
+    if several or dry_run:  # one that runs here will say it at once
+        _build_networks([task for task in tasks if task.config.get("recipe")])
     if kind == "slurm":
         return _show_scripts(tasks, folder) if dry_run else _submit(tasks, folder)
     if dry_run:
@@ -131,7 +134,12 @@ def _check(task: Task, *, submits: bool) -> None:
             raise UserError(f"launcher.{key} must be at least 1, got {launcher[key]}")
     if launcher["kind"] == "slurm" and submits:
         check_machine(task.config["cluster"])
+    check_run_folder(task.config)
     check_targets(task.config)
+    if task.config.get("recipe"):
+        from utils.settings import check_settings  # late: it needs torch
+
+        check_settings(task.config)
 
 
 # Here
@@ -139,13 +147,14 @@ def _check(task: Task, *, submits: bool) -> None:
 
 def _run(task: Task, kind: str) -> Any:
     config = task.config
-    # What trains or judges has a run folder to tell of it; what measures or draws has not.
-    kept = {"recipe", "probes"} & config.keys()
+    kept = keeps_records(config)
     processes = config["launcher"]["gpus_per_node"] if kind == "local" else 1
     facts: dict[str, Any] = {
         "kind": kind,
         "processes": int(os.environ.get("WORLD_SIZE", processes)),
     }
+    if kept:  # every process of torchrun finds out by itself what is wrong with it
+        make_folder(task.folder)
     with record.attempt(task.folder, **facts) if kept else nullcontext():
         if kind == "local":
             return run_processes(task.function, config)
@@ -192,7 +201,7 @@ def _show_plan(tasks: Sequence[Task], kind: str) -> None:
 
 
 def _submit(tasks: Sequence[Task], folder: Path) -> None:
-    _build_networks(tasks)
+    _build_networks(list(_all(tasks)))
     submission = _submission(tasks, folder)
     jobs = submission.submit()
     first = str(jobs[0].job_id)
@@ -253,11 +262,15 @@ def _build_networks(tasks: Sequence[Task]) -> None:
     from utils.check import networks
 
     seen: list[Any] = []
-    for task in _all(tasks):
-        node = {key: task.config.get(key) for key in ("backbone", "recipe")}
-        if node["backbone"] and node not in seen:
-            seen.append(node)
+    for task in tasks:
+        node = {key: task.config.get(key) for key in ("backbone", "recipe", "optimizer")}
+        if not node["backbone"] or node in seen:
+            continue
+        seen.append(node)
+        try:
             networks(task.config)
+        except UserError as error:
+            raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
 
 
 def _show_scripts(tasks: Sequence[Task], folder: Path) -> None:

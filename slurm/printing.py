@@ -30,8 +30,8 @@ def show_outcomes(codes: Sequence[tuple["Task", int | None]]) -> None:
         run = runs.describe(task.folder)
         outcome = "succeeded" if code == 0 else "not started"
         if code:
-            why = f": {run.why}" if run.why else ""
-            outcome = f"failed, code {code}{why}"
+            why = run.refusal or run.why
+            outcome = f"failed, code {code}{f': {why}' if why else ''}"
         figures = "  ".join(f"{k} {v:.4g}" for k, v in chosen_figures(run).items())
         table.add_row(*_values(task, keys), outcome, figures, str(task.folder))
     _print(table)

@@ -2,15 +2,17 @@
 
     event      by                          tells
     submitted  the submitting command      job, name, log, code, after (the job it waits for)
-    began      rank 0                      job, attempt, host, pid, processes
+    began      rank 0                      job, attempt, processes
     stopped    rank 0                      signal: left in order, with a checkpoint
     ended      rank 0                      the function returned
-    failed     any rank                    rank, error
+    failed     any rank                    rank, error; refused, if it was before the first step
+                                           and the user's mistake
     lost_peer  any rank                    rank, error: another one had gone, no fault of its own
     again      the job's batch script      status, kind (stopped or killed), step of the checkpoint
     final      the job's batch script      status, why
 
-`attempt` counts the restarts of a Slurm job. Ranks other than 0 write `launches.rank<r>.jsonl`:
+What ranks write names their process: host, pid and since when it runs. `attempt` counts the
+restarts of a Slurm job. Ranks other than 0 write `launches.rank<r>.jsonl`:
 nodes that append to one file of a network file system may lose lines. slurm/after.sh reads and
 writes the same lines, so keys keep their order.
 """
@@ -85,15 +87,17 @@ def _lines(path: Path) -> list[tuple[float, dict[str, Any]]]:
 @contextmanager
 def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
     """Note how what runs inside begins and ends."""
-    who: dict[str, Any] = {"job": job, "attempt": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
+    who: dict[str, Any] = {
+        "job": job,
+        "attempt": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": started(os.getpid()),
+    }
     is_main, rank = os.environ.get("RANK", "0") == "0", int(os.environ.get("RANK", "0"))
+    earlier = _progress(folder)
     if is_main:
-        me: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": started(os.getpid()),
-        }
-        note(folder, "began", **who, **me, **facts)
+        note(folder, "began", **who, **facts)
     try:
         yield
     except SystemExit as left:
@@ -114,10 +118,22 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
         raise
     except BaseException as error:
         event = "lost_peer" if is_lost(error) else "failed"
-        note(folder, event, **who, rank=rank, error=in_one_line(error))
+        mistaken = event == "failed" and isinstance(error, UserError)
+        # A training writes it with its first step.
+        refused: dict[str, Any] = (
+            {"refused": True} if mistaken and _progress(folder) == earlier else {}
+        )
+        note(folder, event, **who, rank=rank, error=in_one_line(error), **refused)
         raise
     if is_main:
         note(folder, "ended", **who)
+
+
+def _progress(folder: Path) -> int:
+    """When progress.json was written, 0 where there is none."""
+    with suppress(OSError):
+        return (folder / "progress.json").stat().st_mtime_ns
+    return 0
 
 
 def in_one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from slurm.processes import started
 # What may lie in a run folder and holds no run of its own.
 _INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
 MAX_DEPTH = 5
+_AS_ASKED = "training.max_steps"  # as utils/summary.py says it; importing that takes torch
 FRESH_S = 120.0  # a lock (utils/lock.py) that was not touched for longer has no living holder
 
 
@@ -33,6 +34,7 @@ class Run:
     restarts: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     log: str = ""
+    refusal: str = ""  # why the newest start was refused, which left what was there as it was
     changed: float = 0.0
     lines: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
@@ -54,7 +56,11 @@ def find(places: list[Path]) -> list[Run]:
 
 def describe(folder: Path) -> Run:
     """The run of a folder; its state as far as the folder alone tells."""
-    run = Run(folder, lines=_current(record.read(folder)))
+    lines = record.read(folder)
+    run = Run(folder, lines=_current(lines))
+    if lines and run.lines[-1:] != lines[-1:]:
+        refused = [line for line in lines if _is_refused(line)]
+        run.refusal = _whose(refused[-1]) if refused else ""
     submitted = [line for line in run.lines if line["event"] == "submitted"]
     run.job = next((line["job"] for line in reversed(run.lines) if line["job"]), "")
     run.log = next((line.get("log", "") for line in reversed(submitted)), "")
@@ -96,15 +102,38 @@ def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[P
 
 
 def _current(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without those of a second command that was refused because the first still ran."""
-    refused = {
-        (line["job"], line["attempt"])
-        for line in lines
-        if line["event"] == "failed" and " is in use by " in str(line.get("error"))
-    }
-    if not refused or len({(line["job"], line["attempt"]) for line in lines}) == 1:
-        return lines
-    return [line for line in lines if (line["job"], line["attempt"]) not in refused]
+    """The lines without those of starts that were refused; all where there was no other start.
+
+    Such a command changed nothing: the first one was still running, or what it asked was a mistake.
+    """
+    starts = _starts(lines)
+    refused = {start for line, start in zip(lines, starts, strict=True) if _is_refused(line)}
+    left = [line for line, start in zip(lines, starts, strict=True) if start not in refused]
+    return left or lines
+
+
+def _is_refused(line: Mapping[str, Any]) -> bool:
+    if line["event"] != "failed":
+        return False
+    # A job that Slurm starts again and that is refused then has failed.
+    mistaken = line.get("refused") and not line["attempt"]
+    return bool(mistaken or " is in use by " in str(line.get("error")))
+
+
+def _starts(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What each line shares with the others of its start: the job, or without one the process."""
+    starts: list[tuple[Any, ...]] = []
+    began: dict[int, tuple[Any, ...]] = {}  # by attempt, for lines that do not name their process
+    for line in lines:
+        if line["job"]:
+            starts.append((line["job"], line["attempt"]))
+        elif "pid" in line:
+            starts.append((line.get("host"), line["pid"], line.get("since")))
+            if line["event"] == "began":
+                began[line["attempt"]] = starts[-1]
+        else:
+            starts.append(began.get(line["attempt"], ("", line["attempt"])))
+    return starts
 
 
 def _judge(run: Run, summary: Mapping[str, Any]) -> None:
@@ -116,7 +145,7 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
         last = max((events[end]["time"] for end in ends), default=None)
         run.seconds = (last or time.time()) - began["time"]
     if "ended" in events and not {"failed", "lost_peer"} & set(events):
-        run.state, run.why = "COMPLETED", _left_early(run)
+        run.state, run.why = "COMPLETED", _left_early(run, summary)
     elif "failed" in events:
         first = next(line for line in attempt if line["event"] == "failed")
         run.state, run.why = "FAILED", _whose(first)
@@ -134,8 +163,10 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
         if not alive:
             run.seconds = None
     elif not run.lines and summary:
-        finished = summary.get("finished")
-        run.state = "COMPLETED" if finished else "STOPPED"
+        # A run that was asked for so many steps did what it was asked.
+        as_asked = summary.get("finished") or summary.get("stopped_by") == _AS_ASKED
+        run.state = "COMPLETED" if as_asked else "STOPPED"
+        run.why = _left_early(run, summary)
         run.seconds = summary.get("seconds")
     if not run.lines and (run.folder / "results.json").is_file():
         run.state = "COMPLETED"
@@ -145,9 +176,11 @@ def _goes_on(run: Run) -> str:
     return "" if run.job else "; the same command goes on"
 
 
-def _left_early(run: Run) -> str:
-    early = run.step is not None and run.total is not None and run.step < run.total
-    return f"at step {run.step} of {run.total}" if early else ""
+def _left_early(run: Run, summary: Mapping[str, Any]) -> str:
+    if run.step is None or run.total is None or run.step >= run.total:
+        return ""
+    told = summary.get("stopped_by") if summary.get("step") == run.step else ""
+    return f"{f'stopped by {told} ' if told else ''}at step {run.step} of {run.total}"
 
 
 def _whose(line: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.ranges import OutOfRange
 
 ALLOWED = (
     *("octic", "vit", "dinov2", "deit", "baselines", "evaluation", "utils"),
@@ -101,6 +102,18 @@ def nearest(word: object, known: Iterable[object]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def nearest_family(word: str, known: Iterable[str]) -> str:
+    """`nearest` for names of families: those that begin with the word, else begin most like it."""
+    names = list(known)
+    if hint := nearest(word, [name for name in names if name.startswith(word)] or names):
+        return hint
+    for length in range(len(word), 2, -1):
+        alike = [name for name in names if name.startswith(word[:length])]
+        if alike:
+            return f"; did you mean one of {', '.join(alike[:5])}?"
+    return ""
+
+
 def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The named keywords a target takes."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -149,6 +162,8 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
         return target(**keywords)
     except UserError:
         raise
+    except OutOfRange as error:
+        raise UserError(_join(where, error)) from error
     except Exception as error:  # a value of the right kind that no constructor was made for
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + " ".join(str(error).split())) from error

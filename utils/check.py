@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.build import build, check_targets, plain
 from utils.effective_batch import micro_batches
+from utils.folders import check_run_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,7 @@ def check(config: Any) -> None:
     import yaml
 
     content = plain(config)
+    check_run_folder(content)
     check_targets(content)
     lines = describe(content)
     print(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100))
@@ -31,9 +33,15 @@ def check(config: Any) -> None:
 
 
 def describe(content: dict[str, Any]) -> list[str]:
-    """Lines with parameters and multiply-adds of the networks, and the batch."""
-    from utils.flops import count_one_image
+    """Lines with parameters and multiply-adds of the networks, and the batch.
 
+    Raises `UserError` for what a run of this config would refuse before it reads data.
+    """
+    from utils.flops import count_one_image
+    from utils.settings import check_settings
+
+    if content.get("recipe"):
+        check_settings(content)
     net, recipe = networks(content)
     size = crop_size(content, net)
     name = str(content["backbone"]["_target_"]).rpartition(".")[2]
@@ -68,18 +76,32 @@ def describe(content: dict[str, Any]) -> list[str]:
 
 
 def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
-    """The backbone and the recipe (None without one) on the meta device: shapes without memory."""
+    """The backbone and the recipe (None without one) on the meta device: shapes without memory.
+
+    The optimiser is made as well, for what it refuses. All are built under their keys, which the
+    complaints then name.
+    """
     import torch
 
+    from utils.optimizers import make_optimizer
+
     with torch.device("meta"):
-        factory = build({**content["backbone"], "_partial_": True})
+        factory = _factory("backbone", content["backbone"])
         if not content.get("recipe"):
             return factory(), None
-        node = {**content["recipe"], "_partial_": True}
-        if "effective_batch_size" in node:  # held against the processes to be, not this one
+        node = dict(content["recipe"])
+        # Held against the processes to be, not against this one.
+        if (node.get("effective_batch_size") or 0) > 0:
             node["effective_batch_size"] = None
-        recipe = build(node)(backbone=factory, dataset=UnreadImages())
+        recipe = _factory("recipe", node)(backbone=factory, dataset=UnreadImages())
+        if content.get("optimizer"):
+            optimizer = _factory("optimizer", content["optimizer"])
+            make_optimizer(optimizer, recipe.param_groups(), recipe)
         return factory(), recipe
+
+
+def _factory(key: str, node: dict[str, Any]) -> Any:
+    return build({key: {**node, "_partial_": True}})[key]
 
 
 def crop_size(content: dict[str, Any], net: "nn.Module") -> int:

@@ -11,7 +11,8 @@ then are old folders removed.
 
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +31,11 @@ from utils.checkpoint_files import (
     folder_fault,
     read_description,
     reason,
+    weights_fault,
 )
 from utils.checkpoint_index import INDEX, pack
 from utils.errors import UserError
+from utils.ranges import OutOfRange, check_count
 from utils.shards import ShardWriter, set_usual_mode, write_json
 
 
@@ -41,7 +44,7 @@ class Checkpoints:
 
     `every` steps one is due (0: only at the end); the newest `keep_last` stay, and those at
     multiples of `keep_every` (0: none) stay for good. `fingerprint` names the config, to tell a
-    resumed run that it changed.
+    resumed run that it changed. Raises UserError for numbers that mean nothing.
     """
 
     def __init__(
@@ -53,13 +56,26 @@ class Checkpoints:
         keep_every: int = 0,
         fingerprint: str = "",
     ) -> None:
+        least = {"every": (every, 0), "keep_last": (keep_last, 1), "keep_every": (keep_every, 0)}
+        try:
+            for key, (value, smallest) in least.items():
+                check_count(f"checkpoint.{key}", value, smallest)
+        except OutOfRange as error:
+            raise UserError(str(error)) from None
         self.folder = Path(folder)
-        self.every, self.keep_last, self.keep_every = every, max(keep_last, 1), keep_every
+        self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
         self.fingerprint = fingerprint
         self.newest: int | None = None  # the step last saved or loaded
+        self.seconds_before = 0.0  # what the run took before the checkpoint that was loaded
+        self._began = time.perf_counter()
         self._saving: tuple[int, Future[Any]] | None = None
         self._news = ""
         self._group: dist.ProcessGroup | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken: since this object was made, and before what it resumed from."""
+        return self.seconds_before + time.perf_counter() - self._began
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step` steps."""
@@ -140,20 +156,21 @@ class Checkpoints:
         told, self._news = self._news, ""
         return told
 
-    def load(self) -> tuple[int, Parts, dict[str, Any], list[str]] | None:
+    def load(
+        self, weights: Collection[str] = ()
+    ) -> tuple[int, Parts, dict[str, Any], list[str]] | None:
         """The checkpoint to resume from: (step, parts, description, notes), or None without any.
 
-        `notes` names, a line each, the damaged ones passed over. Raises UserError if all are
-        damaged. Every rank must call this.
+        `notes` names, a line each, the unsound ones passed over: damaged, or with NaN or infinity
+        in the tensors of the part `recipe` that `weights` names. Raises UserError if all are.
+        Every rank must call this.
         """
-        order = distributed.broadcast_object(self._order() if distributed.is_main() else None)
-        notes: list[str] = []
-        for step in order:
-            if fault := self._shared_fault(step):
-                notes.append(fault)
-                continue
+        step, notes = self.soundest(weights)
+        if step is not None:
             parts = Parts(self.path(step))
             self.newest = step
+            spent = parts.description.get("seconds")  # a number, unless another version wrote it
+            self.seconds_before = float(spent) if isinstance(spent, int | float) else 0.0
             told = [f"{note}; resuming from step {step}" for note in notes]
             return step, parts, parts.description, told
         if notes:
@@ -163,6 +180,19 @@ class Checkpoints:
             )
         return None
 
+    def soundest(self, weights: Collection[str] = ()) -> tuple[int | None, list[str]]:
+        """The step that `load` resumes from, and what is wrong with those passed over.
+
+        Every rank must call this.
+        """
+        order = distributed.broadcast_object(self._order() if distributed.is_main() else None)
+        notes: list[str] = []
+        for step in order:
+            if not (fault := self._shared_fault(step, weights)):
+                return step, notes
+            notes.append(fault)
+        return None, notes
+
     def fault(self, step: int) -> str:
         """Nothing if the step's checkpoint is sound, else one line about what is wrong."""
         if fault := folder_fault(self.path(step)):
@@ -171,16 +201,16 @@ class Checkpoints:
         faults = (file_fault(self.path(step) / name, files[name]) for name in files)
         return next((fault for fault in faults if fault), "")
 
-    def _shared_fault(self, step: int) -> str:
-        # As `fault`, each rank reading some of the files.
+    def _shared_fault(self, step: int, weights: Collection[str]) -> str:
+        # As `fault`, and of the weights; each rank reads some of the files.
         path = self.path(step)
         fault = distributed.broadcast_object(folder_fault(path) if distributed.is_main() else None)
         if not fault:
             files = read_description(path)["files"]
             mine = list(files)[distributed.rank() :: distributed.world_size()]
             faults = (file_fault(path / name, files[name]) for name in mine)
-            found = distributed.gather_objects(next((one for one in faults if one), ""))
-            fault = next((one for one in found if one), "")
+            own = next((one for one in faults if one), "") or weights_fault(path, weights, mine)
+            fault = next((one for one in distributed.gather_objects(own) if one), "")
         return fault
 
     def _order(self) -> list[int]:
@@ -214,6 +244,7 @@ class Checkpoints:
             "step": step,
             "world_size": distributed.world_size(),
             "fingerprint": self.fingerprint,
+            "seconds": round(self.seconds, 1),
             "torch": torch.__version__,
             "files": files,
         }

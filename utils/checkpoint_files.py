@@ -9,16 +9,17 @@ no longer written, <part>.pt with whole tensors.
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from utils import parallel
-from utils.checkpoint_index import INDEX, filled, index_fault, pack, stored_in, unpack
+from utils.checkpoint_index import INDEX, Stored, filled, index_fault, pack, stored_in, unpack
 from utils.errors import UserError
 from utils.shards import hash_file, read_into
 
@@ -87,6 +88,22 @@ class Parts(Mapping[str, Any]):
         except CheckpointException as error:
             raise UserError(f"checkpoint {self.folder} cannot be read: {reason(error)}") from None
 
+    def pieces(self, part: str, files: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """What of a part's tensors lies in `files`: key and piece, one after another."""
+        tree = self.outline(part)
+        stored = {one.name: key for key, one in tree.items() if isinstance(one, Stored)}
+        if self._old:
+            if f"{part}.pt" in files:
+                yield from ((key, self._whole[name]) for name, key in stored.items())
+            return
+        by_file: dict[str, list[tuple[str, str]]] = {}
+        for name, key in stored.items():
+            for file, place, _, _ in self._tensors[name]["pieces"]:
+                by_file.setdefault(file, []).append((key, place))
+        for file in by_file.keys() & files:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                yield from ((key, opened.get_tensor(place)) for key, place in by_file[file])
+
 
 def read_description(folder: Path) -> dict[str, Any]:
     """checkpoint.json of a folder; raises UserError with one line if it is not to be used."""
@@ -128,6 +145,22 @@ def file_fault(path: Path, expected: Mapping[str, Any]) -> str:
             return f"checkpoint {path} is damaged: its bytes are not those that were written"
     except OSError as error:
         return f"checkpoint {path} cannot be read: {error.strerror}"
+    return ""
+
+
+def weights_fault(folder: Path, weights: Collection[str], files: Collection[str]) -> str:
+    """Nothing if the weights, keys of the part `recipe`, are finite in these files, else one line.
+
+    What cannot be read is no business of this: the loading tells of it, on every rank.
+    """
+    if not weights:
+        return ""
+    try:
+        for key, piece in Parts(folder).pieces("recipe", files):
+            if key in weights and not piece.isfinite().all():
+                return f"checkpoint {folder} holds weights that are not finite ({key})"
+    except (ValueError, SafetensorError, OSError, KeyError, AttributeError):
+        pass
     return ""
 
 

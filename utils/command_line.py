@@ -3,10 +3,12 @@
 What a command's own flags leave over is read by `utils.flags`, as for every script.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from utils.build import nearest_family
 from utils.config import CONFIGS
 from utils.errors import UserError
 from utils.flags import FLAGS
@@ -82,14 +84,45 @@ def read_words(
 def backbone_words(name: str) -> list[str]:
     """Overrides for a model: our config of that name, else timm's model or one of the hub.
 
-    For a name of none of them, the config's own complaint will say so.
+    UserError for a name of none of them.
     """
     if not (CONFIGS / "backbone" / f"{name}.yaml").is_file():
         import timm  # late: --help and our own models need none of it
 
         if ":" in name or timm.is_model(name.split(".")[0]):
             return ["backbone=timm", f"backbone.model_name={quoted(name)}"]
+        if "," not in name:  # a list of them is no sweep without -m, as the config will say
+            raise UserError(f"--model: {unknown_model(name)}")
     return [f"backbone={name}"]
+
+
+def unknown_model(name: str) -> str:
+    """That there is no such model, neither of ours nor of timm's, and which ones are like it."""
+    import timm
+
+    ours = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
+    hint = nearest_family(name, [*ours, *timm.list_models()])
+    return f"there is no model {name!r}, neither of ours nor of timm{hint}"
+
+
+def names_backbone(words: Sequence[str]) -> bool:
+    """Whether overrides or a config file say which net; without them the weights may."""
+    named = ("backbone=", "backbone._target_=", "--config", "--model")
+    return any(word.lstrip("+").startswith(named) for word in words)
+
+
+def folder_of_model(words: Sequence[str], name: str) -> list[str]:
+    """The override that gives the results of a named model a folder of its own below runs/`name`.
+
+    None where the words say where to write, or name no model.
+    """
+    values = dict(word.partition("=")[::2] for word in words)
+    model = values.get("backbone.model_name", values.get("backbone", ""))
+    said = ("--config", "--output", "output_dir=", "--name", "name=")
+    if not model or any(word.startswith(said) for word in words):
+        return []
+    plain_name = re.sub(r"[^\w.-]+", "_", model).strip("_")
+    return [f"name={quoted(f'{name}/{plain_name}')}"]
 
 
 def quoted(text: str) -> str:

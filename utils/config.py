@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils import vocabulary
-from utils.build import build, check_targets, nearest
+from utils.build import build, check_targets, nearest, nearest_family
 from utils.errors import UserError
 from utils.flags import read_arguments
 from utils.schema import compare
@@ -373,10 +373,11 @@ def _missing_option(error: Any, path: Path) -> str:
     missing, options = str(error.missing_cfg_file), sorted(error.options or [])
     group, _, name = missing.strip("/").rpartition("/")
     if options:
-        hint = nearest(name, options)
+        hint = nearest_family(name, options)
         shown = options if len(options) <= 20 else [*options[:20], f"... in configs/{group}"]
         known = "" if hint and len(options) > 9 else f" (options: {', '.join(shown)})"
-        return f"there is no {group}={name}{hint}{known}"
+        flag = f" (--model {name})" if group == "backbone" else ""
+        return f"there is no {group}={name}{flag}{hint}{known}"
     names = [
         file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml")
     ]

@@ -120,6 +120,12 @@ def setup(device: str = "auto", *, timeout_min: float = 30) -> torch.device:
     return chosen
 
 
+def check_device(device: str) -> None:
+    """UserError for a name that no device has, whether this machine has one or not."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)):
+        raise UserError(f"device={device} is unknown; choose auto, cpu, cuda or cuda:<index>")
+
+
 def rank() -> int:
     """Rank of this process, 0 when alone."""
     return dist.get_rank() if _joined() else 0
@@ -234,10 +240,9 @@ def _port(env: Mapping[str, str], job: str) -> int:
 
 
 def _choose_device(device: str, process: Process) -> torch.device:
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
-        raise UserError(f"device={device} is unknown; choose auto, cpu, cuda or cuda:<index>")
     if device == "cpu":
         return torch.device(device)
     count = torch.cuda.device_count()

@@ -1,6 +1,7 @@
 """One batch size per optimiser step, whatever the number of GPUs that share it."""
 
 from utils.errors import UserError
+from utils.ranges import check_count
 
 
 def micro_batches(
@@ -14,13 +15,12 @@ def micro_batches(
     A given `accumulation` is never changed: UserError, with numbers that would do, where the
     product is another. Without an effective size, `accumulation` or 1.
     """
-    if batch_size_per_gpu < 1 or (accumulation is not None and accumulation < 1):
-        raise UserError(
-            "batch_size_per_gpu and accumulation must be at least 1, "
-            f"not {batch_size_per_gpu} and {accumulation}"
-        )
+    check_count("batch_size_per_gpu", batch_size_per_gpu, 1)
+    if accumulation is not None:
+        check_count("accumulation", accumulation, 1)
     if effective_batch_size is None:
         return accumulation or 1
+    check_count("effective_batch_size", effective_batch_size, 1)
     share = batch_size_per_gpu * processes
     needed, rest = divmod(effective_batch_size, share)
     if rest == 0 and accumulation in (None, needed):

@@ -27,7 +27,7 @@ FLAGS = (
     Flag(
         ("--weights", "--pretrained-weights", "--finetune"),
         "training.weights",
-        "start from the weights of this file",
+        "start from the weights of this file, or of a run folder",
     ),
     Flag(
         ("--batch-size", "--batch"),

@@ -1,13 +1,13 @@
 """Is the training well? Steps that are not finite are skipped; collapse raises an alarm."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from utils import distributed, parallel
+from utils.checkpoint import Checkpoints
 from utils.errors import UserError
 from utils.precision import Precision
 from utils.randomness import preserved_randomness
@@ -20,7 +20,8 @@ class Health:
     A step whose losses or gradient norms are not finite is skipped: parameters, optimiser and
     buffers (running centres have already seen the bad batch) stay as before it. `nan_patience` such
     steps in a row end the run. An fp16 overflow of the gradients alone is skipped too but not
-    counted: the scaler is looking for its scale.
+    counted: the scaler is looking for its scale. A finite step may break the weights all the same;
+    the steps after it tell, so `fault` looks at what would be kept.
     """
 
     def __init__(
@@ -29,7 +30,8 @@ class Health:
         self.nan_patience, self.min_rank, self.min_std = max(nan_patience, 1), min_rank, min_std
         self.bad_steps: list[tuple[int, dict[str, float]]] = []
         self.skipped = 0
-        self.alarm = ""  # one line when the last examination found the features collapsed
+        self.alarm = ""  # one line when the last examination found the features not well
+        self._overflows = False  # whether it found them not finite, of images that are
         self._recipe: nn.Module | None = None
         self._tables: list[dict[str, Tensor | None]] = []
         self._copies: dict[tuple[int, str], Tensor] = {}
@@ -100,11 +102,40 @@ class Health:
         """The number of steps finished before the current row of bad ones."""
         return self.bad_steps[0][0] - 1
 
-    def give_up(self, problem: str, kept: Path) -> UserError:
-        """The error that ends the run: steps, losses, and where the state from before them lies."""
+    def fault(self, recipe: nn.Module) -> str:
+        """Nothing if the state from before the bad steps may be kept, else what is wrong with it.
+
+        Weights, those of an EMA included, must be finite, and so must the features they give: huge
+        ones are as lost. Every rank must call this, and every rank is told the same.
+        """
+        weights = [parallel.local(weight.detach()) for weight in recipe.parameters()]
+        broken = ~torch.stack([weight.isfinite().all() for weight in weights]).all()
+        if bool(distributed.all_reduce_max(broken.float())):
+            return f"the weights of step {self.sound_step} are not finite"
+        if self._overflows:
+            return f"the weights of step {self.sound_step} give features that are not finite"
+        return ""
+
+    def give_up(
+        self, recipe: nn.Module, checkpoints: Checkpoints, save: Callable[[int], None]
+    ) -> UserError:
+        """Keep the state from before the bad steps by `save`, and make the error that says where.
+
+        If there is something wrong with it, it is not kept: the error names an earlier one. Every
+        rank must call this.
+        """
         steps = ", ".join(str(step) for step, _ in self.bad_steps)
         losses = ", ".join(f"{k}={v:.4g}" for k, v in self.bad_steps[-1][1].items())
-        fate = problem or f"the state from before them is in {kept}"
+        fault = self.fault(recipe)
+        if not fault:
+            save(self.sound_step)
+        fate = checkpoints.wait() or (
+            f"the state from before them is in {checkpoints.path(self.sound_step)}"
+        )
+        if fault:
+            step, _ = checkpoints.soundest([name for name, _ in recipe.named_parameters()])
+            kept = f"the last sound one is {checkpoints.path(step)}" if step is not None else ""
+            fate = f"{fault}, so they make no checkpoint; {kept or 'there is no sound one'}"
         return UserError(f"not finite at step {steps} ({losses}): stopped; {fate}")
 
     def examine(self, net: nn.Module, batch: Any) -> dict[str, float]:
@@ -122,8 +153,12 @@ class Health:
         for part, mode in modes.items():
             part.training = mode
         features = distributed.all_gather_variable(parallel.whole(features).float()).cpu()
-        if not features.isfinite().all():
-            self.alarm = "ALARM: the features are not finite"
+        self._overflows = not features.isfinite().all()
+        if self._overflows:  # on every rank, as all have gathered the same
+            shown = (~images.isfinite().all()).float()
+            self._overflows = not distributed.all_reduce_max(shown)
+            what = "features" if self._overflows else "images"
+            self.alarm = f"ALARM: the {what} are not finite"
             return {}
         std = relative_std(features)
         rank = effective_rank(features)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.folders import make_folder
 
 NAME = ".lock"
 BEAT_S = 10.0
@@ -43,7 +44,7 @@ class FolderLock:
 
         Waits for a holder that has missed a beat until it stirs or counts as dead.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         mine = self.path.with_name(f"{NAME}.{self.owner['token']}")
         try:
             self._write(mine)
@@ -72,10 +73,14 @@ class FolderLock:
                 self.path.unlink(missing_ok=True)
 
     def _write(self, path: Path) -> None:
-        with open(path, "w") as file:
-            json.dump(self.owner, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "w") as file:
+                json.dump(self.owner, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            folder = self.path.parent
+            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
 
     def _link(self, mine: Path) -> bool:
         try:

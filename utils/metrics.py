@@ -33,7 +33,7 @@ class Metrics:
 
     `step` counts finished optimiser steps: the first line of a run says 1, and a checkpoint of step
     n goes with the lines up to n. Lines after `first_step` (left by a run that died later than its
-    checkpoint) are removed.
+    checkpoint) are removed. `recipe_steps` is what `total_steps`, where it stops this time, is of.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Metrics:
         *,
         first_step: int = 0,
         total_steps: int = 0,
+        recipe_steps: int = 0,
         log_every: int = 10,
         images_per_step: int = 0,
         sinks: tuple[Sink, ...] = (),
@@ -64,9 +65,7 @@ class Metrics:
         )
         if distributed.is_main():
             truncate(self.path, first_step)
-            # For who looks from outside: metrics.jsonl says how far the run is, this of how much.
-            progress = {"first_step": first_step, "total_steps": total_steps}
-            self.path.with_name("progress.json").write_text(json.dumps(progress) + "\n")
+        self._progress = {"first_step": first_step, "total_steps": recipe_steps or total_steps}
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's values without waiting for them."""
@@ -82,10 +81,18 @@ class Metrics:
     def end_step(
         self, step: int, schedules: Mapping[str, float], norms: Mapping[str, Tensor]
     ) -> None:
-        """Close a step: its losses, schedules' values and gradient norms join the window."""
+        """Close a step: its losses, schedules' values and gradient norms join the window.
+
+        The first one writes progress.json, for who looks from outside: metrics.jsonl says how far
+        the run is, this of how much. A start that is refused before it leaves an earlier one's.
+        """
         values = self.current() | {f"grad_norm/{name}": norm for name, norm in norms.items()}
         self._window.append((step, values, dict(schedules)))
         self._current, self._micro_batches, self.step = {}, 0, step
+        if self._progress and distributed.is_main():
+            with suppress(OSError):  # a full disk
+                self.path.with_name("progress.json").write_text(json.dumps(self._progress) + "\n")
+        self._progress = {}
 
     def due(self, step: int) -> bool:
         """Whether `step` is one to flush at."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from utils import parallel
 from utils.errors import UserError
+from utils.ranges import OutOfRange, check_range
 
 Schedules = Mapping[str, Callable[[int], float]]
 
@@ -19,7 +20,8 @@ def make_optimizer(
     """Build the optimiser of a recipe's `groups` (see `utils.training.Recipe.param_groups`).
 
     On CUDA torch's Adam and AdamW are fused unless they are told `fused` or `foreach`. Raises
-    UserError when a trainable parameter of `recipe` is in no group or in two.
+    UserError when a trainable parameter of `recipe` is in no group or in two, and for options
+    without a meaning.
     """
     groups = [
         {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0, **g}
@@ -39,8 +41,20 @@ def make_optimizer(
             f"e.g. {', '.join(wrong[:3])}"
         )
     optimizer = factory([group for group in groups if group["params"]])
+    _check_options(optimizer.defaults)
     _fuse(optimizer)
     return optimizer
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """UserError for what torch's optimisers refuse and others take; lr and decay are schedules."""
+    try:
+        for value in options.get("betas") or ():
+            check_range("optimizer.betas", value, 0, 1, ends="[)")
+        check_range("optimizer.momentum", options.get("momentum") or 0.0, 0, 1, ends="[)")
+        check_range("optimizer.eps", options.get("eps") or 0.0)
+    except OutOfRange as error:
+        raise UserError(str(error)) from None
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

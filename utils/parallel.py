@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.precision import Precision
 
 Wrap = Callable[..., nn.Module]
+SHARDINGS = ("replicate", "shard", "hybrid")
 
 
 def make_wrap(
@@ -112,10 +113,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def make_mesh(device: torch.device, sharding: str) -> DeviceMesh | None:
     """The (replicate, shard) mesh over all ranks, or None in one process."""
     world = distributed.world_size()
-    if sharding not in ("replicate", "shard", "hybrid"):
-        raise UserError(
-            f"training.sharding={sharding} is unknown; choose replicate, shard or hybrid"
-        )
+    if sharding not in SHARDINGS:
+        raise UserError(f"training.sharding={sharding} is unknown; choose {', '.join(SHARDINGS)}")
     if world == 1:
         return None
     own = {"replicate": 1, "shard": world}.get(sharding) or distributed.node_size()

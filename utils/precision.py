@@ -11,6 +11,12 @@ from utils.errors import UserError
 _MODES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def check_mode(mode: str) -> None:
+    """UserError for a name that no mode has."""
+    if mode not in ("auto", *_MODES):
+        raise UserError(f"training.precision={mode} is unknown; choose auto, {', '.join(_MODES)}")
+
+
 class Precision:
     """Autocast and, for fp16, the gradient scaler (torch's: 2^16, halved on overflow).
 
@@ -21,12 +27,9 @@ class Precision:
 
     def __init__(self, mode: str = "auto", device: torch.device | str = "cpu") -> None:
         self.device_type = torch.device(device).type
+        check_mode(mode)
         if mode == "auto":
             mode = "bf16" if self.device_type == "cuda" else "fp32"
-        if mode not in _MODES:
-            raise UserError(
-                f"training.precision={mode} is unknown; choose auto, {', '.join(_MODES)}"
-            )
         self.mode, self.dtype = mode, _MODES[mode]
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=mode == "fp16")
         if self.device_type == "cuda":

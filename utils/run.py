@@ -2,21 +2,17 @@
 
 import errno
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from utils import distributed, parallel, state
 from utils.build import build, place_of, plain, raised_by_us
-from utils.checkpoint import Checkpoints, export_weights, write_text
-from utils.checkpoint_files import DESCRIPTION, Parts
+from utils.checkpoint import Checkpoints, export_weights
 from utils.data.classes import class_metadata
 from utils.errors import UserError
 from utils.exported import EXPORTED
@@ -29,8 +25,11 @@ from utils.probing import Judge
 from utils.randomness import seed_everything
 from utils.recipe import Recipe
 from utils.run_folder import describe_code, fingerprint, prepare_folder, refuse_overwriting
+from utils.settings import check_max_steps, check_settings
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
+from utils.start import load_weights, restore
+from utils.summary import MAX_STEPS, History, how_it_ended, leave, read_history
 from utils.training import fit
 from utils.watchdog import Watchdog
 
@@ -42,6 +41,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     exits with 128 plus its number.
     """
     config = plain(config)
+    check_settings(config)
     with StopSignal() as stop:
         # The watchdog tells of a hung rank; this ends what it does not see (set-up, probes).
         patience = max(30.0, _hang_timeout(config) / 30)
@@ -114,21 +114,29 @@ def _run_alone(
     device: torch.device,
     stop: StopSignal,
 ) -> dict[str, Any]:
-    start, folder = time.perf_counter(), Path(config["output_dir"])
-    training = config["training"]
+    folder, training = Path(config["output_dir"]), config["training"]
     precision = Precision(training["precision"], device)
-    optimizer, first_step, more = _set_out(
+    optimizer, first_step, notes = _set_out(
         config, recipe, optimizer_factory, checkpoints, precision, device
     )
     last_step = _last_step(recipe.total_steps, training["max_steps"])
-    notes = _on_main(lambda: prepare_folder(folder, config, checkpoints))
-    metrics = _make_metrics(folder, config, recipe, first_step, last_step)
-    for note in [*notes, *more]:
-        metrics.say(note)
-    health = Health(nan_patience=training["nan_patience"])
-    judge = Judge(
-        _fitting(probes, data, metrics), recipe.exported, data, folder, every=config["probe_every"]
+    history = _on_main(lambda: read_history(folder, first_step, config, recipe.schedules))
+    checkpoints.seconds_before = max(
+        checkpoints.seconds_before, history.summary.get("seconds", 0.0)
     )
+    is_done = first_step > 0 and first_step >= last_step
+    if not is_done:  # what trains nothing leaves the config that the weights were trained with
+        notes = _on_main(lambda: prepare_folder(folder, config, checkpoints)) + notes
+        notes += [f"resuming from step {first_step}"] if checkpoints.newest is not None else []
+    metrics = _make_metrics(folder, config, recipe, first_step, last_step)
+    for note in notes:
+        metrics.say(note)
+    fitting = _fitting(probes, data, metrics)
+    judge = Judge(fitting, recipe.exported, data, folder, every=config["probe_every"])
+    if is_done:
+        return _judge_again(config, recipe, checkpoints, history, data, judge, metrics, first_step)
+    health = Health(nan_patience=training["nan_patience"])
+    health.skipped = history.skipped
     watchdog = Watchdog(
         folder / "hangs", timeout_s=_hang_timeout(config), watched=fit.__code__.co_filename
     )
@@ -151,27 +159,68 @@ def _run_alone(
             )
         if step < last_step:
             metrics.say(f"stopped at step {step} of {last_step}; the same command goes on there")
-        else:
-            # Before the probes: what they stumble over must not cost what was trained.
-            export_net(folder, config, step, recipe.exported, data.get("train"))
+        # Before the probes: what they stumble over must not cost what was trained.
+        export_net(folder, config, step, recipe.exported, data.get("train"))
+        if step >= last_step:
             metrics.record(step, judge.final(step))
     finally:
         metrics.close()
-    summary = {
+    signals = [one.name for one in distributed.gather_objects(stop.received) if one]
+    summary = _facts(config, recipe, step, checkpoints)
+    stopped_by = MAX_STEPS if step >= last_step else max(signals, default="a signal")
+    summary |= how_it_ended(step, recipe.total_steps, stopped_by)
+    summary |= {"skipped_steps": health.skipped, "alarm": health.alarm}
+    return leave(folder, summary | metrics.last | {"step": step} | judge.results)
+
+
+def _judge_again(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    history: History,
+    data: Mapping[str, Any],
+    judge: Judge,
+    metrics: Metrics,
+    step: int,
+) -> dict[str, Any]:
+    # No step is left: the figures of the run stay, and what is judged now joins them.
+    folder, total = Path(config["output_dir"]), recipe.total_steps
+    most = config["training"]["max_steps"]
+    metrics.say(
+        f"already finished at step {step}"
+        if step >= total
+        else f"already at step {step} of {total}: training.max_steps={most} leaves no step"
+    )
+    if kept := sorted(history.judged & judge.probes.keys()):
+        metrics.say(f"judged before, with the same settings: {', '.join(kept)}")
+    judge.probes = {k: probe for k, probe in judge.probes.items() if k not in history.judged}
+    try:
+        if not (history.summary and history.exported):
+            export_net(folder, config, step, recipe.exported, data.get("train"))
+        metrics.record(step, judge.final(step))
+    finally:
+        metrics.close()
+    summary = _facts(config, recipe, step, checkpoints)
+    summary |= how_it_ended(step, total) | {"skipped_steps": history.skipped, "alarm": ""}
+    summary |= history.summary or history.logged
+    summary |= how_it_ended(step, summary["total_steps"])  # others meant other things by finished
+    here = {"name": config["name"], "output_dir": str(folder), "step": step}
+    return leave(folder, summary | here | judge.results)
+
+
+def _facts(
+    config: Mapping[str, Any], recipe: Recipe, step: int, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    return {
         "name": config["name"],
-        "output_dir": str(folder),
+        "output_dir": str(Path(config["output_dir"])),
         "step": step,
         "total_steps": recipe.total_steps,
-        "finished": step >= last_step,
-        "seconds": round(time.perf_counter() - start, 1),
+        "finished": False,
+        "stopped_by": "",
+        "seconds": round(checkpoints.seconds, 1),
         "parameters": sum(p.numel() for p in recipe.exported.parameters()),
-        "skipped_steps": health.skipped,
-        "alarm": health.alarm,
-        **(metrics.last | {"step": step} | judge.results),
     }
-    if step < last_step:
-        export_net(folder, config, step, recipe.exported, data.get("train"))
-    return _leave(folder, summary)
 
 
 @contextmanager
@@ -200,6 +249,7 @@ def _make_metrics(
         folder,
         first_step=first_step,
         total_steps=last_step,
+        recipe_steps=recipe.total_steps,
         log_every=config["training"]["log_every"],
         images_per_step=recipe.batch_size_per_gpu * recipe.accumulation * distributed.world_size(),
         sinks=sinks,
@@ -223,10 +273,10 @@ def _on_main(action: Callable[[], Any]) -> Any:
     if distributed.is_main():
         try:
             result = action()
-        except UserError as error:
+        except (UserError, OSError) as error:
             result = error
     result = distributed.broadcast_object(result)
-    if isinstance(result, UserError):
+    if isinstance(result, UserError | OSError):
         raise result
     return result
 
@@ -244,18 +294,19 @@ def _set_out(
     module = cast(nn.Module, recipe).to(device)
     parallel.broadcast_state(module)
     # The order of precedence: a checkpoint of this run, given weights, fresh ones.
-    found = checkpoints.load() if training["resume"] else None
-    if found is None and training["weights"]:
-        load_weights(module, training["weights"])
+    weights = [name for name, _ in module.named_parameters()]
+    found = checkpoints.load(weights) if training["resume"] else None
+    given = found is None and training["weights"]
+    notes = load_weights(module, training["weights"]) if given else []
     options = {k: training[k] for k in ("sharding", "compile", "activation_checkpointing")}
     recipe.parallelize(parallel.make_wrap(device, precision, **options))
     optimizer = make_optimizer(optimizer_factory, recipe.param_groups(), module)
     seed_everything(state.rank_seed(seed))  # drop path differs from rank to rank
     if found is None:
-        return optimizer, 0, []
+        return optimizer, 0, notes
     step, parts, _, damaged = found
-    state.restore(parts, module, optimizer, precision, seed=seed, step=step)
-    return optimizer, step, [*damaged, f"resuming from step {step}"]
+    restore(parts, module, optimizer, precision, config=config, step=step)
+    return optimizer, step, damaged
 
 
 def _build_and_run(
@@ -285,38 +336,9 @@ def _build_and_run(
     )
 
 
-def _last_step(total: int, most: Any) -> int:
-    if most is None:
-        return total
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise UserError(f"training.max_steps must be a whole number from 1, or null, got {most!r}")
-    return min(total, most)
-
-
-def load_weights(recipe: nn.Module, path: str) -> None:
-    """Start from a run folder, one of its checkpoints, or a file that the recipe can read.
-
-    Raises UserError, naming what misses and what is left over, unless every tensor finds its place.
-    """
-    source = Path(str(path))
-    if not source.exists():
-        raise UserError(f"training.weights: there is no {path}")
-    if source.is_dir():
-        folder = source if (source / DESCRIPTION).exists() else source / "checkpoints"
-        if folder != source:
-            pointer = folder / "last"
-            folder = folder / (pointer.read_text().strip() if pointer.exists() else "?")
-        if not (folder / DESCRIPTION).exists():
-            raise UserError(
-                f"training.weights: {path} is neither a run folder nor a checkpoint of one"
-            )
-        state.load_state(recipe, Parts(folder), str(folder))
-    elif hasattr(recipe, "load_weights"):
-        recipe.load_weights(path)
-    else:
-        raise UserError(
-            f"training.weights: {type(recipe).__name__} reads checkpoint folders, no files"
-        )
+def _last_step(total: int, most: int | None) -> int:
+    check_max_steps(most)
+    return total if most is None else min(total, most)
 
 
 def export_net(
@@ -334,16 +356,3 @@ def export_net(
         **class_metadata(dataset),
     }
     export_weights(folder / EXPORTED, weights, metadata)
-
-
-def _leave(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    # Rank 0's last act: what others read without knowing the loop.
-    if not distributed.is_main():
-        return summary
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    table = Table(title=f"{summary['name']}: {folder}", show_header=False)
-    for key, value in summary.items():
-        if key not in ("name", "output_dir") and value != "":
-            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    return summary

@@ -19,6 +19,14 @@ from utils.precision import Precision
 from utils.randomness import random_state, seed_everything, set_random_state
 
 
+class Misfit(UserError):
+    """A saved state that is of another model; `what` says in which tensors."""
+
+    def __init__(self, source: str, what: str) -> None:
+        super().__init__(f"{source} is of another model: {what}")
+        self.what = what
+
+
 def collect(
     recipe: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision
 ) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def load_state(module: nn.Module, parts: Parts, source: str) -> None:
         found += [
             f"{n} is {list(saved[n].shape)}, not {list(ours[n].shape)}" for n in sorted(wrong)[:1]
         ]
-        raise UserError(f"{source} is of another model: {'; '.join(found)}")
+        raise Misfit(source, "; ".join(found))
     parts.read({one.name: ours[name] for name, one in saved.items() if isinstance(one, Stored)})
 
 

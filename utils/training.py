@@ -95,8 +95,7 @@ def fit(
             metrics.record(step, probe(step))
         # Save
         if health.hopeless:
-            save(health.sound_step)
-            raise health.give_up(checkpoints.wait(), checkpoints.path(health.sound_step))
+            raise health.give_up(module, checkpoints, save)
         if checkpoints.due(step):
             save(step)
         metrics.rest()

@@ -66,7 +66,8 @@ def test_soft_distillation_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"kind": "warm"}, "soft, hard"), ({"tau": 0.0}, "tau above 0")]
+    ("options", "said"),
+    [({"kind": "warm"}, "soft, hard"), ({"tau": 0.0}, "tau must be finite and above 0")],
 )
 def test_bad_options_are_refused(options, said):
     with pytest.raises(ValueError, match=said):

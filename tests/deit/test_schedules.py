@@ -45,7 +45,7 @@ def test_weight_decay_is_constant():
         ({"update": "late"}, "one_epoch_late"),
         ({"lr_scaling": "x"}, "linear_wrt_512"),
         ({"shape": "tanh"}, "cosine, step"),
-        ({"decay_epochs": 0}, "decay_epochs must lie above 0"),
+        ({"decay_epochs": 0}, "decay_epochs must be finite and above 0"),
     ],
 )
 def test_bad_options(options, said):

@@ -1,5 +1,6 @@
 """Accuracy is counted as DeiT counts it, by any number of processes and under any symmetry."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_figures_are_those_counted_by_hand(tmp_path, capsys):
     line = f"* Acc@1 {found['acc1']:.3f} Acc@5 {found['acc5']:.3f} loss {found['loss']:.3f}"
     assert line in printed.splitlines()
     assert f"Accuracy of the network on the 10 test images: {found['acc1']:.1f}%" in printed
+
+
+def test_the_figures_lie_beside_their_protocol(tmp_path):
+    """A training run has no other place that says how they were counted."""
+    net, images = ToyClassifier().eval(), ToyImages(10, seed=2)
+    found = AccuracyProbe(**OPTIONS)(net, {"val": images}, tmp_path / "accuracy", step=7)
+    written = json.loads((tmp_path / "accuracy/results.json").read_text())["accuracy"]
+    assert written["figures"] == found
+    assert (written["protocol"]["step"], written["protocol"]["probe"]) == (7, "accuracy")
+    AccuracyProbe(**OPTIONS)(net, {"val": images}, tmp_path / "evaluation")
+    assert not (tmp_path / "evaluation").exists()  # that writes it with the name of the net
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,71 @@ def test_the_error_of_a_rank_that_lost_another_is_no_failure_of_its_own(
     with pytest.raises(type(error)), record.attempt(tmp_path):
         raise error
     assert record.read(tmp_path)[-1]["event"] == ("lost_peer" if lost else "failed")
+
+
+def attempt(folder: Path, error: Exception | None = None, *, steps: bool = True, **facts) -> None:
+    """A start in a process of its own: a step, which leaves progress.json, then the error."""
+    with suppress(Exception), record.attempt(folder, **facts):
+        if steps:
+            (folder / "progress.json").unlink(missing_ok=True)
+            (folder / "progress.json").write_text(json.dumps({"total_steps": 12}))
+        if error:
+            raise error
+
+
+MISTAKE = UserError("runs/x holds a run at step 4: choose another output_dir")
+
+
+@pytest.mark.parametrize("job", ["", "13"])
+def test_a_refused_start_leaves_what_an_earlier_one_came_to(tmp_path: Path, monkeypatch, job):
+    pids = iter(range(1000, 2000))
+    monkeypatch.setattr(os, "getpid", lambda: next(pids))
+    monkeypatch.setattr(record, "started", lambda pid: 7)
+    attempt(tmp_path)
+    before = describe(tmp_path)
+    attempt(tmp_path, MISTAKE, steps=False, job=job)
+    after = describe(tmp_path)
+    for field in ("state", "why", "seconds", "job", "restarts", "lines"):
+        assert getattr(after, field) == getattr(before, field), field
+    assert after.state == "COMPLETED" and after.refusal == str(MISTAKE)
+    # One that made steps has failed, and so has one that fell over something else.
+    attempt(tmp_path, UserError("not finite at step 6, 7"), job=job and "14")
+    assert (describe(tmp_path).state, describe(tmp_path).refusal) == ("FAILED", "")
+    attempt(tmp_path, job=job and "15")
+    attempt(tmp_path, RuntimeError("x"), steps=False, job=job and "16")
+    assert describe(tmp_path).why == "RuntimeError: x"
+
+
+def test_a_first_start_that_is_refused_has_failed(tmp_path: Path) -> None:
+    for error in (UserError("no such file"), MISTAKE):
+        attempt(tmp_path, error, steps=False)
+        assert describe(tmp_path).state == "FAILED" and describe(tmp_path).why == str(error)
+
+
+def test_a_second_command_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    """Both without a job: the processes tell them apart."""
+    folder = lines(tmp_path, BEGAN | ME, BEGAN)
+    lines(folder, BEGAN | {"event": "failed", "error": "runs/x is in use by process 1"})
+    assert describe(folder).state == "RUNNING"
+    lines(folder, ME | {"event": "ended"})
+    assert describe(folder).state == "COMPLETED"
+
+
+def test_a_job_that_starts_again_and_is_refused_then_has_failed(tmp_path, monkeypatch) -> None:
+    attempt(tmp_path, RuntimeError("Connection closed by peer"), job="12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    attempt(tmp_path, UserError("no sound checkpoint in x"), steps=False, job="12")
+    assert describe(tmp_path).why == "no sound checkpoint in x"
+
+
+def test_steps_that_were_asked_for_are_a_completed_attempt(tmp_path: Path) -> None:
+    trained(tmp_path, 10, 616)
+    summary = {"finished": False, "stopped_by": "training.max_steps", "step": 10, "seconds": 5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    said = ("COMPLETED", "stopped by training.max_steps at step 10 of 616")
+    assert (describe(tmp_path).state, describe(tmp_path).why) == said
+    run = describe(lines(tmp_path, BEGAN, {"event": "ended"}))
+    assert (run.state, run.why) == said
 
 
 @pytest.mark.parametrize(

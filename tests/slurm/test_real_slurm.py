@@ -41,7 +41,8 @@ def test_training_on_two_nodes_and_an_evaluation_after_it(tmp_path: Path) -> Non
     assert until_ended(job, 300, log) == "COMPLETED", log.read_text()
     text = log.read_text()
     assert "step 3/3" in text
-    assert json.loads((run / "summary.json").read_text())["finished"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["step"], summary["stopped_by"]) == (3, "training.max_steps")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps[-1] == 3 and sorted(set(steps)) == [1, 2, 3]
@@ -67,7 +68,10 @@ def test_training_on_two_nodes_and_an_evaluation_after_it(tmp_path: Path) -> Non
         ).stdout
     )
     training, evaluation = sorted(listed, key=lambda row: int(row["job"]))
-    assert (training["state"], training["step"], training["total_steps"]) == ("COMPLETED", 3, 3)
+    assert (training["state"], training["step"]) == ("COMPLETED", 3)
+    assert (
+        training["why"] == f"stopped by training.max_steps at step 3 of {training['total_steps']}"
+    )
     results = run / "eval_deit" / "results.json"
     until_ended(evaluation["job"], 120, Path(evaluation["log"]))
     judged = json.loads(results.read_text())["accuracy"]

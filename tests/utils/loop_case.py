@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from utils import distributed, metrics
 from utils.checkpoint_files import Parts
+from utils.parallel import local
 from utils.run import run_built
 from utils.signals import StopSignal
 
@@ -63,12 +64,14 @@ class TinyRecipe(nn.Module):
         accumulation: int = 1,
         dropout: float = 0.2,
         poison: tuple[int, ...] = (),
+        breaks: tuple[int, float] = (-1, 0.0),
         on_step: Callable[[int], None] = lambda step: None,
         hang: str = "",
     ) -> None:
         super().__init__()
         self.total_steps, self.accumulation = total_steps, accumulation
         self.batch_size_per_gpu = SAMPLES // accumulation // distributed.world_size()
+        self.breaks = breaks  # after this step, the last rank's part of a weight is this value
         self.poison, self.on_step = poison, hang_at_step_3(hang) if hang else on_step
         self.student, self.teacher = Net(dropout), Net(0.0)
         self.head = nn.Linear(6, 3)  # not wrapped by parallelize
@@ -128,6 +131,8 @@ class TinyRecipe(nn.Module):
         with torch.no_grad():
             for ours, theirs in pairs:
                 ours.lerp_(theirs, 1 - momentum)
+            if step == self.breaks[0] and distributed.rank() == distributed.world_size() - 1:
+                local(self.student.blocks[1].weight).fill_(self.breaks[1])
 
     @property
     def exported(self) -> nn.Module:

@@ -113,6 +113,15 @@ def test_keep_last_and_keep_every(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if not p.is_dir()) == ["last"]
 
 
+@pytest.mark.parametrize(
+    "options", [{"keep_last": 0}, {"every": -1}, {"keep_every": -5}, {"keep_last": 2.5}]
+)
+def test_numbers_without_a_meaning_are_refused_in_one_line(options):
+    (key,) = options
+    with pytest.raises(UserError, match=rf"checkpoint\.{key} must be a whole number from \d"):
+        Checkpoints(Path("x"), **options)
+
+
 def test_without_a_period_none_is_due():
     assert not any(Checkpoints(Path("x"), every=0).due(step) for step in range(5))
 

@@ -40,8 +40,13 @@ def test_refused_with_numbers_that_keep_it(given, said):
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="batch_size_per_gpu must be a whole number from 1, not 0"):
         micro_batches(2048, 0, 1)
+    with pytest.raises(ValueError, match="accumulation must be a whole number from 1, not 0"):
+        micro_batches(2048, 8, 1, 0)
+    for effective in (0, -16):  # which a share divides without a rest
+        with pytest.raises(ValueError, match="effective_batch_size must be a whole number from 1"):
+            micro_batches(effective, 8, 1)
 
 
 @pytest.mark.parametrize(

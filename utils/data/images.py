@@ -207,11 +207,13 @@ def folder(
     """The train or val part of any folder of images.
 
     Val is the folder `val_root`, read with the classes of `root`; without one it is a part of each
-    class of `root`, and train is the others (`part_of`).
+    class of `root`, and train is the others (`part_of`). UserError for a `root` whose folders are
+    the splits themselves, as they would pass for classes.
     """
     if split not in ("train", "val"):
         raise UserError(f"no split {split!r} in a folder of images; there are train and val")
     images = ImageFolder(root, labels=labels)
+    _refuse_splits(images)
     if val_root is not None:
         if split == "train":
             return images
@@ -253,6 +255,17 @@ def class_folders(root: str) -> list[str]:
     """Names of the sub-folders of `root`, sorted, hidden ones left out."""
     with os.scandir(root) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+
+
+def _refuse_splits(images: ImageFolder) -> None:
+    names = set(images.class_names)
+    judged = [name for name in ("val", "validation", "test") if name in names]
+    if "train" in names and judged and names == {"train", *judged}:
+        root = images.root
+        raise UserError(
+            f"{root} holds {' and '.join(images.class_names)}, which are splits and no classes; "
+            f"say data.root={root}/train data.val_root={root}/{judged[0]}"
+        )
 
 
 class _File(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from utils.data.images import ImageDataset
-from utils.data.samplers import rank_indices
+from utils.data.samplers import SAMPLERS, rank_indices
 from utils.data.sources import (
     Collate,
     EvaluationSource,
@@ -31,12 +31,25 @@ from utils.data.sources import (
     Transform,
 )
 from utils.errors import UserError
+from utils.ranges import check_count
 
 ON_ERROR = ("raise", "skip")
 # So that the seeds of samples, masks and evaluation never meet.
 SAMPLE, COLLATE, EVALUATION = 1, 2, 3
 
 logger = logging.getLogger(__name__)
+
+
+def check_loading(
+    *, sampler: str = "shuffled", num_workers: int = 0, on_error: str = "raise", seed: int = 0
+) -> None:
+    """ValueError for what no data set could be read with; a recipe asks when it is made."""
+    check_count("num_workers", num_workers)
+    check_count("seed", seed)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if on_error not in ON_ERROR:
+        raise ValueError(f"unknown on_error {on_error!r}; known: {', '.join(ON_ERROR)}")
 
 
 class TrainingBatches:
@@ -85,10 +98,9 @@ def training_batches(
     where there is CUDA.
     """
     _check_arguments(dataset, batch_size, num_workers, rank, world_size, on_error)
-    if micro_batches < 1 or first_step < 0 or seed < 0:
-        raise ValueError(
-            f"{micro_batches=} must be at least 1, {first_step=} and {seed=} at least 0"
-        )
+    check_loading(sampler=sampler, num_workers=num_workers, on_error=on_error, seed=seed)
+    check_count("micro_batches", micro_batches, 1)
+    check_count("first_step", first_step)
     step_size = batch_size * micro_batches * world_size
     if step_size > len(dataset) and rank == 0:
         logger.warning(
@@ -257,9 +269,7 @@ def _check_arguments(
 ) -> None:
     if len(dataset) == 0:
         raise UserError(f"{dataset!r} holds no image")
-    if batch_size < 1 or num_workers < 0:
-        raise ValueError(f"{batch_size=} must be at least 1 and {num_workers=} at least 0")
+    check_count("batch_size", batch_size, 1)
     if not 0 <= rank < world_size:
         raise ValueError(f"{rank=} must lie between 0 and {world_size=}")
-    if on_error not in ON_ERROR:
-        raise ValueError(f"unknown on_error {on_error!r}; known: {', '.join(ON_ERROR)}")
+    check_loading(num_workers=num_workers, on_error=on_error)

@@ -119,6 +119,22 @@ def test_a_val_folder_gets_the_classes_of_train(tmp_path: Path) -> None:
     assert folder(root, split="val", val_root=val_root).labels.tolist() == [1]
 
 
+@pytest.mark.parametrize("judged", ["val", "validation", "test"])
+def test_splits_are_no_classes(tmp_path: Path, judged: str) -> None:
+    """R/train and R/val would be told apart as two classes."""
+    root = _make(tmp_path, "train/a/x.png", "train/b/x.png", f"{judged}/a/x.png")
+    remedy = f"data.root={root}/train data.val_root={root}/{judged}"
+    with pytest.raises(UserError, match=remedy):
+        folder(root)
+    with pytest.raises(UserError, match=remedy):
+        folder(root, split="val", val_root=root / judged)
+    assert len(folder(root, labels=False, val_fraction=0.5)) == 2
+    assert len(folder(root / "train", val_root=root / judged)) == 2
+    _make(tmp_path, "tram/x.png")
+    assert ImageFolder(root).class_names == sorted(["train", judged, "tram"])
+    folder(root, val_fraction=0.5)
+
+
 def test_a_folder_too_small_to_split_says_so(tmp_path: Path) -> None:
     _make(tmp_path, "a.png", "b.png")
     with pytest.raises(UserError, match="too few"):

@@ -1,0 +1,58 @@
+"""What is said before anything is started: of the run folder, and of every point of a sweep."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.launch import Task, launch_all
+from utils.build import plain
+from utils.config import compose_config
+
+SMALL = ["backbone.depth=2", "backbone.embed_dim=16", "backbone.num_heads=2"]
+
+
+def task(folder: Path, *words: str, **values: str) -> Task:
+    words = (*SMALL, f"output_dir='{folder}'", *words)
+    config: dict[str, Any] = plain(compose_config("deit/quickstart.yaml", list(words)))
+    return Task("tests.slurm.work.report", config, values)
+
+
+def refused(capsys, tasks: list[Task], folder: Path, *, dry_run: bool = False) -> str:
+    with pytest.raises(SystemExit) as left:
+        launch_all(tasks, folder=folder, dry_run=dry_run)
+    assert left.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1
+    return told.err
+
+
+@pytest.mark.parametrize("launcher", ["here", "slurm"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_file_where_the_run_folder_should_be(
+    tmp_path: Path, capsys, monkeypatch, launcher: str, dry_run: bool
+) -> None:
+    monkeypatch.setattr("slurm.launch.check_machine", lambda cluster: None)
+    (tmp_path / "file").write_text("x")
+    folder = tmp_path / "file" / "run"
+    line = refused(capsys, [task(folder, f"launcher={launcher}")], folder, dry_run=dry_run)
+    assert line == f"error: output_dir: cannot make {folder}: {tmp_path / 'file'} is a file\n"
+
+
+def test_a_point_that_could_not_train_is_found_before_the_first_one_does(
+    tmp_path: Path, capsys
+) -> None:
+    points = [
+        task(tmp_path / f"lr={lr}", f"recipe.schedules.lr={lr}", lr=lr) for lr in ("1e-3", "-1")
+    ]
+    line = refused(capsys, points, tmp_path)
+    assert line.startswith("error: lr=-1: recipe.schedules.lr must be finite and at least 0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_objects_to_what_the_run_would(tmp_path: Path, capsys) -> None:
+    for word, said in [
+        ("training.precision=fp8", "training.precision=fp8 is unknown"),
+        ("recipe.num_workers=-1", "recipe.num_workers must be a whole number from 0"),
+    ]:
+        assert said in refused(capsys, [task(tmp_path / "run", word)], tmp_path, dry_run=True)

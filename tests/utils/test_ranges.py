@@ -1,0 +1,109 @@
+"""A value without a meaning is refused under the key as the user writes it."""
+
+import math
+
+import pytest
+
+from utils.build import build, plain
+from utils.check import describe
+from utils.config import compose_config
+from utils.errors import UserError
+from utils.ranges import OutOfRange, check_count, check_order, check_range, check_share
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-9, True, "1", None])
+def test_what_no_range_holds(value) -> None:
+    with pytest.raises(OutOfRange, match="^lr must be"):
+        check_range("lr", value)
+
+
+def test_ends() -> None:
+    check_range("x", 0)
+    check_range("x", 0.99996, 0, 1, ends="[)")
+    check_share("x", 1)
+    for low, high, ends, value in [(0, 1, "[)", 1), (0, math.inf, "()", 0), (0, 1, "(]", 0)]:
+        with pytest.raises(OutOfRange, match="x must (lie in|be finite and above 0)"):
+            check_range("x", value, low, high, ends=ends)
+
+
+def test_counts_and_pairs() -> None:
+    check_count("n", 1, 1)
+    check_order("scale", [0.1, 0.1], 0, 1)
+    for wrong in (0, -1, 1.0, True, None):
+        with pytest.raises(OutOfRange, match="n must be a whole number from 1"):
+            check_count("n", wrong, 1)
+    for pair, said in [((0.5, 0.1), "lesser value first"), ((0.1,), "two values")]:
+        with pytest.raises(OutOfRange, match=said):
+            check_order("scale", pair, 0, 1)
+
+
+def test_the_key_is_named_where_the_config_has_it() -> None:
+    nodes = {"recipe": {"schedules": {"_target_": "deit.schedules.Schedules", "lr": -1.0}}}
+    with pytest.raises(UserError, match=r"^recipe.schedules.lr must be finite and at least 0"):
+        build(nodes)
+
+
+SMALL = ["backbone.depth=2", "backbone.embed_dim=16", "backbone.num_heads=2"]
+CASES = {
+    "deit/quickstart.yaml": [
+        ("recipe.schedules.lr=-0.01", "recipe.schedules.lr must be finite and at least 0"),
+        ("recipe.schedules.lr=nan", "recipe.schedules.lr must be"),
+        ("recipe.schedules.min_lr=1", "recipe.schedules.min_lr 1 is more than lr 0.005"),
+        ("recipe.schedules.weight_decay=-1", "recipe.schedules.weight_decay must be"),
+        ("recipe.schedules.warmup_epochs=-1", "recipe.schedules.warmup_epochs must be"),
+        ("recipe.schedules.warmup_epochs=50", "recipe.schedules.warmup_epochs 50 is more than"),
+        ("recipe.ema_decay=2", r"recipe.ema_decay must lie in \[0, 1\), not 2"),
+        ("recipe.ema_decay=1", "recipe.ema_decay must lie in"),
+        ("recipe.epochs=-3", "recipe.epochs must be finite and above 0"),
+        ("recipe.layerwise_decay=-1", "recipe.layerwise_decay must lie in"),
+        ("recipe.mixing.mixup=-1", "recipe.mixing.mixup must be"),
+        ("recipe.mixing.switch_probability=2", "recipe.mixing.switch_probability must lie in"),
+        ("recipe.augmentation.scale=[1.0,0.5]", "recipe.augmentation.scale takes the lesser"),
+        ("recipe.augmentation.flip_probability=3", "recipe.augmentation.flip_probability must"),
+        ("recipe.effective_batch_size=-64", "recipe.effective_batch_size must be a whole"),
+        ("recipe.num_workers=-1", "recipe.num_workers must be a whole number from 0, not -1"),
+        ("recipe.sampler=none", "recipe: unknown sampler 'none'"),
+        ("recipe.seed=-1", "recipe.seed must be a whole number"),
+        ("optimizer.betas=[2,3]", r"optimizer.betas must lie in \[0, 1\)"),
+        ("training.precision=fp8", "training.precision=fp8 is unknown"),
+        ("training.sharding=all", "training.sharding=all is unknown"),
+        ("training.log_every=0", "training.log_every must be a whole number from 1"),
+        ("training.log_every=-5", "training.log_every must be"),
+        ("training.nan_patience=0", "training.nan_patience must be"),
+        ("training.clip_grad=-1", "training.clip_grad must be"),
+        ("training.hang_timeout_s=-1", "training.hang_timeout_s must be"),
+        ("training.max_steps=0", "training.max_steps must be"),
+        ("checkpoint.every=-1", "checkpoint.every must be"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last must be"),
+        ("probe_every=-1", "probe_every must be"),
+        ("device=tpu", "device=tpu is unknown"),
+    ],
+    "dinov2/quickstart.yaml": [
+        ("recipe.schedules.lr=-1", "recipe.schedules.lr must be"),
+        ("recipe.schedules.min_lr=1", "recipe.schedules.min_lr 1 is more than lr"),
+        ("recipe.schedules.weight_decay=[0.1,-1]", "recipe.schedules.weight_decay must be"),
+        ("recipe.schedules.momentum=[0.9,1.1]", "recipe.schedules.momentum must lie in"),
+        ("recipe.schedules.teacher_temp=[0,0.1]", "recipe.schedules.teacher_temp must be finite"),
+        ("recipe.schedules.freeze_last_layer_epochs=-1", "freeze_last_layer_epochs must be"),
+        ("recipe.koleo_loss_weight=-1", "recipe.koleo_loss_weight must be"),
+        ("recipe.patch_embed_lr_multiplier=-1", "recipe.patch_embed_lr_multiplier must be"),
+        ("recipe.accumulation=0", "recipe.accumulation must be a whole number from 1"),
+        ("recipe.crops.global_crops_scale=[1,0.3]", "recipe.crops.global_crops_scale takes"),
+        ("recipe.crops.local_crops_scale=[0,0.3]", "recipe.crops.local_crops_scale must lie in"),
+        ("recipe.crops.blur_probabilities=[2,0,0]", "recipe.crops.blur_probabilities must lie"),
+        ("recipe.crops.flip_probability=-1", "recipe.crops.flip_probability must lie in"),
+        ("recipe.num_workers=-1", "recipe.num_workers must be"),
+        ("optimizer.eps=-1", "optimizer"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "word", "said"), [(file, *case) for file, cases in CASES.items() for case in cases]
+)
+def test_check_refuses_what_a_run_would(file: str, word: str, said: str) -> None:
+    """`--check` builds what reads no data: one line, which begins with the key."""
+    config = compose_config(file, [*SMALL, word])
+    with pytest.raises(UserError, match=said) as caught:
+        describe(plain(config))
+    assert "\n" not in str(caught.value)

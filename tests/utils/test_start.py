@@ -1,0 +1,111 @@
+"""What a run begins with: a folder taken whole, its network alone, or a line with the remedy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.utils.loop_case import TinyRecipe, make_config, parts_of, train_tiny
+from utils.errors import UserError
+from utils.exported import EXPORTED
+from utils.run import run_built
+from utils.signals import StopSignal
+from utils.start import load_weights
+
+
+class Other(TinyRecipe):
+    """Another recipe around the same network: it reads a network from a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(2, 2)
+
+    def param_groups(self):
+        return [*super().param_groups(), {"params": list(self.extra.parameters())}]
+
+    def load_weights(self, path: str) -> None:
+        self.student.load_state_dict(load_file(path))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setattr("utils.metrics.draw_curves", lambda path: None)
+    train_tiny(tmp_path / "run", max_steps=2)
+    return tmp_path / "run"
+
+
+def test_a_run_of_the_same_recipe_is_taken_whole(run: Path) -> None:
+    recipe = TinyRecipe()
+    assert load_weights(recipe, str(run)) == []
+    saved = parts_of(run)["recipe"]
+    assert all(torch.equal(value, saved[name]) for name, value in recipe.state_dict().items())
+
+
+def test_of_a_run_of_another_recipe_the_network_is_taken(run: Path) -> None:
+    recipe = Other()
+    (line,) = load_weights(recipe, str(run))
+    assert line.startswith(f"training.weights: {run} is not taken whole (its state is of another")
+    assert "2 missing, e.g. extra.bias" in line and line.endswith(str(run / EXPORTED))
+    weights = load_file(run / EXPORTED)
+    assert torch.equal(recipe.student.blocks[0].weight, weights["blocks.0.weight"])
+
+
+def test_without_an_exported_network_the_remedy_is_told(run: Path) -> None:
+    (run / EXPORTED).unlink()
+    with pytest.raises(UserError, match=f"2 missing, e.g. extra.bias; .*{EXPORTED}, which another"):
+        load_weights(Other(), str(run))
+
+
+def test_a_checkpoint_of_another_recipe_names_the_network_beside_it(run: Path) -> None:
+    with pytest.raises(UserError, match=f"2 missing.*its network alone is {run / EXPORTED}$"):
+        load_weights(Other(), str(run / "checkpoints" / "2"))
+
+
+def test_a_run_that_has_lost_its_checkpoints_still_has_its_network(run: Path) -> None:
+    (run / "checkpoints" / "last").unlink()
+    (line,) = load_weights(Other(), str(run))
+    assert "it has no checkpoint" in line
+    (run / EXPORTED).unlink()
+    with pytest.raises(UserError, match="neither a run folder nor a checkpoint of one"):
+        load_weights(Other(), str(run))
+
+
+def test_the_line_is_told_with_the_others(run: Path, tmp_path: Path, capsys) -> None:
+    with StopSignal() as stop:
+        run_built(
+            make_config(tmp_path / "next", weights=str(run), max_steps=1),
+            Other(),
+            torch.optim.AdamW,
+            data={},
+            probes={},
+            device=torch.device("cpu"),
+            stop=stop,
+        )
+    assert "is not taken whole" in " ".join(capsys.readouterr().out.split())
+
+
+def test_going_on_with_another_network_says_what_has_changed(run: Path) -> None:
+    """The config that began the run stands beside it, and says what made it another network."""
+
+    def go_on(**changes: object) -> str:
+        with StopSignal() as stop, pytest.raises(UserError) as caught:
+            run_built(
+                make_config(run, **changes),
+                Other(),
+                torch.optim.AdamW,
+                data={},
+                probes={},
+                device=torch.device("cpu"),
+                stop=stop,
+            )
+        return str(caught.value)
+
+    line = go_on(backbone={"embed_dim": 128}, seed=1)
+    assert line.startswith(f"{run} holds a run of another network (backbone")
+    assert "embed_dim" in line and "seed" not in line
+    assert line.endswith(
+        "choose another output_dir, or go on with the run's own config: "
+        f"--config-file {run / 'config.yaml'}"
+    )
+    assert "is of another model: 2 missing, e.g. extra.bias" in go_on()  # the code has changed

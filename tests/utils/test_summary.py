@@ -1,0 +1,116 @@
+"""summary.json says how a run ended, over all its attempts; a command with no step left adds."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.utils.loop_case import train_tiny
+from utils.metrics import read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr("utils.metrics.draw_curves", lambda path: None)
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def judging(value: float, calls: list[int] | None = None):
+    def probe(net, *, data, output_dir, step):
+        if calls is not None:
+            calls.append(step)
+        return {"top1": value}
+
+    return probe
+
+
+def test_finished_means_all_steps_of_the_recipe(tmp_path, capsys):
+    stopped, _ = train_tiny(tmp_path, max_steps=5)
+    assert (stopped["finished"], stopped["stopped_by"]) == (False, "training.max_steps")
+    assert "training.max_steps" in capsys.readouterr().out
+    assert json.loads((tmp_path / "progress.json").read_text())["total_steps"] == 12
+
+    def tell(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    told, _ = train_tiny(tmp_path, recipe={"on_step": tell})
+    assert (told["step"], told["finished"], told["stopped_by"]) == (8, False, "SIGUSR2")
+    whole, _ = train_tiny(tmp_path)
+    assert (whole["step"], whole["finished"], whole["stopped_by"]) == (12, True, "")
+
+
+@pytest.mark.parametrize("most", [None, 5])
+def test_a_command_with_no_step_left_keeps_every_figure(tmp_path, most, capsys):
+    calls: list[int] = []
+    probes = {"a": judging(50.0, calls)}
+    train_tiny(tmp_path, probes=probes, recipe={"poison": (3,)}, max_steps=most)
+    before, lines = summary_of(tmp_path), read_metrics(tmp_path / "metrics.jsonl")
+    assert {"loss", "lr", "steps_per_second", "a/top1"} <= before.keys()
+    capsys.readouterr()
+    again, _ = train_tiny(tmp_path, probes={**probes, "b": judging(70.0)}, max_steps=most)
+    assert again == summary_of(tmp_path) == {**before, "b/top1": 70.0}
+    assert calls == [most or 12]  # what was judged is not judged again
+    told = capsys.readouterr().out
+    assert ("already at step 5 of 12" if most else "already finished at step 12") in told
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        *lines,
+        {"step": most or 12, "b/top1": 70.0},
+    ]
+
+
+def test_what_trains_nothing_leaves_the_config(tmp_path):
+    train_tiny(tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    train_tiny(tmp_path, clip_grad=9.0)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert not (tmp_path / "config.1.yaml").exists()
+
+
+def test_a_probe_of_other_settings_judges_again(tmp_path):
+    calls: list[int] = []
+    train_tiny(tmp_path, probes={"a": judging(50.0, calls)})
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    written["probes"] = {"a": {"ks": [5]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    summary, _ = train_tiny(tmp_path, probes={"a": judging(60.0, calls)})
+    assert calls == [12, 12] and summary["a/top1"] == 60.0
+
+
+def test_a_run_that_ended_without_its_summary_gets_one_from_the_log(tmp_path):
+    train_tiny(tmp_path, recipe={"poison": (3,)})
+    for name in ("summary.json", "exported/model.safetensors"):
+        (tmp_path / name).unlink()
+    summary, _ = train_tiny(tmp_path)
+    assert summary["finished"] and summary["skipped_steps"] == 1 and summary["loss"] > 0
+    assert (tmp_path / "exported/model.safetensors").is_file()
+
+
+def test_seconds_and_skipped_steps_add_up(tmp_path):
+    def slowly(step):
+        time.sleep(0.1)
+
+    first, _ = train_tiny(tmp_path, recipe={"on_step": slowly, "poison": (1,)}, max_steps=6)
+    assert first["seconds"] >= 0.6 and first["skipped_steps"] == 1
+    second, _ = train_tiny(tmp_path, recipe={"poison": (8,)})
+    assert second["seconds"] >= first["seconds"] and second["skipped_steps"] == 2
+
+
+def test_the_seconds_of_a_killed_attempt_count_up_to_its_checkpoint(tmp_path):
+    def die(step):
+        time.sleep(0.1)
+        if step == 8:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_tiny(tmp_path, recipe={"on_step": die, "poison": (1,)}, every=6)
+    summary, _ = train_tiny(tmp_path)
+    assert summary["seconds"] >= 0.6 and summary["skipped_steps"] == 1

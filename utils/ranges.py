@@ -1,0 +1,55 @@
+"""Which values a setting may have: the checks of constructors, told with the key as it is written.
+
+NaN is in no range, and an infinite value only where the range is said to have no end.
+"""
+
+import math
+from collections.abc import Sequence
+
+
+class OutOfRange(ValueError):
+    """A value without a meaning. Its message begins with the keyword; `utils.build` adds where."""
+
+
+def check_range(
+    key: str, value: float, low: float = 0.0, high: float = math.inf, *, ends: str = "[]"
+) -> None:
+    """OutOfRange unless `value` is finite and lies between `low` and `high`.
+
+    ends: `[` or `]` where an end belongs to the range, `(` or `)` where it does not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OutOfRange(f"{key} must be a number, not {value!r}")
+    above = value > low if ends[0] == "(" else value >= low
+    below = value < high if ends[1] == ")" else value <= high
+    if not (above and below and math.isfinite(value)):
+        raise OutOfRange(f"{key} must {_in_words(low, high, ends)}, not {value}")
+
+
+def check_count(key: str, value: int, least: int = 0) -> None:
+    """OutOfRange unless `value` is a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OutOfRange(f"{key} must be a whole number from {least}, not {value!r}")
+
+
+def check_share(key: str, value: float) -> None:
+    """OutOfRange unless `value` is a share, or a probability: in [0, 1]."""
+    check_range(key, value, 0.0, 1.0)
+
+
+def check_order(
+    key: str, values: Sequence[float], low: float, high: float, *, ends: str = "[]"
+) -> None:
+    """OutOfRange unless `values` are a least and a greatest one within the range."""
+    if len(values) != 2:
+        raise OutOfRange(f"{key} takes two values, the least and the greatest, not {list(values)}")
+    for value in values:
+        check_range(key, value, low, high, ends=ends)
+    if values[0] > values[1]:
+        raise OutOfRange(f"{key} takes the lesser value first, not {list(values)}")
+
+
+def _in_words(low: float, high: float, ends: str) -> str:
+    if math.isinf(high):
+        return f"be finite and {'above' if ends[0] == '(' else 'at least'} {low:g}"
+    return f"lie in {ends[0]}{low:g}, {high:g}{ends[1]}"

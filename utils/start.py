@@ -1,0 +1,125 @@
+"""What a run begins with: its own last checkpoint, or given weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from utils import state
+from utils.checkpoint_files import DESCRIPTION, Parts
+from utils.errors import UserError
+from utils.exported import EXPORTED, FORMERLY
+from utils.precision import Precision
+from utils.run_folder import changed_keys
+
+MOST_CHANGES = 4  # told in one line
+
+
+def load_weights(recipe: nn.Module, path: str) -> list[str]:
+    """Start from a run folder, one of its checkpoints, or a file that the recipe can read.
+
+    A run folder is taken whole; where its state is of another recipe or network, the network that
+    it exported is taken instead. Returns lines to tell. Raises UserError, naming what misses and
+    what is left over, unless every tensor finds its place.
+    """
+    source = Path(str(path))
+    if not source.exists():
+        raise UserError(f"training.weights: there is no {path}")
+    if not source.is_dir():
+        _load_file(recipe, source)
+        return []
+    if (source / DESCRIPTION).exists():
+        return _load_checkpoint(recipe, source)
+    return _load_run(recipe, source)
+
+
+def restore(
+    parts: Parts,
+    recipe: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    *,
+    config: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Go on from a checkpoint of the run folder; UserError where it is of another network."""
+    try:
+        state.restore(parts, recipe, optimizer, precision, seed=config["seed"], step=step)
+    except state.Misfit as error:
+        raise UserError(_other_network(Path(config["output_dir"]), config, error)) from None
+
+
+def _load_file(recipe: nn.Module, path: Path) -> None:
+    if not hasattr(recipe, "load_weights"):
+        raise UserError(
+            f"training.weights: {type(recipe).__name__} reads checkpoint folders, no files"
+        )
+    recipe.load_weights(str(path))
+
+
+def _load_checkpoint(recipe: nn.Module, folder: Path) -> list[str]:
+    try:
+        state.load_state(recipe, Parts(folder), str(folder))
+    except state.Misfit as error:
+        exported = _exported(folder.parent.parent)
+        remedy = f"its network alone is {exported}" if exported else _NO_EXPORT
+        raise UserError(f"{error}; {remedy}") from None
+    return []
+
+
+def _load_run(recipe: nn.Module, folder: Path) -> list[str]:
+    exported = _exported(folder)
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is None and exported is None:
+        raise UserError(
+            f"training.weights: {folder} is neither a run folder nor a checkpoint of one"
+        )
+    why = "it has no checkpoint"
+    if checkpoint is not None:
+        try:
+            state.load_state(recipe, Parts(checkpoint), str(checkpoint))
+            return []
+        except state.Misfit as error:
+            if exported is None or not hasattr(recipe, "load_weights"):
+                raise UserError(f"{error}; {_NO_EXPORT}") from None
+            why = f"its state is of another recipe or network: {error.what}"
+    assert exported is not None
+    _load_file(recipe, exported)
+    return [f"training.weights: {folder} is not taken whole ({why}), but its network, {exported}"]
+
+
+_NO_EXPORT = (
+    f"a run that was ended in order leaves its network alone in its folder's {EXPORTED}, which "
+    "another recipe can start from"
+)
+
+
+def _exported(folder: Path) -> Path | None:
+    return next((folder / name for name in (EXPORTED, FORMERLY) if (folder / name).is_file()), None)
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    pointer = folder / "checkpoints" / "last"
+    found = folder / "checkpoints" / (pointer.read_text().strip() if pointer.exists() else "?")
+    return found if (found / DESCRIPTION).exists() else None
+
+
+def _other_network(folder: Path, config: Mapping[str, Any], error: state.Misfit) -> str:
+    """What of the config has made it another network, as far as the folder's config tells."""
+    saved = folder / "config.yaml"
+    changes: list[str] = []
+    if saved.is_file():
+        every = changed_keys(yaml.safe_load(saved.read_text()) or {}, config)
+        networks = [line for line in every if line.startswith("backbone.")]
+        changes = networks or [line for line in every if line.startswith("recipe.")] or every
+    if not changes:
+        return f"{error}; choose another output_dir"
+    more = f", and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
+    told = ", ".join(changes[:MOST_CHANGES]) + more
+    return (
+        f"{folder} holds a run of another network ({told}); choose another output_dir, or go on "
+        f"with the run's own config: --config-file {saved}"
+    )

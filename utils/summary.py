@@ -1,0 +1,91 @@
+"""What a run leaves for others to read: summary.json, and the table at its end."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from utils import distributed
+from utils.checkpoint import write_text
+from utils.exported import EXPORTED
+from utils.metrics import read_metrics
+
+NAME = "summary.json"
+MAX_STEPS = "training.max_steps"  # what stopped a run that was asked for no more steps
+
+
+class History(NamedTuple):
+    """What a run folder says of the steps up to one; the rest is lost with the steps after it.
+
+    `summary` is empty unless an attempt ended in order at that step. `logged` is what metrics.jsonl
+    says of it, `skipped` how many steps were not finite, `judged` the probes that need not be asked
+    again.
+    """
+
+    summary: dict[str, Any]
+    logged: dict[str, float]
+    skipped: int
+    judged: set[str]
+    exported: bool
+
+
+def read_history(
+    folder: Path, step: int, config: Mapping[str, Any], schedules: Collection[str]
+) -> History:
+    """The history of a run folder; `schedules` are the keys of metrics.jsonl that may be NaN."""
+    summary = _read(folder / NAME, json.loads)
+    summary = summary if summary.get("step") == step else {}
+    logged: dict[str, float] = {}
+    skipped = 0
+    for line in read_metrics(folder / "metrics.jsonl"):
+        if line["step"] == step:
+            logged |= line
+        if "loss" in line and line["step"] <= step:  # one line per step has it
+            values = [value for key, value in line.items() if key not in schedules]
+            skipped += not all(map(math.isfinite, values))
+    judged = _judged(folder, config, summary)
+    return History(summary, logged, skipped, judged, (folder / EXPORTED).is_file())
+
+
+def how_it_ended(step: int, total: int, stopped_by: str = MAX_STEPS) -> dict[str, Any]:
+    """The summary's words on the end: a run is finished when it made all steps of its recipe."""
+    finished = step >= total
+    return {"finished": finished, "stopped_by": "" if finished else stopped_by}
+
+
+def leave(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write summary.json and print the table, on rank 0; returns the summary."""
+    if not distributed.is_main():
+        return summary
+    write_text(folder / NAME, json.dumps(summary, indent=1) + "\n")
+    table = Table(title=f"{summary['name']}: {folder}", show_header=False)
+    for key, value in summary.items():
+        if key not in ("name", "output_dir") and value != "":
+            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    return summary
+
+
+def _judged(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> set[str]:
+    # With the same settings, on the same images.
+    earlier = _read(folder / "config.yaml", yaml.safe_load)
+    now = json.loads(json.dumps(config, default=str))
+    if not earlier or earlier.get("data") != now.get("data"):
+        return set()
+    before, asked = (one.get("probes") or {} for one in (earlier, now))
+    names = {key.partition("/")[0] for key in summary if "/" in key}
+    return {name for name in names if before.get(name) == asked.get(name)}
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        content = parse(path.read_text())
+        if isinstance(content, dict):
+            return content
+    return {}
