@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from utils.build import keywords_of, nearest, plain, resolve
-from utils.command_line import TAKES_VALUE, help_page, quoted
+from utils.command_line import TAKES_VALUE, backbone_words, help_page, names_backbone, quoted
 from utils.config import CONFIGS, compose_config, fail, parse_config
 from utils.errors import UserError
 from utils.flags import read_arguments
@@ -55,6 +55,7 @@ OPTIONS = {
     "--val-dataset": Option("data.val", str, False, "such as ImageNet:split=VAL:root=DIR"),
     "--batch-size": Option("probes.*.batch_size", int, False, "images per process"),
     "--num-workers": Option("probes.*.num_workers", int, False, "processes that read images"),
+    "--input-size": Option("probes.*.crop_size", int, False, "side of the images; the net's own"),
     "--precision": Option("probes.*.precision", str, False, "of the net: fp32, bf16 or fp16"),
     "--nb_knn": Option("probes.knn.ks", int, True, "numbers of neighbours"),
     "--temperature": Option("probes.knn.temperature", float, False, "of the vote"),
@@ -108,7 +109,7 @@ IGNORED = {
     "--save-checkpoint-frequency": "heads are saved after each epoch and at the end",
     "--metric-type": "logistic regression tells top-1 and top-5 over images",
 }
-CHOICE = "--probes"
+CHOICE, MODEL = "--probes", "--model"
 PROBES = ("linear", "knn", "logreg", "attentive")
 
 
@@ -138,6 +139,11 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         name, _, inline = word.partition("=")
         if name == CHOICE:
             found.argv.extend(_choose_probes(inline or (words.pop(0) if words else "")))
+        elif name == MODEL:
+            value = inline or (words.pop(0) if words else "")
+            if not value:
+                raise UserError(f"{name} needs a value")
+            found.argv.extend(backbone_words(value))
         elif name in OPTIONS:
             option = OPTIONS[name]
             taken = [inline] if inline else _take(words, option)
@@ -183,7 +189,7 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
         config["data"][split] = dataset(string)
     for note in found.notes:
         print(note)
-    return config
+    return config | {"backbone_named": names_backbone(words)}
 
 
 def _choose_probes(listed: str) -> list[str]:

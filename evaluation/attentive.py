@@ -54,8 +54,8 @@ class AttentiveProbe:
         global_batch_size: int = 1024,
         sampler: str = "shuffled",
         seed: int = 0,
-        resize_size: int = 256,
-        crop_size: int = 224,
+        resize_size: int | None = 256,
+        crop_size: int | None = 224,
         transform: Callable | None = None,
         train_transform: Callable | None = None,
         batch_size: int = 128,
@@ -89,7 +89,7 @@ class AttentiveProbe:
             train_transform=train_transform,
             on_error=on_error,
         )
-        self.training = self.given  # until the data says how long an epoch is
+        self.training = self.given  # until the data and a net say what is left open
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -101,7 +101,7 @@ class AttentiveProbe:
             trained_on=data["train"],
             num_classes=num_classes,
         )
-        self.training = self.given.on(len(data["train"]))
+        self.training = self.given.on(len(data["train"])).sized(net)
         train_set, held_out = split_off_tenth(data["train"])
         with evaluating(net) as device, full_float32_products(device):
             run = self._prepare(net, num_classes, train_set, folder, step, device)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.judge import (
+    as_built,
     brings_weights,
     load_strictly,
     make_data,
     name_of,
+    other_model,
     splits_of,
     weights_file,
 )
@@ -76,15 +78,14 @@ def complete(
     the file is of another model.
     """
     theirs = json.loads(metadata.get("constructor", "{}"))
+    if wrong := other_model(backbone, theirs):
+        raise UserError(wrong)
     if isinstance(backbone.get("backbone"), Mapping):
         # A net around another one: the file is of the whole, or of the one inside alone.
         if theirs.get("_target_") == backbone["_target_"]:
-            return {**theirs, **backbone, "backbone": theirs["backbone"]}
+            return as_built(backbone, theirs)
         inner = complete(backbone["backbone"], metadata, state, dataset)
         return {**backbone, "backbone": {**inner, "_partial_": True}}
-    if theirs and any(theirs.get(key) != backbone.get(key) for key in ("_target_", "model_name")):
-        name = name_of(theirs)
-        raise UserError(f"these weights are of a {name}, not a {name_of(backbone)}; --model {name}")
     backbone = {**theirs, **backbone}
     if "num_classes" in backbone or backbone.get("pretrained"):
         return {"num_classes": 1000, **backbone}

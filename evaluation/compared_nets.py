@@ -13,10 +13,13 @@ from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed
 from utils.build import plain
+from utils.check import networks
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError
 from utils.exported import EXPORTED
+from utils.folders import check_folder
+from utils.settings import check_settings
 from utils.training import train
 from vit.weights import read_metadata
 
@@ -32,6 +35,10 @@ def train_then(
     """
     config = dict(plain(config))
     figures: dict[str, Any] = {}
+    check_folder(config["output_dir"])
+    for name, run in config["runs"].items():
+        if isinstance(run, dict):
+            _check_training(name, run)
     with distributed.session(config["device"]) as device:
         check(config)
         for name, run in config["runs"].items():
@@ -89,6 +96,15 @@ def unfinished(
             yield name, make_net(run["backbone"], None, seed=run["seed"])
         else:
             yield name, load_run(run, dataset, size)
+
+
+def _check_training(name: str, run: Mapping[str, Any]) -> None:
+    """UserError for what a training would refuse, once those before it are done."""
+    try:
+        check_settings(run)
+        networks(dict(run))
+    except UserError as error:
+        raise UserError(f"{name}: {error} (words=... and --epochs hold for all)") from None
 
 
 def _augmented_size(augmentation: Mapping[str, Any]) -> int:

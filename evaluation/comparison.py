@@ -20,6 +20,7 @@ from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.exported import EXPORTED
 from utils.flops import multiply_adds
+from utils.folders import check_folder
 from utils.metrics import read_metrics
 from utils.training import train
 
@@ -36,6 +37,7 @@ def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
     """
     config = plain(config)
     folder, runs = Path(config["output_dir"]), config["runs"]
+    check_folder(folder)
     summaries = {}
     with distributed.session(config["device"]) as device:
         for name, run in runs.items():

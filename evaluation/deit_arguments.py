@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils.build import nearest, plain
-from utils.command_line import Option, backbone_words, help_page, meanings, read_words
+from utils.command_line import (
+    Option,
+    backbone_words,
+    folder_of_model,
+    help_page,
+    meanings,
+    read_words,
+)
 from utils.config import fail, parse_config
 from utils.deit_arguments import DATA_SETS
 from utils.errors import UserError
@@ -57,6 +64,8 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
         words, notes = read_deit_arguments(argv)
     except UserError as error:
         fail(error)
+    # Several models in a row: none takes the place of another's results.
+    words = [*folder_of_model(words, "eval_deit"), *words]
     config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
     for note in notes:
         print(note)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evaluation.angles import AngleError, angle_errors, angles_of
 from evaluation.equivariance import Measured, logit_errors, measure, octic_only, worst_error
 from evaluation.features import full_float32_products
-from evaluation.judge import make_net
+from evaluation.judge import chosen_backbone, make_net
 from evaluation.pictures.equivariance import draw_angle_errors, draw_layer_errors
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
@@ -22,6 +22,7 @@ from utils.build import plain
 from utils.data.embedded import photographs
 from utils.data.images import ImageFolder
 from utils.errors import UserError
+from utils.folders import check_folder
 from utils.symmetry import SYMMETRIES
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
@@ -44,12 +45,14 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
     Reads the keys of configs/equivariance.yaml. Leaves with code 1 and one line where a net that
     claims a law breaks it. Every rank may call this; the first one measures.
     """
-    config = plain(config)
+    config = dict(plain(config))
     figures: dict[str, Any] = {}
     broken: list[str] = []
+    check_folder(config["output_dir"])
     with distributed.session(config["device"]) as device:
         if distributed.is_main():
             tolerance = _tolerance(config)
+            config["backbone"] = chosen_backbone(config)
             nodes = config["backbones"] or {_name(config["backbone"]): config["backbone"]}
             reports = {name: _measure(node, config, device) for name, node in nodes.items()}
             for name, part in reports.items():

@@ -18,6 +18,7 @@ from utils.data.classes import NAMES
 from utils.data.images import ImageDataset
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
+from utils.folders import check_folder, make_folder
 from vit import export, hub
 from vit.finetune import head_of
 from vit.weights import read_metadata, read_state
@@ -33,6 +34,7 @@ def export_net(config: Mapping[str, Any]) -> dict[str, Any]:
     max |difference| / max |output|; a UserError tells where it exceeds 1e-4, and of every mistake.
     """
     config = plain(config)
+    check_folder(config["output_dir"])
     with distributed.session("cpu"):
         if not distributed.is_main():
             return {}
@@ -98,8 +100,7 @@ def _write_program(
     mean, std = normalisation(net)
     description = {"model": name_of(backbone), "output": output, "size": size}
     description |= {"mean": mean, "std": std, "class_names": names}
-    path = Path(config["output_dir"]) / FILES[kind]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_folder(config["output_dir"]) / FILES[kind]
     (export.save_onnx if kind == "onnx" else export.save_program)(program, path, description)
     say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     say(f"input: images [batch, 3, {size}, {size}], RGB in 0..1, minus {mean}, divided by {std}")
@@ -110,7 +111,7 @@ def _write_program(
 def _write_for_hub(
     config: Mapping[str, Any], net: nn.Module, backbone: Mapping[str, Any], names: list[str]
 ) -> dict[str, Any]:
-    folder, size = Path(config["output_dir"]), config["size"]
+    folder, size = make_folder(config["output_dir"]), config["size"]
     say(f"{name_of(backbone)}, weights: {config['weights']}: in the Hugging Face hub's format")
     about: dict[str, Any] = {"options": backbone, "class_names": names, "size": size}
     hub.save_to_folder(net, folder, **about)

@@ -20,7 +20,8 @@ from evaluation.feature_files import (
     open_features,
 )
 from evaluation.features import PRECISIONS, normalize_rows
-from evaluation.judge import make_data, make_net
+from evaluation.image_size import settle_sizes
+from evaluation.judge import chosen_backbone, make_data, make_net
 from evaluation.progress import say
 from utils import distributed
 from utils.build import build, nearest, plain
@@ -85,13 +86,14 @@ def extract(config: Mapping[str, Any]) -> str:
     Reads the keys of configs/extract.yaml. Raises UserError where features stand there already,
     with what they differ in, unless `overwrite` is true.
     """
-    config = plain(config)
+    config = dict(plain(config))
     _check(config)
     folder = Path(config["output_dir"]) / config["split"]
     reader = FeatureReader(
         kind=config["feature"], layers=config["layers"], normalized=config["normalized"]
     )
     with distributed.session(config["device"]) as device:
+        config["backbone"] = chosen_backbone(config)
         dataset = _images(config["data"], config["split"])
         net = make_net(config["backbone"], config["weights"], seed=config["seed"])
         _check_layers(net, config["layers"])
@@ -99,10 +101,11 @@ def extract(config: Mapping[str, Any]) -> str:
             if not config["weights"] and not config["backbone"].get("pretrained", False):
                 say("no weights given (--weights FILE): features of the random initialisation")
             say(f"images: {dataset!r}")
+        resize_size, crop_size = settle_sizes(net, config["resize_size"], config["crop_size"])
         asked = identity(
             net.to(device),
             dataset,
-            transform=transform_in_words(None, config["resize_size"], config["crop_size"]),
+            transform=transform_in_words(None, resize_size, crop_size),
             feature=reader.words,
             precision=config["precision"],
             normalized=config["normalized"],
@@ -119,9 +122,7 @@ def extract(config: Mapping[str, Any]) -> str:
             dataset,
             folder,
             asked | {"weights": config["weights"]},
-            transform=evaluation_transform(
-                resize_size=config["resize_size"], crop_size=config["crop_size"]
-            ),
+            transform=evaluation_transform(resize_size=resize_size, crop_size=crop_size),
             batch_size=config["batch_size"],
             num_workers=config["num_workers"],
             precision=config["precision"],
@@ -147,7 +148,8 @@ def _check(config: Mapping[str, Any]) -> None:
                 f"known: {', '.join(known)}"
             )
     for key, least in {"batch_size": 1, "num_workers": 0, "resize_size": 1, "crop_size": 1}.items():
-        if not isinstance(config[key], int) or config[key] < least:
+        own = config[key] is None and key in ("resize_size", "crop_size")
+        if not own and (not isinstance(config[key], int) or config[key] < least):
             raise UserError(f"{key} is a whole number from {least} on, not {config[key]!r}")
 
 
@@ -198,6 +200,7 @@ def _report(stored: StoredFeatures) -> None:
     shape = " x ".join(str(length) for length in stored.features.shape)
     say(f"features: {folder / FEATURES}, {shape} {stored.features.dtype}, {size:,.1f} MB")
     say(f"each row: {meta['feature']}{', L2-normalised' if meta['normalized'] else ''}")
+    say(f"images: {meta['transform']}")
     skipped = f"; {meta['skipped']} could not be read, they have no row" if meta["skipped"] else ""
     unlabelled = int(np.count_nonzero(stored.labels < 0))
     without = f", {unlabelled} of them without a label" if unlabelled else ""

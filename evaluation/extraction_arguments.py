@@ -10,6 +10,7 @@ from utils.command_line import (
     backbone_words,
     help_page,
     meanings,
+    names_backbone,
     quoted,
     read_words,
 )
@@ -23,6 +24,7 @@ OPTIONS = {
     "--split": Option("split", "all (data=folder), train or val"),
     "--feature": Option("feature", "cls, cls_patchmean or patches"),
     "--layers": Option("layers", "blocks, -1 the last; several, as -2,-1, side by side"),
+    "--input-size": Option("crop_size", "side of the images; the net's own", text=False),
     "--dtype": Option("dtype", "float32 or float16, of the file"),
     "--precision": Option("precision", "of the net: fp32, bf16 or fp16"),
     "--batch-size": Option("batch_size", "images per process", text=False),
@@ -42,7 +44,8 @@ def parse_extraction(argv: Sequence[str] | None = None) -> dict[str, Any]:
         words = read_extraction_arguments(argv)
     except UserError as error:
         fail(error)
-    return plain(parse_config(default="extract.yaml", argv=words, base="extract"))
+    config = plain(parse_config(default="extract.yaml", argv=words, base="extract"))
+    return config | {"backbone_named": names_backbone(words)}
 
 
 def read_extraction_arguments(argv: Sequence[str]) -> list[str]:

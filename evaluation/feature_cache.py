@@ -103,11 +103,18 @@ def store_features(
         raise
 
 
-def transform_in_words(transform: Callable | None, resize_size: int, crop_size: int) -> str:
-    """How images become tensors, for a protocol: one line, the same for the same transform."""
+def transform_in_words(
+    transform: Callable | None, resize_size: int | None, crop_size: int | None
+) -> str:
+    """How images become tensors, for a protocol: one line, the same for the same transform.
+
+    A size of None is the net's own, which `settle_sizes` tells.
+    """
     if transform is not None:
         return _without_addresses(str(transform))
-    return f"resize {resize_size}, centre crop {crop_size}, bicubic"
+    if crop_size is None:
+        return "resize and centre crop to the net's own size, bicubic"
+    return f"resize {resize_size or 'in proportion'}, centre crop {crop_size}, bicubic"
 
 
 def identity(

@@ -1,6 +1,7 @@
 """Judge one net by the probes of a config: what experiments/eval_dinov2_*.py run."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from utils.errors import UserError
 from utils.exported import EXPORTED, FORMERLY
 from vit.weights import load_net, read_metadata, read_state
 
+IDENTITY = ("_target_", "model_name")  # the keys of a node that say which model it is of
+
 
 def judge(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run every probe into `output_dir`/<probe>.
 
     Reads the keys of configs/evaluate.yaml. Returns figures as `probe/name`; every rank gets them.
     """
-    config = plain(config)
+    config = dict(plain(config))
     folder = Path(config["output_dir"])
     with distributed.session(config["device"]) as device:
+        config["backbone"] = chosen_backbone(config)
         probes = {name: build(node) for name, node in config["probes"].items() if node}
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
         data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}
@@ -50,17 +54,24 @@ def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0)
     """The net a backbone node describes, in eval mode; weights must fit to the last key.
 
     `weights` is a file or a run folder. A file of ours brings what its net was built with, where
-    the node leaves that open.
+    the node leaves that open; where it does not fit, and is of another model, the error says which.
     """
     path = weights_file(weights)
+    theirs = constructor_of(path)
     torch.manual_seed(seed)
-    net = build({**as_built(backbone, path), "_partial_": True})()
+    net = build({**as_built(backbone, theirs), "_partial_": True})()
     if not hasattr(net, "features"):
         raise UserError(
             f"{backbone['_target_']} is no Backbone: it has no features(); use backbone=timm"
         )
     if path:
-        load_strictly(net, _read(path), path)
+        state = _read(path)
+        try:
+            load_strictly(net, state, path)
+        except UserError:
+            if other := other_model(backbone, theirs):
+                raise UserError(f"{path}: {other}") from None
+            raise
     return net.eval()
 
 
@@ -69,7 +80,7 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None)
     try:
         load_net(net, state)
     except ValueError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {with_articles(' '.join(str(error).split()))}") from None
 
 
 def weights_file(weights: str | None) -> str | None:
@@ -89,14 +100,64 @@ def _read(path: str) -> dict[str, Tensor]:
         raise UserError(" ".join(str(error).split())) from None
 
 
-def as_built(backbone: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    """The backbone node with what it leaves open and a file of the same model names."""
+def chosen_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone node of a config; where the command line named none, that of the weights."""
+    node = dict(config["backbone"])
+    if config.get("backbone_named", True):
+        return node
+    theirs = constructor_of(weights_file(config["weights"]))
+    if not theirs or not other_model(node, theirs):
+        return node
+    if distributed.is_main():
+        of = with_articles(f"is of a {name_of(theirs)}")
+        say(f"no --model was given; {config['weights']} {of}")
+    return {**theirs, **{key: node[key] for key in node if key not in (*IDENTITY, "_partial_")}}
+
+
+def constructor_of(path: str | None) -> dict[str, Any]:
+    """What a file of ours says its net was built with; nothing for other files."""
     try:
-        theirs = json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
+        return json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
-    same = all(theirs.get(key) == backbone.get(key) for key in ("_target_", "model_name"))
-    return {**(theirs if same else {}), **backbone}
+
+
+def as_built(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone node with what it leaves open and the constructor of a file's net names.
+
+    The file of a net around another one may be of the whole, or of the one inside alone.
+    """
+    inner = backbone.get("backbone")
+    if not isinstance(inner, Mapping):
+        return {**({} if other_model(backbone, theirs) else theirs), **backbone}
+    if theirs.get("_target_") == backbone["_target_"]:
+        part = theirs["backbone"]
+        part = part if other_model(inner, part) else {**part, **inner}
+        return {**theirs, **backbone, "backbone": {**part, "_partial_": True}}
+    return {**backbone, "backbone": {**as_built(inner, theirs), "_partial_": True}}
+
+
+def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Which model a file's net is of, in words, where that is not the node's; else nothing."""
+    if not theirs:
+        return ""
+    inner, name = backbone.get("backbone"), name_of(theirs)
+    remedy = f"--model {name}"
+    if isinstance(inner, Mapping):
+        if theirs.get("_target_") == backbone["_target_"]:
+            return ""
+        backbone, remedy = inner, f"backbone.backbone._target_={theirs['_target_']}"
+        if theirs.get("model_name"):
+            remedy = f"+backbone@backbone.backbone=timm backbone.backbone.model_name={name}"
+    if all(theirs.get(key) == backbone.get(key) for key in IDENTITY):
+        return ""
+    words = f"these weights are of a {name}, not a {name_of(backbone)}; {remedy}"
+    return with_articles(words)
+
+
+def with_articles(words: str) -> str:
+    """A sentence with "an" where the name behind "a" asks for it."""
+    return re.sub(r"\b(a)(?= [aeioAEIO])", "an", words)
 
 
 def make_data(node: Mapping[str, Any], split: str) -> ImageDataset:
@@ -128,9 +189,11 @@ def _report(
     probe: Callable,
 ) -> None:
     backbone = name_of(config["backbone"])
-    judged = {"backbone": backbone, "weights": config["weights"], "seed": config["seed"]}
     protocol = dict(getattr(probe, "protocol", {}))
-    path = write_results(folder, name, protocol=judged | protocol, figures=figures)
+    judged = {"backbone": backbone, "weights": config["weights"], "seed": config["seed"]}
+    if protocol.get("seed", config["seed"]) != config["seed"]:  # the probe's was set apart
+        judged["probe_seed"] = protocol["seed"]
+    path = write_results(folder, name, protocol=protocol | judged, figures=figures)
     print_figures(
         f"{backbone}, weights: {config['weights']}", name, figures, protocol=in_words(protocol)
     )

@@ -15,6 +15,7 @@ from evaluation.features import (
     gather_labels,
     renumber,
 )
+from evaluation.image_size import settle_sizes
 from evaluation.neighbours import (
     SEARCH_DTYPES,
     choose_rows,
@@ -36,8 +37,9 @@ Figures = dict[tuple[str, int], dict[int, float]]
 class KnnProbe:
     """Judge a frozen net by its neighbours; callable as a probe of a training run.
 
-    `precision` is the net's autocast (fp32, bf16, fp16), `search_precision` that of the
-    similarities; `transform` replaces resizing, cropping and ImageNet's normalisation.
+    A size of None is the net's own (`evaluation.image_size`). `precision` is the net's autocast
+    (fp32, bf16, fp16), `search_precision` that of the similarities; `transform` replaces resizing,
+    cropping and ImageNet's normalisation.
     `features_dir` keeps the class tokens there, and takes them from there where they are the same.
     Departs from DINOv2: the search is fp32 unless asked, because fp16 leaves about 1024 distinct
     similarities and with them ties at the cut; images count once however many ranks there are.
@@ -54,8 +56,8 @@ class KnnProbe:
         num_tries: int = 1,
         batch_size: int = 256,
         num_workers: int = 0,
-        resize_size: int = 256,
-        crop_size: int = 224,
+        resize_size: int | None = 256,
+        crop_size: int | None = 224,
         transform: Callable | None = None,
         precision: str = "fp32",
         search_precision: str = "fp32",
@@ -78,8 +80,8 @@ class KnnProbe:
         self.num_tries = num_tries
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.resize_size = resize_size
-        self.crop_size = crop_size
+        self.given = resize_size, crop_size
+        self.resize_size, self.crop_size = self.given  # until a net says what is left open
         self.transform = transform
         self.precision = precision
         self.search_precision = search_precision
@@ -106,13 +108,15 @@ class KnnProbe:
 
     def extract(self, net: Backbone, dataset: ImageDataset, split: str) -> FeatureSet:
         """This rank's rows of one split, on the host; every rank must call this."""
+        resize_size, crop_size = settle_sizes(net, *self.given)
+        self.resize_size, self.crop_size = resize_size, crop_size
         part = class_tokens(
             net,
             dataset,
             split,
             features_dir=self.features_dir,
             transform=self.transform
-            or evaluation_transform(resize_size=self.resize_size, crop_size=self.crop_size),
+            or evaluation_transform(resize_size=resize_size, crop_size=crop_size),
             transform_words=self._transform_in_words(),
             normalized=True,
             dtype=SEARCH_DTYPES[self.search_precision],

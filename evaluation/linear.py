@@ -67,8 +67,8 @@ class LinearProbe:
         classifier: str | None = None,
         sampler: str = "shuffled",
         seed: int = 0,
-        resize_size: int = 256,
-        crop_size: int = 224,
+        resize_size: int | None = 256,
+        crop_size: int | None = 224,
         transform: Callable | None = None,
         train_transform: Callable | None = None,
         batch_size: int = 128,
@@ -92,7 +92,7 @@ class LinearProbe:
             train_transform=train_transform,
             on_error=on_error,
         )
-        self.training = self.given  # until the data says how long an epoch is
+        self.training = self.given  # until the data and a net say what is left open
         if select_on not in ("val", "train"):
             raise ValueError(f"unknown select_on {select_on!r}; known: val, train")
         # One number must come out, to choose by: not one per class.
@@ -119,7 +119,7 @@ class LinearProbe:
         and the heads.
         """
         folder = Path(output_dir)
-        self.training = self.given.on(len(data["train"]))
+        self.training = self.given.on(len(data["train"])).sized(net)
         with evaluating(net) as device, full_float32_products(device):
             train_set, selection, exams = self._arrange(data)
             num_classes = count_classes(data["train"])

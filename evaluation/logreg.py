@@ -11,6 +11,7 @@ from torch import Tensor
 from evaluation.class_metrics import ClassCounts
 from evaluation.feature_cache import CLASS_TOKEN, class_tokens, transform_in_words
 from evaluation.features import PRECISIONS, FeatureSet, device_of, renumber
+from evaluation.image_size import settle_sizes
 from evaluation.logistic import LogisticModel, fit_logistic, measure_moments
 from evaluation.progress import say
 from evaluation.results import write_results
@@ -44,6 +45,7 @@ class LogregProbe:
     select_on: a tenth of the training images ("train"), or the very images judged ("val", which
     DINOv2 calls finetune-on-val), or on `finetune`, a data set of its own. Unless chosen on val,
     the classifier is fitted anew on training and selection images together.
+    A size of None is the net's own, without a margin around the crop.
     dtype: of the products. features_on: "cpu" keeps the rows on the host and moves them chunk by
     chunk in every pass; "device" keeps them on the net's device.
     Departs from DINOv2: L-BFGS runs over row shards of all ranks, instead of one rank per C with
@@ -63,8 +65,8 @@ class LogregProbe:
         dtype: str = "float64",
         batch_size: int = 256,
         num_workers: int = 0,
-        resize_size: int = 224,
-        crop_size: int = 224,
+        resize_size: int | None = 224,
+        crop_size: int | None = 224,
         transform: Callable | None = None,
         precision: str = "fp32",
         chunk_size: int = 16384,
@@ -90,7 +92,8 @@ class LogregProbe:
         self.select_on, self.finetune = select_on, finetune
         self.max_iter, self.tol, self.dtype = max_iter, tol, dtype
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.resize_size, self.crop_size, self.transform = resize_size, crop_size, transform
+        self.given, self.transform = (resize_size, crop_size), transform
+        self.resize_size, self.crop_size = self.given  # until a net says what is left open
         self.precision, self.chunk_size, self.features_on = precision, chunk_size, features_on
         self.on_error, self.features_dir = on_error, features_dir
 
@@ -112,13 +115,15 @@ class LogregProbe:
 
     def extract(self, net: Backbone, dataset: ImageDataset, split: str) -> FeatureSet:
         """This rank's rows of one split, numbered without gaps; every rank must call this."""
+        resize_size, crop_size = settle_sizes(net, *self.given, margin=False)
+        self.resize_size, self.crop_size = resize_size, crop_size
         part = class_tokens(
             net,
             dataset,
             split,
             features_dir=self.features_dir,
             transform=self.transform
-            or evaluation_transform(resize_size=self.resize_size, crop_size=self.crop_size),
+            or evaluation_transform(resize_size=resize_size, crop_size=crop_size),
             transform_words=transform_in_words(self.transform, self.resize_size, self.crop_size),
             normalized=False,
             batch_size=self.batch_size,

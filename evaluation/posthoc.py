@@ -29,6 +29,7 @@ from utils.data.images import ImageDataset, Subset
 from utils.data.loaders import evaluation_batches
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform
 from utils.errors import UserError
+from utils.folders import check_folder, make_folder
 from utils.symmetry import SYMMETRIES, transform_image
 from vit.weights import read_metadata, read_state
 
@@ -52,6 +53,7 @@ def compare_aggregators(config: Mapping[str, Any]) -> dict[str, dict[str, float]
     """
     config = dict(plain(config))
     figures: dict[str, dict[str, float]] = {}
+    check_folder(config["output_dir"])
     with distributed.session(config["device"]) as device:
         if distributed.is_main():
             figures = _compare(config, device)
@@ -254,7 +256,7 @@ def report(
     config: Mapping[str, Any], folder: Path, figures: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Print one table; write it as results.json, and results.csv in the published columns."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)

@@ -53,6 +53,10 @@ def read_posthoc_arguments(argv: Sequence[str]) -> list[str]:
     flips = any(key == FLIPS for key, _ in pairs)
     words = [word for word in words if word.partition("=")[0] not in (ROTATIONS, FLIPS)]
     if turns or flips:
+        group = next((value for key, value in pairs if key == "wrapper.group"), None)
+        if group:
+            flag, group = f"--n_rotations {turns[-1]}" if turns else "--flips", group.strip("'")
+            raise UserError(f"--group {group} and {flag} both say which group: give one of them")
         words.append(f"wrapper.group={'D' if flips else 'C'}{turns[-1] if turns else 4}")
     return words
 

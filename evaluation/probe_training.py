@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from evaluation.class_metrics import make_counts
 from evaluation.exams import Exam
+from evaluation.feature_cache import transform_in_words
 from evaluation.features import PRECISIONS, device_of
+from evaluation.image_size import in_words, settle_sizes
 from evaluation.linear_heads import head_losses
 from evaluation.progress import track
 from utils import distributed
@@ -58,6 +60,7 @@ class HeadTraining:
     published 1250 (which ImageNet gives at 1024 images a step). `batch_size` is the most that a
     process sends through the net at once; a step of `global_batch_size` images is the same on any
     number of processes that share it evenly, by accumulation.
+    A size of None is the net's own (`evaluation.image_size`).
     ValueError for what cannot be.
     """
 
@@ -69,17 +72,18 @@ class HeadTraining:
     precision: str
     sampler: str
     seed: int
-    resize_size: int
-    crop_size: int
+    resize_size: int | None
+    crop_size: int | None
     transform: Callable | None
     train_transform: Callable | None
     on_error: str
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "global_batch_size", "batch_size", "resize_size", "crop_size")
-        for name in counts + (("epoch_length",) if self.epoch_length is not None else ()):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        counts = ("epochs", "global_batch_size", "batch_size")
+        for name in (*counts, "epoch_length", "resize_size", "crop_size"):
+            value = getattr(self, name)
+            if (value is not None or name in counts) and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         for name, known in (
             ("precision", PRECISIONS),
             ("sampler", SAMPLERS),
@@ -93,6 +97,17 @@ class HeadTraining:
         """The same with the length of an epoch on so many training images settled."""
         one_pass = max(1, round(num_images / self.global_batch_size))
         return replace(self, epoch_length=self.epoch_length or min(one_pass, LONGEST_EPOCH))
+
+    def sized(self, net: Backbone) -> "HeadTraining":
+        """The same with the sizes of the images settled."""
+        resize_size, crop_size = settle_sizes(net, self.resize_size, self.crop_size)
+        return replace(self, resize_size=resize_size, crop_size=crop_size)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Shorter side and crop in pixels; only where they are settled."""
+        assert self.resize_size is not None and self.crop_size is not None
+        return self.resize_size, self.crop_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,7 +133,7 @@ class HeadTraining:
         size, count = self.micro_batches
         return training_batches(
             dataset,
-            self.train_transform or training_transform(crop_size=self.crop_size),
+            self.train_transform or training_transform(crop_size=self.sizes[1]),
             _stack,
             size,
             first_step=first_step,
@@ -141,9 +156,10 @@ class HeadTraining:
 
     def evaluation_transform(self) -> Callable:
         """What the images of validation and test sets go through."""
-        return self.transform or evaluation_transform(
-            resize_size=self.resize_size, crop_size=self.crop_size
-        )
+        if self.transform:
+            return self.transform
+        resize_size, crop_size = self.sizes
+        return evaluation_transform(resize_size=resize_size, crop_size=crop_size)
 
     def in_words(self, num_images: int) -> str:
         """Length of the training, as a line."""
@@ -169,9 +185,9 @@ class HeadTraining:
             "seed": self.seed,
             "precision": self.precision,
             "train_transform": _words(self.train_transform)
-            or f"random resized crop {self.crop_size}, mirrored at random, bicubic",
+            or f"random resized crop {in_words(self.crop_size)}, mirrored at random, bicubic",
             "transform": _words(self.transform)
-            or f"resize {self.resize_size}, centre crop {self.crop_size}, bicubic",
+            or transform_in_words(None, self.resize_size, self.crop_size),
             "on_error": self.on_error,
         }
         # In the published orders, which images make a step depends on who shares them.

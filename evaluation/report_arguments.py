@@ -9,8 +9,10 @@ from utils.command_line import (
     Option,
     Words,
     backbone_words,
+    folder_of_model,
     help_page,
     meanings,
+    names_backbone,
     quoted,
     read_words,
 )
@@ -39,7 +41,10 @@ def parse_equivariance(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = _read(argv, REPORT, usage, num_places=0).overrides
     named = any(word.startswith(("backbone", "--config", "weights=")) for word in words)
     default = "equivariance.yaml" if named else "equivariance/kinds.yaml"
-    return plain(parse_config(default=default, argv=words, base="equivariance"))
+    # Several nets in a row: none takes the place of another's results.
+    words = [*folder_of_model(words, "equivariance"), *words]
+    config = plain(parse_config(default=default, argv=words, base="equivariance"))
+    return config | {"backbone_named": names_backbone(words)}
 
 
 def parse_drawing(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -55,7 +60,8 @@ def parse_drawing(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not any(word.startswith("data=") for word in words) and places[0] in DATA:
             words.insert(1, f"data={DATA[places[0]]}")
         words += [f"output_dir={quoted(place)}" for place in places[1:]]
-    return plain(parse_config(default="draw.yaml", argv=words, base="draw"))
+    config = plain(parse_config(default="draw.yaml", argv=words, base="draw"))
+    return config | {"backbone_named": names_backbone(words)}
 
 
 def _read(

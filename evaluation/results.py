@@ -5,9 +5,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from utils.folders import make_folder
 
 RESULTS_FILE = "results.json"
 
@@ -17,8 +20,10 @@ def write_results(
 ) -> Path:
     """Put one probe's figures into `output_dir`/results.json, beside those of other probes."""
     path = Path(output_dir) / RESULTS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     results = json.loads(path.read_text()) if path.exists() else {}
+    if (before := _net_of(results.get(probe))) and before != _net_of({"protocol": protocol}):
+        print(f"{path}: replaces the {probe} results of {before}", flush=True)
     results[probe] = {"protocol": dict(protocol), "figures": dict(figures)}
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(results, indent=2) + "\n")
@@ -26,9 +31,18 @@ def write_results(
     return path
 
 
+def _net_of(entry: Mapping[str, Any] | None) -> str:
+    """Which net the results of a probe are of, where their protocol says so."""
+    protocol = entry["protocol"] if entry else {}
+    net = protocol.get("backbone")
+    if isinstance(net, Mapping):  # a node of a config
+        net = net.get("model_name") or str(net.get("_target_")).split(".")[-1]
+    return f"{net}, weights: {protocol.get('weights')}" if net else ""
+
+
 def append_lines(path: Path, figures: Mapping[str, object]) -> None:
     """Append one JSON object per figure and line, as DINOv2's evaluations write their files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("a") as file:
         for name, value in figures.items():
             file.write(json.dumps({name: value}) + "\n")

@@ -18,6 +18,7 @@ from evaluation.features import device_of
 from evaluation.pictures.figures import grid, save, visible
 from evaluation.pictures.pca import pca_colours
 from evaluation.symmetry_comparison_views import Judged, shift, turn
+from utils.folders import make_folder
 from utils.symmetry import transform_image
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -122,7 +123,7 @@ def animate(nets: Mapping[str, Any], image: Tensor, path: Path, class_names: Seq
     bars = {name: net(turned.to(device_of(net))).softmax(-1).cpu() for name, net in shown.items()}
     film = _Film(visible(turned).numpy(), {n: p.numpy() for n, p in bars.items()}, class_names)
     frames = [film.frame(index, angle) for index, angle in enumerate(angles)]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     return path
 

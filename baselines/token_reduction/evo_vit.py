@@ -50,8 +50,11 @@ class EvoViT(Reducer):
         block adds to it is added to the others (the paper). Off: they pass unchanged, which is
         what Expedit-SWAG measured.
     Departs from Expedit-SWAG: can be trained, and works where it crashed.
-    Record: block<i>.order [B N] and block<i>.class_attention [B N] behind the block.
+    Record: block<i>.order [B N] and block<i>.class_attention [B N] behind the block, the latter
+    also where every block keeps all tokens.
     """
+
+    watches = True
 
     def __init__(
         self,

@@ -114,7 +114,8 @@ class Host:
         self, block: nn.Module, index: int, x: Tensor, state: State, reducer: Reducer
     ) -> Tensor:
         x = reducer.before_block(state, index, x)
-        opened = reducer.works_inside(index)
+        watched = reducer.watches and state.record is not None
+        opened = watched or reducer.works_inside(index)
         x = self._opened(block, index, x, state, reducer) if opened else block(x)
         return reducer.after_block(state, index, x)
 

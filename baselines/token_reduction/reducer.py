@@ -103,6 +103,7 @@ class Reducer:
     """
 
     facts: Facts
+    watches = False  # whether blocks it leaves alone are opened too where somebody looks inside
 
     def bind(self, facts: Facts) -> None:
         """Fit the options to a network; ValueError for what it does not have."""

@@ -7,14 +7,16 @@ import torch
 import yaml
 from torch import nn
 
-from utils.build import build, nearest
+from utils.build import build
+from utils.command_line import unknown_model
 from utils.config import CONFIGS
 from utils.errors import UserError
 
 Node = dict[str, Any]
 ALL = "all"
 # Ways to other people's nets, which need a name or a file besides.
-ADAPTERS = ("timm", "torchvision", "file", "symmetrized", "reduced")
+ADAPTERS = ("timm", "torchvision", "file")
+WRAPPERS = ("symmetrized", "reduced")  # around a net of ours by default; no part of `all`
 
 
 class Group(NamedTuple):
@@ -26,7 +28,7 @@ class Group(NamedTuple):
 
 def registered() -> list[str]:
     """Every backbone of configs/backbone that a name alone describes, for images of any size."""
-    return [name for name in _named() if "img_size" not in _read(name)]
+    return [name for name in _named() if name not in WRAPPERS and "img_size" not in _read(name)]
 
 
 def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
@@ -58,11 +60,10 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
         return node if size == 224 else {**node, "img_size": size}
     import timm
 
-    if name in ADAPTERS or not timm.is_model(name.split(".")[0]):
-        known = [*_named(), *timm.list_models()]
-        raise UserError(
-            f"there is no model {name!r}, neither of ours nor of timm{nearest(name, known)}"
-        )
+    if name in ADAPTERS:
+        raise UserError(f"{name} is an adapter, which needs a model name: give one, as resnet50")
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(unknown_model(name))
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     node = {"_target_": "vit.adapters.timm_backbone", "model_name": name}
     if config is not None and config.num_classes != 1000:

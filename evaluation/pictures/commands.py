@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.judge import make_data, make_net
+from evaluation.judge import chosen_backbone, make_data, make_net
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps, patch_maps
@@ -33,6 +33,7 @@ from utils.data.segmentation import SegmentationDataset
 from utils.data.segmentation_transforms import squash_image, squash_mask
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
+from utils.folders import check_folder
 from utils.symmetry import SYMMETRIES
 from vit.backbone import Backbone
 
@@ -45,8 +46,10 @@ def draw(config: Mapping[str, Any]) -> list[Path]:
 
     Reads the keys of configs/draw.yaml; every rank must call this, and the first one writes.
     """
-    config = plain(config)
+    config = dict(plain(config))
+    check_folder(config["output_dir"])
     with distributed.session(config["device"]) as device:
+        config["backbone"] = chosen_backbone(config)
         picture = build({**config["picture"], "_partial_": True})
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
         backbone = config["backbone"]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.folders import make_folder
 
 DPI = 120
 
@@ -29,7 +30,7 @@ def grid(rows: int, columns: int, *, cell: float = 1.5) -> tuple[Figure, np.ndar
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure, with the folders on the way to it; gives the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path, dpi=DPI)
     return path
 

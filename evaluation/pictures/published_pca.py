@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evaluation.pictures.figures import visible
 from evaluation.pictures.pca import SHOWN_RANGE, principal_scores, skewness
+from utils.folders import make_folder
 
 SEPARATE, JOINT = 6, 10  # components of a PCA per image, and of one over all images
 SIZE, MARGIN = 224, 5  # pixels of a picture in a row, and around it
@@ -69,7 +70,7 @@ def write_published_pca(
     `all_flips_{k}.png`. `names`: the images' numbers, 0 onwards by default.
     """
     folder = Path(folder) / "artifacts"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     found = {
         "sep": separate_components(features, whiten=whiten),
         "joint": joint_components(features, whiten=whiten),

@@ -22,6 +22,7 @@ from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.transforms import deit_evaluation_transform
 from utils.errors import UserError
+from utils.folders import make_folder
 
 SHOWN = 8  # rows of the overview
 
@@ -66,7 +67,7 @@ def draw_masks(
     Patches that are not among those `kept` [B h w] of each stage are black; stages count from 0, as
     published. `first` is the number of the first image.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shown = visible(images).movedim(-1, 1)
     views = {"a": shown}
     views |= {f"l{j}": masked(shown, masks) for j, masks in enumerate(kept)}

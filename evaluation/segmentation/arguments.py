@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.build import nearest, plain
+from utils.command_line import backbone_words, names_backbone
 from utils.config import CONFIGS, fail, parse_config
 from utils.errors import UserError
 from utils.flags import FLAGS
@@ -106,7 +107,7 @@ def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(note)
-    return config
+    return config | {"backbone_named": names_backbone(words)}
 
 
 def read_segmentation_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -143,6 +144,8 @@ def _read(words: list[str]) -> _Asked:
             asked.tasks.extend(value.split(",") if equals else _take(words))
         elif name in ("--weights", "--pretrained-weights"):
             asked.rest.append(f"weights={_quoted(_value(name, value, words))}")
+        elif name == "--model":
+            asked.rest.extend(backbone_words(_value(name, value, words)))
         elif name in roots:
             asked.roots[roots[name]] = _value(name, value, words)
         elif name in OPTIONS:

@@ -11,7 +11,7 @@ from evaluation.arguments import (
     parse_evaluation,
     read_evaluation_arguments,
 )
-from utils.config import CONFIGS
+from utils.config import CONFIGS, compose_config
 from utils.errors import UserError
 
 PUBLISHED = [
@@ -107,12 +107,36 @@ def test_our_own_style(capsys):
     assert config["device"] == "cpu"
 
 
+def test_the_seed_of_every_probe_is_the_runs_unless_set():
+    tasks = sorted(path.stem for path in (CONFIGS / "probe").glob("*.yaml"))
+    seeded = [
+        name for name in tasks if "\nseed:" in (CONFIGS / "probe" / f"{name}.yaml").read_text()
+    ]
+    assert {"linear", "attentive", "seg_scenes", "seg_linear_scenes"} < set(seeded)
+    added = [f"+probe@probes.{name}={name}" for name in seeded if name != "linear"]
+    for seed in (0, 3):
+        probes = parse_evaluation([*added, "--seed", str(seed)])["probes"]
+        assert {probes[name]["seed"] for name in seeded} == {seed}
+    probes = parse_evaluation([*added, "--seed", "3", "probes.linear.seed=5"])["probes"]
+    assert (probes["linear"]["seed"], probes["attentive"]["seed"]) == (5, 3)
+    assert compose_config("dinov2/quickstart.yaml")["probes"].linear.seed == 0
+
+
+def test_a_model_is_ours_or_timms_and_a_config_file_names_one_too():
+    assert not parse_evaluation(["OUT"])["backbone_named"]
+    assert parse_evaluation(PUBLISHED)["backbone_named"]
+    config = parse_evaluation(["OUT", "--model", "vit_tiny_patch16_224"])
+    assert config["backbone_named"] and config["backbone"]["model_name"] == "vit_tiny_patch16_224"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["a", "b"], "two output folders, 'a' and 'b'"),
         (["--nb_knn", "ten"], "--nb_knn takes int, not 'ten'"),
         (["--temperature"], "--temperature needs a value"),
+        (["--model"], "--model needs a value"),
+        (["--model", "swagg"], "--model: there is no model 'swagg', .* one of swag_vit_b16_in1k, "),
         (["--learning-rates", "fast"], "--learning-rates takes float, not 'fast'"),
         (["--save-checkpoint-frequency"], "--save-checkpoint-frequency needs a value"),
     ],

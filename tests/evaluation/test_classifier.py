@@ -175,6 +175,15 @@ def test_published_command(monkeypatch):
     assert config["probes"]["knn"] is None
 
 
+def test_every_model_has_a_folder_of_its_own():
+    named = ["--model", "deit_small_patch16_LS"]
+    found = [
+        parse_deit_evaluation(words)["output_dir"]
+        for words in ([], named, [*named, "--output-dir", "x"], [*named, "name=y"])
+    ]
+    assert found == ["runs/eval_deit", "runs/eval_deit/deit_small_patch16_LS", "x", "runs/y"]
+
+
 def test_timm_models_and_other_data():
     config = parse_deit_evaluation(["--model", "deit3_small_patch16_224", "--data-set", "INAT19"])
     assert config["backbone"]["model_name"] == "deit3_small_patch16_224"

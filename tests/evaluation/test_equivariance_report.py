@@ -8,6 +8,7 @@ from PIL import Image
 
 from evaluation.equivariance_report import report
 from evaluation.report_arguments import parse_equivariance
+from evaluation.results import write_results
 from octic.layers import OcticLinear
 from tests.evaluation.backbones import BACKBONES, any_backbone
 
@@ -116,3 +117,28 @@ def test_images_of_a_folder(tmp_path):
     figures = report(small(tmp_path / "out", BACKBONES["timm"]) | {"images": str(tmp_path)})
     assert figures["net"]["image_size"] == 32
     assert torch.tensor(list(figures["net"]["layers"]["patches, end"].values())).isfinite().all()
+
+
+def test_every_model_named_has_a_folder_of_its_own(tmp_path, capsys):
+    folders = [
+        parse_equivariance(words)["output_dir"]
+        for words in (
+            [],
+            ["--model", "dinov2_vit_small_patch16"],
+            ["backbone=timm", "backbone.model_name=vit_tiny_patch16_224"],
+            ["--model", "dinov2_vit_small_patch16", "output_dir=here"],
+        )
+    ]
+    below = ["", "/dinov2_vit_small_patch16", "/vit_tiny_patch16_224"]
+    assert folders == [*(f"runs/equivariance{name}" for name in below), "here"]
+
+
+def test_what_takes_the_place_of_another_nets_results_says_so(tmp_path, capsys):
+    for net, weights in (("a", None), ("a", None), ("b", "w"), ("b", "v")):
+        protocol = {"backbone": {"_target_": f"vit.models.{net}"}, "weights": weights}
+        write_results(tmp_path, "equivariance", protocol=protocol, figures={})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition("results of ")[2] for line in said] == [
+        "a, weights: None",
+        "b, weights: w",
+    ]

@@ -43,6 +43,12 @@ def test_a_run_says_its_net_and_its_classes(run_folder: Path, tmp_path: Path, ca
     assert "largest difference 0.0e+00" in capsys.readouterr().out
 
 
+def test_a_file_where_the_folder_should_be_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UserError, match=f"^output_dir: cannot make {tmp_path / 'out'}: it is a f"):
+        export_net(config(tmp_path / "out", weights=str(run_folder)))
+
+
 def test_a_folder_of_the_hub_is_a_backbone_with_the_same_features(
     run_folder: Path, tmp_path: Path
 ) -> None:

@@ -122,3 +122,71 @@ def test_both_splits_are_needed(images, tmp_path):
     wrong["data"]["val"] = None
     with pytest.raises(UserError, match="data.val is missing"):
         judge(wrong)
+
+
+WRAPPERS = {
+    "symmetrized": {"_target_": "baselines.posthoc.symmetrized.symmetrized"},
+    "reduced": {"_target_": "baselines.token_reduction.reduced.reduced", "method": "evit"},
+}
+
+
+def exported(node, folder):
+    """A run folder with the weights of a node's net, and the state in it."""
+    net = make_net(node, None, seed=1)
+    file = folder / "exported/model.safetensors"
+    file.parent.mkdir(parents=True)
+    state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, file, {"constructor": json.dumps(node)})
+    return str(folder), state
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_run_folder_brings_the_sizes_of_the_net_inside(wrapper, tmp_path):
+    plain = {"_target_": "vit.models.deit_small_patch16_LS", "_partial_": True, **TINY}
+    run, state = exported(plain, tmp_path / "plain")
+    named = {**wrapper, "backbone": {"_target_": plain["_target_"], "_partial_": True}}
+    found = make_net(named, run, seed=2)
+    inner = getattr(found, "model", getattr(found, "net", None))
+    assert all(torch.equal(inner.state_dict()[name], state[name]) for name in state)
+    # The file of the whole brings the whole, and what is spelt out stays.
+    whole, state = exported({**named, "backbone": plain}, tmp_path / "whole")
+    found = make_net(named, whole, seed=2).state_dict()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    other = {**wrapper, "backbone": {"_target_": OCTIC["_target_"], "_partial_": True}}
+    with pytest.raises(
+        UserError, match="are of a deit_small_patch16_LS, not a hybrid_.*; backbone"
+    ):
+        make_net(other, run)
+
+
+def test_the_file_says_which_net_where_none_was_named(images, tmp_path, capsys):
+    run, _ = exported(PLAIN, tmp_path / "run")
+    default = {key: value for key, value in OCTIC.items() if key not in TINY}
+    asked = config(images, tmp_path / "out", default, run)
+    judge(asked | {"backbone_named": False})
+    said = capsys.readouterr().out
+    assert f"no --model was given; {run} is of a dinov2_vit_small_patch16" in said
+    stored = json.loads((tmp_path / "out/results.json").read_text())["knn"]["protocol"]
+    assert stored["backbone"] == "dinov2_vit_small_patch16"
+    with pytest.raises(UserError) as raised:
+        judge(asked | {"backbone_named": True})
+    assert str(raised.value).endswith(
+        "these weights are of a dinov2_vit_small_patch16, not a hybrid_dinov2_vit_small_patch16; "
+        "--model dinov2_vit_small_patch16"
+    )
+
+
+def test_an_article_fits_its_name(tmp_path):
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="do not fit an OcticVisionTransformer"):
+        make_net(OCTIC, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_the_record_says_the_runs_seed_and_a_probes_own(seed, images, tmp_path):
+    asked = config(images, tmp_path, PLAIN) | {"seed": 3}
+    probe = {"_target_": "evaluation.linear.LinearProbe", "n_last_blocks": [1], "epochs": 1}
+    probe |= {"resize_size": 16, "crop_size": 16, "global_batch_size": 4, "seed": seed or 3}
+    judge(asked | {"probes": {"linear": probe}})
+    stored = json.loads((tmp_path / "results.json").read_text())["linear"]["protocol"]
+    assert (stored["seed"], stored.get("probe_seed")) == (3, seed)

@@ -140,5 +140,5 @@ def test_config_builds_the_probe():
     config = compose_config("evaluate.yaml", words, base="evaluate")
     probe = build(config.probes.logreg)
     assert isinstance(probe, LogregProbe)
-    assert (probe.Cs, probe.resize_size, probe.dtype) == ([1, 2], 224, "float64")
+    assert (probe.Cs, probe.resize_size, probe.dtype) == ([1, 2], None, "float64")
     assert probe.protocol["C chosen on"].startswith("a tenth of the training images")

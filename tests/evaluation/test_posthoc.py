@@ -117,3 +117,15 @@ def test_weights_of_a_classifier_alone_are_judged_under_a_wrapper(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(judged(x), judged(x.rot90(1, (-2, -1))), rtol=1e-4, atol=1e-6)
     assert torch.equal(judged.model.head.weight, net.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--group", "C4", "--n_rotations", "8"], "--group C4 and --n_rotations 8 both say"),
+        (["--flips", "wrapper.group=D4"], "--group D4 and --flips both say"),
+    ],
+)
+def test_two_words_for_the_group_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        read_posthoc_arguments(words)

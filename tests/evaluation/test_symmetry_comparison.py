@@ -193,6 +193,15 @@ def test_pictures_are_written(tmp_path: Path):
         assert film.n_frames == 36
 
 
+def test_what_a_training_would_refuse_is_said_before_the_first_one(tmp_path: Path, capsys):
+    """The default words have a warm-up of two epochs."""
+    words = ["--device", "cpu", "--epochs", "1", *ONLY_PLAIN, f"output_dir={tmp_path}"]
+    said = r"^plain: recipe.schedules.warmup_epochs 2 is more than the 1 epochs of the run \(words"
+    with pytest.raises(UserError, match=said):
+        compare(parse_comparison(words))
+    assert "training" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_command_trains_judges_and_goes_on_where_it_stood(tmp_path: Path, capsys):
     words = ["--device", "cpu", "--epochs", "1", "--no-pictures", *ONLY_PLAIN]

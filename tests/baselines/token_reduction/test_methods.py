@@ -304,3 +304,14 @@ def test_projections_stay_or_are_drawn_anew(method):
     fresh = reduced("ours", method, seed=None)
     assert not torch.equal(fresh(x), fresh(x))
     assert Draws(None).get("block0", 4, 3, x)[0].shape == (4, 3)
+
+
+def test_evo_vit_shows_class_attention_where_it_keeps_all_tokens():
+    """Opened to look inside; a call leaves the blocks as they are."""
+    net, wrapped = net_of("hybrid"), reduced("hybrid", "evo_vit", keep_rate=1.0)
+    record = wrapped.inspect(images()).record
+    for index in range(2, DEPTH):
+        rows = record[f"block{index}.class_attention"]
+        assert rows.shape == (3, 64) and (rows > 0).all() and (rows.sum(1) < 1).all()
+    torch.testing.assert_close(wrapped.inspect(images()).logits, net(images()))
+    assert torch.equal(wrapped(images()), net(images()))

@@ -1,8 +1,11 @@
 """Names become nets, and every octic net has its plain twin."""
 
+import re
+
 import pytest
 import yaml
 
+from evaluation.cost.counting import count_cost
 from evaluation.cost.models import (
     find_backbone,
     make_groups,
@@ -79,7 +82,25 @@ def test_nets_of_timm_keep_their_classes_and_take_the_size():
     assert find_backbone("hybrid_deit_small_patch16", size=64)["img_size"] == 64
 
 
-@pytest.mark.parametrize("name", ["hybrid_deit_smal_patch16", "timm", "resnet17"])
+def test_the_line_of_the_docs_counts_as_it_says():
+    """A wrapper is read by its name, around the net of its config."""
+    page = (CONFIGS.parent / "docs/posthoc.md").read_text()
+    names = re.search(r"complexity.py --models (\S+) --check", page)[1].split(",")
+    counted = [count_cost(name, find_backbone(name)).multiply_adds / 1e9 for name in names]
+    assert names[0] == "symmetrized"
+    assert f"the last counts {counted[0]:.2f} G\nmultiply-adds against {counted[1]:.2f} G." in page
+    reduced = count_cost("reduced", find_backbone("reduced", keywords={"method": "evit"}))
+    assert reduced.multiply_adds / 1e9 < counted[1]
+    assert not {"symmetrized", "reduced"} & set(registered())
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "file"])
+def test_an_adapter_is_no_model(name):
+    with pytest.raises(UserError, match=f"{name} is an adapter, which needs a model name"):
+        find_backbone(name)
+
+
+@pytest.mark.parametrize("name", ["hybrid_deit_smal_patch16", "resnet17"])
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(UserError, match=f"there is no model '{name}'"):
         find_backbone(name)

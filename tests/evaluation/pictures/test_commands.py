@@ -107,6 +107,12 @@ def test_mistakes_are_one_line(words, said, tmp_path):
         (["attentoin"], "error: no picture 'attentoin'; did you mean 'attention'?"),
         (["pca", "a", "b"], "error: too many words, 'pca' and 'a' and 'b'"),
         (["pca", "--weights"], "error: --weights needs a value"),
+        (
+            ["pca", "--model", "swagg"],
+            "neither of ours nor of timm; did you mean one of swag_vit_b",
+        ),
+        (["pca", "--model", "vit_smal_patch16_224"], "did you mean 'vit_small_patch16_224'?"),
+        (["pca", "backbone=swagg"], "there is no backbone=swagg (--model swagg); did you mean one"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_code_2(argv, said, capsys):

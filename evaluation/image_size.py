@@ -1,0 +1,40 @@
+"""The size of the images that a frozen net is judged on, where a probe's config leaves it open."""
+
+from vit.backbone import Backbone
+
+PUBLISHED = 224  # the crop of the published probes, for nets that take images of any size
+RESIZED = 256  # their shorter side before it
+
+
+def settle_sizes(
+    net: Backbone, resize_size: int | None, crop_size: int | None, *, margin: bool = True
+) -> tuple[int, int]:
+    """Shorter side and central crop in pixels; None is the net's own, in published proportion.
+
+    The crop is what the net was built for and the shorter side 256 / 224 of it, rounded down as
+    DeiT does it; without a `margin` the whole shorter side is kept.
+    """
+    crop = crop_size or built_for(net)
+    return resize_size or (crop * RESIZED // PUBLISHED if margin else crop), crop
+
+
+def built_for(net: Backbone) -> int:
+    """Side of the images a net was built for; 224 where it takes any size or does not say."""
+    net = getattr(net, "model", net)  # of a net made invariant by its copies
+    inner = getattr(net, "net", net)
+    for part in (net, inner):
+        size = getattr(part, "img_size", None)
+        if size:
+            return int(size if isinstance(size, int) else size[0])
+    embed = getattr(inner, "patch_embed", None)
+    built = getattr(embed, "img_size", None)
+    registered = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (PUBLISHED,))
+    # timm's ViTs take any size here, unless they were asked for at another than they are known by.
+    if built and (getattr(embed, "strict_img_size", False) or registered[-1] != built[0]):
+        return int(built[0])
+    return PUBLISHED
+
+
+def in_words(size: int | None) -> str:
+    """A size for a protocol that is told before a net is seen."""
+    return "the net's own size" if size is None else str(size)

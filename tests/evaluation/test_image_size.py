@@ -1,0 +1,99 @@
+"""Images come at the size that a net was built for; published nets stay at 256 and 224."""
+
+import json
+
+import pytest
+
+from evaluation.arguments import parse_evaluation
+from evaluation.extraction import extract
+from evaluation.extraction_arguments import parse_extraction
+from evaluation.image_size import built_for, settle_sizes
+from evaluation.judge import judge, make_net
+from tests.evaluation.backbones import BACKBONES
+from utils.build import build
+from utils.config import compose_config
+
+PROBES = ("knn", "linear", "logreg", "attentive")
+PLAIN = {"_target_": "vit.models.deit_small_patch16_LS", "_partial_": True}
+SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TIMM = {"_target_": "vit.adapters.timm_backbone", "model_name": "vit_tiny_patch16_384"}
+SWIN = {"_target_": "vit.adapters.timm_backbone", "model_name": "swin_tiny_patch4_window7_224"}
+
+
+@pytest.mark.parametrize(
+    ("node", "size"),
+    [
+        (PLAIN | SMALL, 224),
+        (PLAIN | SMALL | {"img_size": 32}, 32),
+        (BACKBONES["octic"], 32),
+        (BACKBONES["torchvision"], 32),
+        (BACKBONES["timm"], 32),
+        (TIMM | {"depth": 1}, 224),  # takes any size, and is judged as ever
+        (SWIN | {"depths": [1, 1, 1, 1]}, 224),
+        (SWIN | {"depths": [1, 1, 1, 1], "img_size": 448}, 448),
+        ({"_target_": "vit.adapters.timm_backbone", "model_name": "resnet18"}, 224),
+    ],
+)
+def test_the_size_a_net_was_built_for(node, size):
+    assert built_for(make_net(node, None)) == size
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["baselines.posthoc.symmetrized.symmetrized", "baselines.token_reduction.reduced.reduced"],
+)
+@pytest.mark.parametrize("inner", [PLAIN | SMALL | {"img_size": 32}, BACKBONES["timm"], TIMM])
+def test_a_net_around_another_one_has_its_size(wrapper, inner):
+    inner = inner | {"_partial_": True, "depth": 2}
+    options = {"method": "evit"} if "reduced" in wrapper else {}
+    net = make_net({"_target_": wrapper, "backbone": inner, "num_classes": 10, **options}, None)
+    assert built_for(net) == inner.get("img_size", 224)
+
+
+def test_what_is_left_open_is_in_published_proportion():
+    published, small = (make_net(PLAIN | SMALL | {"img_size": n}, None) for n in (224, 32))
+    assert settle_sizes(published, None, None) == (256, 224)
+    assert settle_sizes(published, None, None, margin=False) == (224, 224)
+    assert settle_sizes(small, None, None) == (36, 32)
+    assert settle_sizes(small, None, None, margin=False) == (32, 32)
+    assert settle_sizes(small, 40, None) == (40, 32) and settle_sizes(small, None, 64) == (73, 64)
+    assert settle_sizes(small, 50, 48) == (50, 48)
+
+
+def test_every_probe_leaves_it_open_and_the_flag_sets_it(tmp_path):
+    words = [str(tmp_path), "--probes", ",".join(PROBES)]
+    probes = parse_evaluation(words)["probes"]
+    assert {(probes[name]["resize_size"], probes[name]["crop_size"]) for name in PROBES} == {
+        (None, None)
+    }
+    assert "the net's own size" in build(probes["linear"]).protocol["transform"]
+    probes = parse_evaluation([*words, "--input-size", "48", "probes.knn.crop_size=16"])["probes"]
+    assert [probes[name]["crop_size"] for name in PROBES] == [16, 48, 48, 48]
+    assert parse_extraction([str(tmp_path), "--input-size", "48"])["crop_size"] == 48
+    training = compose_config("dinov2/quickstart.yaml")["probes"]
+    assert {training[name].crop_size for name in ("knn", "linear")} == {32}
+
+
+def test_a_net_for_small_images_is_judged_at_them_and_the_protocol_says_so(tmp_path, capsys):
+    words = [str(tmp_path), "data=digits", "device=cpu", "--probes", ",".join(PROBES)]
+    words += ["--num-workers", "0", "probes.linear.epochs=1", "probes.linear.n_last_blocks=[1]"]
+    words += ["probes.logreg.Cs=[1.0]", "probes.logreg.max_iter=1", "probes.attentive.epochs=1"]
+    config = parse_evaluation([*words, "probes.attentive.representations=[cls]", "--seed", "3"])
+    config["backbone"] = PLAIN | SMALL | {"img_size": 16}
+    judge(config)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    with_margin, without = (f"resize {n}, centre crop 16, bicubic" for n in (18, 16))
+    for name in PROBES:
+        expected = without if name == "logreg" else with_margin
+        assert stored[name]["protocol"]["transform"] == expected, name
+        assert stored[name]["protocol"]["seed"] == 3
+    assert "crop 16, mirrored" in stored["linear"]["protocol"]["train_transform"]
+    assert with_margin in capsys.readouterr().out
+
+
+def test_features_are_extracted_at_the_nets_own_size(tmp_path, capsys):
+    words = [str(tmp_path), "data=digits", "--split", "val", "device=cpu", "num_workers=0"]
+    config = parse_extraction(words) | {"backbone": PLAIN | SMALL | {"img_size": 16}}
+    meta = json.loads((tmp_path / "val/meta.json").read_text()) if extract(config) else {}
+    assert meta["transform"] == "resize 18, centre crop 16, bicubic"
+    assert meta["transform"] in capsys.readouterr().out
