@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ class FolderLock:
         try:
             guard.mkdir()
         except FileExistsError:
-            if mine.stat().st_mtime - guard.stat().st_mtime > self.stale_s:
-                guard.rmdir()  # of one that was killed in the act
+            with suppress(FileNotFoundError):  # it is gone since
+                if mine.stat().st_mtime - guard.stat().st_mtime > self.stale_s:
+                    guard.rmdir()  # of one that was killed in the act
             time.sleep(self.beat_s / 20)
             return
         try:

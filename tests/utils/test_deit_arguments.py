@@ -136,7 +136,7 @@ def test_resume_names_a_run_folder(tmp_path: Path, capsys):
         ("--distillation-alpha 0.3", "there is no teacher without --distillation-type"),
         ("--distillation-type warm", "none, soft, hard"),
         ("--lr-noise 0.4", "noise is not offered"),
-        ("--model resnet1888", "there is no backbone=resnet1888"),
+        ("--model resnet1888", "there is no model 'resnet1888'"),
     ],
 )
 def test_a_mistake_is_one_line(words, said, capsys):

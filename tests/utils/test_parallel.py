@@ -60,7 +60,7 @@ def test_what_has_no_parameters_is_compiled_and_not_sharded(monkeypatch):
 
 
 def test_unknown_sharding_and_precision_are_refused():
-    with pytest.raises(UserError, match="replicate, shard or hybrid"):
+    with pytest.raises(UserError, match="replicate, shard, hybrid"):
         parallel.make_mesh(CPU, "zero3")
     with pytest.raises(UserError, match="fp32, tf32, bf16, fp16"):
         Precision("half")
