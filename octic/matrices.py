@@ -49,17 +49,28 @@ class Matrices(NamedTuple):
 def stack_matrices(
     layers: Sequence[Sources], *, dtype: torch.dtype | None = None
 ) -> list[Matrices]:
-    """The matrices of each layer, in `dtype` if it is given; one launch for all on a GPU."""
+    """The matrices of each layer, in `dtype` if it is given.
+
+    On a GPU one launch for all, another one for layers that are not trained beside others that are:
+    what is made together has gradients together.
+    """
     first = layers[0].weights[0]
     if not takes_triton(first):
         return [plain_stack(layer, dtype) for layer in layers]
-    dtype = dtype or first.dtype
-    tensors, layout = [t for layer in layers for t in layer.tensors], _layout(layers)
-    if torch.is_grad_enabled():
-        found = iter(_Stack.apply(layout, dtype, *tensors))
-    else:
-        found = iter(_stack(tensors, layout, dtype))
-    return [_taken(layer, found) for layer in layers]
+    learns = [torch.is_grad_enabled() and _is_trained(layer) for layer in layers]
+    found: dict[bool, Iterator[Tensor]] = {}
+    for kind in set(learns):
+        alike = [layer for layer, own in zip(layers, learns, strict=True) if own == kind]
+        tensors, layout = [t for layer in alike for t in layer.tensors], _layout(alike)
+        arguments = (layout, dtype or first.dtype)
+        found[kind] = iter(
+            _Stack.apply(*arguments, *tensors) if kind else _stack(tensors, *arguments)
+        )
+    return [_taken(layer, found[kind]) for layer, kind in zip(layers, learns, strict=True)]
+
+
+def _is_trained(layer: Sources) -> bool:
+    return any(tensor.requires_grad for tensor in layer.tensors)
 
 
 def plain_stack(layer: Sources, dtype: torch.dtype | None) -> Matrices:

@@ -305,6 +305,30 @@ def test_matrices_equal_the_twin(lines, rows, given, wanted, scaled, biased):
         assert value.dtype == reference.dtype and relative_error(value, reference) < 2e-6
 
 
+def test_layers_that_are_not_trained_have_no_gradients(monkeypatch):
+    """Beside others that are, whose matrices are made at the same time."""
+    monkeypatch.setattr(matrices, "takes_triton", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    layers = [matrix_sources(scaled=True, biased=True) for _ in range(3)]
+    for tensor in layers[1].tensors:
+        tensor.requires_grad_()
+    found = matrices.stack_matrices(layers)
+    for own, layer in zip(found, layers, strict=True):
+        twin = matrices.plain_stack(layer, None)
+        for part, exact in zip(own, twin, strict=True):
+            assert relative_error(part.detach(), exact.detach()) < 2e-6
+            assert part.requires_grad == (layer is layers[1])
+    grads = [torch.randn_like(part) for part in found[1]]
+    ours = torch.autograd.grad(found[1], layers[1].tensors, grads)
+    twins = torch.autograd.grad(matrices.plain_stack(layers[1], None), layers[1].tensors, grads)
+    for value, reference in zip(ours, twins, strict=True):
+        assert relative_error(value, reference) < 2e-6
+    with torch.no_grad():
+        assert not any(
+            part.requires_grad for own in matrices.stack_matrices(layers) for part in own
+        )
+
+
 def test_the_operator_hands_the_products_their_arguments(monkeypatch):
     inputs = [torch.randn(s) for s in ((2, 3, 32), (4, 5, 4), (10, 8), (5,))]
     grad = torch.randn(2, 3, 40)
