@@ -67,7 +67,7 @@ def test_second_call_keeps_what_is_computed(config, capsys):
     compare(config)
     capsys.readouterr()
     compare(config)
-    assert capsys.readouterr().out.count("resuming from step 2") == 2
+    assert capsys.readouterr().out.count("already at step 2 of") == 2
     with open(f"{config['output_dir']}/octic/metrics.jsonl") as file:
         steps = [json.loads(line) for line in file]
     assert sum("loss" in line for line in steps) == 2
