@@ -2,28 +2,24 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+from typing import Any, Self
 
 
-class StopSignal:
-    """Catches INT, TERM and USR2 inside a `with` block; a second INT interrupts at once.
+class Handlers:
+    """Hands the signals of `caught` to `_handle` inside a `with` block."""
 
-    `received` is what this process saw; the loop makes the ranks agree before anyone stops.
-    """
+    caught: tuple[signal.Signals, ...] = ()
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> Self:
         """Install the handlers; outside the main thread, where Python forbids it, do nothing."""
-        try:
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        except ValueError:
-            self._previous = {}
+        with suppress(ValueError):
+            for number in self.caught:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -35,6 +31,22 @@ class StopSignal:
         """Put the previous handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopSignal(Handlers):
+    """Catches INT, TERM and USR2 inside a `with` block; a second INT interrupts at once.
+
+    `received` is what this process saw; the loop makes the ranks agree before anyone stops.
+    """
+
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: signal.Signals | None = None
 
     def earlier_handler(self) -> Callable[[int, FrameType | None], Any] | None:
         """Another's handler of the received signal (submitit's requeue), for after the save."""

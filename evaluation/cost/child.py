@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
+
+from utils.signals import Handlers
 
 LIMIT, INTERRUPT = "limit", "interrupt"
 # What a child gets when it is to end, and the seconds it has before the next.
@@ -19,31 +21,16 @@ GRACES = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 TICK_S = 0.2
 
 
-class Interrupts:
+class Interrupts(Handlers):
     """Counts INT, TERM and HUP inside a `with` block, in place of what they would do."""
 
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
     def __init__(self) -> None:
+        super().__init__()
         self.count = 0
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Interrupts":
-        """Install the handlers; outside the main thread, where Python forbids it, do nothing."""
-        with suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._before[number] = signal.signal(number, self._count)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Put the previous handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _count(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
 
 
