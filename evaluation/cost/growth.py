@@ -78,7 +78,7 @@ def _at(
         nets[name] = Contestant(make_net(name, node, "cpu", seed=0).to(device), images, dtype=half)
     rows: dict[str, dict[str, Any]] = {name: {"net": name} for name in names}
     for kind in PASSES:
-        turns, _ = measure_in_turn(nets, kind, steps=steps, rounds=steps, warmup=0)
+        turns, _ = measure_in_turn(nets, kind, steps=steps, rounds=steps, warmup=1)
         for name, own in turns.items():
             speed = speed_of(own, point.batch)
             rows[name][kind] = point.batch / speed.images_per_second

@@ -57,7 +57,7 @@ def test_table_json_and_picture(tmp_path, capsys):
     assert hybrid["operators"]["forward_calls"] > plain["operators"]["forward_calls"] > 0
     assert (tmp_path / "c.png").stat().st_size > 1000
     out = capsys.readouterr().out
-    assert "by default on this device: steps 3, warmup 0, rounds 3" in out
+    assert "by default on this device: steps 3, warmup 2, rounds 3" in out
     assert "depth=2" in out and "best rate of a product" in out and "protocol: 32 x 32" in out
 
 

@@ -250,7 +250,7 @@ def test_the_list_is_shown_with_states_and_nothing_is_run(tmp_path, here, capsys
     assert speed_arguments.main(["--list", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("no CUDA device here") and "at most 20 min; not measured" in out
-    command = "complexity.py --models hybrid_deit_base_patch16 --batch-size 8 --steps 8 --rounds 8"
+    command = "complexity.py --models hybrid_deit_base_patch16 --batch-size 8 --steps 20 --rounds 5"
     assert f".venv/bin/python experiments/{command} --json {tmp_path}/out/vit_b.json" in out
     assert not (tmp_path / "out").exists()
     session = Session(tmp_path / "out", read_list("cpu"), FACTS)
