@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evaluation.judge import (
     as_built,
     brings_weights,
+    chosen_backbone,
     load_strictly,
     make_data,
     name_of,
@@ -49,7 +50,7 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
         wrong = mismatch(metadata, dataset) if dataset is not None else None
         if wrong:
             raise UserError(f"{path}: {wrong}; figures would mean nothing")
-        backbone = complete(config["backbone"], metadata, state, dataset)
+        backbone = complete(chosen_backbone(config), metadata, state, dataset)
         net = make_classifier(backbone, state, path, seed=config["seed"]).to(device)
         if distributed.is_main():
             _say_what_is_judged(backbone, path, dataset)

@@ -11,6 +11,7 @@ from utils.command_line import (
     folder_of_model,
     help_page,
     meanings,
+    names_backbone,
     read_words,
 )
 from utils.config import fail, parse_config
@@ -21,7 +22,7 @@ CONFIG = "eval/deit.yaml"
 
 
 OPTIONS = {
-    "--model": Option("backbone", "any registered model of ours or of timm's"),
+    "--model": Option("backbone", "any registered model of ours or of timm's; the one of --eval"),
     "--eval": Option("weights", "file of weights, or a run folder; every key must fit"),
     "--data-path": Option("data.root", "folder of the images: ImageNet, unless data=... says what"),
     "--data-set": Option("data", "DeiT's or DHVT's word: IMNET, CIFAR, INAT, clipart, ..."),
@@ -69,7 +70,7 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
     for note in notes:
         print(note)
-    return config
+    return config | {"backbone_named": names_backbone(words)}
 
 
 def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from utils.build import build, plain
 from utils.data.images import ImageDataset
 from utils.errors import UserError
 from utils.exported import EXPORTED, FORMERLY
+from utils.folders import check_folder
 from vit.weights import load_net, read_metadata, read_state
 
 IDENTITY = ("_target_", "model_name")  # the keys of a node that say which model it is of
@@ -31,6 +32,8 @@ def judge(config: Mapping[str, Any]) -> dict[str, float]:
     with distributed.session(config["device"]) as device:
         config["backbone"] = chosen_backbone(config)
         probes = {name: build(node) for name, node in config["probes"].items() if node}
+        for name in probes:
+            check_folder(folder / name)
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
         data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}
         if distributed.is_main():

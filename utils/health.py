@@ -105,19 +105,18 @@ class Health:
     def fault(self, recipe: nn.Module) -> str:
         """Nothing if the state from before the bad steps may be kept, else what is wrong with it.
 
-        Weights, those of an EMA included, must be finite, and so must the features they give: huge
-        ones are as lost. Every rank must call this, and every rank is told the same.
+        Weights must be finite, and so must the features they give: huge ones are as lost. Every
+        rank must call this, and every rank is told the same.
         """
-        weights = [parallel.local(weight.detach()) for weight in recipe.parameters()]
-        broken = ~torch.stack([weight.isfinite().all() for weight in weights]).all()
-        if bool(distributed.all_reduce_max(broken.float())):
-            return f"the weights of step {self.sound_step} are not finite"
+        if fault := broken_weights(recipe, self.sound_step):
+            return fault
         if self._overflows:
-            return f"the weights of step {self.sound_step} give features that are not finite"
+            which = f"the weights of step {self.sound_step}"
+            return f"{which} give features that are not finite, so they make no checkpoint"
         return ""
 
     def give_up(
-        self, recipe: nn.Module, checkpoints: Checkpoints, save: Callable[[int], None]
+        self, recipe: nn.Module, checkpoints: Checkpoints, save: Callable[[int], object]
     ) -> UserError:
         """Keep the state from before the bad steps by `save`, and make the error that says where.
 
@@ -133,9 +132,7 @@ class Health:
             f"the state from before them is in {checkpoints.path(self.sound_step)}"
         )
         if fault:
-            step, _ = checkpoints.soundest([name for name, _ in recipe.named_parameters()])
-            kept = f"the last sound one is {checkpoints.path(step)}" if step is not None else ""
-            fate = f"{fault}, so they make no checkpoint; {kept or 'there is no sound one'}"
+            fate = what_remains(fault, recipe, checkpoints)
         return UserError(f"not finite at step {steps} ({losses}): stopped; {fate}")
 
     def examine(self, net: nn.Module, batch: Any) -> dict[str, float]:
@@ -193,6 +190,30 @@ def relative_std(features: Tensor) -> float:
     features = features.double()
     spread = (features - features.mean(0)).square().sum(1).mean()
     return (spread / features.square().sum(1).mean().clamp(min=1e-300)).sqrt().item()
+
+
+def broken_weights(recipe: nn.Module, step: int) -> str:
+    """Nothing if every weight is finite, those of an EMA included, else a line about it.
+
+    Every rank must call this, and every rank is told the same.
+    """
+    weights = [parallel.local(weight.detach()) for weight in recipe.parameters()]
+    broken = ~torch.stack([weight.isfinite().all() for weight in weights]).all()
+    if bool(distributed.all_reduce_max(broken.float())):
+        return f"the weights of step {step} are not finite, so they make no checkpoint"
+    return ""
+
+
+def what_remains(fault: str, recipe: nn.Module, checkpoints: Checkpoints) -> str:
+    """The line about weights that are not kept, and which checkpoint to go on from.
+
+    Every rank must call this.
+    """
+    checkpoints.wait()
+    step, _ = checkpoints.soundest([name for name, _ in recipe.named_parameters()])
+    if step is None:
+        return f"{fault}; there is no sound one"
+    return f"{fault}; the last sound one is {checkpoints.path(step)}"
 
 
 def _images(batch: Any) -> Tensor | None:

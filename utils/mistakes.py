@@ -8,11 +8,13 @@ from utils.build import place_of, raised_by_us
 from utils.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# A place that the user named, or its owner, is in the way.
+BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Turn a ValueError of our own code, a full disk and too long a path into a UserError."""
+    """Turn a ValueError of our own code, a full disk and an unusable path into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -32,4 +34,6 @@ def _told(error: OSError) -> str | None:
     if error.errno in FULL:
         where = f"{name}: " if name else ""
         return f"{where}{error.strerror}; what was written before stays"
+    if error.errno in BARRED and name:
+        return f"{name}: {error.strerror}"
     return None

@@ -23,17 +23,22 @@ def load_weights(recipe: nn.Module, path: str) -> list[str]:
 
     A run folder is taken whole; where its state is of another recipe or network, the network that
     it exported is taken instead. Returns lines to tell. Raises UserError, naming what misses and
-    what is left over, unless every tensor finds its place.
+    what is left over, unless every tensor finds its place and every weight is finite.
     """
     source = Path(str(path))
     if not source.exists():
         raise UserError(f"training.weights: there is no {path}")
     if not source.is_dir():
         _load_file(recipe, source)
-        return []
-    if (source / DESCRIPTION).exists():
-        return _load_checkpoint(recipe, source)
-    return _load_run(recipe, source)
+        notes = []
+    elif (source / DESCRIPTION).exists():
+        notes = _load_checkpoint(recipe, source)
+    else:
+        notes = _load_run(recipe, source)
+    for name, weight in recipe.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"training.weights: {path} holds weights that are not finite ({name})")
+    return notes
 
 
 def restore(

@@ -9,7 +9,7 @@ from torch import nn
 from utils import parallel, state
 from utils.checkpoint import Checkpoints
 from utils.errors import UserError
-from utils.health import Health
+from utils.health import Health, broken_weights, what_remains
 from utils.metrics import Metrics
 from utils.optimizers import apply_schedules, clip_parts
 from utils.precision import Precision
@@ -45,17 +45,18 @@ def fit(
     """Train from `first_step` to `last_step` or a stop signal, save, return the steps finished.
 
     Raises UserError after too many steps in a row that were not finite, and if the last checkpoint
-    cannot be written. Every rank must call this.
+    cannot be written or its weights are broken. Every rank must call this.
     """
     batches = ShieldedBatches(recipe.batches(first_step))
     module = cast(nn.Module, recipe)  # a Protocol cannot inherit from a class
     gradients = parallel.Gradients(module)
     step, stopping = first_step, False
 
-    def save(at: int) -> None:
+    def save(at: int) -> str:
         metrics.flush(batches.waited())
-        parts = state.collect(module, optimizer, precision)
-        checkpoints.start(at, parts, replace=at == step)
+        if not (fault := broken_weights(module, at)):
+            checkpoints.start(at, state.collect(module, optimizer, precision), replace=at == step)
+        return fault
 
     while step < last_step and not stopping:
         # Schedule
@@ -97,12 +98,12 @@ def fit(
         if health.hopeless:
             raise health.give_up(module, checkpoints, save)
         if checkpoints.due(step):
-            save(step)
+            metrics.say(save(step))
         metrics.rest()
         watchdog.finished(step)
     checkpoints.wait()
-    if step > first_step and checkpoints.newest != step:
-        save(step)
+    if step > first_step and checkpoints.newest != step and (fault := save(step)):
+        raise UserError(what_remains(fault, module, checkpoints))
     if problem := checkpoints.wait():
         raise UserError(problem)
     return step

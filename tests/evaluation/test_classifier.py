@@ -223,3 +223,13 @@ def test_what_a_run_leaves_is_judged_and_guarded(images, tmp_path):
         (renamed / f"my_{folder.name}").symlink_to(folder)
     with pytest.raises(UserError, match="class 0 was 'blue' in training and is 'my_blue'"):
         judge_classifier(config(renamed, tmp_path, OCTIC, tmp_path))
+
+
+def test_without_a_model_the_files_own_is_judged(images, tmp_path, capsys):
+    export(tmp_path / "run/exported/model.safetensors", OCTIC, images)
+    words = ["--eval", str(tmp_path / "run"), f"output_dir={tmp_path}/out", "device=cpu"]
+    parsed = parse_deit_evaluation(words)
+    asked = config(images, tmp_path, parsed["backbone"], tmp_path / "run")
+    judge_classifier(asked | {"backbone_named": parsed["backbone_named"]})
+    out = capsys.readouterr().out
+    assert "no --model was given" in out and "d8_inv_early_deit_small_patch16, weights: " in out

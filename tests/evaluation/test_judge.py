@@ -190,3 +190,10 @@ def test_the_record_says_the_runs_seed_and_a_probes_own(seed, images, tmp_path):
     judge(asked | {"probes": {"linear": probe}})
     stored = json.loads((tmp_path / "results.json").read_text())["linear"]["protocol"]
     assert (stored["seed"], stored.get("probe_seed")) == (3, seed)
+
+
+def test_a_file_where_a_probes_folder_belongs_is_refused_before_anything_runs(images, tmp_path):
+    (tmp_path / "knn").write_text("")
+    with pytest.raises(UserError) as raised:
+        judge(config(images, tmp_path, OCTIC))
+    assert str(raised.value) == f"output_dir: cannot make {tmp_path}/knn: it is a file"

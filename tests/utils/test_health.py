@@ -82,8 +82,28 @@ def test_without_any_sound_checkpoint_it_says_so(tmp_path):
     assert steps_in(tmp_path) == []
 
 
-def test_checkpoints_of_broken_weights_are_passed_over(tmp_path, capsys):
-    """A period may have saved them before anybody knew."""
+def test_broken_weights_do_not_take_the_place_of_sound_ones(tmp_path, capsys):
+    """They are looked at before a period saves them: one checkpoint that is kept is enough."""
+    with pytest.raises(UserError, match=r"the last sound one is .*checkpoints/4$"):
+        train_tiny(tmp_path, recipe={"breaks": (4, NAN)}, every=1, keep_last=1)
+    assert steps_in(tmp_path) == [4]
+    out = capsys.readouterr().out
+    assert "\nthe weights of step 5 are not finite, so they make no checkpoint\n" in out
+
+
+def test_weights_that_the_last_step_breaks_end_the_run_in_one_line(tmp_path):
+    expected = r"^the weights of step 5 are not finite, so .*; the last sound one is .*/3$"
+    train_tiny(tmp_path, max_steps=3)
+    [exported] = (tmp_path / "exported").iterdir()
+    before = exported.read_bytes()
+    with pytest.raises(UserError, match=expected):
+        train_tiny(tmp_path, recipe={"breaks": (4, NAN)}, max_steps=5)
+    assert exported.read_bytes() == before
+
+
+def test_checkpoints_of_broken_weights_are_passed_over(tmp_path, capsys, monkeypatch):
+    """A folder of an earlier version may hold such."""
+    monkeypatch.setattr("utils.training.broken_weights", lambda recipe, step: "")
     with pytest.raises(UserError, match=r"the last sound one is .*checkpoints/4$"):
         train_tiny(tmp_path, recipe={"breaks": (4, NAN)}, every=1)
     assert steps_in(tmp_path) == [4, 5, 6]
@@ -138,7 +158,7 @@ def test_huge_weights_are_as_lost_as_infinite_ones():
         net.weight.fill_(1e30)
     health.examine(net, images)
     assert health.alarm == "ALARM: the features are not finite"
-    assert health.fault(net) == "the weights of step 5 give features that are not finite"
+    assert health.fault(net).startswith("the weights of step 5 give features that are not")
 
 
 def test_images_that_are_not_finite_say_nothing_of_the_weights():

@@ -44,3 +44,11 @@ def test_a_path_that_no_file_system_takes_is_a_mistake_and_other_errors_stay(tmp
         too_long.read_text()
     with pytest.raises(FileNotFoundError), mistakes_told():
         missing.read_text()
+
+
+def test_a_file_that_may_not_be_used_is_one_line(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/results.json: Not a directory"), mistakes_told():
+        (tmp_path / "file" / "results.json").write_text("x")
+    with pytest.raises(UserError, match=": Is a directory"), mistakes_told():
+        tmp_path.read_text()

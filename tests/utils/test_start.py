@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.utils.loop_case import TinyRecipe, make_config, parts_of, train_tiny
 from utils.errors import UserError
@@ -69,6 +69,15 @@ def test_a_run_that_has_lost_its_checkpoints_still_has_its_network(run: Path) ->
     (run / EXPORTED).unlink()
     with pytest.raises(UserError, match="neither a run folder nor a checkpoint of one"):
         load_weights(Other(), str(run))
+
+
+def test_weights_that_are_not_finite_begin_nothing(run: Path, tmp_path: Path) -> None:
+    weights = load_file(run / EXPORTED)
+    weights["blocks.0.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "broken.safetensors")
+    said = r"^training.weights: .*broken.safetensors holds weights that are not finite \(student.bl"
+    with pytest.raises(UserError, match=said):
+        load_weights(Other(), str(tmp_path / "broken.safetensors"))
 
 
 def test_the_line_is_told_with_the_others(run: Path, tmp_path: Path, capsys) -> None:
