@@ -3,14 +3,13 @@
 May import: torch, timm, triton where present, and `vit`.
 """
 
-from octic import debug_models, decompositions, mirror_models, models
+from octic import debug_models, mirror_models, models
 from octic.groups import get_group
 from octic.vision_transformer import OcticVisionTransformer
 
 __all__ = [
     "OcticVisionTransformer",
     "debug_models",
-    "decompositions",
     "get_group",
     "mirror_models",
     "models",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octic import composed
 from octic.operators import multiplies_nothing, operator, takes_triton
 from octic.plain_kernels import plain_join, plain_split
 
@@ -27,6 +28,8 @@ def split_heads(
     row, within a row part by part, within a part head by head. bias: added to as many of the first
     channels as it has; it gets no gradient (see `octic.irrep_linear`).
     """
+    if composed.is_composed():
+        return tuple(plain_split(x, bias, heads, widths, parts))
     if torch.is_grad_enabled():
         return _Split.apply(x, bias, heads, list(widths), parts)
     return tuple(_split(x, bias, heads, widths, parts))
@@ -34,6 +37,8 @@ def split_heads(
 
 def join_heads(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     """P tensors of heads [B T H D/H] to features [B T P*D]: the inverse of `split_heads`."""
+    if composed.is_composed():
+        return plain_join(tensors, widths)
     if torch.is_grad_enabled():
         return _Join.apply(list(widths), *tensors)
     return _join(tensors, widths)

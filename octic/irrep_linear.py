@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from octic import composed
 from octic.operators import HAS_TRITON, operator, takes_triton
 from octic.precision import autocast_dtype
 
@@ -46,12 +46,14 @@ def irrep_linear(
         x, lines = x.to(dtype), lines.to(dtype)
         plane = None if plane is None else plane.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if composed.is_composed():
+        return composed.linear(x, lines, plane, bias, add_bias=add_bias)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if torch.is_grad_enabled():
         y = _Linear.apply(flat, lines, plane, bias, add_bias)
     else:
         y = _linear(flat, lines, plane, bias if add_bias else None)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _columns(x: Tensor, lines: Tensor, plane: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
@@ -200,9 +202,13 @@ class _Linear(torch.autograd.Function):
         return _linear(x, lines, plane, bias if add_bias else None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, lines, plane = ctx.saved_tensors
+        if composed.is_differentiated_again():
+            # The bias is added: its gradient does not depend on it.
+            bias = lines.new_zeros(lines.shape[1], requires_grad=True) if ctx.biased else None
+            inputs, wanted = (x, lines, plane, bias), ctx.needs_input_grad[:4]
+            return *composed.gradients(composed.linear, inputs, wanted, grad), None
         grad = grad.contiguous()
         d_x = _backward_input(grad, lines, plane) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:]):

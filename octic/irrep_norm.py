@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from octic import composed
 from octic.operators import channels_of_copies, multiplies_nothing, operator, takes_triton
-from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward
+from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward, with_bias
 from octic.precision import without_autocast
 
 Segments = tuple[tuple[int, float], ...]
@@ -45,6 +45,8 @@ def irrep_norm(
     """
     plan = _checked_plan(x, scales, shift, segments, rows)
     dtype = dtype or x.dtype
+    if composed.is_composed():
+        return composed.norm(x, scales, shift, *plan, eps, dtype)
     if torch.is_grad_enabled():
         return _Norm.apply(x, shift, *plan, eps, dtype, *scales)
     return _norm(x, scales, shift, *plan, eps, dtype)
@@ -74,6 +76,9 @@ def residual_norm(
     if bias is not None:
         _check_width("bias", bias, x.shape[-1] // sum(plan[0]))
     dtype = dtype or x.dtype
+    if composed.is_composed():
+        total = x + with_bias(branch, bias)
+        return total, composed.norm(total, scales, shift, *plan, eps, dtype)
     if torch.is_grad_enabled():
         return _ResidualNorm.apply(x, branch, bias, shift, *plan, eps, dtype, *scales)
     return _residual_norm(x, branch, bias, scales, shift, *plan, eps, dtype)
@@ -258,9 +263,11 @@ class _Norm(torch.autograd.Function):
         return _norm(x, scales, shift, *ctx.arguments, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, shift, *scales = ctx.saved_tensors
+        if composed.is_differentiated_again():
+            dx, dshift, *dscales = _gradients_again(ctx, x, shift, scales, grad)
+            return dx, dshift, *[None] * 5, *dscales
         dx, dscales, dshift = _norm_backward(grad, x, scales, shift, *ctx.arguments)
         dshift = None if shift is None else dshift
         return dx, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
@@ -289,16 +296,34 @@ class _ResidualNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple:
         total, shift, *scales = ctx.saved_tensors
         if grad is None:
             return past, past, *[None] * (7 + len(scales))
+        if composed.is_differentiated_again():
+            dx, dshift, *dscales = _gradients_again(ctx, total, shift, scales, grad)
+            dx = dx if past is None else dx + past
+            return dx, dx.to(ctx.branch_dtype), None, dshift, *[None] * 5, *dscales
         arguments = (total, scales, shift, *ctx.arguments, ctx.branch_dtype)
         dx, dbranch, dscales, dshift = _residual_norm_backward(grad, past, *arguments)
         dbranch = dbranch if dbranch.numel() == dx.numel() else dx
         dshift = None if shift is None else dshift
         return dx, dbranch, None, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
+
+
+def _gradients_again(
+    ctx: Any, x: Tensor, shift: Tensor | None, scales: Sequence[Tensor], grad: Tensor
+) -> list[Any]:
+    """Gradients of x, shift and scales of a norm, differentiable themselves."""
+
+    lengths, weights, shared, eps = ctx.arguments
+
+    def norm(x: Tensor, shift: Tensor | None, *scales: Tensor) -> Tensor:
+        return composed.norm(x, scales, shift, lengths, weights, shared, eps, grad.dtype)
+
+    inputs = [x, shift, *scales]
+    wanted = [part is not None and part.requires_grad for part in inputs]
+    return composed.gradients(norm, inputs, wanted, grad)
 
 
 def _summed(dscales: Tensor, scales: Sequence[Tensor], shared: Sequence[int]) -> list[Tensor]:

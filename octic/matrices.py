@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from octic.composed import gradients, is_composed, is_differentiated_again
 from octic.operators import multiplies_nothing, operator, takes_triton
 
 
@@ -55,7 +55,7 @@ def stack_matrices(
     what is made together has gradients together.
     """
     first = layers[0].weights[0]
-    if not takes_triton(first):
+    if not takes_triton(first) or is_composed():
         return [plain_stack(layer, dtype) for layer in layers]
     learns = [torch.is_grad_enabled() and _is_trained(layer) for layer in layers]
     found: dict[bool, Iterator[Tensor]] = {}
@@ -181,12 +181,20 @@ class _Stack(torch.autograd.Function):
         ctx: Any, layout: list[int], dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
-        ctx.layout = layout
+        ctx.layout, ctx.dtype = layout, dtype
         return tuple(_stack(tensors, layout, dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
+        if is_differentiated_again():
+
+            def stack(*tensors: Tensor) -> list[Tensor]:
+                layers = layers_of(tensors, ctx.layout)
+                found = [part for layer in layers for part in plain_stack(layer, ctx.dtype)]
+                return [part for part in found if part is not None]
+
+            again = gradients(stack, ctx.saved_tensors, ctx.needs_input_grad[2:], grads)
+            return None, None, *again
         return None, None, *_stack_backward(grads, ctx.saved_tensors, ctx.layout)
 
 

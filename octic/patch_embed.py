@@ -5,6 +5,7 @@ spreads them over the patch. Letters: S slots, G components, C channels of a cop
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +29,45 @@ class Unfold(nn.Module):
 
     def __init__(self, height: int, width: int, *, scaled: bool, group: Group) -> None:
         super().__init__()
-        tables = group.expansion(height, width)
-        self.height, self.width, self.slab = height, width, tables.slab
-        self.order = group.order
-        # Integers, so that no cast of the model rounds them; sqrt(dim / |G|) is taken at use.
-        dims = torch.as_tensor(group.component_dims, dtype=torch.int8) if scaled else None
-        signs = torch.as_tensor(tables.coefficient).flatten(2).to(torch.int8)
-        self.register_buffer("dims", dims, persistent=False)
-        self.register_buffer("signs", signs, persistent=False)
-        self.register_buffer("slot", torch.as_tensor(tables.slot), persistent=False)
-        pixel = torch.as_tensor(tables.pixel.copy()).flatten(1)
-        self.register_buffer("pixel", pixel, persistent=False)
+        self.height, self.width, self.slab = height, width, group.expansion(height, width).slab
+        self.group, self.order, self.scaled = group, group.order, scaled
+        for name, table in self._tables().items():
+            self.register_buffer(name, table, persistent=False)
 
-    def coefficient(self, dtype: torch.dtype) -> Tensor:
-        """Factor of each component, term and pixel [G K H*W]."""
+    def _tables(self) -> dict[str, Tensor | None]:
+        # Integers, so that no cast of the model rounds them; sqrt(dim / |G|) is taken at use.
+        tables = self.group.expansion(self.height, self.width)
+        dims = torch.tensor(self.group.component_dims, dtype=torch.int8)
+        return {
+            "dims": dims if self.scaled else None,
+            "signs": torch.tensor(tables.coefficient).flatten(2).to(torch.int8),
+            "slot": torch.tensor(tables.slot),
+            "pixel": torch.tensor(tables.pixel).flatten(1),
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Unfold":
+        # A net that was built without memory is given empty tensors (`to_empty`), and then its
+        # weights from a file, which holds no tables.
+        super()._apply(fn, recurse)
+        with torch.device("cpu"):
+            tables = self._tables()
+        for name, buffer in self.named_buffers():
+            if not buffer.is_meta and (table := tables[name]) is not None:
+                buffer.copy_(table)
+        return self
+
+    def coefficient(self, values: Tensor) -> Tensor:
+        """Factor of each component, term and pixel [G K H*W], for slab values or what they gave."""
+        if self.slot.is_meta and not values.is_meta:  # weights were loaded with assign=True
+            self._apply(lambda tensor: torch.empty_like(tensor, device=values.device))
         if self.dims is None:
-            return self.signs.to(dtype)
-        scale = (self.dims.to(dtype) / self.order).sqrt()
-        return self.signs.to(dtype) * scale[:, None, None]
+            return self.signs.to(values.dtype)
+        scale = (self.dims.to(values.dtype) / self.order).sqrt()
+        return self.signs.to(values.dtype) * scale[:, None, None]
 
     def forward(self, quarters: Tensor) -> Tensor:
         """Slab values [S X slab] to full values [G X H W]."""
-        coefficient = self.coefficient(quarters.dtype)
+        coefficient = self.coefficient(quarters)
         quarters = quarters.flatten(2)
         terms = [
             coefficient[:, k, None] * quarters[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
@@ -183,7 +201,7 @@ class OcticToPatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B N D] to patches [B N p*p*out], rows, then columns, then channels."""
         y = self.lin8(x).unflatten(-1, (self.group.order, -1, self.out_chans))  # [B N G cells out]
-        coefficient = self.unfold.coefficient(y.dtype)
+        coefficient = self.unfold.coefficient(y)
         terms = [
             coefficient[component, k, :, None] * y[:, :, component, self.unfold.pixel[k]]
             for component in self._read_components()

@@ -6,13 +6,13 @@ Made as the norms are (`octic.irrep_norm`, its letters too): a Triton kernel on 
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from octic import composed
 from octic.operators import channels_of_copies, multiplies_nothing, operator, takes_triton
 from octic.plain_kernels import Matrix, plain_gelu, plain_gelu_backward
 from octic.precision import without_autocast
@@ -28,6 +28,8 @@ def regular_gelu(x: Tensor, transform: Matrix, bias: Tensor | None = None) -> Te
     channels = channels_of_copies(x, len(transform))
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"regular_gelu: bias has shape {[*bias.shape]}; it must be [{channels}]")
+    if composed.is_composed():
+        return composed.gelu(x, bias, transform)
     compute = _GELU.apply if torch.is_grad_enabled() else _gelu
     return compute(x, bias, [entry for row in transform for entry in row])
 
@@ -83,8 +85,11 @@ class _GELU(torch.autograd.Function):
         return _gelu(x, bias, transform)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        if composed.is_differentiated_again():
+            x, bias = ctx.saved_tensors
+            again = partial(composed.gelu, bias=bias, transform=_matrix(tuple(ctx.transform)))
+            return *composed.gradients(again, [x], [True], grad), None, None
         return _gelu_backward(grad, *ctx.saved_tensors, ctx.transform), None, None
 
 

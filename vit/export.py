@@ -2,8 +2,8 @@
 
 What depends on the weights alone is computed at export and stored: the positions of the size's
 grid, whose resampling breaks runtimes, and the filters and matrices that octic layers expand. The
-batch stays free. Nothing but PyTorch's own operators remains: a package that defines others says in
-`DECOMPOSITIONS` what they are in PyTorch's words.
+batch stays free. Nothing but PyTorch's own operators remains: a package that defines others spells
+them out while `torch.compiler.is_exporting()`.
 
 Letters: B images, D channels, h w a grid of patches.
 """
@@ -13,7 +13,7 @@ import operator
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
-"""Custom operator -> a plain function of the same arguments, without in-place operations."""
+from vit.backbone import eval_mode
 
 OUTPUTS = ("features", "logits")
 TOLERANCE = 1e-4
@@ -55,19 +54,19 @@ def trace(net: nn.Module, *, size: int | tuple[int, int], output: str) -> Export
     """
     if output not in OUTPUTS:
         raise ValueError(f"unknown output {output!r}; known: {', '.join(OUTPUTS)}")
-    asked = _Asked(net, output).eval()
+    asked = _Asked(net, output)
     images = example_images(net, size, batch=2)
-    with torch.no_grad():
+    with eval_mode(asked), torch.no_grad():
         _try(asked, images)
         program = _export(asked, images)
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        program = _export(_rewrite(module), images)
+        program = _export(_fold_constants(module), images)
     foreign = foreign_operators(program)
     if foreign:
         raise ValueError(
             f"operators that PyTorch alone does not know: {', '.join(foreign)}; "
-            "vit.export.DECOMPOSITIONS must say what they compute"
+            "their package must spell them out while torch.compiler.is_exporting()"
         )
     return program
 
@@ -122,11 +121,11 @@ def largest_difference(
 
     The file is loaded and run by a process of its own, which cannot import our packages.
     """
-    asked = _Asked(net, output).eval()
+    asked = _Asked(net, output)
     batches = [example_images(net, size, batch=batch) for batch in (1, 3)]
     found = _run_elsewhere(path, batches)
     worst = 0.0
-    with torch.no_grad():
+    with eval_mode(asked), torch.no_grad():
         for images, theirs in zip(batches, found, strict=True):
             ours = asked(images)
             ours = list(ours.values()) if isinstance(ours, dict) else [ours]
@@ -204,14 +203,13 @@ def _export(module: nn.Module, images: Tensor) -> ExportedProgram:
         raise
 
 
-def _rewrite(module: fx.GraphModule) -> fx.GraphModule:
-    """Custom operators as plain functions, and all that depends on constants alone as constants."""
+def _fold_constants(module: fx.GraphModule) -> fx.GraphModule:
+    """All that depends on constants alone as constants."""
     graph, known = module.graph, {}
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # it would keep alive what it looks at
             continue
-        node.target = DECOMPOSITIONS.get(node.target, node.target)
         inputs = node.all_input_nodes
         if node.op == "get_attr":
             known[node] = operator.attrgetter(str(node.target))(module)

@@ -16,6 +16,8 @@ import torch
 from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
+from vit.backbone import eval_mode
+
 # Whose errors on the way to the hub are the network's or the account's, not ours: names begin so.
 NETWORK = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 _NOT_OPTIONS = {"_target_", "_partial_", "model_name", "pretrained"}
@@ -86,7 +88,8 @@ def largest_difference(net: nn.Module, folder: Path, images: Sequence[torch.Tens
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     worst = 0.0
     for batch in images:
-        ours, theirs = net.eval()(batch), again(batch)
+        with eval_mode(net):
+            ours, theirs = net(batch), again(batch)
         if ours.shape != theirs.shape:
             return float("inf")
         scale = ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny)

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from octic import matrices, plain_kernels
-from octic.irrep_linear import irrep_linear, linear_kernel
+from octic.irrep_linear import linear_kernel
 from octic.irrep_norm import irrep_norm
 from octic.regular_gelu import regular_gelu
 from tests.octic.kernel_cases import (
@@ -284,19 +284,6 @@ def test_matrices_by_the_operator_are_those_of_torch():
         sum(part.square().sum() for part in outputs).backward()
         found.append([*outputs, *(leaf.grad for leaf in leaves)])
     assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
-
-
-def test_a_second_derivative_is_refused():
-    x = torch.randn(3, 16, requires_grad=True)
-    lines, plane = torch.randn(4, 2, 2), torch.randn(4, 4)
-    for y in (
-        norm_of(x, segments=OCTIC),
-        regular_gelu(x, D4),
-        irrep_linear(x, lines, plane, None),
-    ):
-        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            slope.sum().backward()
 
 
 @pytest.mark.slow

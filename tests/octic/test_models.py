@@ -281,3 +281,15 @@ def test_misspelt_and_impossible_options_are_refused() -> None:
         net(images(30, 32))
     with pytest.raises(ValueError, match="mask_token=True"):
         net.encode([images()], [torch.zeros(2, 64, dtype=torch.bool)])
+
+
+def test_a_net_that_was_built_without_memory_takes_weights_either_way():
+    """Tables of filters are in no file: they are made again where the weights come to lie."""
+    net, images = make(num_classes=3).eval(), torch.randn(2, 3, 32, 32).double()
+    with torch.device("meta"):
+        empty, assigned = make(num_classes=3).eval(), make(num_classes=3).eval()
+    empty.to_empty(device="cpu").load_state_dict(net.state_dict())
+    assigned.load_state_dict(net.state_dict(), assign=True)
+    for other in (empty, assigned):
+        assert torch.equal(other(images), net(images))
+        assert not any(buffer.is_meta for buffer in other.buffers())

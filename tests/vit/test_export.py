@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import octic  # noqa: F401  (registers its models)
+from octic import composed
 from octic.groups import get_group
 from octic.layers import OcticGELU, OcticLayerNorm, OcticLinear
 from tests.evaluation.backbones import any_backbone, make
@@ -32,7 +33,7 @@ def small(name: str = "hybrid_deit_small_patch16", **options) -> nn.Module:
 
 @pytest.mark.parametrize("group", ["D4", "C4", "mirror"])
 def test_operators_in_torchs_words_compute_the_same(group):
-    """Each decomposition agrees with its operator, at random parameters."""
+    """What is exported agrees with our operators, at random parameters."""
     torch.manual_seed(0)
     width = 4 * get_group(group).order
     layers = [OcticLinear(width, 2 * width, group=group), OcticLayerNorm(width, group=group)]
@@ -41,11 +42,8 @@ def test_operators_in_torchs_words_compute_the_same(group):
         nn.init.normal_(parameter)
     x = torch.randn(2, 5, width)
     program = torch.export.export(asked, (x,))
-    assert export.foreign_operators(program)
-    module = export._rewrite(program.module(check_guards=False))
-    rewritten = torch.export.export(module, (x,))
-    assert not export.foreign_operators(rewritten)
-    torch.testing.assert_close(rewritten.module()(x), asked(x), rtol=1e-5, atol=1e-5)
+    assert not export.foreign_operators(program)
+    torch.testing.assert_close(program.module()(x), asked(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_program_takes_any_batch_at_its_size():
@@ -130,6 +128,14 @@ def test_a_net_that_fixes_the_batch_is_refused():
 def test_an_unknown_operator_is_named(monkeypatch):
     net = nn.Sequential(nn.Flatten(), OcticLinear(3 * 64, 8))
     assert export.trace(net, size=8, output="logits")
-    monkeypatch.delitem(export.DECOMPOSITIONS, torch.ops.octic.irrep_linear.default)
-    with pytest.raises(ValueError, match=r"octic\.irrep_linear\.default; .*DECOMPOSITIONS"):
+    monkeypatch.setattr(composed, "is_composed", lambda: False)
+    with pytest.raises(ValueError, match=r"octic\.irrep_linear\.default; their package must"):
         export.trace(net, size=8, output="logits")
+
+
+def test_exporting_leaves_every_part_in_its_mode():
+    net = timm.create_model(
+        "deit_small_patch16_LS", img_size=32, embed_dim=64, depth=2, num_heads=2
+    )
+    export.trace(net.train(), size=32, output="features")
+    assert net.training and net.head.training
