@@ -10,7 +10,10 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from utils.ranges import check_count
 from vit.trunk import Trunk, init_linear
+
+SIZES = ("patch_size", "num_heads")
 
 
 class TappedTrunk(Trunk):
@@ -64,3 +67,9 @@ class TappedTrunk(Trunk):
             self.head = nn.Linear(representation_size, self.num_classes)
         self.pre_logits.apply(init_linear)
         self.head.apply(init_linear)
+
+
+def check_sizes(**sizes: int) -> None:
+    """ValueError for sizes that something is divided by, unless they are 1 or more."""
+    for key, size in sizes.items():
+        check_count(key, size, 1)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
 from baselines.dhvt.norms import check_sync
 from baselines.dhvt.stem import OverlappingPatchEmbed
-from baselines.tapped import TappedTrunk
+from baselines.tapped import TappedTrunk, check_sizes
+from utils.ranges import check_range
 from vit.trunk import drop_path_rates, init_linear
 
 DECAYS = ("exempt", "published")
@@ -66,6 +67,8 @@ class DHVT(TappedTrunk):
         if decay not in DECAYS:
             raise ValueError(f"unknown decay {decay!r}; known: {', '.join(DECAYS)}")
         check_sync(sync_batch_norm)
+        check_sizes(patch_size=patch_size, num_heads=num_heads)
+        check_range("attn_drop_rate", attn_drop_rate, 0, 1, ends="[)")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,

@@ -24,7 +24,8 @@ from baselines.evit.reorganisation import (
     tokens_to_keep,
 )
 from baselines.evit.schedule import Shrink
-from baselines.tapped import TappedTrunk
+from baselines.tapped import SIZES, TappedTrunk, check_sizes
+from utils.ranges import check_range
 from vit.vision_transformer import VisionTransformer
 
 DROP_LOC = (3, 6, 9)
@@ -77,16 +78,19 @@ class EViT(TappedTrunk, VisionTransformer):
             raise ValueError("EViT has no register tokens; baselines.token_reduction protects them")
         if options.get("mask_token", False):
             raise ValueError("EViT hides no patches: it has no mask token")
+        check_sizes(**{key: options[key] for key in SIZES if key in options})
+        check_range("attn_drop_rate", options.get("attn_drop_rate", 0.0), 0, 1, ends="[)")
         super().__init__(
             class_position=class_position, drop_path_uniform=drop_path_uniform, **options
         )
         if keep_rate is not None and (base_keep_rate is not None or drop_loc is not None):
             raise ValueError("give keep_rate, or base_keep_rate and drop_loc, not both")
         if keep_rate is None:
-            rates = rates_at(base_keep_rate, drop_loc, self.depth)
+            self.keep_rates = rates_at(base_keep_rate, drop_loc, self.depth)
         else:
-            rates = per_block(keep_rate, self.depth, "keep_rate")
-        self.keep_rates = [_checked_rate(rate) for rate in rates]
+            self.keep_rates = per_block(keep_rate, self.depth, "keep_rate")
+            for rate in self.keep_rates:
+                check_range("keep_rate", rate, 0, 1, ends="(]")
         self.exact_counts = exact_counts
         self.shrink = Shrink(start_epoch=shrink_start_epoch, epochs=shrink_epochs)
         self._training_rates: list[float] | None = None
@@ -228,6 +232,7 @@ def rates_at(
     if beyond:
         raise ValueError(f"drop_loc {beyond} asked of a network with blocks 0 to {depth - 1}")
     rate = 1.0 if base_keep_rate is None else base_keep_rate
+    check_range("base_keep_rate", rate, 0, 1, ends="(]")
     return [rate if index in places else 1.0 for index in range(depth)]
 
 
@@ -247,16 +252,10 @@ def read_places(drop_loc: Sequence[int] | str) -> list[int]:
 
 def per_block(value: Any, depth: int, name: str) -> list[Any]:
     """One value for each block: a sequence of as many, or of one, or a single value for all."""
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * depth
     if len(value) == 1:
         return list(value) * depth
     if len(value) != depth:
         raise ValueError(f"{name} has {len(value)} entries for {depth} blocks")
     return list(value)
-
-
-def _checked_rate(rate: float) -> float:
-    if not 0 < rate <= 1:
-        raise ValueError(f"a keep rate lies above 0 and at most at 1, not at {rate}")
-    return rate

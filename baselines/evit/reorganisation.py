@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils.ranges import check_range
+
 FUSED = -1  # origin of a token that stands for many patches
 
 
@@ -23,8 +25,7 @@ def keep_count(rate: float, count: int, *, exact: bool = True) -> int:
     exact: a product within 1e-9 of a whole number is that number, as the rate's decimals have it.
     Otherwise as published, where 0.55 of 100 tokens are 56 by the error of a float.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"a keep rate lies above 0 and at most at 1, not at {rate}")
+    check_range("keep_rate", rate, 0, 1, ends="(]")
     return max(1, math.ceil(round(rate * count, 9) if exact else rate * count))
 
 
@@ -45,6 +46,8 @@ def tokens_to_keep(
         if not 1 <= tokens <= count:
             raise ValueError(f"{tokens} tokens to be kept of {count}")
         return tokens
+    if called_rate is not None:
+        check_range("keep_rate", called_rate, 0, 1, ends="(]")
     rate = own_rate if called_rate is None else called_rate
     return count if own_rate >= 1 or rate >= 1 else keep_count(rate, count, exact=exact)
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from utils.ranges import check_range
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink:
@@ -12,11 +14,8 @@ class Shrink:
     epochs: float = 0
 
     def __post_init__(self) -> None:
-        if self.start_epoch < 0 or self.epochs < 0:
-            raise ValueError(
-                f"shrink_start_epoch and shrink_epochs must be at least 0, not {self.start_epoch} "
-                f"and {self.epochs}"
-            )
+        check_range("shrink_start_epoch", self.start_epoch)
+        check_range("shrink_epochs", self.epochs)
 
     def rate_at(self, rate: float, step: int, epoch_length: int) -> float:
         """The rate of a training step for one that ends at `rate`; epoch_length in steps.

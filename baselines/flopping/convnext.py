@@ -22,7 +22,7 @@ from baselines.flopping.filters import (
     MirrorLift,
 )
 from baselines.flopping.keys import mirror_convnext_names
-from baselines.flopping.net import Net, Stage
+from baselines.flopping.net import Net, Stage, check_drop_path
 from octic.invariants import make_invariantization
 from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
 from vit.trunk import init_linear
@@ -108,6 +108,7 @@ class MirrorConvNeXt(Net):
         depthwise: str = "full",
         downsampling: str = "conv",
     ) -> None:
+        check_drop_path(drop_path_rate)
         check_stages(depths, dims)
         if downsampling not in DOWNSAMPLING:
             known = ", ".join(DOWNSAMPLING)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.ranges import check_count, check_range
 from vit.backbone import Features
 from vit.trunk import init_linear, take_indices
 
@@ -49,6 +50,7 @@ class Net(nn.Module):
         drop_rate: float,
     ) -> None:
         super().__init__()
+        check_count("patch_size", patch_size, 1)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.stem_size = patch_size
         self.patch_size = patch_size * 2 ** (len(depths) - 1)
@@ -239,6 +241,11 @@ class Net(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Gains and shifts that are no vectors, as timm's `Affine` has them."""
         return {n for n, p in self.named_parameters() if n.endswith((".alpha", ".beta"))}
+
+
+def check_drop_path(rate: float) -> None:
+    """ValueError for a rate of stochastic depth that would leave out a block for good."""
+    check_range("drop_path_rate", rate, 0, 1, ends="[)")
 
 
 def _feature_info(

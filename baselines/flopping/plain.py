@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from baselines.flopping.convnext import EPS, check_stages, scale_head
 from baselines.flopping.keys import plain_convnext_names, plain_resmlp_names
-from baselines.flopping.net import Net, Stage
+from baselines.flopping.net import Net, Stage, check_drop_path
+from utils.ranges import check_count
 from vit.backbone import Features
 from vit.trunk import init_convolution, init_linear, take_indices
 
@@ -36,6 +37,8 @@ class PlainResMlp(MlpMixer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        check_drop_path(drop_path_rate)
+        check_count("patch_size", patch_size, 1)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
             raise ValueError(
@@ -137,6 +140,7 @@ class PlainConvNeXt(Net):
         drop_path_rate: float = 0.0,
         downsampling: str = "conv",
     ) -> None:
+        check_drop_path(drop_path_rate)
         check_stages(depths, dims)
         if downsampling not in DOWNSAMPLING:
             known = ", ".join(DOWNSAMPLING)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from baselines.flopping.activation import RegularActivation
 from baselines.flopping.filters import MIRROR, MirrorLift
 from baselines.flopping.keys import mirror_resmlp_names
-from baselines.flopping.net import Net, Stage
+from baselines.flopping.net import Net, Stage, check_drop_path
 from octic.invariants import make_invariantization
 from octic.irrep_linear import irrep_linear
 from octic.layers import channels_per_copy
@@ -220,6 +220,7 @@ class MirrorResMlp(Net):
         scaled_stem: bool = False,
         affine_bias: bool = True,
     ) -> None:
+        check_drop_path(drop_path_rate)
         if pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
         if pooling == "spectrum" and invariant not in SPECTRAL:

@@ -23,6 +23,7 @@ from baselines.gevit.streaming import (
     summed_probabilities,
     tile_sizes,
 )
+from utils.ranges import check_count, check_range
 
 
 class _SelfAttention(nn.Module):
@@ -48,6 +49,9 @@ class _SelfAttention(nn.Module):
         recompute: bool,
     ) -> None:
         super().__init__()
+        check_count("num_heads", num_heads, 1)
+        check_range("attn_drop_rate", attn_drop_rate, 0, 1, ends="[)")
+        check_range("memory_mb", memory_mb, ends="()")
         self.group = get_group(group)
         self.num_heads, self.mid_channels = num_heads, mid_channels
         self.position_channels = position_channels

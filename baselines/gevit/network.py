@@ -18,6 +18,7 @@ from baselines.gevit.layers import initialise, make_activation, make_norm
 from baselines.gevit.plan import Halve, LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
+from utils.ranges import check_share
 from vit.backbone import Features
 from vit.trunk import take_indices
 
@@ -83,6 +84,12 @@ class GEViT(nn.Module):
             raise ValueError(
                 f"GE-ViT has no stochastic depth: drop_path_rate must be 0, not {drop_path_rate}"
             )
+        for key, rate in (
+            ("value_drop_rate", value_drop_rate),
+            ("input_drop_rate", input_drop_rate),
+            ("pool_drop_rate", pool_drop_rate),
+        ):
+            check_share(key, rate)
         self.plane_group = get_group(group)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)

@@ -129,7 +129,9 @@ def in_tiles(
 
 
 def _slices(count: int, step: int) -> list[slice]:
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+    # Of nothing one empty part, whose shape is still asked for.
+    steps = range(0, max(count, 1), max(step, 1))
+    return [slice(first, min(first + step, count)) for first in steps]
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.ranges import check_count
+
 FORMS = ("sound", "published")
 EPSILON = 1e-8  # of the published log-odds
 
@@ -149,6 +151,8 @@ class LearnedAttention(Aggregator):
         self, dim: int, *, num_heads: int = 4, num_layers: int = 2, form: str = "sound"
     ) -> None:
         super().__init__(form=form)
+        check_count("num_heads", num_heads, 1)
+        check_count("num_layers", num_layers)
         if dim % num_heads:
             raise ValueError(f"embeddings of {dim} channels do not split into {num_heads} heads")
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))

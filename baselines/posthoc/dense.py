@@ -35,10 +35,12 @@ def average_features(
         indices = range(start, min(start + size, len(group)))
         copies = torch.cat([group.copy(images, index) for index in indices])
         for place, found in enumerate(model.features(copies, layers)):
-            tokens[place] += found.cls.split(len(images))
+            apart = (len(indices), len(images))
+            tokens[place] += found.cls.unflatten(0, apart).unbind(0)
             if found.patches is None:
                 continue
-            for index, patches in zip(indices, found.patches.split(len(images)), strict=True):
+            maps = found.patches.unflatten(0, apart).unbind(0)
+            for index, patches in zip(indices, maps, strict=True):
                 back, share = group.undo(patches, index)
                 total, seen = sums[place], shares[place]
                 sums[place] = back if total is None else total + back

@@ -9,7 +9,8 @@ Letters in shapes: B images, C channels, H W height and width, h w grid of patch
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class CopyGroup:
             raise ValueError(
                 f"unknown rectangular {rectangular!r}; known: {', '.join(RECTANGULAR)}"
             )
-        self.fill = float(fill) if isinstance(fill, int | float) else [float(v) for v in fill]
+        self.fill = _checked_fill(fill)
         self.disc_mask, self.interpolation = disc_mask, interpolation
         self.rectangular = rectangular
         angles = [360 * turn / self.num_rotations for turn in range(self.num_rotations)]
@@ -134,7 +135,7 @@ class CopyGroup:
         angle, mirrored = self.copies[index]
         maps = patches.movedim(-1, 1)
         maps = maps.flip(-1) if mirrored else maps
-        share = torch.ones_like(maps[:1, :1], dtype=_at_least_float32(maps.dtype))
+        share = maps.new_ones(1, 1, *maps.shape[-2:], dtype=_at_least_float32(maps.dtype))
         return _bilinear(maps, -angle).movedim(1, -1), _bilinear(share, -angle)[0, 0]
 
     def _rotated(self, images: Tensor, angle: float) -> Tensor:
@@ -174,6 +175,16 @@ class CopyGroup:
         top, left = (side - height) // 2, (side - width) // 2
         square[..., top : top + height, left : left + width] = images
         return square
+
+
+def _checked_fill(fill: float | Sequence[float]) -> float | list[float]:
+    """ValueError for a colour that is neither a number nor one for each channel."""
+    values = list(fill) if isinstance(fill, Iterable) and not isinstance(fill, str) else [fill]
+    numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
+    if not (values and numbers and all(math.isfinite(v) for v in values)):
+        raise ValueError(f"fill must be a number, or a list with one per channel, not {fill!r}")
+    found = [float(v) for v in values]
+    return found if isinstance(fill, Iterable) else found[0]
 
 
 def parse_group(name: str) -> tuple[int, bool]:

@@ -19,6 +19,9 @@ from baselines.posthoc.dense import average_features
 from baselines.posthoc.groups import CopyGroup
 from baselines.posthoc.keys import rename_state
 from baselines.posthoc.split import Pair, find_split, head_classes, head_width
+from baselines.wrapping import make_backbone
+from utils.build import keywords_of
+from utils.ranges import check_count
 from vit.backbone import Features
 
 TRAINED = ("none", "aggregator", "head", "all")
@@ -66,8 +69,7 @@ class Symmetrized(nn.Module):
         super().__init__()
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}; known: {', '.join(OUTPUTS)}")
-        if chunk < 0:
-            raise ValueError(f"chunk is {chunk}; it must be the copies per pass, or 0 for all")
+        check_count("chunk", chunk)
         self.model = backbone if isinstance(backbone, nn.Module) else Pair(*backbone)
         self.split = find_split(self.model)
         self.group = CopyGroup(
@@ -105,7 +107,7 @@ class Symmetrized(nn.Module):
         for start in range(0, len(self.group), size):
             indices = range(start, min(start + size, len(self.group)))
             copies = torch.stack([self.group.copy(images, index) for index in indices], dim=1)
-            found.append(self._embed(copies.flatten(0, 1)).unflatten(0, (len(images), -1)))
+            found.append(self._embed(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]))
         return torch.cat(found, dim=1)
 
     def aggregate(self, z: Tensor) -> Tensor:
@@ -313,15 +315,9 @@ def symmetrized(
 
     What is no keyword of it goes to the backbone: num_classes, img_size, drop_path_rate, ...
     """
-    if not isinstance(backbone, nn.Module):
-        backbone = backbone(**backbone_keywords)
-    elif backbone_keywords:
-        raise ValueError(
-            f"{', '.join(backbone_keywords)}: the backbone is built already; give its node "
-            "`_partial_: true` so that it can take them"
-        )
+    own = keywords_of(Symmetrized)
     return Symmetrized(
-        backbone,
+        make_backbone(backbone, backbone_keywords, "Symmetrized", own),
         group,
         aggregator,
         form=form,

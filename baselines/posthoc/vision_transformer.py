@@ -12,6 +12,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from utils.ranges import check_count
 from vit.backbone import Features
 from vit.models import build, default_cfg
 from vit.trunk import take_indices
@@ -39,6 +40,8 @@ class SmallVisionTransformer(nn.Module):
         num_patches: int | None = None,
     ) -> None:
         super().__init__()
+        check_count("patch_size", patch_size, 1)
+        check_count("num_heads", num_heads, 1)
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch {patch_size}")
         self.img_size, self.patch_size = (img_size, img_size), patch_size

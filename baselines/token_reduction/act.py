@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.token_reduction.clustering import wide
-from baselines.token_reduction.draws import Draws, block_range
+from baselines.token_reduction.draws import Draws, block_range, check_draw
+from baselines.token_reduction.options import check_flags
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
+from utils.ranges import check_count
 
 BUCKET = 8.0  # width of a hash bucket
 FORMS = ("sound", "published")
@@ -53,6 +55,11 @@ def cluster_ids(keys: Tensor) -> Tensor:
     return torch.zeros_like(keys).scatter(1, places, fresh.cumsum(dim=1))
 
 
+def count_clusters(ids: Tensor) -> int:
+    """Clusters of the sequence that has most of them; none where there is no sequence."""
+    return int(ids.max()) + 1 if ids.numel() else 0
+
+
 def cluster_counts(ids: Tensor, num_clusters: int) -> Tensor:
     """Tokens in each cluster [S C]."""
     counts = torch.zeros(len(ids), num_clusters, dtype=torch.long, device=ids.device)
@@ -82,11 +89,11 @@ def clustered_attention(
     """
     bias = None
     if key_ids is not None:
-        counts = cluster_counts(key_ids, int(key_ids.max()) + 1)
+        counts = cluster_counts(key_ids, count_clusters(key_ids))
         k, v = cluster_means(k, key_ids, counts), cluster_means(v, key_ids, counts)
         bias = counts.to(q.dtype).log()[:, None]
     if query_ids is not None:
-        counts = cluster_counts(query_ids, int(query_ids.max()) + 1)
+        counts = cluster_counts(query_ids, count_clusters(query_ids))
         q = cluster_means(q, query_ids, counts)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     if query_ids is None:
@@ -122,9 +129,10 @@ class ClusteredAttention(Reducer):
     ) -> None:
         if form not in FORMS:
             raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+        check_draw(start, stop, seed)
+        check_flags(group_queries=group_queries, group_keys=group_keys)
         for name, count in (("query_hashes", query_hashes), ("key_hashes", key_hashes)):
-            if count < 1:
-                raise ValueError(f"{name} {count} must be 1 or more")
+            check_count(name, count, 1)
             if form == "published" and count > LONGEST:
                 raise ValueError(
                     f'{name} {count}: form "published" packs two bits a hash into 64, so at most '
@@ -183,7 +191,7 @@ class ClusteredAttention(Reducer):
                 ids = torch.cat([own, ids + alone], dim=1)
             state.note(f"{name}.groups", ids)
             if state.record is not None:
-                state.note(f"{name}.counts", cluster_counts(ids, int(ids.max()) + 1))
+                state.note(f"{name}.counts", cluster_counts(ids, count_clusters(ids)))
         return ids
 
     def group(self, x: Tensor, name: str, hashes: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.token_reduction.options import block_list, check_flags
 from baselines.token_reduction.reducer import (
     Attended,
     Facts,
@@ -97,7 +98,7 @@ class AdaptiveSampling(Reducer):
 
     def __init__(
         self,
-        locations: Sequence[int] | None = None,
+        locations: int | Sequence[int] | None = None,
         *,
         num_samples: "int | float | None" = None,
         drop_tokens: bool = True,
@@ -106,13 +107,14 @@ class AdaptiveSampling(Reducer):
     ) -> None:
         if residual not in RESIDUALS:
             raise ValueError(f"unknown residual {residual!r}; known: {', '.join(RESIDUALS)}")
-        share = isinstance(num_samples, float)
-        if num_samples is not None and not (0 < num_samples <= 1 if share else num_samples >= 1):
+        check_flags(drop_tokens=drop_tokens, mask_padding=mask_padding)
+        if num_samples is not None and not _can_be_sampled(num_samples):
             raise ValueError(
-                f"num_samples {num_samples} must be a whole number of 1 or more, or a share in "
+                f"num_samples {num_samples!r} must be a whole number of 1 or more, or a share in "
                 "(0, 1.0]"
             )
-        self.locations, self.num_samples = locations, num_samples
+        self.locations = None if locations is None else block_list("locations", locations)
+        self.num_samples = num_samples
         self.drop_tokens, self.residual, self.mask_padding = drop_tokens, residual, mask_padding
         self.blocks: frozenset[int] = frozenset()
 
@@ -122,7 +124,7 @@ class AdaptiveSampling(Reducer):
         check_class_token(facts, "ATS")
         start = facts.first + (facts.depth - facts.first) // 4
         chosen = range(start, facts.depth) if self.locations is None else self.locations
-        self.blocks = frozenset(int(index) for index in chosen)
+        self.blocks = frozenset(chosen)
         check_blocks(sorted(self.blocks), facts, "ATS block")
 
     def works_inside(self, index: int) -> bool:
@@ -206,7 +208,7 @@ class AdaptiveSampling(Reducer):
         Behind them stands token 0, as padding.
         """
         counts = picked.sum(dim=1)
-        width = int(counts.max()) if self.drop_tokens else picked.shape[1]
+        width = int(counts.max()) if self.drop_tokens and len(counts) else picked.shape[1]
         places = (~picked).long().argsort(dim=1, stable=True)[:, :width]
         valid = torch.arange(width, device=picked.device) < counts[:, None]
         return torch.where(valid, order.gather(1, places), 0), valid
@@ -228,3 +230,10 @@ class AdaptiveSampling(Reducer):
             f"drop_tokens={self.drop_tokens}, residual={self.residual!r}, "
             f"mask_padding={self.mask_padding})"
         )
+
+
+def _can_be_sampled(count: object) -> bool:
+    """Whether it is a number of tokens, or a share of them."""
+    if isinstance(count, float):
+        return 0.0 < count <= 1.0
+    return isinstance(count, int) and not isinstance(count, bool) and count >= 1

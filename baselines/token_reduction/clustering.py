@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.token_reduction.options import check_counts, check_flags, each
 from baselines.token_reduction.reducer import Facts, Reducer, State, check_blocks
+from utils.ranges import OutOfRange, check_count, check_range
 
 FORBIDDEN = 1e16  # added to the distance of a patch to a centroid outside of its window
 RECONSTRUCTIONS = ("sum", "l2")
@@ -135,15 +137,14 @@ class Hourglass(Reducer):
         reconstruction_temperature: float = 0.05,
         reconstruction: str = "sum",
     ) -> None:
-        if window < 1 or window % 2 == 0:
+        check_flags(after_output=after_output)
+        check_counts(location=location, iterations=iterations, window=window)
+        check_counts(-1, nearest=nearest)
+        if window % 2 == 0:
             raise ValueError(f"window {window} must be odd")
-        if iterations < 0:
-            raise ValueError(f"iterations {iterations} must be 0 or more")
-        if min(temperature, reconstruction_temperature) <= 0:
-            raise ValueError(
-                f"temperature {temperature} and reconstruction_temperature "
-                f"{reconstruction_temperature} must be above 0: nearer tokens weigh more"
-            )
+        # Above 0: nearer tokens weigh more.
+        check_range("temperature", temperature, ends="()")
+        check_range("reconstruction_temperature", reconstruction_temperature, ends="()")
         if reconstruction not in RECONSTRUCTIONS:
             known = ", ".join(RECONSTRUCTIONS)
             raise ValueError(f"unknown reconstruction {reconstruction!r}; known: {known}")
@@ -232,14 +233,16 @@ class Hourglass(Reducer):
 
 def cluster_grid(num_clusters: "int | tuple[int, int] | list[int]") -> tuple[int, int]:
     """Rows and columns of a number of clusters; ValueError where it is no square number."""
+    given = each("num_clusters", num_clusters, lambda key, count: check_count(key, count, 1))
     if not isinstance(num_clusters, int):
-        rows, columns = num_clusters
-        if min(rows, columns) < 1:
-            raise ValueError(f"num_clusters ({rows}, {columns}) must be 1 or more each")
-        return int(rows), int(columns)
-    side = math.isqrt(max(num_clusters, 0))
-    if side < 1 or side * side != num_clusters:
-        low, high = max(side, 1) ** 2, (side + 1) ** 2
+        if len(given) != 2:
+            raise OutOfRange(
+                f"num_clusters takes a square number, or rows and columns as [4, 4], not {given}"
+            )
+        return given[0], given[1]
+    side = math.isqrt(num_clusters)
+    if side * side != num_clusters:
+        low, high = side**2, (side + 1) ** 2
         raise ValueError(
             f"num_clusters {num_clusters} is no square number; {low} and {high} are, or give rows "
             "and columns"

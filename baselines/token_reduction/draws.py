@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from baselines.token_reduction.options import check_counts
+
 Draw = tuple[Tensor, Tensor]  # a Gaussian matrix [channels, hashes] and a shift in [0, 1) [hashes]
 
 
@@ -37,6 +39,12 @@ class Draws:
             gaussian = torch.randn(channels, hashes, device=like.device)
             shift = torch.rand(hashes, device=like.device)
         return gaussian.to(like.device, like.dtype), shift.to(like.device, like.dtype)
+
+
+def check_draw(start: int | None, stop: int | None, seed: int | None) -> None:
+    """ValueError for blocks and a seed that are no whole numbers; -1 as `stop` is the end."""
+    check_counts(start=start, seed=seed)
+    check_counts(-1, stop=stop)
 
 
 def block_range(start: int | None, stop: int | None, first: int, depth: int) -> range:

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.token_reduction.options import (
+    block_list,
+    check_flags,
+    check_rate,
+    rates_of_blocks,
+)
 from baselines.token_reduction.reducer import (
     Attended,
     Facts,
@@ -26,6 +32,7 @@ from baselines.token_reduction.reducer import (
 )
 
 SCORES = ("class", "all")
+KEEP_RATE = 0.7  # the published one
 
 
 def num_kept(keep_rate: float, num_patches: int) -> int:
@@ -53,8 +60,9 @@ def select_tokens(
 class EViT(Reducer):
     """In some blocks, between attention and MLP, keeps a share of the patch tokens.
 
-    keep_rate: share of the patch tokens that stay at each of the `locations`. By default three
-        blocks, a quarter of the (plain) depth apart, as published.
+    keep_rate: share of the patch tokens that stay at each of the `locations`; 0.7 by default.
+    locations: a block, or several. By default three, a quarter of the (plain) depth apart, as
+        published.
     keep_rates: instead, the rate of every block, or of some as {block: rate}.
     fuse_token: whether the dropped ones go on as one token more.
     score: what ranks a token: "class", the class token's attention to it (the paper); "all", that
@@ -65,8 +73,8 @@ class EViT(Reducer):
 
     def __init__(
         self,
-        keep_rate: float = 0.7,
-        locations: Sequence[int] | None = None,
+        keep_rate: float | None = None,
+        locations: int | Sequence[int] | None = None,
         *,
         keep_rates: Sequence[float] | Mapping[int, float] | None = None,
         fuse_token: bool = True,
@@ -74,13 +82,16 @@ class EViT(Reducer):
     ) -> None:
         if score not in SCORES:
             raise ValueError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
+        check_flags(fuse_token=fuse_token)
         if keep_rates is not None and locations is not None:
             raise ValueError("locations and keep_rates both say where; give one of them")
-        self.keep_rate, self.locations, self.keep_rates = keep_rate, locations, keep_rates
+        if keep_rates is not None and keep_rate is not None:
+            raise ValueError("keep_rate and keep_rates both say how many; give one of them")
+        self.keep_rate = KEEP_RATE if keep_rate is None else keep_rate
+        check_rate("keep_rate", self.keep_rate)
+        self.locations = None if locations is None else block_list("locations", locations)
+        self.keep_rates = None if keep_rates is None else rates_of_blocks("keep_rates", keep_rates)
         self.fuse_token, self.score = fuse_token, score
-        for rate in [keep_rate, *_values(keep_rates)]:
-            if not 0.0 < rate <= 1.0:
-                raise ValueError(f"keep rate {rate} is not in (0, 1]")
         self.rates: dict[int, float] = {}
 
     def bind(self, facts: Facts) -> None:
@@ -122,8 +133,8 @@ class EViT(Reducer):
         return out
 
     def _rate_of_blocks(self, facts: Facts) -> dict[int, float]:
-        if isinstance(self.keep_rates, Mapping):
-            return {int(index): rate for index, rate in self.keep_rates.items()}
+        if isinstance(self.keep_rates, dict):
+            return self.keep_rates
         if self.keep_rates is not None:
             if len(self.keep_rates) != facts.depth:
                 raise ValueError(
@@ -134,7 +145,7 @@ class EViT(Reducer):
         if locations is None:
             span = facts.depth - facts.first
             locations = sorted({facts.first + span * part // 4 for part in (1, 2, 3)})
-        return {int(index): self.keep_rate for index in locations}
+        return dict.fromkeys(locations, self.keep_rate)
 
     def __repr__(self) -> str:
         return f"EViT(rates={self.rates}, fuse_token={self.fuse_token}, score={self.score!r})"
@@ -148,9 +159,3 @@ def kept_places(kept: Tensor, num_tokens: int, num_prefix: int) -> Tensor:
     order = torch.arange(count, device=kept.device).expand(batch, -1) + num_prefix
     source = torch.cat([prefix, kept + num_prefix], dim=1)
     return places.scatter(1, source, torch.cat([prefix, order], dim=1))
-
-
-def _values(rates: Sequence[float] | Mapping[int, float] | None) -> list[float]:
-    if rates is None:
-        return []
-    return list(rates.values()) if isinstance(rates, Mapping) else list(rates)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from baselines.token_reduction.options import check_counts, check_flags, check_rate, each
 from baselines.token_reduction.reducer import (
     Attended,
     Facts,
@@ -21,6 +22,7 @@ from baselines.token_reduction.reducer import (
     class_attention,
     rows_of,
 )
+from utils.ranges import check_share
 
 
 def sort_tokens(patches: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +46,8 @@ class EvoViT(Reducer):
     """From a block on, only a share of the patch tokens runs through each block; none is lost.
 
     location: the first such block, behind at least one plain block. Default: a third of the way.
-    keep_rate: share of all patches that runs through it, or a list with one for every block.
+    keep_rate: share of all patches that runs through it, or a list with one for every block, which
+        stands for the location too.
     tradeoff: weight of a block's own class attention in the running one, or a list.
     fast_update: whether a token that stands for the others runs with the chosen ones, and what the
         block adds to it is added to the others (the paper). Off: they pass unchanged, which is
@@ -64,15 +67,14 @@ class EvoViT(Reducer):
         tradeoff: "float | Sequence[float]" = 0.5,
         fast_update: bool = True,
     ) -> None:
+        check_flags(fast_update=fast_update)
+        check_counts(location=location)
+        each("keep_rate", keep_rate, check_rate)
+        each("tradeoff", tradeoff, check_share)
+        if location is not None and not isinstance(keep_rate, int | float):
+            raise ValueError("location and a list as keep_rate both say where; give one of them")
         self.location, self.keep_rate = location, keep_rate
         self.tradeoff, self.fast_update = tradeoff, fast_update
-        listed = [keep_rate] if isinstance(keep_rate, int | float) else list(keep_rate)
-        for rate in listed:
-            if not 0.0 < rate <= 1.0:
-                raise ValueError(f"keep rate {rate} is not in (0, 1]")
-        for share in [tradeoff] if isinstance(tradeoff, int | float) else tradeoff:
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"tradeoff {share} is not in [0, 1]")
         self.rates: list[float] = []
         self.tradeoffs: list[float] = []
 

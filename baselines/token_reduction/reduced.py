@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from baselines.token_reduction.hosts import find_host
 from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reducer import Reducer, State
+from baselines.wrapping import make_backbone
+from utils.ranges import OutOfRange
 from vit.backbone import Encoded, Features
 from vit.keys import from_published
 from vit.trunk import take_indices
@@ -263,12 +265,9 @@ def reduced(
     method, form, options: see `baselines.token_reduction.presets.make_reducer`. What is no keyword
     of it goes to the backbone: num_classes, img_size, drop_path_rate, ...
     """
-    reducer = make_reducer(method, form=form, **(options or {}))
-    if not isinstance(backbone, nn.Module):
-        backbone = backbone(**backbone_keywords)
-    elif backbone_keywords:
-        raise ValueError(
-            f"{', '.join(backbone_keywords)}: the backbone is built already; give its node "
-            "`_partial_: true` so that it can take them"
-        )
-    return Reduced(backbone, reducer)
+    try:
+        reducer = make_reducer(method, form=form, **(options or {}))
+    except OutOfRange as error:
+        raise OutOfRange(f"options.{error}") from error
+    own = ("method", "form", "options")
+    return Reduced(make_backbone(backbone, backbone_keywords, "Reduced", own), reducer)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.token_reduction.clustering import wide
-from baselines.token_reduction.draws import Draws, block_range
+from baselines.token_reduction.draws import Draws, block_range, check_draw
+from baselines.token_reduction.options import check_counts
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
 
 FORMS = ("sound", "published")
@@ -169,14 +170,10 @@ class Smyrf(Reducer):
     ) -> None:
         if form not in FORMS:
             raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+        check_draw(start, stop, seed)
+        check_counts(1, num_hashes=num_hashes, query_cluster_size=query_cluster_size)
         key_cluster_size = query_cluster_size if key_cluster_size is None else key_cluster_size
-        for name, count in (
-            ("num_hashes", num_hashes),
-            ("query_cluster_size", query_cluster_size),
-            ("key_cluster_size", key_cluster_size),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} {count} must be 1 or more")
+        check_counts(1, key_cluster_size=key_cluster_size)
         self.start_block, self.stop_block, self.num_hashes = start, stop, num_hashes
         self.sizes = {
             "query_cluster_size": query_cluster_size,

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from baselines.token_reduction.options import check_flags, each
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, rows_of
+from utils.ranges import check_count, check_range
 
 MODES = ("mean", "sum", "amax")
 
@@ -152,19 +154,17 @@ def merged_places(matching: Matching) -> Tensor:
     return unmerge(matching, places[..., None]).squeeze(-1)
 
 
-def make_schedule(r: "int | Sequence[float]", depth: int, inflection: float = 0.0) -> list[int]:
+def make_schedule(r: "int | Sequence[int]", depth: int, inflection: float = 0.0) -> list[int]:
     """Tokens merged in each of `depth` blocks: r everywhere, or falling or rising around it.
 
     inflection in [-1, 1]: from r (1 - f) in the first block to r (1 + f) in the last. A list is
     used as it is, with zeros behind it.
     """
+    given = _checked(r, inflection)
     if not isinstance(r, int):
-        given = [int(count) for count in r]
         if len(given) > depth:
             raise ValueError(f"a schedule of {len(given)} blocks for a network of {depth}")
         return given + [0] * (depth - len(given))
-    if r < 0 or not -1.0 <= inflection <= 1.0:
-        raise ValueError(f"r {r} must be 0 or more, inflection {inflection} in [-1, 1]")
     low = int(r * (1.0 - inflection))
     step = (2 * r - 2 * low) / max(depth - 1, 1)
     return [int(low + step * index) for index in range(depth)]
@@ -193,12 +193,9 @@ class ToMe(Reducer):
         proportional: bool = True,
         trace_source: bool = False,
     ) -> None:
-        if not isinstance(r, int | Sequence):
-            raise ValueError(f"r {r} must be a whole number, or a list of one for every block")
-        make_schedule(r if isinstance(r, int) else 0, 1, inflection)
-        if not isinstance(r, int) and any(count < 0 for count in r):
-            raise ValueError(f"r {list(r)}: every entry must be 0 or more")
-        self.r, self.inflection = r, inflection
+        check_flags(proportional=proportional, trace_source=trace_source)
+        given = _checked(r, inflection)
+        self.r, self.inflection = r if isinstance(r, int) else given, inflection
         self.proportional, self.trace_source = proportional, trace_source
         self.schedule: list[int] = []
         self.start_of_bias = 0
@@ -271,6 +268,18 @@ class ToMe(Reducer):
 
     def __repr__(self) -> str:
         return f"ToMe(schedule={self.schedule or self.r}, proportional={self.proportional})"
+
+
+def _checked(r: "int | Sequence[int]", inflection: float) -> list[int]:
+    """The number r, or the numbers; ValueError for other things, and a slope of given numbers."""
+    given = each("r", r, check_count)
+    check_range("inflection", inflection, -1.0, 1.0)
+    if inflection and not isinstance(r, int):
+        raise ValueError(
+            "r lists the number of every block, so inflection has nothing to slope; give one of "
+            "them"
+        )
+    return given
 
 
 def _front_order(alone: int, targets: int, even: int, odd: int) -> Tensor:

@@ -178,6 +178,9 @@ def test_gradients_with_and_without_recomputation():
         ({"sync_batch_norm": "some"}, "known: all, stem, none"),
         ({"embed_dim": 17, "num_heads": 1}, "not a multiple of 2"),
         ({"num_heads": 3}, "num_heads 3"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1, not 0"),
+        ({"patch_size": 0}, "patch_size must be a whole number from 1, not 0"),
+        ({"attn_drop_rate": 1.5}, r"attn_drop_rate must lie in \[0, 1\), not 1.5"),
     ],
 )
 def test_bad_options_say_what_is_wrong(options, said):

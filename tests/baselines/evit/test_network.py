@@ -187,7 +187,13 @@ def test_the_shrinking_rate_holds_until_the_next_step_and_is_forgotten_by_copies
     ("options", "said"),
     [
         ({"distilled": True}, "no distilled form"),
-        ({"keep_rate": 0.0}, "lies above 0"),
+        ({"keep_rate": 0.0}, r"keep_rate must lie in \(0, 1\], not 0.0"),
+        ({"keep_rate": "half"}, "keep_rate must be a number, not 'half'"),
+        ({"keep_rate": None, "base_keep_rate": "half"}, "base_keep_rate must be a number"),
+        ({"keep_rate": None, "base_keep_rate": 2}, r"base_keep_rate must lie in \(0, 1\], not 2"),
+        ({"attn_drop_rate": 1.5}, r"attn_drop_rate must lie in \[0, 1\), not 1.5"),
+        ({"patch_size": 0}, "patch_size must be a whole number from 1, not 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1, not 0"),
         ({"keep_rate": [0.5, 0.5]}, "2 entries for 4 blocks"),
         ({"keep_rate": None, "drop_loc": [9]}, "blocks 0 to 3"),
         ({"keep_rate": None, "drop_loc": "__import__('os')"}, "is no list of blocks"),
@@ -200,6 +206,12 @@ def test_bad_options_say_what_is_wrong(options, said):
     with pytest.raises(ValueError, match=said) as error:
         net(**options)
     assert "\n" not in str(error.value)
+
+
+def test_a_call_asks_for_no_more_than_all():
+    with pytest.raises(ValueError, match=r"keep_rate must lie in \(0, 1\], not 2.0"):
+        net()(images(), keep_rate=2.0)
+    assert net()(images()[:0]).shape == (0, 5)
 
 
 def test_published_spellings_of_drop_loc_are_read():

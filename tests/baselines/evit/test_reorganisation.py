@@ -50,8 +50,9 @@ def test_which_rate_decides():
     assert tokens_to_keep(10, 1.0, None, 4) == 4
     with pytest.raises(ValueError, match="11 tokens to be kept of 10"):
         tokens_to_keep(10, 0.5, None, 11)
-    with pytest.raises(ValueError, match="lies above 0"):
-        tokens_to_keep(10, 0.5, 0.0)
+    for rate in (0.0, 2.0, "high"):
+        with pytest.raises(ValueError, match="keep_rate must"):
+            tokens_to_keep(10, 0.5, rate)
 
 
 def test_reorganised_tokens():
@@ -102,3 +103,5 @@ def test_published_schedule(step, rate):
     assert Shrink().rate_at(0.5, 0, 5) == 0.5
     with pytest.raises(ValueError, match="at least 0"):
         Shrink(epochs=-1)
+    with pytest.raises(ValueError, match="shrink_start_epoch must be a number, not 'late'"):
+        Shrink(start_epoch="late")

@@ -242,6 +242,19 @@ def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
         (lambda: convnext(dims=(8, 12, 16, 22)), "22 is not a multiple of 4"),
         (lambda: convnext(dims=(8, 12)), "not of equal length"),
         (lambda: convnext(downsampling="max"), "known: conv, mean"),
+        *(
+            (lambda make=make, rate=rate: make(rate), rf"drop_path_rate must lie.*, not {rate}")
+            for make in (
+                lambda rate: resmlp(drop_path_rate=rate),
+                lambda rate: convnext(drop_path_rate=rate),
+                lambda rate: PlainResMlp(**RESMLP, drop_path_rate=rate),
+                lambda rate: PlainConvNeXt(**CONVNEXT, drop_path_rate=rate),
+            )
+            for rate in (1.0, -0.5)
+        ),
+        (lambda: resmlp(patch_size=0), "patch_size must be a whole number from 1, not 0"),
+        (lambda: convnext(patch_size=0), "patch_size must be a whole number from 1, not 0"),
+        (lambda: PlainResMlp(**{**RESMLP, "patch_size": 0}), "patch_size must be a whole number"),
         (lambda: isotropic(img_size=30), "width must be a multiple of 4"),
         (lambda: isotropic(patch_size=5, img_size=40), "even number of columns"),
         (lambda: PlainResMlp(**{**RESMLP, "img_size": 30}), "not a multiple of the patch size"),

@@ -93,11 +93,11 @@ def test_the_equivariance_report_reads_it():
 
 def test_grey_nets_take_rgb():
     """Probes hand out RGB; a network of one channel takes their mean."""
-    net = GEViT(**SMALL).eval()
-    grey = torch.randn(2, 1, 12, 12)
+    net = GEViT(**SMALL).double().eval()
+    grey = torch.randn(2, 1, 12, 12).double()
     torch.testing.assert_close(net(grey.expand(-1, 3, -1, -1)), net(grey))
     with pytest.raises(ValueError, match=r"shape \(1, 2, 12, 12\) for a model of 1 channels"):
-        net(torch.randn(1, 2, 12, 12))
+        net(torch.randn(1, 2, 12, 12).double())
 
 
 def test_timms_interface():
@@ -187,6 +187,11 @@ def _blocks(net: GEViT) -> list[nn.Module]:
         ({"act": "gelu"}, "unknown act 'gelu'; known: swish, relu"),
         ({"group_table": "old"}, "unknown group_table 'old'"),
         ({"drop_path_rate": 0.1}, "no stochastic depth"),
+        ({"attn_drop_rate": 3.0}, r"attn_drop_rate must lie in \[0, 1\), not 3.0"),
+        ({"value_drop_rate": 1.5}, r"value_drop_rate must lie in \[0, 1\], not 1.5"),
+        ({"memory_mb": 0}, "memory_mb must be finite and above 0, not 0"),
+        ({"memory_mb": -1}, "memory_mb must be finite and above 0, not -1"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1, not 0"),
     ],
 )
 def test_settings_that_are_refused(options, said):
@@ -194,6 +199,16 @@ def test_settings_that_are_refused(options, said):
     with pytest.raises(ValueError, match=said) as error:
         GEViT(**{**SMALL, **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_no_images_give_no_logits(window):
+    """An empty batch has a shape, and gradients of zero."""
+    net = GEViT(**{**SMALL, "window": window}, attn_drop_rate=0.5).train()
+    logits = net(torch.zeros(0, 1, 12, 12))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert net.features(torch.zeros(0, 1, 12, 12))[0].patches.shape == (0, 6, 6, 8)
 
 
 def test_odd_sizes_are_refused_when_they_come_too():

@@ -102,6 +102,7 @@ def test_parameters_are_as_many_as_published():
         ("mean", 4, {"num_heads": 2}, "aggregator mean takes no num_heads"),
         ("learned_score", None, {}, "needs its option dim"),
         ("learned_attention", 4, {"layers": 2}, "takes no layers; known: num_heads, num_layers"),
+        ("learned_attention", 4, {"num_heads": 0}, "num_heads must be a whole number from 1"),
         ("learned_attention", 6, {}, "do not split into 4 heads"),
     ],
 )

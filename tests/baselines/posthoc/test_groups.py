@@ -116,3 +116,6 @@ def test_other_options_are_refused():
         CopyGroup("D4", interpolation="cubic")
     with pytest.raises(ValueError, match="unknown rectangular"):
         CopyGroup("D4", rectangular="crop")
+    for fill in ("black", [0.0, "x"], [], float("nan"), None, True):
+        with pytest.raises(ValueError, match="fill must be a number, or a list with one per"):
+            CopyGroup("C8", fill=fill)

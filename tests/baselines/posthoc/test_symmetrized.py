@@ -276,13 +276,25 @@ def test_a_fresh_head_is_taken_up():
     ]
 
 
+@pytest.mark.parametrize("group", ["D4", "C8"])
+@pytest.mark.parametrize("options", [{}, {"chunk": 3}, {"aggregator": "mean_logits"}])
+def test_no_images_give_no_logits(group, options):
+    net = Symmetrized(make("octic"), group, **options).eval()
+    assert net(images()[:0]).shape == (0, CLASSES)
+    assert net.features(images()[:0])[0].patches.shape == (0, 4, 4, 32)
+    drawn = Symmetrized(make("timm"), group, one_copy=True).train()
+    assert drawn(images()[:0]).shape == (0, CLASSES)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"output": "features"}, "unknown output 'features'; known: logits, embedding, map"),
         ({"trained": "tail"}, "unknown trained 'tail'; known: none, aggregator, head, all"),
         ({"trained": "aggregator"}, "aggregator mean has nothing to train"),
-        ({"chunk": -1}, "chunk is -1"),
+        ({"chunk": -1}, "chunk must be a whole number from 0, not -1"),
+        ({"chunk": 1.5}, "chunk must be a whole number from 0, not 1.5"),
+        ({"fill": "black", "group": "C8"}, "fill must be a number, or a list with one per channel"),
         ({"group": "D"}, "unknown group 'D'"),
     ],
 )

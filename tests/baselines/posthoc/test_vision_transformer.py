@@ -39,6 +39,12 @@ def test_fewer_patches_take_the_first_positions_and_more_are_refused():
         net(torch.randn(1, 1, 16, 16))
 
 
+@pytest.mark.parametrize("name", ["patch_size", "num_heads"])
+def test_sizes_are_not_zero(name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number from 1, not 0"):
+        SmallVisionTransformer(**{name: 0})
+
+
 def test_heads_come_and_go():
     net = SmallVisionTransformer(img_size=16, patch_size=4)
     net.reset_classifier(0)

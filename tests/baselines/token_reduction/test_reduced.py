@@ -273,6 +273,13 @@ def test_config_node_builds_and_hands_keywords_on():
         build_reduced(timm_net(), num_classes=7)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_images_give_no_logits(method):
+    wrapped = reduced("ours", method)
+    assert wrapped(images()[:0]).shape == (0, CLASSES)
+    assert wrapped.features(images()[:0])[0].patches.shape == (0, SIDE, SIDE, 32)
+
+
 def test_what_cannot_be_reduced_is_one_line():
     cases = {
         "cannot be reduced: hosts are": lambda: Reduced(torch.nn.Linear(2, 2), reducer("tome")),

@@ -1,0 +1,65 @@
+"""What the options of reducers may be, held against the mark where they are given.
+
+Options come from files and command lines as whatever they look like there, and no annotation is
+read on that way: a word for a number would fail deep inside, or not at all.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from utils.ranges import OutOfRange, check_count, check_range
+
+
+def check_rate(key: str, value: float) -> None:
+    """OutOfRange unless `value` is a share of tokens that leaves some: in (0, 1]."""
+    check_range(key, value, 0.0, 1.0, ends="(]")
+
+
+def check_counts(least: int = 0, /, **values: int | None) -> None:
+    """OutOfRange unless each of the values is a whole number from `least` on, or None."""
+    for key, value in values.items():
+        if value is not None:
+            check_count(key, value, least)
+
+
+def check_flags(**values: bool) -> None:
+    """OutOfRange unless each of the values is true or false."""
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise OutOfRange(f"{key} must be true or false, not {value!r}")
+
+
+def each(key: str, value: Any, check: Callable[[str, Any], None]) -> list[Any]:
+    """One number, or several, as a list; OutOfRange for what is neither or fails its `check`."""
+    if isinstance(value, int | float):
+        check(key, value)
+        return [value]
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise OutOfRange(f"{key} must be a number or a list of numbers, not {value!r}")
+    found = list(value)
+    for index, entry in enumerate(found):
+        check(f"{key}[{index}]", entry)
+    return found
+
+
+def block_list(key: str, value: Any) -> list[int]:
+    """One block, or several, as a list; OutOfRange for what numbers no block."""
+    return each(key, value, check_count)
+
+
+def rates_of_blocks(key: str, value: Any) -> list[float] | dict[int, float]:
+    """A rate for every block, or for some as {block: rate}; OutOfRange for anything else.
+
+    The numbers of blocks may be text, as the keys of a file are.
+    """
+    if isinstance(value, int | float):
+        raise OutOfRange(f"{key} must be a list with a rate for every block, not {value!r}")
+    if not isinstance(value, Mapping):
+        return each(key, value, check_rate)
+    found = {}
+    for block, rate in value.items():
+        number = int(block) if isinstance(block, str) and block.isdecimal() else block
+        check_count(f"a block of {key}", number)
+        check_rate(f"{key}[{number}]", rate)
+        found[number] = rate
+    return found

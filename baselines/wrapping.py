@@ -1,0 +1,53 @@
+"""How the wrappers around a classifier make it, and tell whose a word is that nobody knows.
+
+A wrapper hands on to what it wraps the keywords that are not its own, so a slip in one of its own
+comes to light only there.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from utils.build import nearest
+
+_UNKNOWN = re.compile(r"(?:takes no|unexpected keyword argument) '(\w+)'")
+
+
+def make_backbone(
+    backbone: Callable[..., nn.Module] | nn.Module,
+    keywords: Mapping[str, Any],
+    wrapper: str,
+    own: Iterable[str],
+) -> nn.Module:
+    """What is to be wrapped, made with the keywords that are none of the wrapper's `own`.
+
+    ValueError for keywords where it is built already, and for one that neither of them knows.
+    """
+    known = sorted(set(own) - {"backbone"})
+    if isinstance(backbone, nn.Module):
+        _refuse(keywords, wrapper, known)
+        return backbone
+    try:
+        return backbone(**keywords)
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        found = _UNKNOWN.search(said)
+        if found is None or found[1] not in keywords:
+            raise
+        word, words = found[1], f"(known: {', '.join(known)})"
+        if hint := nearest(word, known):
+            raise ValueError(f"{wrapper} takes no {word!r}{hint} {words}; {said}") from error
+        raise ValueError(f"{said}; nor does {wrapper} {words}") from error
+
+
+def _refuse(keywords: Mapping[str, Any], wrapper: str, known: list[str]) -> None:
+    for word in keywords:
+        if hint := nearest(word, known):
+            raise ValueError(f"{wrapper} takes no {word!r}{hint} (known: {', '.join(known)})")
+    if keywords:
+        raise ValueError(
+            f"{', '.join(keywords)}: the backbone is built already; give its node "
+            "`_partial_: true` so that it can take them"
+        )
