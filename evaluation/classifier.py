@@ -55,14 +55,18 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
         if distributed.is_main():
             _say_what_is_judged(backbone, path, dataset)
         data = {} if dataset is None else {"val": dataset}
-        results = {name: probe(net, data, folder, 0) for name, probe in probes.items()}
-        if distributed.is_main():
-            if dataset is not None:
-                _say_published(backbone, metadata, path, dataset)
-            judged = {"backbone": name_of(backbone), "weights": path, "data": repr(dataset)}
-            for name, figures in results.items():
-                protocol = judged | dict(getattr(probes[name], "protocol", {}))
+        for probe in probes.values():
+            if hasattr(probe, "check"):  # what it needs of the net, before anything is measured
+                probe.check(net)
+        judged = {"backbone": name_of(backbone), "weights": path, "data": repr(dataset)}
+        results = {}
+        for name, probe in probes.items():
+            results[name] = figures = probe(net, data, folder, 0)
+            if distributed.is_main():  # at once: a later probe's mishap costs nothing of this one
+                protocol = judged | dict(getattr(probe, "protocol", {}))
                 say(f"written: {write_results(folder, name, protocol=protocol, figures=figures)}")
+        if distributed.is_main() and dataset is not None:
+            _say_published(backbone, metadata, path, dataset)
         distributed.barrier()
     return {f"{name}/{key}": value for name, part in results.items() for key, value in part.items()}
 

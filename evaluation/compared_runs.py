@@ -72,8 +72,8 @@ def compose_run(source: str, config: Mapping[str, Any]) -> Any:
 
 
 def addable(word: str, file: str) -> str:
-    """`models.NAME=FILE` may name a model that the config file does not have."""
-    key = word.partition("=")[0]
-    known = (CONFIGS / file).read_text()
-    is_new = key.startswith("models.") and f"  {key.removeprefix('models.')}:" not in known
-    return f"+{word}" if is_new else word
+    """`models.NAME=FILE`, `methods.NAME={...}` may name what the config file does not have."""
+    group, _, rest = word.partition("=")[0].partition(".")
+    name = rest.partition(".")[0]
+    is_new = group in ("models", "methods") and f"  {name}:" not in (CONFIGS / file).read_text()
+    return f"+{word}" if is_new and name else word

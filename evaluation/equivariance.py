@@ -7,6 +7,7 @@ half obey the law of its own group, which mixes channels too? The latter reads t
 Letters: B images, T tokens, P prefix tokens, h w grid of patches, D channels, G order of the group.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, TypeGuard
@@ -133,14 +134,23 @@ def octic_only(layers: Mapping[str, LayerError]) -> dict[str, dict[str, float]]:
 
 def worst_error(errors: Mapping[str, Mapping[str, float]]) -> float | None:
     """Largest error of `layer_errors` over layers and elements; None where there are none."""
-    return max((max(by_element.values()) for by_element in errors.values()), default=None)
+    return greatest(error for by_element in errors.values() for error in by_element.values())
+
+
+def greatest(errors: Iterable[float | None]) -> float | None:
+    """The largest of errors; NaN if there is one, which no comparison finds; None of none."""
+    found = [error for error in errors if error is not None]
+    return next((error for error in found if math.isnan(error)), max(found, default=None))
 
 
 @torch.no_grad()
 def logit_errors(
     net: nn.Module, images: Tensor, *, elements: Sequence[str] = tuple(SYMMETRIES)
 ) -> dict[str, tuple[float, float]]:
-    """For each element the relative change of the logits, and the share of classes that stay."""
+    """For each element the relative change of the logits, and the share of classes that stay.
+
+    The share is NaN where logits are not finite.
+    """
     with evaluating(net) as device:
         images = images.to(device)
         still = net(images)
@@ -148,7 +158,8 @@ def logit_errors(
         for element in elements:
             turned = net(transform_image(images, element))
             same = (turned.argmax(dim=-1) == still.argmax(dim=-1)).double().mean()
-            errors[element] = (relative_error(turned, still), float(same))
+            told = turned.isfinite().all() and still.isfinite().all()
+            errors[element] = (relative_error(turned, still), float(same) if told else math.nan)
     return errors
 
 

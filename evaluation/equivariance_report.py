@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.angles import AngleError, angle_errors, angles_of
-from evaluation.equivariance import Measured, logit_errors, measure, octic_only, worst_error
+from evaluation.equivariance import (
+    Measured,
+    greatest,
+    logit_errors,
+    measure,
+    octic_only,
+    worst_error,
+)
 from evaluation.features import full_float32_products
 from evaluation.judge import chosen_backbone, make_net
 from evaluation.pictures.equivariance import draw_angle_errors, draw_layer_errors
@@ -129,8 +136,7 @@ def _claimed(
     if getattr(net, "invariant", False):
         for element in (element.name for element in net.group.elements):
             errors += [*measured.turns[element], logits.get(element, NONE)[0]]
-    found = [error for error in errors if error is not None]
-    return max(found, default=None)
+    return greatest(errors)
 
 
 def _tolerance(config: Mapping[str, Any]) -> float:

@@ -79,11 +79,17 @@ def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0)
 
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
-    """Load weights to the last key; UserError that names the file where they do not fit."""
+    """Load weights to the last key; UserError that names the file where they do not fit.
+
+    Weights that are not finite are refused as well: figures of them would mean nothing.
+    """
     try:
         load_net(net, state)
     except ValueError as error:
         raise UserError(f"{path}: {with_articles(' '.join(str(error).split()))}") from None
+    for name, weight in net.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{path} holds weights that are not finite ({name})")
 
 
 def weights_file(weights: str | None) -> str | None:

@@ -163,9 +163,15 @@ def _of_classes(dataset: ImageDataset, classes: Sequence[int] | None) -> ImageDa
     """The images of these classes, under their labels as they are."""
     if classes is None or dataset.labels is None:
         return dataset
+    missing = sorted(set(classes) - set(np.unique(dataset.labels).tolist()))
+    if missing:
+        raise UserError(
+            f"classes={list(classes)}: {dataset!r} has no image of class "
+            f"{', '.join(map(str, missing))}"
+        )
+    if len(set(classes)) < 2:
+        raise UserError(f"classes={list(classes)} leaves one class, which every answer is right of")
     members = np.flatnonzero(np.isin(dataset.labels, list(classes)))
-    if not len(members):
-        raise UserError(f"classes={list(classes)}: {dataset!r} has no image of them")
     return Subset(dataset, members)
 
 

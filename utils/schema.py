@@ -6,6 +6,9 @@ from typing import Any
 from utils.build import nearest
 from utils.errors import UserError
 
+# Mappings of names that the user may choose, in whatever file has them.
+NAMES = ("models", "methods", "twins", "keywords")
+
 
 def compare(
     content: dict[str, Any], schema: dict[str, Any], source: Path, prefix: str = ""
@@ -13,9 +16,11 @@ def compare(
     """Refuse keys the schema lacks, and values of another kind than the schema's.
 
     A schema value of None takes anything, also a whole group whose `_target_` answers for its
-    keywords.
+    keywords; so do further names in `NAMES`.
     """
     for key, value in content.items():
+        if key not in schema and prefix.rstrip(".") in NAMES:
+            continue
         name, default = f"{prefix}{key}", schema.get(key)
         if key not in schema:
             known = [f"{prefix}{word}" for word in schema]

@@ -90,6 +90,27 @@ class TimmSplit:
         return list(classifier) if isinstance(classifier, tuple | list) else [classifier]
 
 
+class GroupMapSplit:
+    """GE-ViT's interface: the largest logit over the group of a map that is summed over pixels.
+
+    The embedding is that sum, all elements side by side.
+    """
+
+    def embed(self, model: Any, images: Tensor) -> Tensor:
+        """The head's input [B D*G]."""
+        return _inner(model).forward_features(images).sum(dim=(-2, -1)).flatten(1)
+
+    def head(self, model: Any, z: Tensor) -> Tensor:
+        """Logits [B C]."""
+        classifier = _inner(model).get_classifier()
+        maps = z.unflatten(1, (classifier.in_channels, -1))[..., None, None]
+        return classifier(maps).flatten(2).amax(dim=2)
+
+    def parts(self, model: Any) -> list[nn.Module]:
+        """The modules of the head."""
+        return [_inner(model).get_classifier()]
+
+
 class PublishedSplit:
     """The published interface: forward(x, output_cls=True) and `mlp_head`."""
 
@@ -167,6 +188,8 @@ def find_split(model: nn.Module) -> Split:
     if isinstance(model, Pair):
         return PairSplit()
     if all(hasattr(net, name) for name in ("forward_features", "forward_head", "get_classifier")):
+        if isinstance(net.get_classifier(), nn.Conv3d):
+            return GroupMapSplit()
         return TimmSplit(two_tokens=hasattr(net, "dist_token") and hasattr(net, "head_dist"))
     if hasattr(model, "mlp_head") and _takes(model.forward, "output_cls"):
         return PublishedSplit()
@@ -185,6 +208,9 @@ def find_split(model: nn.Module) -> Split:
 def head_width(split: Split, model: nn.Module) -> int | None:
     """Channels of the embedding that a head takes; None where its modules do not say."""
     widths = []
+    if isinstance(split, GroupMapSplit):
+        net = _inner(model)
+        return split.parts(model)[0].in_channels * net.plane_group.order
     for module in (module for part in split.parts(model) for module in part.modules()):
         if isinstance(module, nn.Linear):
             widths.append(module.in_features)

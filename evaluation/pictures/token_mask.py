@@ -46,17 +46,22 @@ def masked(images: Tensor, kept: Tensor) -> Tensor:
 @torch.no_grad()
 def stages(net: Any, images: Tensor) -> list[Tensor]:
     """Kept patches [B h w] after each stage; UserError for a net that drops none."""
+    inner = _dropping(net)
+    with evaluating(net) as device:
+        found = [kept.cpu() for kept in inner.kept_patches(images.to(device))]
+    if not found:
+        raise UserError("the net keeps every patch: no keep rate below 1 is in force")
+    return found
+
+
+def _dropping(net: Any) -> DropsTokens:
     inner = net if isinstance(net, DropsTokens) else getattr(net, "net", net)
     if not isinstance(inner, DropsTokens):
         raise UserError(
             f"{type(inner).__name__} does not tell which patches it keeps (kept_patches); "
             "EViT does: --model deit_small_patch16_shrink_base"
         )
-    with evaluating(net) as device:
-        found = [kept.cpu() for kept in inner.kept_patches(images.to(device))]
-    if not found:
-        raise UserError("the net keeps every patch: no keep rate below 1 is in force")
-    return found
+    return inner
 
 
 def draw_masks(
@@ -117,6 +122,10 @@ class TokenMaskProbe:
         self.num_images, self.input_size = num_images, input_size
         self.eval_crop_ratio, self.batch_size = eval_crop_ratio, batch_size
         self.transform = transform
+
+    def check(self, net: Any) -> None:
+        """UserError for a net that drops no tokens."""
+        _dropping(net)
 
     def __call__(
         self, net: Any, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from evaluation.accuracy import AccuracyProbe
 from evaluation.classifier import judge_classifier
 from evaluation.deit_arguments import parse_deit_evaluation, read_deit_arguments
 from evaluation.published import PUBLISHED, published_figure
@@ -233,3 +234,14 @@ def test_without_a_model_the_files_own_is_judged(images, tmp_path, capsys):
     judge_classifier(asked | {"backbone_named": parsed["backbone_named"]})
     out = capsys.readouterr().out
     assert "no --model was given" in out and "d8_inv_early_deit_small_patch16, weights: " in out
+
+
+def test_a_probe_that_the_net_cannot_serve_is_refused_before_the_others_run(
+    images, tmp_path, monkeypatch
+):
+    run = export(tmp_path / "run/exported/model.safetensors", OCTIC, images)
+    asked = config(images, tmp_path / "out", OCTIC, run)
+    asked["probes"]["token_mask"] = {"_target_": "evaluation.pictures.token_mask.TokenMaskProbe"}
+    monkeypatch.setattr(AccuracyProbe, "__call__", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(UserError, match="does not tell which patches it keeps"):
+        judge_classifier(asked)

@@ -1,9 +1,12 @@
 """The measured errors are zero where the law holds and large where it does not."""
 
+import math
+
 import pytest
 import torch
 
 from evaluation.equivariance import (
+    greatest,
     layer_errors,
     logit_errors,
     measure,
@@ -119,3 +122,13 @@ def test_logits():
         assert error < 1e-12 and same == 1
     found = logit_errors(shaken(VisionTransformer(**sizes)), images)
     assert found["e"] == (0, 1) and found["r"][0] > 1e-3
+
+
+def test_a_nan_is_the_greatest_error_wherever_it_stands():
+    """Python's max drops a NaN that does not come first."""
+    assert math.isnan(worst_error({"a": {"e": 0.0, "m": math.nan}, "b": {"e": 1.0}}))
+    assert greatest([None, 0.0, 2.0]) == 2.0 and greatest([None]) is None
+    net = shaken(OcticVisionTransformer(**{**SIZES, "num_classes": 5}, invariant=True))
+    net.head.weight.data[0] = math.nan
+    found = logit_errors(net, torch.randn(2, 3, 16, 16).double())
+    assert all(math.isnan(value) for pair in found.values() for value in pair)

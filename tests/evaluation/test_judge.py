@@ -197,3 +197,12 @@ def test_a_file_where_a_probes_folder_belongs_is_refused_before_anything_runs(im
     with pytest.raises(UserError) as raised:
         judge(config(images, tmp_path, OCTIC))
     assert str(raised.value) == f"output_dir: cannot make {tmp_path}/knn: it is a file"
+
+
+def test_weights_that_are_not_finite_are_refused(images, tmp_path):
+    net = make_net(OCTIC, None)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    state["norm.weight"][0] = torch.nan
+    torch.save({"model": state}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w.pth holds weights that are not finite \(norm.weight\)"):
+        make_net(OCTIC, str(tmp_path / "w.pth"))

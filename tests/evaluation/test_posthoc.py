@@ -57,8 +57,10 @@ def test_validation_comes_from_the_training_images_and_follows_the_seed():
 def test_two_digits_keep_their_labels():
     parts = split_data(config("--only_3_and_8"))
     assert set(parts.test.labels.tolist()) == {3, 8} == set(parts.train.labels.tolist())
-    with pytest.raises(UserError, match=r"classes=\[11\]: .* has no image of them"):
-        split_data(config("classes=[11]"))
+    with pytest.raises(UserError, match=r"classes=\[3, 11\]: .* has no image of class 11$"):
+        split_data(config("classes=[3,11]"))
+    with pytest.raises(UserError, match=r"classes=\[3\] leaves one class"):
+        split_data(config("classes=[3]"))
     with pytest.raises(UserError, match="leave nothing to validate or to train on"):
         split_data(config("validation_share=0.0"))
 

@@ -85,6 +85,13 @@ def test_a_mistake_is_one_line(words, said, capsys):
     assert left.value.code == 2 and said in error and error.count("\n") == 1
 
 
+def test_models_and_methods_of_the_users_join():
+    method = "{method: tome, over: r, values: [1, 2]}"
+    words = ["models.mine=deit/quickstart_plain.yaml", f"methods.mine={method}", "device=cpu"]
+    config = parse_comparison(words)
+    assert "mine" in config["runs"] and config["methods"]["mine"]["values"] == [1, 2]
+
+
 def test_a_method_that_fits_no_net_costs_no_training(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("evaluation.compared_nets.train", lambda run: pytest.fail("trained"))
     words = ["device=cpu", f"output_dir={tmp_path}", "--methods", "tome", "methods.tome.over=rr"]

@@ -49,6 +49,13 @@ def test_every_model_gets_one_recipe():
     assert runs["plain"]["output_dir"].endswith("compare_symmetry/plain")
 
 
+def test_a_model_of_the_users_joins():
+    words = [*ONLY_PLAIN, "models.mine='deit/quickstart.yaml backbone.depth=2'", "--device", "cpu"]
+    runs = parse_comparison(words)["runs"]
+    assert list(runs) == ["plain", "mine"] and runs["mine"]["backbone"]["depth"] == 2
+    assert runs["mine"]["recipe"]["epochs"] == runs["plain"]["recipe"]["epochs"]
+
+
 def test_turned_training_is_the_same_recipe_on_turned_digits():
     runs = parse_comparison(["--turned", "--device", "cpu", *ONLY_PLAIN])["runs"]
     assert list(runs) == ["plain", "plain_turned"]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from baselines.gevit import models as gevit
 from baselines.posthoc.aggregators import AGGREGATORS, LEARNED
 from baselines.posthoc.keys import published_name
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
@@ -306,3 +307,16 @@ def test_mistakes_are_one_line(options, said):
 def test_a_net_without_a_seam_says_so():
     with pytest.raises(ValueError, match=r"give \(embed, head\)"):
         Symmetrized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+@pytest.mark.parametrize("name", ["gevit_rotmnist_z2", "gevit_digits_p4m"])
+def test_a_ge_vit_is_cut_before_its_largest_logit(name):
+    """Its head is a convolution on the group: the embedding is the map summed over pixels."""
+    net = getattr(gevit, name)(num_classes=5, in_chans=1).double().eval()
+    images = torch.randn(2, 1, 28, 28).double()
+    wrapped = Symmetrized(net, aggregator="mean").eval()
+    split = wrapped.split
+    torch.testing.assert_close(split.head(net, split.embed(net, images)), net(images))
+    turned = wrapped(images.rot90(1, (-2, -1)))
+    torch.testing.assert_close(turned, wrapped(images))
+    assert wrapped.num_classes == 5
