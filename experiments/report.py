@@ -5,21 +5,43 @@ import sys
 from utils.config import fail
 from utils.errors import UserError
 
-USAGE = "usage: report.py FOLDER [FOLDER ...]"
+USAGE = "usage: report.py FOLDER [FOLDER ...] [--output FILE]"
+HELP = "--output FILE: write the page of one FOLDER there, as where FOLDER may not be written to"
+
+
+def read_words(words: list[str]) -> tuple[list[str], str | None]:
+    """The folders, and the file to write to, if one is given; UserError for any other word."""
+    folders: list[str] = []
+    output = None
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        name, _, value = word.partition("=")
+        if name == "--output":
+            output = value or (waiting.pop(0) if waiting else "")
+            if not output:
+                raise UserError(f"--output needs a file; {USAGE}")
+        elif word.startswith("-"):
+            raise UserError(f"unknown flag {word}; {USAGE}")
+        else:
+            folders.append(word)
+    if not folders:
+        raise UserError(f"which folder? {USAGE}")
+    if output and len(folders) > 1:
+        raise UserError(f"--output is the page of one folder, not of {len(folders)}; {USAGE}")
+    return folders, output
+
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(f"{__doc__}\n\n{USAGE}")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\n\n{USAGE}\n{HELP}")
         raise SystemExit(0)
-    unknown = next((word for word in words if word.startswith("-")), None)
-    if unknown or not words:
-        fail(f"unknown flag {unknown}; {USAGE}" if unknown else f"which folder? {USAGE}")
-    from evaluation.report.page import write_report  # late: --help answers at once
+    try:
+        folders, output = read_words(sys.argv[1:])
+        from evaluation.report.page import write_report  # late: --help answers at once
 
-    for folder in words:
-        try:
-            path = write_report(folder)
-        except UserError as error:
-            fail(error)
-        print(f"written: {path} ({path.stat().st_size / 1e6:.2f} MB)")
+        for folder in folders:
+            path = write_report(folder, output)
+            print(f"written: {path} ({path.stat().st_size / 1e6:.2f} MB)")
+    except UserError as error:
+        fail(error)

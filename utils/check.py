@@ -42,6 +42,10 @@ def describe(content: dict[str, Any]) -> list[str]:
 
     if content.get("recipe"):
         check_settings(content)
+    if content.get("logging"):
+        from utils.sinks import check_sinks
+
+        check_sinks(**content["logging"])
     net, recipe = networks(content)
     size = crop_size(content, net)
     name = str(content["backbone"]["_target_"]).rpartition(".")[2]

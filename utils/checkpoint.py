@@ -39,12 +39,18 @@ from utils.ranges import OutOfRange, check_count
 from utils.shards import ShardWriter, set_usual_mode, write_json
 
 
+class NotSaved(UserError):
+    """The disk did not take a checkpoint; the line says which, and what is left."""
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     `every` steps one is due (0: only at the end); the newest `keep_last` stay, and those at
     multiples of `keep_every` (0: none) stay for good. `fingerprint` names the config, to tell a
-    resumed run that it changed. Raises UserError for numbers that mean nothing.
+    resumed run that it changed; `plan` is numbers that depend on the processes too, and
+    `plan_before` those of the checkpoint that was loaded, if it knows them. Raises UserError for
+    numbers that mean nothing.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Checkpoints:
         keep_last: int = 3,
         keep_every: int = 0,
         fingerprint: str = "",
+        plan: Mapping[str, int] | None = None,
     ) -> None:
         least = {"every": (every, 0), "keep_last": (keep_last, 1), "keep_every": (keep_every, 0)}
         try:
@@ -65,11 +72,12 @@ class Checkpoints:
         self.folder = Path(folder)
         self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
         self.fingerprint = fingerprint
+        self.plan, self.plan_before = dict(plan or {}), dict[str, int]()
         self.newest: int | None = None  # the step last saved or loaded
         self.seconds_before = 0.0  # what the run took before the checkpoint that was loaded
         self._began = time.perf_counter()
         self._saving: tuple[int, Future[Any]] | None = None
-        self._news = ""
+        self._news: list[str] = []
         self._group: dist.ProcessGroup | None = None
 
     @property
@@ -146,14 +154,15 @@ class Checkpoints:
                 else "there is no earlier one"
             )
             problem = f"checkpoint of step {step} not written to {self.folder} ({reason(error)})"
-            problem = self._news = f"{problem}: {kept}"
+            problem = f"{problem}: {kept}"
+            self._news += [problem] if problem not in self._news else []
         problem = distributed.broadcast_object(problem)
         self.newest = self.newest if problem else step
         return problem
 
     def news(self) -> str:
-        """Rank 0: the line of a save that failed, once."""
-        told, self._news = self._news, ""
+        """Rank 0: of every save that failed since the last call, a line."""
+        told, self._news = "\n".join(self._news), []
         return told
 
     def load(
@@ -171,6 +180,7 @@ class Checkpoints:
             self.newest = step
             spent = parts.description.get("seconds")  # a number, unless another version wrote it
             self.seconds_before = float(spent) if isinstance(spent, int | float) else 0.0
+            self.plan_before = _numbers(parts.description.get("plan"))
             told = [f"{note}; resuming from step {step}" for note in notes]
             return step, parts, parts.description, told
         if notes:
@@ -244,6 +254,7 @@ class Checkpoints:
             "step": step,
             "world_size": distributed.world_size(),
             "fingerprint": self.fingerprint,
+            "plan": self.plan,
             "seconds": round(self.seconds, 1),
             "torch": torch.__version__,
             "files": files,
@@ -321,6 +332,12 @@ def _remove(folder: Path) -> None:
 def _make_anew(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _numbers(plan: Any) -> dict[str, int]:
+    # What another version wrote may have none, or be of another kind.
+    entries = plan.items() if isinstance(plan, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, int)}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -114,6 +114,8 @@ def read_description(folder: Path) -> dict[str, Any]:
             Path(name).name == name and isinstance(expected["bytes"], int) and expected["sha256"]
             for name, expected in files.items()
         )
+    except PermissionError as error:
+        raise UserError(f"cannot read {folder / DESCRIPTION}: {error.strerror}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good, version = False, FORMAT
     if not good:

@@ -8,6 +8,7 @@ works where they are not installed.
 
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils import vocabulary
 from utils.build import build, check_targets, nearest, nearest_family
+from utils.config_files import CONFIGS, find_file, run_of_model
 from utils.errors import UserError
 from utils.flags import read_arguments
 from utils.schema import compare
@@ -31,13 +33,13 @@ __all__ = [
     "check_targets",
     "compose_config",
     "fail",
+    "find_file",
     "parse_config",
     "run_of_model",
 ]
 
 # Mappings whose keys are the user's own: environment variables, options of sbatch.
 _FREE = ("cluster.env", "cluster.sbatch_options")
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def parse_config(
@@ -96,42 +98,10 @@ def compose_config(
     return config
 
 
-def find_file(file: str | Path) -> Path:
-    """A config file as given, or below `configs/`; with or without its ending."""
-    given = Path(file).expanduser()
-    if len(given.name) > 200:  # longer than a file's name may be
-        raise UserError(f"there is no config file {str(file)[:60]}...")
-    for path in (given, CONFIGS / given):
-        for candidate in (path, path.with_name(f"{path.name}.yaml")):
-            if candidate.is_file():
-                return candidate.absolute()
-    if given.is_dir() or (CONFIGS / given).is_dir():
-        folder = given if given.is_dir() else CONFIGS / given
-        inside = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
-        raise UserError(
-            f"{file} is a folder; give one of its files: {inside or 'it has no .yaml file'}"
-        )
-    ours = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    beside = {str(path) for path in given.parent.glob("*.y*ml")} if given.parent.is_dir() else set()
-    hint = nearest(given, beside) or nearest(given, ours) or nearest(given.stem, _by_stem(ours))
-    raise UserError(f"there is no config file {file}{hint}")
-
-
 def fail(error: object, code: int = 2) -> NoReturn:
     """Print one line and leave."""
     print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def run_of_model(overrides: list[str], runs: str) -> str | None:
-    """`runs/X.yaml` where the backbone X is asked for and has such a file."""
-    models = [word.removeprefix("backbone=") for word in overrides if word.startswith("backbone=")]
-    named = [f"{runs}/{model}.yaml" for model in models if runs]
-    return next((file for file in reversed(named) if (CONFIGS / file).is_file()), None)
-
-
-def _by_stem(files: set[str]) -> set[str]:
-    return {Path(file).stem for file in files}
 
 
 def _parse(words: list[str]) -> list["Override"]:
@@ -143,12 +113,11 @@ def _parse(words: list[str]) -> list["Override"]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            raise UserError(
-                f"cannot read {word!r}: text with special characters needs quotes, key='value'"
-            ) from None
+            raise UserError(f"cannot read {word!r}: {_with_quotes(word)}") from None
         if override.is_sweep_override():
             raise UserError(
-                f"{word!r} gives several values: -m tries one after another; a list is key=[a,b]"
+                f"{word!r} gives several values: -m tries one after another; a list is "
+                f"key=[a,b]; {_with_quotes(word)}"
             )
         if override.key_or_group.split(".")[0] == "hydra":
             raise UserError(f"{word!r}: Hydra's own settings are not for the command line")
@@ -156,6 +125,18 @@ def _parse(words: list[str]) -> list["Override"]:
             raise UserError(f"{word!r}: the group {override.key_or_group} needs one of its options")
         parsed.append(override)
     return parsed
+
+
+def _with_quotes(word: str) -> str:
+    """How a shell is to be given text that is no list, number or mapping."""
+    key, _, value = word.partition("=")
+    if not re.fullmatch(r"[\w.@/+~-]+", key) or value[:1] in ("", "'", '"', "[", "{"):
+        key, value = "key", "value"  # what was meant is anyone's guess
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    shown = shlex.quote(f"{key}='{escaped}'")
+    if not set(value) & set("'\"$`\\!"):  # nothing that double quotes leave to the shell
+        shown = f"\"{key}='{value}'\""
+    return f"text with special characters needs quotes of its own: {shown}"
 
 
 def _is_group(override: "Override") -> bool:
@@ -222,6 +203,8 @@ def _known_key(override: "Override", config: "DictConfig") -> str:
     line, key = override.input_line or "", override.key_or_group
     if override.is_force_add() or override.is_add():
         return line
+    if key in _FREE and isinstance(override.value(), dict):
+        return f"++{line}"  # its keys join those of the files
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
     if isinstance(node, DictConfig):

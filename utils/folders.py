@@ -40,7 +40,16 @@ def refused(path: Path, error: OSError, key: str = "output_dir") -> UserError:
     """What the system said against a folder, in one line."""
     if error.errno == errno.ENAMETOOLONG:
         return UserError(f"{key}: {str(path)[:60]}... is too long: {len(str(path))} characters")
+    if _is_there(path):
+        return UserError(f"{key}: {path} is there but cannot be written to: {error.strerror}")
     return UserError(f"{key}: cannot make {path}: {_cause(path, error)}")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # below a folder that may not be looked into
+        return False
 
 
 def _cause(path: Path, error: OSError) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.folders import make_folder
+from utils.folders import make_folder, refused
 
 NAME = ".lock"
 BEAT_S = 10.0
@@ -80,8 +80,7 @@ class FolderLock:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            folder = self.path.parent
-            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+            raise refused(self.path.parent, error) from None
 
     def _link(self, mine: Path) -> bool:
         try:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
 from utils import distributed
+from utils.console import Lines
 from utils.meter import Meter
 
 _UNDRAWN = {"step", "waited_for_data", "images_per_second", "memory_gb"}
@@ -250,7 +251,7 @@ class _ProgressLine:
     """A live bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total_steps: int, first_step: int, console: Console | None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or Lines(soft_wrap=True, highlight=False)
         self.total_steps = total_steps
         self.progress = None
         if self.console.is_terminal:

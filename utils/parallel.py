@@ -6,6 +6,7 @@ case. What a recipe does not wrap is averaged after it.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,6 +29,11 @@ from utils.precision import Precision
 
 Wrap = Callable[..., nn.Module]
 SHARDINGS = ("replicate", "shard", "hybrid")
+# A module may return a part of a larger tensor, as backbones do with their tokens. FSDP2 hangs its
+# gathering of parameters on it, which a change of it in place would lose; nothing of ours makes
+# one, as every recipe's and block's sums are new tensors, and the gradients of several processes
+# are held against those of one (tests/utils/test_training.py, tests/utils/test_sharding.py).
+VIEW_RETURNED = r"FSDP2-wrapped module \(.*\) returned a view tensor"
 
 
 def make_wrap(
@@ -46,6 +52,8 @@ def make_wrap(
     nor ever a module without parameters. Every rank must call `wrap` in the same order.
     """
     mesh = make_mesh(device, sharding)
+    if mesh is not None:
+        warnings.filterwarnings("ignore", VIEW_RETURNED, UserWarning)
     # bf16 copies only where parameters travel (sharded); replicated ranks compute exactly as one
     # process does. Reductions are float32 in either case.
     policy = MixedPrecisionPolicy(

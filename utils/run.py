@@ -12,7 +12,7 @@ from torch import nn
 
 from utils import distributed, parallel, state
 from utils.build import build, place_of, plain, raised_by_us
-from utils.checkpoint import Checkpoints, export_weights
+from utils.checkpoint import Checkpoints, NotSaved, export_weights
 from utils.data.classes import class_metadata
 from utils.errors import UserError
 from utils.exported import EXPORTED
@@ -24,7 +24,7 @@ from utils.precision import Precision
 from utils.probing import Judge
 from utils.randomness import seed_everything
 from utils.recipe import Recipe
-from utils.run_folder import describe_code, fingerprint, prepare_folder, refuse_overwriting
+from utils.run_folder import BATCH, describe_code, fingerprint, prepare_folder, refuse_overwriting
 from utils.settings import check_max_steps, check_settings
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
@@ -74,7 +74,10 @@ def run_built(
     """
     folder = Path(config["output_dir"])
     checkpoints = Checkpoints(
-        folder / "checkpoints", fingerprint=fingerprint(config), **config["checkpoint"]
+        folder / "checkpoints",
+        fingerprint=fingerprint(config),
+        plan={"total_steps": recipe.total_steps, BATCH: _images_per_step(recipe)},
+        **config["checkpoint"],
     )
     with _held(folder):
         if not config["training"]["resume"]:
@@ -163,7 +166,10 @@ def _run_alone(
         export_net(folder, config, step, recipe.exported, data.get("train"))
         if step >= last_step:
             metrics.record(step, judge.final(step))
+    except NotSaved as error:
+        raise _net_alone(error, config, recipe, checkpoints, data, metrics) from None
     finally:
+        metrics.say(checkpoints.news())
         metrics.close()
     signals = [one.name for one in distributed.gather_objects(stop.received) if one]
     summary = _facts(config, recipe, step, checkpoints)
@@ -171,6 +177,27 @@ def _run_alone(
     summary |= how_it_ended(step, recipe.total_steps, stopped_by)
     summary |= {"skipped_steps": health.skipped, "alarm": health.alarm}
     return leave(folder, summary | metrics.last | {"step": step} | judge.results)
+
+
+def _net_alone(
+    error: NotSaved,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    data: Mapping[str, Any],
+    metrics: Metrics,
+) -> UserError:
+    # The disk took no checkpoint; the net, a part of it, may fit. A launcher tells the line of a
+    # UserError, by that name.
+    for line in checkpoints.news().splitlines():
+        metrics.say(line if line != str(error) else "")
+    folder, told = Path(config["output_dir"]), ""
+    try:
+        export_net(folder, config, metrics.step, recipe.exported, data.get("train"))
+        told = f"; the network alone, of step {metrics.step}, is {folder / EXPORTED}"
+    except (UserError, OSError) as why:  # on rank 0, behind all that the ranks do together
+        told = f"; {why}"
+    return UserError(f"{error}{distributed.broadcast_object(told)}")
 
 
 def _judge_again(
@@ -239,6 +266,10 @@ def _hang_timeout(config: Mapping[str, Any]) -> float:
     return float(config["training"].get("hang_timeout_s", 900) or 0)
 
 
+def _images_per_step(recipe: Recipe) -> int:
+    return recipe.batch_size_per_gpu * recipe.accumulation * distributed.world_size()
+
+
 def _make_metrics(
     folder: Path, config: Mapping[str, Any], recipe: Recipe, first_step: int, last_step: int
 ) -> Metrics:
@@ -251,7 +282,7 @@ def _make_metrics(
         total_steps=last_step,
         recipe_steps=recipe.total_steps,
         log_every=config["training"]["log_every"],
-        images_per_step=recipe.batch_size_per_gpu * recipe.accumulation * distributed.world_size(),
+        images_per_step=_images_per_step(recipe),
         sinks=sinks,
     )
 

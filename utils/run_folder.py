@@ -37,6 +37,8 @@ HARMLESS = (
     ),
 )
 
+BATCH = "images_per_step"
+
 
 def refuse_overwriting(folder: Path, checkpoints: Checkpoints) -> None:
     """Raise UserError where a run that is not to be resumed has its folder taken."""
@@ -51,11 +53,13 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpo
     """Write config.yaml and git.txt; returns lines to tell. Rank 0 only.
 
     A config.yaml that says something else is kept as config.<n>.yaml, and what changes results is
-    told. To be called once the run is sure to go on: a command that was refused (by weights of
-    another model, say) leaves the folder's config as it was.
+    told, as is a changed plan (`changed_plan`). To be called once the run is sure to go on: a
+    command that was refused (by weights of another model, say) leaves the folder's config as it
+    was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, notes = folder / "config.yaml", []
+    path = folder / "config.yaml"
+    notes = changed_plan(config, checkpoints)
     if path.exists():
         earlier = yaml.safe_load(path.read_text()) or {}
         if earlier != _plain(config):
@@ -63,7 +67,7 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpo
             path.rename(kept)
             changes = changed_keys(earlier, _plain(config)) if checkpoints.steps() else []
             if changes:
-                notes = [
+                notes += [
                     f"WARNING: {folder} was begun with another config ({kept.name}); "
                     "changed since, with effect:"
                 ]
@@ -88,6 +92,25 @@ def changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[s
         for key in keys
         if old.get(key) != new.get(key)
     ]
+
+
+def changed_plan(config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
+    """A line where a run goes on with other numbers of steps or images than its checkpoint's.
+
+    They follow from the number of processes, which the config does not name.
+    """
+    before, now = checkpoints.plan_before, checkpoints.plan
+    changed = [key for key in now if before.get(key, now[key]) != now[key]]
+    if not changed:
+        return []
+    told = ", ".join(f"{key.replace('_', ' ')} {before[key]} -> {now[key]}" for key in changed)
+    line = f"WARNING: the run goes on with another plan, by which its schedules go: {told}"
+    if BATCH in changed:
+        known = "effective_batch_size" in (config.get("recipe") or {})
+        kept = f"; recipe.effective_batch_size={before[BATCH]}" if known else ""
+        kept = kept or "; as many processes and images for each as before"
+        line += f"{kept} would keep the batch"
+    return [line]
 
 
 def describe_code() -> str:

@@ -6,10 +6,14 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from utils.errors import UserError
 from utils.metrics import Sink
+
+# Module, key, package.
+_WANDB = ("wandb", "logging.wandb", "wandb")
+_TENSORBOARD = ("torch.utils.tensorboard", "logging.tensorboard", "tensorboard")
 
 
 def make_sinks(
@@ -30,8 +34,16 @@ def make_sinks(
     return tuple(sinks)
 
 
+def check_sinks(*, wandb: bool = False, tensorboard: bool = False, **others: Any) -> None:
+    """UserError where a package that `make_sinks` would need is missing; opens nothing."""
+    if wandb:
+        _import(*_WANDB)
+    if tensorboard:
+        _import(*_TENSORBOARD)
+
+
 def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> Sink:
-    wandb = _import("wandb", "logging.wandb", "wandb")
+    wandb = _import(*_WANDB)
     # The run's id lives in the folder, so that a resumed or requeued job continues the same curve.
     id_file = folder / "wandb_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
@@ -45,8 +57,21 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> Sin
         raise UserError(
             f"logging.wandb=true: {what}; or set WANDB_MODE=offline and `wandb sync` later"
         ) from error
+    except ValueError as error:  # pydantic's, of settings such as WANDB_MODE
+        raise UserError(f"logging.wandb=true: {_settings_fault(error)}") from error
     id_file.write_text(f"{run_id}\n")
     return _until_lost(lambda step, values: run.log(values, step=step), wandb.teardown)
+
+
+def _settings_fault(error: ValueError) -> str:
+    # pydantic names the setting and what it may be; W&B reads it from WANDB_<SETTING>.
+    try:
+        first = cast(Any, error).errors()[0]
+        setting = str(first["loc"][0])
+        what = f"{setting}={first['input']!r} (WANDB_{setting.upper()}): {first['msg']}"
+    except (AttributeError, LookupError, TypeError):
+        what = str(error)
+    return " ".join(what.split())[:300]
 
 
 def _until_lost(write: Sink, leave: Callable[[], None]) -> Sink:
@@ -78,9 +103,7 @@ def _until_lost(write: Sink, leave: Callable[[], None]) -> Sink:
 
 
 def _tensorboard(folder: Path) -> Sink:
-    writer = _import("torch.utils.tensorboard", "logging.tensorboard", "tensorboard").SummaryWriter(
-        str(folder)
-    )
+    writer = _import(*_TENSORBOARD).SummaryWriter(str(folder))
 
     def write(step: int, values: dict[str, float]) -> None:
         for key, value in values.items():

@@ -23,22 +23,14 @@ def load_weights(recipe: nn.Module, path: str) -> list[str]:
 
     A run folder is taken whole; where its state is of another recipe or network, the network that
     it exported is taken instead. Returns lines to tell. Raises UserError, naming what misses and
-    what is left over, unless every tensor finds its place and every weight is finite.
+    what is left over, unless every tensor finds its place and every weight is finite, and for what
+    may not be read.
     """
-    source = Path(str(path))
-    if not source.exists():
-        raise UserError(f"training.weights: there is no {path}")
-    if not source.is_dir():
-        _load_file(recipe, source)
-        notes = []
-    elif (source / DESCRIPTION).exists():
-        notes = _load_checkpoint(recipe, source)
-    else:
-        notes = _load_run(recipe, source)
-    for name, weight in recipe.named_parameters():
-        if not weight.isfinite().all():
-            raise UserError(f"training.weights: {path} holds weights that are not finite ({name})")
-    return notes
+    try:
+        return _load(recipe, path)
+    except OSError as error:
+        where = error.filename or path
+        raise UserError(f"training.weights: cannot read {where}: {error.strerror}") from None
 
 
 def restore(
@@ -57,11 +49,30 @@ def restore(
         raise UserError(_other_network(Path(config["output_dir"]), config, error)) from None
 
 
+def _load(recipe: nn.Module, path: str) -> list[str]:
+    source = Path(str(path))
+    if not source.exists():
+        raise UserError(f"training.weights: there is no {path}")
+    if not source.is_dir():
+        _load_file(recipe, source)
+        notes = []
+    elif (source / DESCRIPTION).exists():
+        notes = _load_checkpoint(recipe, source)
+    else:
+        notes = _load_run(recipe, source)
+    for name, weight in recipe.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"training.weights: {path} holds weights that are not finite ({name})")
+    return notes
+
+
 def _load_file(recipe: nn.Module, path: Path) -> None:
     if not hasattr(recipe, "load_weights"):
         raise UserError(
             f"training.weights: {type(recipe).__name__} reads checkpoint folders, no files"
         )
+    with open(path, "rb"):  # what opens it for the weights may not say why it cannot
+        pass
     recipe.load_weights(str(path))
 
 

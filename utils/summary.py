@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from utils import distributed
 from utils.checkpoint import write_text
+from utils.console import Lines
 from utils.exported import EXPORTED
 from utils.metrics import read_metrics
 
@@ -68,7 +68,7 @@ def leave(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     for key, value in summary.items():
         if key not in ("name", "output_dir") and value != "":
             table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    Lines().print(table)
     return summary
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils import parallel, state
-from utils.checkpoint import Checkpoints
+from utils.checkpoint import Checkpoints, NotSaved
 from utils.errors import UserError
 from utils.health import Health, broken_weights, what_remains
 from utils.metrics import Metrics
@@ -105,5 +105,5 @@ def fit(
     if step > first_step and checkpoints.newest != step and (fault := save(step)):
         raise UserError(what_remains(fault, module, checkpoints))
     if problem := checkpoints.wait():
-        raise UserError(problem)
+        raise NotSaved(problem)
     return step

@@ -62,10 +62,13 @@ class Contents:
 def collect(folder: str | Path) -> Contents:
     """Read a folder; UserError, in one line, where it is missing or holds nothing to report."""
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}; give the folder of a run or of an evaluation")
-    found = _read(folder.resolve(), str(folder))
+    try:
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise UserError(f"{folder} {what}; give the folder of a run or of an evaluation")
+        found = _read(folder.resolve(), str(folder))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from None
     if not _holds_anything(found):
         raise UserError(
             f"{folder} holds nothing to report: no config.yaml, metrics.jsonl, summary.json, "
@@ -83,7 +86,7 @@ def _read(folder: Path, shown: str) -> Contents:
     found.metrics = _metrics(found)
     _walk(found, folder)
     found.results += _from_summary(found)
-    found.checkpoints = _checkpoints(folder)
+    found.checkpoints = _checkpoints(found)
     found.began, found.ended = _times(folder)
     return found
 
@@ -93,21 +96,29 @@ def _walk(found: Contents, folder: Path) -> None:
     for path in sorted(folder.iterdir(), key=_natural):
         if path.name.startswith(".") or path.is_symlink():
             continue
-        if path.is_dir():
-            if any((path / mark).is_file() for mark in RUN_MARKS):
-                found.runs.append(_read(path, path.name))
-            elif path.name not in SKIPPED:
-                _walk(found, path)
-            continue
         name = path.relative_to(found.folder).as_posix()
-        if path.name == "results.json":
-            found.results += _results(found, name)
-        elif path.suffix.lower() in PICTURES:
-            # The page draws the curves itself.
-            if not (path.name == "curves.png" and found.metrics):
-                found.pictures.append(path)
-        elif path.name not in (*RUN_MARKS, "git.txt", REPORT):
-            found.files.append((name, path.stat().st_size))
+        try:
+            _take(found, path, name)
+        except OSError as error:  # closed to this reader, or removed meanwhile
+            found.notes.append(f"{name}: {error.strerror}")
+
+
+def _take(found: Contents, path: Path, name: str) -> None:
+    if path.is_dir():
+        if path.name in SKIPPED:
+            return
+        if any((path / mark).is_file() for mark in RUN_MARKS):
+            found.runs.append(_read(path, path.name))
+        else:
+            _walk(found, path)
+    elif path.name == "results.json":
+        found.results += _results(found, name)
+    elif path.suffix.lower() in PICTURES:
+        # The page draws the curves itself.
+        if not (path.name == "curves.png" and found.metrics):
+            found.pictures.append(path)
+    elif path.name not in (*RUN_MARKS, "git.txt", REPORT):
+        found.files.append((name, path.stat().st_size))
 
 
 def _results(found: Contents, name: str) -> list[Results]:
@@ -155,14 +166,19 @@ def _metrics(found: Contents) -> list[dict[str, float]]:
     return lines
 
 
-def _checkpoints(folder: Path) -> list[tuple[str, int]]:
-    parent = folder / "checkpoints"
-    steps = sorted(parent.iterdir(), key=_natural) if parent.is_dir() else []
-    return [
-        (f"checkpoints/{path.name}", sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
-        for path in steps
-        if path.is_dir()
-    ]
+def _checkpoints(found: Contents) -> list[tuple[str, int]]:
+    parent = found.folder / "checkpoints"
+    try:
+        steps = sorted(parent.iterdir(), key=_natural) if parent.is_dir() else []
+        sizes = {
+            path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            for path in steps
+            if path.is_dir()
+        }
+    except OSError as error:  # closed to this reader, or removed meanwhile
+        found.notes.append(f"checkpoints: {error.strerror}")
+        return []
+    return [(f"checkpoints/{name}", size) for name, size in sizes.items()]
 
 
 def _times(folder: Path) -> tuple[datetime | None, datetime | None]:

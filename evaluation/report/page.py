@@ -6,6 +6,7 @@ Everything that was read is text: it is escaped wherever it goes into the page.
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from evaluation.report.charts import chart, panels
 from evaluation.report.collect import MOST_FILES, REPORT, Contents, Results, collect
 from evaluation.report.images import MOST_PICTURES, embed
+from utils.errors import UserError
 
 STYLE = Path(__file__).with_name("style.css")
 ROWS_PER_TABLE = 16
@@ -32,13 +34,27 @@ CAPTIONS = {
 }
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write `folder`/report.html and return its path; UserError where there is nothing to tell."""
-    found = collect(folder)
-    path = Path(folder) / REPORT
-    partial = path.with_name(f".{REPORT}")
-    partial.write_text(page(found), encoding="utf-8")
-    partial.replace(path)
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of `folder` and return its path, by default `folder`/report.html.
+
+    output: another file, or a folder that is there. UserError where there is nothing to tell, and
+    where the page cannot be written.
+    """
+    content = page(collect(folder))
+    path = Path(output or folder)
+    try:
+        path = path / REPORT if path.is_dir() else path
+        partial = path.with_name(f".{path.name}")
+        try:
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        elsewhere = "" if output else "; --output FILE writes it elsewhere"
+        raise UserError(f"cannot write {path}: {error.strerror}{elsewhere}") from None
     return path
 
 

@@ -1,6 +1,8 @@
 """Whatever is wrong in a config is said in one line; what is right composes and reloads."""
 
+import errno
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,14 @@ def test_missing_files(file: str, said: str) -> None:
     assert said in one_line(file)
 
 
+def test_a_file_behind_a_closed_folder(monkeypatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)  # nothing is closed to root
+    assert one_line("/closed/run.yaml") == "cannot read /closed/run.yaml: Permission denied"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -196,6 +206,32 @@ def test_another_ending_is_refused(write) -> None:
 )
 def test_wrong_overrides(override: str, said: str) -> None:
     assert said in one_line("train.yaml", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("name=seed=0,lr=1e-3", """: "name='seed=0,lr=1e-3'\""""),
+        ("name=my photos, 2024", """: "name='my photos, 2024'\""""),
+        ("name=$1,=", """: 'name='"'"'$1,='"'"''"""),
+        ("seed=[1", """: "key='value'\""""),
+    ],
+)
+def test_text_that_needs_quotes_is_told_as_the_shell_takes_it(override: str, said: str) -> None:
+    assert one_line("train.yaml", override).endswith(said)
+
+
+def test_the_corrected_word_is_taken() -> None:
+    for text in ("seed=0,lr=1e-3", "it's, $5"):
+        (word,) = shlex.split(one_line("train.yaml", f"name={text}").rpartition("own: ")[2])
+        assert compose_config("train.yaml", [word]).name == text
+
+
+def test_a_mapping_of_the_users_own_keys_may_be_given_whole() -> None:
+    words = ["cluster.sbatch_options={reservation: spring, exclusive: true}", "cluster.env={A: b}"]
+    cluster = compose_config("train.yaml", ["launcher=slurm", *words]).cluster
+    assert cluster.sbatch_options == {"reservation": "spring", "exclusive": True}
+    assert cluster.env["A"] == "b"
 
 
 def test_a_keyword_that_the_file_leaves_out_can_be_set() -> None:

@@ -60,6 +60,13 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch) -> Non
         check_run_folder({"output_dir": str(tmp_path / "run"), "probes": {}})
 
 
+def test_a_folder_that_is_there_is_not_said_to_be_unmakeable(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    said = f"^output_dir: {tmp_path} is there but cannot be written to: Permission denied$"
+    with pytest.raises(UserError, match=said):
+        check_folder(tmp_path)
+
+
 def test_too_long_a_path() -> None:
     with pytest.raises(UserError, match="aaa... is too long: 301 characters"):
         make_folder("/" + "a" * 300)

@@ -15,7 +15,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.health import Health, effective_rank, relative_std
 from utils.metrics import Metrics, draw_curves, read_metrics
-from utils.sinks import make_sinks
+from utils.sinks import check_sinks, make_sinks
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,17 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"logging.{package}=true needs the package {package}"):
         make_sinks(tmp_path, **{package: True})
+    with pytest.raises(UserError, match=f"logging.{package}=true needs the package {package}"):
+        check_sinks(**{package: True}, wandb_project="octic")
+    check_sinks(wandb_project="octic")
     assert make_sinks(tmp_path) == ()
+
+
+def test_a_setting_that_wandb_does_not_know_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "banana")
+    with pytest.raises(UserError, match=r"wandb=true: mode='banana' \(WANDB_MODE\): .*'online'"):
+        make_sinks(tmp_path, wandb=True)
 
 
 def test_effective_rank_and_spread():

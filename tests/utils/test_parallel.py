@@ -1,12 +1,15 @@
 """Wrapping keeps names and numbers; clipping is per part; optimiser state goes by name."""
 
 import copy
+import inspect
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from tests.utils.loop_case import Net, TinyRecipe
 from utils import parallel
@@ -57,6 +60,18 @@ def test_what_has_no_parameters_is_compiled_and_not_sharded(monkeypatch):
     bare, linear = nn.GELU(), nn.Linear(2, 2)
     assert wrap(bare) is bare and wrap(linear) is linear
     assert bare._compiled_call_impl is not None and sharded == [linear]
+
+
+def test_of_fsdp_s_warnings_that_of_views_alone_is_silent(monkeypatch):
+    hook = inspect.getsource(FSDPState._register_pre_backward_hook)
+    assert "FSDP2-wrapped module ({cls}) returned a view tensor" in hook, "torch says it otherwise"
+    monkeypatch.setattr(parallel, "make_mesh", lambda device, sharding: object())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        parallel.make_wrap(torch.device("cpu"), Precision("fp32", torch.device("cpu")))
+        warnings.warn("FSDP2-wrapped module (FSDPNet) returned a view tensor. An", stacklevel=1)
+        warnings.warn("FSDP2-wrapped module (FSDPNet) is odd", stacklevel=1)
+    assert [str(one.message) for one in told] == ["FSDP2-wrapped module (FSDPNet) is odd"]
 
 
 def test_unknown_sharding_and_precision_are_refused():

@@ -1,5 +1,6 @@
 """What a run begins with: a folder taken whole, its network alone, or a line with the remedy."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_weights_that_are_not_finite_begin_nothing(run: Path, tmp_path: Path) ->
     said = r"^training.weights: .*broken.safetensors holds weights that are not finite \(student.bl"
     with pytest.raises(UserError, match=said):
         load_weights(Other(), str(tmp_path / "broken.safetensors"))
+
+
+def test_what_may_not_be_read_is_one_line(run: Path, monkeypatch) -> None:
+    def closed(path: Path, *_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", closed)  # nothing is closed to root
+        said = f"^training.weights: cannot read {run}: Permission denied$"
+        with pytest.raises(UserError, match=said):
+            load_weights(TinyRecipe(), str(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", closed)
+        with pytest.raises(UserError, match=r"cannot read .*checkpoint.json: Permission denied$"):
+            load_weights(TinyRecipe(), str(run / "checkpoints" / "2"))
 
 
 def test_the_line_is_told_with_the_others(run: Path, tmp_path: Path, capsys) -> None:

@@ -187,6 +187,26 @@ def test_a_disk_that_fills_up_behind_the_last_checkpoint_is_one_line(tmp_path):
     assert summary["finished"]
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_last_save_that_fails_leaves_the_network_if_it_fits(tmp_path, monkeypatch, capsys, fits):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.shards.save_file", full)
+    if not fits:
+        monkeypatch.setattr("utils.run.export_weights", full)
+    with pytest.raises(UserError, match="^checkpoint of step 12 not written") as caught:
+        train_tiny(tmp_path, every=3, log_every=5)
+    assert caught.type is UserError  # by its name slurm/local.py finds the line
+    line, exported = str(caught.value), tmp_path / "exported/model.safetensors"
+    assert "\n" not in line and exported.is_file() == fits
+    assert line.endswith(
+        f"the network alone, of step 12, is {exported}" if fits else "No space left on device"
+    )
+    told = capsys.readouterr().out
+    assert [told.count(f"checkpoint of step {step} not") for step in (3, 6, 9, 12)] == [1, 1, 1, 0]
+
+
 def test_fp16_scaler_state_is_saved_and_an_overflow_is_not_counted(tmp_path):
     train_tiny(tmp_path, precision="fp16", max_steps=4)
     assert parts_of(tmp_path)["progress"]["scaler"]["_growth_tracker"] == 4

@@ -1,5 +1,6 @@
 """What a folder holds is found; what cannot be read is left out and noted."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -28,6 +29,24 @@ def test_an_evaluation(tmp_path: Path) -> None:
     found = collect(make_evaluation(tmp_path / "evaluation"))
     assert [path.name for path in found.pictures] == ["neighbours.png"]
     assert found.results[0].protocol["ks"] == [10] and found.results[0].source == "results.json"
+
+
+def test_a_closed_folder_is_noted_and_a_closed_run_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    run = make_run(tmp_path / "run")
+    original = Path.iterdir
+
+    def listed(path: Path):
+        if path.name in closed:  # nothing is closed to root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    closed = ("exported", "checkpoints")
+    found = collect(run)
+    assert sorted(found.notes) == ["checkpoints: Permission denied", "exported: Permission denied"]
+    closed = ("run",)
+    with pytest.raises(UserError, match=f"^cannot read {run}: Permission denied$"):
+        collect(run)
 
 
 def test_runs_below_a_folder_are_told_apart(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The page is one file that asks for nothing, tells what was found, and escapes what it read."""
 
+import errno
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from evaluation.report.charts import chart, panels, thin, ticks
 from evaluation.report.images import embed, shrink
 from evaluation.report.page import write_report
 from tests.evaluation.report.folders import draw, make_evaluation, make_quickstart, make_run
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 VOID = {"meta", "img", "br", "line"}
@@ -169,6 +171,30 @@ def test_more_curves_than_colours_are_told() -> None:
     assert "and 3 more in metrics.jsonl" in chart("probe", series)
 
 
+def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch
+) -> None:
+    run = make_run(tmp_path / "run")
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    said = f"^cannot write {run}/report.html: No space left on device; --output FILE writes it"
+    with pytest.raises(UserError, match=said):
+        write_report(run)
+    assert not (run / ".report.html").exists()
+
+
+def test_a_page_may_go_elsewhere(tmp_path: Path) -> None:
+    """Of a run that may only be read."""
+    run = make_run(tmp_path / "run")
+    assert write_report(run, tmp_path / "page.html") == tmp_path / "page.html"
+    assert write_report(run, tmp_path) == tmp_path / "report.html"
+    assert not (run / "report.html").exists()
+
+
 def test_the_command(tmp_path: Path) -> None:
     """It says what it wrote; a mistake is one line and code 2."""
     make_run(tmp_path / "run")
@@ -180,7 +206,13 @@ def test_the_command(tmp_path: Path) -> None:
     done = run(str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"written: .*/run/report\.html \(0\.\d\d MB\)\n", done.stdout)
-    for words in ([], ["--x"], [str(tmp_path / "nowhere")]):
+    done = run(str(tmp_path / "run"), "--output", str(tmp_path / "page.html"))
+    assert done.returncode == 0 and (tmp_path / "page.html").stat().st_size > 1000, done.stderr
+    unwritable = ["--output", str(tmp_path / "none" / "page.html")]
+    for words in (
+        *([], ["--x"], [str(tmp_path / "nowhere")], [str(tmp_path / "run"), "--output"]),
+        *([str(tmp_path / "run"), "again", *unwritable], [str(tmp_path / "run"), *unwritable]),
+    ):
         done = run(*words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ")

@@ -1,0 +1,69 @@
+"""What a run folder says of a run that goes on otherwise than it began."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.utils.loop_case import train_tiny
+from utils.checkpoint import Checkpoints
+from utils.run_folder import changed_plan
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch) -> None:
+    monkeypatch.setattr("utils.metrics.draw_curves", lambda path: None)
+
+
+def test_another_number_of_steps_is_told_with_both(tmp_path: Path, capsys) -> None:
+    """It may follow from the number of processes alone, which no config names."""
+    train_tiny(tmp_path, max_steps=2)
+    train_tiny(tmp_path, max_steps=4)
+    assert "WARNING" not in capsys.readouterr().out
+    train_tiny(tmp_path, max_steps=6, recipe={"total_steps": 8})
+    out = capsys.readouterr().out
+    assert "WARNING: the run goes on with another plan" in out and "total steps 12 -> 8\n" in out
+    train_tiny(tmp_path, max_steps=7, recipe={"total_steps": 8})  # as the last checkpoint was
+    train_tiny(tmp_path, max_steps=7)  # trains nothing
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_another_batch_is_told_with_what_would_keep_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, plan={"total_steps": 50, "images_per_step": 8})
+    assert changed_plan({}, checkpoints) == [], "a checkpoint of before there were plans"
+    checkpoints.plan_before = {"total_steps": 100, "images_per_step": 4}
+    (line,) = changed_plan({"recipe": {}}, checkpoints)
+    assert "total steps 100 -> 50, images per step 4 -> 8; as many processes" in line
+    (line,) = changed_plan({"recipe": {"effective_batch_size": None}}, checkpoints)
+    assert "8; recipe.effective_batch_size=4 would keep the batch" in line
+
+
+UNREAD = """
+import sys
+from tests.utils.loop_case import train_tiny
+train_tiny(sys.argv[1], log_every=1)
+print("and a line of somebody else", flush=True)
+print("and an error", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_run_goes_on_when_nobody_reads_it(tmp_path: Path, errors: int) -> None:
+    """`... | head` closes the pipe; what the run is for is in its folder."""
+    with subprocess.Popen(
+        [sys.executable, "-c", UNREAD, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=errors,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        said = process.stderr.read().decode() if process.stderr else "and an error\n"
+        assert process.wait(timeout=300) == 0 and said == "and an error\n"
+    assert (tmp_path / "checkpoints" / "12").is_dir() and (tmp_path / "summary.json").is_file()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12

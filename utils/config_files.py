@@ -1,0 +1,50 @@
+"""Where config files are: on disk as given, or below `configs/`."""
+
+from pathlib import Path
+
+from utils.build import nearest
+from utils.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def find_file(file: str | Path) -> Path:
+    """A config file as given, or below `configs/`; with or without its ending.
+
+    UserError where there is none, or a folder on the way may not be entered.
+    """
+    try:
+        return _found(file)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or file}: {error.strerror}") from None
+
+
+def run_of_model(overrides: list[str], runs: str) -> str | None:
+    """`runs/X.yaml` where the backbone X is asked for and has such a file."""
+    models = [word.removeprefix("backbone=") for word in overrides if word.startswith("backbone=")]
+    named = [f"{runs}/{model}.yaml" for model in models if runs]
+    return next((file for file in reversed(named) if (CONFIGS / file).is_file()), None)
+
+
+def _found(file: str | Path) -> Path:
+    given = Path(file).expanduser()
+    if len(given.name) > 200:  # longer than a file's name may be
+        raise UserError(f"there is no config file {str(file)[:60]}...")
+    for path in (given, CONFIGS / given):
+        for candidate in (path, path.with_name(f"{path.name}.yaml")):
+            if candidate.is_file():
+                return candidate.absolute()
+    if given.is_dir() or (CONFIGS / given).is_dir():
+        folder = given if given.is_dir() else CONFIGS / given
+        inside = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
+        raise UserError(
+            f"{file} is a folder; give one of its files: {inside or 'it has no .yaml file'}"
+        )
+    ours = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    beside = {str(path) for path in given.parent.glob("*.y*ml")} if given.parent.is_dir() else set()
+    hint = nearest(given, beside) or nearest(given, ours) or nearest(given.stem, _by_stem(ours))
+    raise UserError(f"there is no config file {file}{hint}")
+
+
+def _by_stem(files: set[str]) -> set[str]:
+    return {Path(file).stem for file in files}
