@@ -13,10 +13,10 @@ note() {
         "$1" "$job" "$attempt" "$(date +%s.%3N)" "$status" "$2" >> "$run/launches.jsonl"
 }
 this=", \"attempt\": $attempt,"
-was_killed=no # 128 plus a signal; by INT, USR1, USR2 and TERM a process is told to leave
+was_killed=no # 128 plus a signal; by HUP, INT, USR1, USR2 and TERM a process is told to leave
 case $status in
-    130 | 138 | 140 | 143) ;;
-    129 | 1[3-9]?) was_killed=yes ;;
+    129 | 130 | 138 | 140 | 143) ;;
+    1[3-9]?) was_killed=yes ;;
 esac
 if [ "$status" -eq 0 ]; then
     kind=finished

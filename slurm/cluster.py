@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if value is not None}
 
 
+def python_command(cluster: Mapping[str, Any]) -> str:
+    """The words that start Python on the node: the file of one, or a command that ends in one."""
+    command = sys.executable if cluster["python"] is None else str(cluster["python"])
+    # A command has several words; the path of a file is one, whatever it holds.
+    return shlex.quote(command) if Path(command).is_file() else command
+
+
 def check_executor(cluster: Mapping[str, Any]) -> str:
     """The name of submitit's executor."""
     if cluster["executor"] not in ("slurm", "local"):
@@ -76,6 +84,7 @@ def refusal(said: str, asked: Mapping[str, Any]) -> str:
     """What Slurm said of a job it did not take, and what it was asked for, in one line."""
     pattern = r"^sbatch: (?:error|fatal): (?:Batch job submission failed: )?(.+)"
     reasons = "; ".join(re.findall(pattern, said, re.MULTILINE)) or " ".join(said.split())
+    reasons = reasons or "it gave no reason"
     if "configuration source" in reasons:
         return f"Slurm's commands find no cluster here: {reasons}; is SLURM_CONF set as it should?"
     keys = ("nodes", "tasks_per_node", "cpus_per_task", "mem_gb", "timeout_min")

@@ -7,6 +7,8 @@
 
 import contextlib
 import io
+import itertools
+import os
 import re
 import runpy
 import shlex
@@ -16,6 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slurm.checks import check_launch
 from slurm.launch import Task, launch_all
 from utils.build import nearest, plain
 from utils.config import fail
@@ -48,6 +51,8 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
     if {"-h", "--help"} & set(words):
         return parse(words)
     try:
+        _refuse_clock_times(words)
+        parse = _checking(parse)
         asked = _read(words)
         if not (asked.sweeps or asked.then):
             config = parse(asked.words)
@@ -58,6 +63,40 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
     except UserError as error:
         fail(error)
     return launch_all(tasks, folder=folder, dry_run=asked.dry_run) if tasks else None
+
+
+def _refuse_clock_times(words: Sequence[str]) -> None:
+    """sbatch takes 48:00:00 for a time limit; ours is in minutes."""
+    for word, following in itertools.pairwise([*words, ""]):
+        key, has_value, value = word.partition("=")
+        value = value if has_value else following
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", value)
+        if found and key in ("launcher.timeout_min", "--timeout"):
+            days, *parts = (int(part or 0) for part in found.groups())
+            # As sbatch reads them: days-hours:minutes, hours:minutes:seconds, minutes:seconds.
+            whole = found[1] is not None or found[4] is not None
+            hours, minutes, seconds = parts if whole else (0, *parts[:2])
+            total = (days * 24 + hours) * 60 + minutes + (seconds > 0)
+            raise UserError(f"{key} is in minutes: {max(total, 1)} for {value}")
+
+
+def _checking(parse: Parse) -> Parse:
+    """`--check` also refuses what the launcher would."""
+
+    def checked(words: list[str]) -> Mapping[str, Any] | None:
+        if "--check" in words:
+            config, said = None, io.StringIO()
+            with (
+                contextlib.redirect_stderr(said),
+                contextlib.redirect_stdout(said),
+                contextlib.suppress(SystemExit),  # what is wrong is said below
+            ):
+                config = parse([word for word in words if word != "--check"])
+            if config is not None:
+                check_launch(plain(config), joins="TORCHELASTIC_RUN_ID" in os.environ)
+        return parse(words)
+
+    return checked
 
 
 def _read(words: list[str]) -> _Asked:

@@ -18,10 +18,14 @@ from typing import Any
 
 from slurm import runs
 from slurm.runs import Run
+from utils.errors import UserError
 
 _SACCT = "JobID,State,ExitCode,ElapsedRaw,Timelimit,NodeList"
 _EARLIER = {"NODE_FAIL": "node failure", "PREEMPTED": "pre-emption", "TIMEOUT": "time limit"}
 _ONGOING = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING")
+_ENDED = ("COMPLETED", "FAILED", "STOPPED", "KILLED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
+_RARE = ("NODE_FAIL", "PREEMPTED", "DEADLINE", "BOOT_FAIL", "UNKNOWN", runs.UNREADABLE)
+_STATES = (*_ONGOING, *_ENDED, *_RARE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--last", type=int, default=0, metavar="N", help="the newest N runs alone")
     parser.add_argument("--state", default="", help="runs of this state alone, such as FAILED")
     arguments = parser.parse_args(argv)
-    if absent := [str(folder) for folder in arguments.folders if not folder.is_dir()]:
-        print(f"error: there is no folder {', '.join(absent)}", file=sys.stderr)
+    try:
+        _check(arguments.folders, arguments.last, arguments.state.upper())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     found = list_runs(arguments.folders)
     if arguments.state:
@@ -45,8 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif found:
         show(found)
     else:
-        print(f"no runs in {', '.join(map(str, arguments.folders))}")
+        which = f" that are {arguments.state.upper()}" if arguments.state else ""
+        print(f"no runs{which} in {', '.join(map(str, arguments.folders))}")
     return 0
+
+
+def _check(folders: Sequence[Path], last: int, state: str) -> None:
+    if absent := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise UserError(f"there is no folder {', '.join(absent)}")
+    if last < 0:
+        raise UserError(f"--last takes the number of runs to show, 0 for all, not {last}")
+    if not any(name.startswith(state) for name in _STATES):
+        raise UserError(f"--state: there is no {state}; a run is {', '.join(_STATES)}")
 
 
 def list_runs(places: list[Path]) -> list[Run]:
@@ -57,7 +73,8 @@ def list_runs(places: list[Path]) -> list[Run]:
         if run.job in known and _by_slurm(run):
             judge(run, known[run.job])
         elif run.state == "UNKNOWN" and run.job:
-            run.why = f"no word of job {run.job} here: ask sacct on its cluster"
+            asked = "it was a rehearsal" if runs.is_rehearsal(run) else "ask sacct on its cluster"
+            run.why = f"no word of job {run.job} here: {asked}"
     return found
 
 
@@ -198,8 +215,7 @@ def _user(number: str) -> str:
 
 def _by_slurm(run: Run) -> bool:
     """Whether the job of a run is Slurm's, and not a rehearsal's."""
-    said = [line.get("executor") for line in run.lines if line["event"] == "submitted"]
-    return bool(run.job) and said[-1:] != ["local"]
+    return bool(run.job) and not runs.is_rehearsal(run)
 
 
 def _ask(words: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurm import record
+from slurm.checks import check_cluster, check_launch
 from slurm.cluster import check_machine, parameters
 from slurm.job import Function, Job
 from slurm.local import run_apart, run_processes
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     import submitit
 
 __all__ = ["Task", "launch", "launch_all", "parameters", "submit"]
-
-KINDS = ("here", "local", "slurm")
 
 
 @dataclass
@@ -82,6 +81,7 @@ def submit(function: Function, config: Mapping[str, Any]) -> "submitit.Job[Any]"
 
     Raises `UserError` where there is no Slurm or Slurm refuses the job.
     """
+    check_cluster(config)
     submission = Submission(function, [config])
     check_machine(submission.cluster)
     return submission.submit()[0]
@@ -92,7 +92,7 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     several = len(tasks) > 1 or bool(tasks[0].then)
     for task in _all(tasks):
         try:
-            _check(task, submits=not joins and not dry_run)
+            _check(task, joins=joins, submits=not joins and not dry_run)
         except UserError as error:
             raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
     folders = [str(task.folder) for task in _all(tasks)]
@@ -125,14 +125,9 @@ def _all(tasks: Sequence[Task]) -> Iterator[Task]:
         yield from task.then
 
 
-def _check(task: Task, *, submits: bool) -> None:
-    launcher = task.config["launcher"]
-    if launcher["kind"] not in KINDS:
-        raise UserError(f"launcher.kind is {', '.join(KINDS)}, not {launcher['kind']!r}")
-    for key in ("nodes", "gpus_per_node", "timeout_min"):
-        if launcher[key] is None or launcher[key] < 1:
-            raise UserError(f"launcher.{key} must be at least 1, got {launcher[key]}")
-    if launcher["kind"] == "slurm" and submits:
+def _check(task: Task, *, joins: bool, submits: bool) -> None:
+    check_launch(task.config, joins=joins)
+    if task.config["launcher"]["kind"] == "slurm" and submits:
         check_machine(task.config["cluster"])
     check_run_folder(task.config)
     check_targets(task.config)
@@ -207,8 +202,8 @@ def _submit(tasks: Sequence[Task], folder: Path) -> None:
     first = str(jobs[0].job_id)
     shared = first.split("_")[0]
     run = Path(with_id(folder, shared))
-    if submission.snapshot and submission.snapshot.too_large:
-        print(f"note: not copied, over 1 MB: {', '.join(submission.snapshot.too_large)}")
+    for note in submission.snapshot.notes() if submission.snapshot else ():
+        print(note)
     print(f"Submitted job_id: {shared}")
     print(f"Logs and checkpoints will be saved at: {run}")
     print(f"Follow rank 0: tail -F {shlex.quote(str(jobs[0].paths.stdout))}")

@@ -5,15 +5,16 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from slurm.job import Function, Job, run_rank
-from slurm.record import Ended
+from slurm.record import STOPPED, Ended
 from utils.errors import UserError
+from utils.signals import forget_lost_terminal, heeded
 
 
 def run_processes(function: Function, config: dict[str, Any]) -> None:
@@ -21,8 +22,6 @@ def run_processes(function: Function, config: dict[str, Any]) -> None:
     from torch import multiprocessing
 
     count = config["launcher"]["gpus_per_node"]
-    if config["launcher"]["nodes"] > 1:
-        raise UserError("launcher=local runs on this machine: launcher.nodes must be 1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,27 +29,38 @@ def run_processes(function: Function, config: dict[str, Any]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the processes share the cores
     folder = str(Path(config["output_dir"]) / "logs")
     arguments = (Job(function, config), count, port, folder)
-    context = multiprocessing.start_processes(run_rank, arguments, count, join=False)
-    interrupted = False
-    while True:
-        try:
-            if context.join(grace_period=5):
-                break
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True  # the processes got the signal too: let them save and leave
-        except multiprocessing.ProcessExitedException as error:
-            if interrupted or error.exit_code == 130:
-                raise KeyboardInterrupt from None
-            raise _said(error, folder) from None
-        except multiprocessing.ProcessRaisedException as error:
-            if line := re.search(r"^(?:\w+\.)*UserError: (.+)", str(error), re.MULTILINE):
-                raise UserError(line[1]) from None
-            print(error, file=sys.stderr)
-            raise _said(error, folder) from None
-    if interrupted:
+    processes: list[Any] = []
+    with _passed_on(processes) as received:
+        context = multiprocessing.start_processes(run_rank, arguments, count, join=False)
+        processes += context.processes
+        for number in received:  # what came while they were being started
+            _pass_on(number, processes)
+        _wait(context, folder, received)
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
+
+
+def _wait(context: Any, folder: str, received: list[int]) -> None:
+    """Wait for all processes; raises what the failure of one, or a signal, comes to."""
+    from torch import multiprocessing
+
+    try:
+        while not context.join(grace_period=5):
+            pass
+    except multiprocessing.ProcessExitedException as error:
+        code = error.exit_code if error.exit_code >= 0 else 128 - error.exit_code
+        if signal.SIGINT in received or code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt from None
+        # One that had not yet begun to heed signals was ended by what was passed on.
+        if error.exit_code in STOPPED or code - 128 in received:
+            print(f"stopped by {signal.Signals(STOPPED[code]).name}", file=sys.stderr)
+            raise SystemExit(code) from None
+        raise _said(error, folder) from None
+    except multiprocessing.ProcessRaisedException as error:
+        if line := re.search(r"^(?:\w+\.)*UserError: (.+)", str(error), re.MULTILINE):
+            raise UserError(line[1]) from None
+        print(error, file=sys.stderr)
+        raise _said(error, folder) from None
 
 
 def _said(error: Any, folder: str) -> Ended:
@@ -70,7 +80,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> int:
     import multiprocessing
 
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
-    with _passed_on(process) as received:
+    with _passed_on([process]) as received:
         process.start()
         process.join()
     if signal.SIGINT in received:
@@ -82,19 +92,30 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 @contextmanager
-def _passed_on(process: Any) -> Iterator[list[int]]:
-    """Pass signals on to a process; a Control-C of the terminal has reached it already."""
+def _passed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
+    """Pass signals on to processes, and collect them; a second Control-C interrupts at once."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            forget_lost_terminal()
         received.append(number)
-        if process.pid and number != signal.SIGINT:
-            os.kill(process.pid, number)
+        _pass_on(number, processes)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    numbers = heeded((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
     earlier = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _pass_on(number: int, processes: Sequence[Any]) -> None:
+    """Send it to those that run; a Control-C of the terminal has reached them already."""
+    for process in processes:
+        if number != signal.SIGINT and process.pid and process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)

@@ -19,6 +19,7 @@ writes the same lines, so keys keep their order.
 
 import heapq
 import json
+import math
 import os
 import re
 import signal
@@ -42,7 +43,10 @@ _LOST = re.compile(
 _TRANSIENT = re.compile(
     r"DataLoader worker .*(killed|exited unexpectedly)|^AcceleratorError(?!.*device-side assert)"
 )
-STOPPED = {128 + number: number for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+STOPPED = {
+    128 + number: number
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+}
 
 
 class Ended(SystemExit):
@@ -78,10 +82,22 @@ def _lines(path: Path) -> list[tuple[float, dict[str, Any]]]:
     for text in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
             line = json.loads(text)
-            if isinstance(line, dict) and "event" in line:
-                latest = max(latest, float(line.get("time", 0)))
+            if isinstance(line, dict) and isinstance(line.get("event"), str):
+                line = _mended(line)
+                latest = max(latest, line["time"])
                 found.append((latest, line))
     return found
+
+
+def _mended(line: dict[str, Any]) -> dict[str, Any]:
+    """A line that has what readers ask of every one, whoever wrote it."""
+    job, number, when = (line.get(key) for key in ("job", "attempt", "time"))
+    return {
+        **line,
+        "job": job if isinstance(job, str) else "",
+        "attempt": number if isinstance(number, int) else 0,
+        "time": float(when) if isinstance(when, int | float) and math.isfinite(when) else 0.0,
+    }
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from slurm.processes import started
 # What may lie in a run folder and holds no run of its own.
 _INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
 MAX_DEPTH = 5
+UNREADABLE = "UNREADABLE"
 _AS_ASKED = "training.max_steps"  # as utils/summary.py says it; importing that takes torch
 FRESH_S = 120.0  # a lock (utils/lock.py) that was not touched for longer has no living holder
 
@@ -55,7 +56,22 @@ def find(places: list[Path]) -> list[Run]:
 
 
 def describe(folder: Path) -> Run:
-    """The run of a folder; its state as far as the folder alone tells."""
+    """The run of a folder; its state as far as the folder alone tells.
+
+    One that cannot be read, or holds what no run writes, is told as such: others stay in the list.
+    """
+    try:
+        if folder.is_dir():
+            next(folder.iterdir(), None)  # patterns pass over a folder that cannot be read
+        return _described(folder)
+    except OSError as error:
+        why = f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # whatever a damaged file leads to
+        why = f"its files are damaged: {record.in_one_line(error)}"
+    return Run(folder, folder.name, state=UNREADABLE, why=why)
+
+
+def _described(folder: Path) -> Run:
     lines = record.read(folder)
     run = Run(folder, lines=_current(lines))
     if lines and run.lines[-1:] != lines[-1:]:
@@ -87,9 +103,13 @@ def one_line_of(value: float) -> str:
 
 
 def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[Path]:
-    if not place.is_dir():
+    try:
+        if not place.is_dir():
+            return
+        has = {path.name for path in place.iterdir()}
+    except OSError:
+        yield place  # whose row says why
         return
-    has = {path.name for path in place.iterdir()}
     is_run = record.NAME in has or {"config.yaml", "metrics.jsonl"} <= has
     # What a probe leaves in the folder of a run is no run.
     is_run = is_run or not inside and bool({"summary.json", "results.json"} & has)
@@ -156,10 +176,12 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
     elif "stopped" in events:
         signal = events["stopped"].get("signal", "a signal")
         run.state, run.why = "STOPPED", f"told to stop by {signal}" + _goes_on(run)
-    elif began and not began["job"]:
-        alive = _lives(began, run.folder)
+    elif process := _own_process(run, began):
+        alive = _lives(process, run.folder)
         run.state = "RUNNING" if alive else "KILLED"
         run.why = "" if alive else "it left no word: killed, or the machine stopped" + _goes_on(run)
+        if not (alive or began):
+            run.state, run.why = "FAILED", f"its processes did not start: see {run.log}"
         if not alive:
             run.seconds = None
     elif not run.lines and summary:
@@ -170,6 +192,20 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
         run.seconds = summary.get("seconds")
     if not run.lines and (run.folder / "results.json").is_file():
         run.state = "COMPLETED"
+
+
+def is_rehearsal(run: Run) -> bool:
+    """Whether the job of a run is submitit's local executor's, and not Slurm's."""
+    said = [line.get("executor") for line in run.lines if line["event"] == "submitted"]
+    return said[-1:] == ["local"]
+
+
+def _own_process(run: Run, began: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The line that names a process to look for; None for a job, whose nodes Slurm knows."""
+    if began and not began["job"]:
+        return began
+    submitted = [line for line in run.lines if line["event"] == "submitted" and "since" in line]
+    return (began or next(reversed(submitted), None)) if is_rehearsal(run) else None
 
 
 def _goes_on(run: Run) -> str:
@@ -229,7 +265,7 @@ def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
     step: int | None = None
     found: dict[str, float] = {}
     for line in _tail(folder / "metrics.jsonl"):
-        step = int(line.get("step", step or 0))
+        step = int(line.get("step") or step or 0)
         shown = {k: v for k, v in line.items() if k == "loss" or "/" in k and _is_probe(k)}
         found |= {k: float(v) for k, v in shown.items() if isinstance(v, int | float)}
     for probe, part in _json(folder / "results.json").items():

@@ -6,15 +6,19 @@ called it.
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REVISION = "REVISION"
 MAX_BYTES = 1_000_000  # of a file: code and configs are smaller
+MANY_BYTES = 30_000_000  # of all files: more than ten times what this repository has
 _LEFT_OUT = {"tests", "docs", "runs", "data", "outputs", "wandb", "checkpoints", "build", "dist"}
 
 
@@ -23,11 +27,13 @@ class Snapshot:
 
     def __init__(self, root: Path = ROOT) -> None:
         self.root = root
-        self.files = {name: path for name, path in _files(root) if path.stat().st_size <= MAX_BYTES}
-        self.too_large = sorted(name for name, _ in _files(root) if name not in self.files)
+        sizes = {name: (path, path.stat().st_size) for name, path in _files(root)}
+        self.sizes = {name: size for name, (_, size) in sizes.items() if size <= MAX_BYTES}
+        self.files = {name: sizes[name][0] for name in self.sizes}
+        self.too_large = sorted(sizes.keys() - self.sizes.keys())
         digest = hashlib.sha256()
         for name, path in sorted(self.files.items()):
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+            digest.update(os.fsencode(f"{name}\0{path.stat().st_size}\0"))
             digest.update(path.read_bytes())
         self.name = digest.hexdigest()[:12]
 
@@ -48,13 +54,46 @@ class Snapshot:
             return False
         return True
 
+    def notes(self) -> list[str]:
+        """What the user may not expect of the copy: files left out, or data in it."""
+        found = []
+        if self.too_large:
+            found.append(f"note: not copied, over 1 MB: {_shown(', '.join(self.too_large))}")
+        if (total := sum(self.sizes.values())) > MANY_BYTES:
+            shares: Counter[str] = Counter()
+            for name, size in self.sizes.items():
+                shares.update({parent.as_posix(): size for parent in list(Path(name).parents)[:-1]})
+            # Of folders that hold the same, the innermost says most.
+            folder = max(shares, key=lambda name: (shares[name], name.count("/")))
+            found.append(
+                f"note: the job's copy of the code has {total / 1e6:.0f} MB in {len(self.sizes):,} "
+                f"files, {shares[folder] / 1e6:.0f} MB of them in {_shown(folder)}: is that code? "
+                "What git ignores is not copied"
+            )
+        return found
+
+
+def _shown(name: str) -> str:
+    """Text that can be printed, of names that need not be UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
 
 def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    is_run = cache(lambda folder: _is_run(root / folder))
     for name in sorted(set(_known_to_git(root) or _found(root))):
         parts = Path(name).parts
         kept = len(parts) > 1 and parts[0] not in _LEFT_OUT and parts[0][0] != "."
+        kept = kept and not any(is_run(folder) for folder in list(Path(name).parents)[:-1])
         if kept and (root / name).is_file():
             yield name, root / name
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run, or that of a sweep: results, and no code."""
+    if (folder / "launches.jsonl").exists() or any(folder.glob(f"code/*/{REVISION}")):
+        return True
+    marks = (".lock", "config.yaml", "metrics.jsonl")
+    return (folder / "checkpoints").is_dir() and any((folder / mark).exists() for mark in marks)
 
 
 def _known_to_git(root: Path) -> list[str]:
@@ -87,8 +126,8 @@ def _revision(root: Path) -> str:
 def _git(root: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60, check=True
+            ["git", "-C", str(root), *words], capture_output=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    return os.fsdecode(done.stdout)  # names of files need not be UTF-8

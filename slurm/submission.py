@@ -7,6 +7,7 @@ path, starts the processes and then looks at how they ended (slurm/after.sh).
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurm import record
-from slurm.cluster import check_executor, facts, parameters, refusal
+from slurm.cluster import check_executor, facts, parameters, python_command, refusal
 from slurm.job import Function, Job
+from slurm.processes import started
 from slurm.snapshot import Snapshot
 from utils.build import plain
 from utils.errors import UserError
@@ -85,7 +87,7 @@ class Submission:
 
     def submit(self) -> list["submitit.Job[Any]"]:
         """Hand it over; raises `UserError` with one line where Slurm does not take it."""
-        from submitit.core.utils import FailedJobError
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         self._check_folders()
         staged = self._stage()
@@ -93,11 +95,18 @@ class Submission:
         try:
             with redirect_stderr(StringIO()):  # where submitit repeats what Slurm said
                 jobs = executor.submit_array(self.jobs)
-        except FailedJobError as error:
-            _remove_unsent(self.logs / "slurm", self.jobs, error)
+        except (FailedJobError, FailedSubmissionError) as error:
+            _remove_unsent(self.logs / "slurm", self.jobs, getattr(executor, "script", None))
             if staged:
                 shutil.rmtree(staged, ignore_errors=True)
-            raise UserError(refusal(str(error), self.asked)) from error
+            if isinstance(error, FailedSubmissionError):  # there may be a job all the same
+                answer = re.search('output "(.*)"', str(error), re.DOTALL)
+                said = " ".join((answer[1] if answer else str(error)).split())
+                raise UserError(
+                    f"sbatch answered {said!r}, which names no job: if squeue --me lists "
+                    f"{self.asked['name']!r}, cancel it, as its files are removed"
+                ) from error
+            raise UserError(refusal(str(error) or _output(error), self.asked)) from error
         self._settle(staged, jobs)
         return jobs
 
@@ -109,7 +118,7 @@ class Submission:
         executor = _executor_class()(
             self.logs / "slurm",
             max_num_timeout=self.cluster["max_requeues"],
-            python=self.cluster["python"],
+            python=python_command(self.cluster),
         )
         asked = {
             key.removeprefix("slurm_"): value
@@ -124,7 +133,7 @@ class Submission:
 
         options = {
             "max_num_timeout": self.cluster["max_requeues"],
-            "python": self.cluster["python"],
+            "python": python_command(self.cluster),
         }
         executor = submitit.AutoExecutor(
             self.logs / "slurm",
@@ -180,10 +189,18 @@ class Submission:
                 job=str(job.job_id),
                 name=config["name"],
                 executor=self.executor_name,
+                **self._controller(str(job.job_id)),
                 log=str(job.paths.stdout),
                 code=self.snapshot.name if self.snapshot else "",
                 after=self.asked.get("slurm_dependency", ""),
             )
+
+    def _controller(self, job_id: str) -> dict[str, Any]:
+        """Of a rehearsal: the process that has its id, by which slurm.jobs sees if it runs."""
+        if self.executor_name == "slurm":
+            return {}
+        pid = int(job_id)
+        return {"host": socket.gethostname(), "pid": pid, "since": started(pid)}
 
     def _remove_links(self) -> None:
         # submitit leaves one to each script it has moved into a folder that it names by an id.
@@ -219,12 +236,26 @@ def _executor_class() -> Any:
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):
-        """Writes its script on a machine without a Slurm too."""
+        """Writes its script on a machine without a Slurm too, and reads `sbatch --parsable`."""
+
+        script: Path | None = None
 
         @classmethod
         def affinity(cls) -> int:
             """Always there."""
             return 2
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            self.script = submission_file_path
+            return super()._make_submission_command(submission_file_path)
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: str | bytes) -> str:
+            text = string.decode() if isinstance(string, bytes) else string
+            # "77;mycluster": a site may have set SBATCH_PARSABLE, or wrap sbatch.
+            if short := re.search(r"^(\d+)(;\S+)?$", text.strip(), re.MULTILINE):
+                return short[1]
+            return SlurmExecutor._get_job_id_from_submission_command(text)
 
     return Executor
 
@@ -259,7 +290,12 @@ def _queued(job: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _remove_unsent(folder: Path, jobs: Sequence[Job], error: Exception) -> None:
+def _output(error: Exception) -> str:
+    """What sbatch printed where it printed no error."""
+    return str(getattr(error.__cause__, "output", None) or "")
+
+
+def _remove_unsent(folder: Path, jobs: Sequence[Job], script: Path | None) -> None:
     """Delete what submitit wrote for a job that Slurm did not take."""
     from submitit.core.utils import JobPaths
 
@@ -268,6 +304,5 @@ def _remove_unsent(folder: Path, jobs: Sequence[Job], error: Exception) -> None:
         content = path.read_bytes()
         if any(mark in content for mark in marks):
             path.unlink()
-    for word in getattr(error.__cause__, "cmd", []):
-        if Path(word).name.startswith(".submission_file_"):
-            Path(word).unlink(missing_ok=True)
+    if script:
+        script.unlink(missing_ok=True)

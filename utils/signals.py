@@ -1,10 +1,32 @@
 """Signals that end a run in order: finish the step, write a checkpoint, leave."""
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """These signals without a HUP that is ignored: `nohup` asks to go on without a terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in numbers if number != signal.SIGHUP or not ignored]
+
+
+def forget_lost_terminal() -> None:
+    """Throw away what is printed from now on, if it went to a terminal that has been closed.
+
+    Writing there fails, and what is to be saved after a HUP must not fall over a message.
+    """
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            if nowhere != stream:
+                os.close(nowhere)
 
 
 class Handlers:
@@ -18,7 +40,7 @@ class Handlers:
     def __enter__(self) -> Self:
         """Install the handlers; outside the main thread, where Python forbids it, do nothing."""
         with suppress(ValueError):
-            for number in self.caught:
+            for number in heeded(self.caught):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -37,12 +59,12 @@ class Handlers:
 
 
 class StopSignal(Handlers):
-    """Catches INT, TERM and USR2 inside a `with` block; a second INT interrupts at once.
+    """Catches INT, TERM, USR2 and HUP inside a `with` block; a second INT interrupts at once.
 
     `received` is what this process saw; the loop makes the ranks agree before anyone stops.
     """
 
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,4 +78,6 @@ class StopSignal(Handlers):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            forget_lost_terminal()
         self.received = signal.Signals(number)

@@ -48,6 +48,8 @@ def end(
         (143, [BEGAN, STOPPED], "stopped"),  # pre-empted
         (140, [BEGAN, STOPPED], "stopped"),  # the time is up
         (140, [], "stopped"),  # while the processes were starting
+        (129, [BEGAN, STOPPED], "stopped"),  # scancel --signal=HUP
+        (129, [BEGAN], "killed"),
         (137, [BEGAN], "killed"),
         (137, [BEGAN, STOPPED], "killed"),  # rank 0 was told to leave because another was killed
         (137, [], "killed"),

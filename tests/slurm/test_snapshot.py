@@ -1,5 +1,6 @@
 """What was submitted is what runs, whatever becomes of the checkout meanwhile."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,41 @@ def test_without_git_it_takes_what_looks_like_code(checkout: Path, tmp_path: Pat
     before = set(Snapshot(checkout).files)
     (checkout / ".git").rename(tmp_path / "git")
     assert before <= set(Snapshot(checkout).files)
+
+
+def test_names_that_are_not_utf_8(checkout: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"pack/caf\xe9.py")
+    (checkout / name).write_text("z = 1\n")
+    (checkout / os.fsdecode(b"pack/big\xe9.py")).write_text("#" * (MAX_BYTES + 1))
+    snapshot = Snapshot(checkout)
+    snapshot.write(tmp_path / "code")
+    assert (tmp_path / "code" / name).read_text() == "z = 1\n"
+    (note,) = snapshot.notes()
+    assert note.encode() and "pack/big\ufffd.py, pack/weights.py" in note
+
+
+def test_data_in_the_checkout_is_told_of(checkout: Path, monkeypatch) -> None:
+    (checkout / "pack" / "weights.py").unlink()
+    (checkout / "mine" / "images").mkdir(parents=True)
+    for number in range(40):
+        (checkout / "mine" / "images" / f"{number}.bin").write_bytes(bytes(MAX_BYTES))
+    (note,) = Snapshot(checkout).notes()
+    assert "has 40 MB in 43 files, 40 MB of them in mine/images:" in note
+    monkeypatch.setattr("slurm.snapshot.MANY_BYTES", 50_000_000)
+    assert not Snapshot(checkout).notes()
+
+
+def test_run_folders_are_left_out_wherever_they_are(checkout: Path) -> None:
+    before = set(Snapshot(checkout).files)
+    for name in (
+        *("mine/a/launches.jsonl", "mine/a/logs/rank1.log"),
+        *("mine/b/.lock", "mine/b/checkpoints/4/state", "mine/b/metrics.jsonl"),
+        *(f"mine/1003/code/0123456789ab/{REVISION}", "mine/1003/slurm/1003_0_log.out"),
+        *("mine/c.py", "mine/checkpoints/code.py"),
+    ):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("x")
+    assert set(Snapshot(checkout).files) - before == {"mine/c.py", "mine/checkpoints/code.py"}
 
 
 def test_python_imports_it_instead_of_the_checkout_it_stands_in(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slurm import record
+from utils.errors import UserError
+from utils.signals import StopSignal
 
 
 def report(config: dict[str, Any]) -> int:
@@ -45,14 +47,38 @@ def die_on_second(config: dict[str, Any]) -> None:
 
 def refuse(config: dict[str, Any]) -> None:
     """A mistake of the user that only the running function can find."""
-    from utils.errors import UserError
-
     raise UserError("the moon is in the wrong phase")
 
 
 def interrupt(config: dict[str, Any]) -> None:
     """Control-C."""
     raise KeyboardInterrupt
+
+
+def until_told(config: dict[str, Any]) -> None:
+    """A run that saves and leaves when it is told to, as a training does."""
+    folder, rank = Path(config["output_dir"]), os.environ.get("RANK", "0")
+    with StopSignal() as stop:
+        (folder / f"begun{rank}").touch()
+        while stop.received is None:
+            time.sleep(0.05)
+        print("stopped at step 3", flush=True)
+        (folder / f"saved{rank}").write_text(stop.received.name)
+    raise SystemExit(128 + stop.received)
+
+
+def sleep_on(config: dict[str, Any]) -> None:
+    """What heeds no signal yet, as a training that still imports."""
+    (Path(config["output_dir"]) / f"begun{os.environ['RANK']}").touch()
+    time.sleep(600)
+
+
+def fail_when_told(config: dict[str, Any]) -> None:
+    """A run that cannot save when it is told to leave."""
+    try:
+        until_told(config)
+    except SystemExit:
+        raise UserError("no space left on the moon") from None
 
 
 def steps(config: dict[str, Any]) -> int:

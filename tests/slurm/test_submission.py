@@ -1,0 +1,71 @@
+"""Answers of sbatch that are not the usual one, and which Python a job starts."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.cluster import python_command
+from slurm.submission import Submission
+from utils.build import plain
+from utils.config import compose_config
+from utils.errors import UserError
+
+
+@pytest.fixture
+def submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A submission to an sbatch that does what a line of shell says."""
+
+    def make(line: str, *words: str) -> Submission:
+        place = tmp_path / "bin"
+        place.mkdir()
+        for name in ("sbatch", "srun"):
+            (place / name).write_text(f"#!/bin/sh\n{line}\n")
+            (place / name).chmod(stat.S_IRWXU)
+        monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
+        folder = f"output_dir='{tmp_path / 'runs' / '%j'}'"
+        config = plain(compose_config("train.yaml", [folder, "launcher=slurm", *words]))
+        return Submission("tests.slurm.work.report", [config])
+
+    return make
+
+
+def left_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_the_short_answer_of_a_site_with_several_clusters(tmp_path: Path, submission) -> None:
+    (job,) = submission("echo '77;mycluster'").submit()
+    assert job.job_id == "77"
+    assert (tmp_path / "runs" / "77" / "launches.jsonl").is_file()
+
+
+def test_an_answer_without_an_id(tmp_path: Path, submission) -> None:
+    with pytest.raises(UserError) as caught:
+        submission("echo welcome; echo to the cluster").submit()
+    said = str(caught.value)
+    assert said.startswith("sbatch answered 'welcome to the cluster', which names no job: ")
+    assert "if squeue --me lists 'octic', cancel it" in said
+    assert "\n" not in said and not left_of(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("exit 3", "it gave no reason"), ("echo 'no budget'; exit 3", "no budget")],
+)
+def test_a_refusal_without_a_reason(tmp_path: Path, submission, line: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"Slurm refused the job: {said} \(asked for nodes=1"):
+        submission(line).submit()
+    assert not left_of(tmp_path / "runs")
+
+
+def test_a_python_whose_path_has_a_space_is_one_word(tmp_path: Path, submission) -> None:
+    python = tmp_path / "my env" / "python"
+    python.parent.mkdir()
+    python.touch()
+    script = submission("", f"cluster.python='{python}'").script()
+    assert f" '{python}' -u -m submitit.core._submit " in script
+    command = "apptainer exec --nv image.sif python"
+    assert python_command({"python": command}) == command
