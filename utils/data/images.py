@@ -99,6 +99,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these hold 16 bits
+        raise ValueError("32-bit pixels have no defined range; store 8 or 16 bits")
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -227,9 +229,10 @@ def part_of(images: ImageDataset, split: str, val_fraction: float) -> Subset:
         raise UserError(f"val_fraction is {val_fraction}; it must lie above 0 and at most at 0.5")
     is_val = _every_nth(images.labels, len(images), round(1 / val_fraction))
     if not is_val.any():
+        more = "" if val_fraction == 0.5 else "raise it, or "
         raise UserError(
-            f"{images!r}: too few to set val_fraction={val_fraction:g} of a class apart; raise it, "
-            "or give other images to judge on (val_root, val_shards)"
+            f"{images!r}: too few to set data.val_fraction={val_fraction:g} of a class apart; "
+            f"{more}give other images to judge on, as data.val_root=FOLDER or data.val_shards=FILES"
         )
     return Subset(images, np.flatnonzero(is_val if split == "val" else ~is_val))
 
@@ -295,11 +298,18 @@ def _walk(root: str, relative: str, above: frozenset = frozenset()) -> Iterator[
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             below = os.path.join(relative, entry.name)
             yield from _walk(root, below, above | {identity})
         elif entry.name.lower().endswith(EXTENSIONS):
             yield _File(relative, entry.name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; if it is named as an image, reading it will tell
+        return False
 
 
 def _folder_labels(root: str, files: list[_File], class_names: list[str]) -> np.ndarray:

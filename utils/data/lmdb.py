@@ -59,6 +59,11 @@ class LmdbImages:
                 "train.lmdb and val.lmdb"
             )
         self.file = os.path.abspath(os.path.expanduser(os.fspath(file)))
+        if os.path.isdir(self.file):
+            raise UserError(
+                f"{self.file} is a folder; an LMDB file is one of those that "
+                "python -m utils.data.lmdb FOLDER FILE writes"
+            )
         if not os.path.isfile(self.file):
             raise UserError(f"there is no LMDB file {self.file}")
         about = self._about()
@@ -219,7 +224,7 @@ def main(argv: list[str]) -> None:
         print("usage: python -m utils.data.lmdb FOLDER FILE", file=sys.stderr)
         raise SystemExit(2)
     try:
-        print(f"{write_lmdb(*argv):,} images in {argv[1]}")
+        print(f"{write_lmdb(*argv, check='header', shown=True):,} images in {argv[1]}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

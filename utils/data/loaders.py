@@ -208,7 +208,7 @@ def _leave_signals_to_the_process(worker: int) -> None:
 
     Slurm's warnings go to every process of a job. A worker ends with the process it works for.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -233,7 +233,7 @@ def _unchanged(batch: Any) -> Any:
 def _unreadable(dataset: ImageDataset, failure: Failure) -> UserError:
     return UserError(
         f"cannot read image {failure.number} of {len(dataset):,}, {failure.path}: {failure.reason} "
-        "(on_error=skip leaves such images out)"
+        "(recipe.on_error=skip leaves such images out)"
     )
 
 

@@ -43,7 +43,9 @@ def split_tree(folder: str | os.PathLike) -> tuple[Path, list[str]]:
     root = Path(existing_folder(folder, hint="--dir FOLDER"))
     lacking = [split for split in SPLITS if not (root / split).is_dir()]
     if lacking:
-        raise UserError(f"{root} lacks {' and '.join(lacking)}; it holds train/ and val/")
+        raise UserError(
+            f"{root} must hold the folders train and val; it lacks {' and '.join(lacking)}"
+        )
     classes = class_folders(os.fspath(root / "train"))
     foreign = sorted(set(class_folders(os.fspath(root / "val"))) - set(classes))
     if foreign:

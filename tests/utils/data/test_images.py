@@ -252,3 +252,16 @@ def test_exif_orientation_is_applied_only_when_asked(tmp_path: Path) -> None:
     image.save(tmp_path / "x.jpg", exif=exif)
     assert read_image(tmp_path / "x.jpg").size == (6, 4)
     assert ImageFolder(tmp_path, exif_orientation=True).read(0).size == (4, 6)
+
+
+def test_32_bit_pixels_are_refused_as_no_range_is_theirs(tmp_path):
+    """Cut to 16 bits, 200 of 255 would be black and 2e8 white."""
+    Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ImageError, match="32-bit pixels have no defined range"):
+        read_image(tmp_path / "x.tiff")
+
+
+def test_a_link_to_itself_ends_no_listing(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "self").symlink_to("self")
+    assert len(ImageFolder(tmp_path)) == 1

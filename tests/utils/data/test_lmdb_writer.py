@@ -62,7 +62,7 @@ def test_foreign_classes_and_missing_folders(tree, tmp_path):
     (tree / "val" / "c").mkdir()
     with pytest.raises(UserError, match="classes that train has not: c"):
         write_splits(tree)
-    with pytest.raises(UserError, match="lacks train and val"):
+    with pytest.raises(UserError, match="it lacks train and val"):
         write_splits(tree / "val")
     with pytest.raises(UserError, match="does not exist"):
         write_splits(tmp_path / "nothing")
