@@ -195,10 +195,12 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _choose_probes(listed: str) -> list[str]:
     """Overrides that leave the probes of a comma list, and no others."""
     chosen = [name for name in listed.split(",") if name]
-    unknown = [name for name in chosen if name not in PROBES]
+    known = sorted(path.stem for path in (CONFIGS / "probe").glob("*.yaml"))
+    unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
-        what = f"{unknown[0]!r}{nearest(unknown[0], PROBES)}" if unknown else "nothing"
-        raise UserError(f"{CHOICE} takes a list of {', '.join(PROBES)}; got {what}")
+        what = f"{unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "nothing"
+        offered = f"{', '.join(PROBES)} and other files of configs/probe"
+        raise UserError(f"{CHOICE} takes a list of {offered}; got {what}")
     defaults = plain(compose_config("evaluate.yaml", base="evaluate"))["probes"]
     dropped = [f"probes.{name}=null" for name in defaults if name not in chosen]
     added = [f"+probe@probes.{name}={name}" for name in chosen if name not in defaults]
@@ -292,7 +294,8 @@ def _override(value: object) -> str:
 
 
 def _help() -> str:
-    rows = {CHOICE: f"these alone, such as linear,logreg: of {', '.join(PROBES)}"}
+    offered = f"{', '.join(PROBES)} and other files of configs/probe"
+    rows = {CHOICE: f"these alone, such as linear,logreg: of {offered}"}
     rows |= {name: f"{option.help} ({option.key})" for name, option in OPTIONS.items()}
     for name, switch in SWITCHES.items():
         value = _override(switch.value)

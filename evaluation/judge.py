@@ -198,7 +198,13 @@ def _report(
     probe: Callable,
 ) -> None:
     backbone = name_of(config["backbone"])
-    protocol = dict(getattr(probe, "protocol", {}))
+    protocol = getattr(probe, "protocol", {})
+    if not isinstance(protocol, Mapping):
+        raise UserError(
+            f"probes.{name}: its protocol must be a mapping of what its figures depend on, such as "
+            f"{{'crop_size': 224}}, not {protocol!r}"
+        )
+    protocol = dict(protocol)
     judged = {"backbone": backbone, "weights": config["weights"], "seed": config["seed"]}
     if protocol.get("seed", config["seed"]) != config["seed"]:  # the probe's was set apart
         judged["probe_seed"] = protocol["seed"]

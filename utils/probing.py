@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.errors import UserError
 from utils.randomness import preserved_randomness
 
 
@@ -46,8 +47,21 @@ class Judge:
         with torch.no_grad(), preserved_randomness():
             for name, probe in self.probes.items():
                 values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
-                results |= {f"{name}/{key}": float(value) for key, value in values.items()}
+                results |= _numbers(name, values)
         for part, mode in modes.items():
             part.training = mode
         self.results |= results
         return results
+
+
+def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The figures as `probe/key`; UserError for a probe that returns something else."""
+    found = {}
+    for key, value in values.items() if isinstance(values, Mapping) else [("it", values)]:
+        try:
+            found[f"{name}/{key}"] = float(value)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"probes.{name} must return numbers by name; {key} is {value!r}"
+            ) from None
+    return found

@@ -1,15 +1,18 @@
 """One call judges any net: ours from an exported file, timm's by name; wrong files are refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from evaluation.judge import judge, make_net
+from evaluation.judge import _report, judge, make_net
 from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES
 from utils.errors import UserError
+from utils.probing import Judge
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 TINY["init_values"] = 1.0  # else the class token hardly looks at the image before training
@@ -206,3 +209,14 @@ def test_weights_that_are_not_finite_are_refused(images, tmp_path):
     torch.save({"model": state}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w.pth holds weights that are not finite \(norm.weight\)"):
         make_net(OCTIC, str(tmp_path / "w.pth"))
+
+
+def test_a_probe_that_answers_otherwise_is_named(images, tmp_path):
+    asked, probe = config(images, tmp_path, OCTIC), SimpleNamespace(protocol="class token")
+    with pytest.raises(UserError, match=r"probes\.mine: its protocol must be a mapping"):
+        _report(asked, tmp_path, "mine", {"figure": 1.0}, probe)
+    answers = Judge(
+        {"mine": lambda *_, **__: {"figure": [1]}}, nn.Identity(), {}, tmp_path, every=1
+    )
+    with pytest.raises(UserError, match=r"probes\.mine must return numbers .* figure is \[1\]"):
+        answers(1)
