@@ -96,7 +96,9 @@ class Submission:
             with redirect_stderr(StringIO()):  # where submitit repeats what Slurm said
                 jobs = executor.submit_array(self.jobs)
         except (FailedJobError, FailedSubmissionError) as error:
-            _remove_unsent(self.logs / "slurm", self.jobs, getattr(executor, "script", None))
+            # Of an array submitit makes another executor: the command that failed names its script.
+            sent = [getattr(executor, "script", None), *getattr(error.__cause__, "cmd", [])]
+            _remove_unsent(self.logs / "slurm", self.jobs, [Path(word) for word in sent if word])
             if staged:
                 shutil.rmtree(staged, ignore_errors=True)
             if isinstance(error, FailedSubmissionError):  # there may be a job all the same
@@ -295,7 +297,7 @@ def _output(error: Exception) -> str:
     return str(getattr(error.__cause__, "output", None) or "")
 
 
-def _remove_unsent(folder: Path, jobs: Sequence[Job], script: Path | None) -> None:
+def _remove_unsent(folder: Path, jobs: Sequence[Job], sent: Sequence[Path]) -> None:
     """Delete what submitit wrote for a job that Slurm did not take."""
     from submitit.core.utils import JobPaths
 
@@ -304,5 +306,6 @@ def _remove_unsent(folder: Path, jobs: Sequence[Job], script: Path | None) -> No
         content = path.read_bytes()
         if any(mark in content for mark in marks):
             path.unlink()
-    if script:
-        script.unlink(missing_ok=True)
+    for path in sent:
+        if path.name.startswith(".submission_file_"):
+            path.unlink(missing_ok=True)

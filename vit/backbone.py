@@ -5,6 +5,7 @@ Letters in shapes: B images, N patches, h w their grid, R registers, T all token
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -48,3 +49,10 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def check_counts(least: int, /, **counts: int) -> None:
+    """ValueError unless each is a whole number from `least` on."""
+    for key, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{key} must be a whole number of at least {least}, not {value!r}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vit.backbone import Encoded, Features
+from vit.backbone import Encoded, Features, check_counts
 from vit.block import Addend, ResidualBlock
 from vit.packing import Packing, pack, unpack
 
@@ -50,7 +50,9 @@ class Trunk(nn.Module):
         dynamic_img_size: bool,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_counts(1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
+        check_counts(0, num_classes=num_classes, num_register_tokens=num_register_tokens)
+        height, width = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
         self.img_size = (height, width)
         self.patch_size = patch_size
         self.in_chans = in_chans
@@ -64,6 +66,7 @@ class Trunk(nn.Module):
         self.grad_checkpointing = False
         self.global_pool = _checked_pool(global_pool, class_token)
         for side in self.img_size:
+            check_counts(1, img_size=side)
             if side % patch_size:
                 raise ValueError(
                     f"img_size {self.img_size} is not a multiple of patch {patch_size}"

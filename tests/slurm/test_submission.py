@@ -69,3 +69,10 @@ def test_a_python_whose_path_has_a_space_is_one_word(tmp_path: Path, submission)
     assert f" '{python}' -u -m submitit.core._submit " in script
     command = "apptainer exec --nv image.sif python"
     assert python_command({"python": command}) == command
+
+
+def test_a_refused_array_leaves_no_file(tmp_path: Path, submission) -> None:
+    asked = submission("echo 'not today' >&2; exit 1")
+    with pytest.raises(UserError, match="Slurm refused the job: not today"):
+        Submission("tests.slurm.work.report", [*asked.configs, *asked.configs]).submit()
+    assert left_of(tmp_path / "runs") == []

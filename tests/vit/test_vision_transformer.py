@@ -73,3 +73,24 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     net(x).square().sum().backward()
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"patch_size": (8, 8)},
+        {"patch_size": 0},
+        {"img_size": "32"},
+        {"img_size": 0},
+        {"in_chans": 0},
+        {"embed_dim": 64.0},
+        {"depth": 0},
+        {"num_classes": -1},
+        {"num_register_tokens": -1},
+    ],
+    ids=str,
+)
+def test_sizes_without_a_meaning_are_one_line(sizes):
+    [key] = sizes
+    with pytest.raises(ValueError, match=f"^{key} must be a whole number of at least [01], not "):
+        VisionTransformer(**{"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, **sizes})
