@@ -1,6 +1,8 @@
 """What a user can mend is said in one line, whichever command stumbles over it, however late."""
 
 import errno
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,16 +16,22 @@ BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, e
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Turn a ValueError of our own code, a full disk and an unusable path into a UserError."""
+    """Turn a ValueError of our own code, a full disk and an unusable path into a UserError.
+
+    With OCTIC_TRACEBACK=1 in the environment the whole traceback stands above the line, for who
+    looks for a mistake in code of his own.
+    """
     try:
         yield
     except ValueError as error:
+        _show_origin(error)
         if isinstance(error, UserError) or not raised_by_us(error):
             raise
         raise UserError(" ".join(str(error).split()) + place_of(error)) from None
     except OSError as error:
         if (told := _told(error)) is None:
             raise
+        _show_origin(error)
         raise UserError(told) from None
 
 
@@ -37,3 +45,11 @@ def _told(error: OSError) -> str | None:
     if error.errno in BARRED and name:
         return f"{name}: {error.strerror}"
     return None
+
+
+def _show_origin(error: BaseException) -> None:
+    if os.environ.get("OCTIC_TRACEBACK", "0") == "0":
+        return
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    traceback.print_exception(error)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,17 @@ def test_a_file_that_may_not_be_used_is_one_line(tmp_path) -> None:
         (tmp_path / "file" / "results.json").write_text("x")
     with pytest.raises(UserError, match=": Is a directory"), mistakes_told():
         tmp_path.read_text()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_whole_traceback_for_who_asks(asked, monkeypatch, capsys) -> None:
+    """A slip in one's own probe or encoder is cut to the line of the file that built it."""
+    if asked:
+        monkeypatch.setenv("OCTIC_TRACEBACK", "1")
+    with pytest.raises(UserError, match="cannot be built"), mistakes_told():
+        try:
+            Fraction(1, 0)
+        except ZeroDivisionError as error:
+            raise UserError(f"it cannot be built: {error}") from None
+    said = capsys.readouterr().err
+    assert ("Fraction(1, 0)" in said and "ZeroDivisionError" in said) == asked
