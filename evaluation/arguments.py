@@ -111,6 +111,7 @@ IGNORED = {
 }
 CHOICE, MODEL = "--probes", "--model"
 PROBES = ("linear", "knn", "logreg", "attentive")
+OFFERED = f"{', '.join(PROBES)} and other files of configs/probe"
 
 
 class Setting(NamedTuple):
@@ -199,8 +200,7 @@ def _choose_probes(listed: str) -> list[str]:
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         what = f"{unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "nothing"
-        offered = f"{', '.join(PROBES)} and other files of configs/probe"
-        raise UserError(f"{CHOICE} takes a list of {offered}; got {what}")
+        raise UserError(f"{CHOICE} takes a list of {OFFERED}; got {what}")
     defaults = plain(compose_config("evaluate.yaml", base="evaluate"))["probes"]
     dropped = [f"probes.{name}=null" for name in defaults if name not in chosen]
     added = [f"+probe@probes.{name}={name}" for name in chosen if name not in defaults]
@@ -294,8 +294,7 @@ def _override(value: object) -> str:
 
 
 def _help() -> str:
-    offered = f"{', '.join(PROBES)} and other files of configs/probe"
-    rows = {CHOICE: f"these alone, such as linear,logreg: of {offered}"}
+    rows = {CHOICE: f"these alone, such as linear,logreg: of {OFFERED}"}
     rows |= {name: f"{option.help} ({option.key})" for name, option in OPTIONS.items()}
     for name, switch in SWITCHES.items():
         value = _override(switch.value)

@@ -38,7 +38,7 @@ def regular_gelu(x: Tensor, transform: Matrix, bias: Tensor | None = None) -> Te
 def _gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
     arguments = (
         x.contiguous(),
-        None if bias is None else bias.contiguous(),
+        _dense(bias),
         _matrix(tuple(transform)),
     )
     if takes_triton(x):
@@ -55,7 +55,7 @@ def _gelu_backward(
 ) -> Tensor:
     arguments = (
         x.contiguous(),
-        None if bias is None else bias.contiguous(),
+        _dense(bias),
         grad.contiguous(),
         _matrix(tuple(transform)),
     )

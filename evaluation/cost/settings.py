@@ -11,7 +11,7 @@ from evaluation.cost.timing import PASSES
 from utils.errors import UserError
 
 # A batch of 64, 10 warm-ups and 100 timed steps, as published; on a CPU what ends in minutes. Its
-# first two steps touch the memory that later ones use again: up to half as long again each.
+# first two steps touch the memory that later ones use again: the first takes half as long again.
 DEFAULTS = {"batch_size": 64, "steps": 100, "warmup": 10, "rounds": 5}
 CPU_DEFAULTS = {"batch_size": 1, "steps": 3, "warmup": 2, "rounds": 3}
 PICTURES = (".png", ".pdf", ".svg")
