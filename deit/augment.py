@@ -6,6 +6,7 @@ each sample.
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import ImageFilter
@@ -33,56 +34,63 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.radius)))
 
 
-class ThreeAugment:
-    """RGB image to a normalised tensor [3 S S] (Touvron et al. 2022, "3-Augment"), in this order.
+@dataclass(kw_only=True, eq=False, repr=False)
+class ThreeOptions:
+    """What 3-Augment (Touvron et al. 2022) is told, checked; ValueError for what cannot be.
 
-    Crop; mirror image; one of grey, solarised and blurred; colour jitter; tensor, normalised.
     crop: `random_resized` (a part of the image's area, from `scale`, in an aspect ratio of 3/4 to
     4/3) or `simple` (smaller side to S, reflected by 4 pixels, S x S cut out). color_jitter: by how
     much brightness, contrast and saturation may change, 0 for none.
     """
 
-    def __init__(
-        self,
-        *,
-        input_size: int = 224,
-        crop: str = "random_resized",
-        scale: Sequence[float] = (0.08, 1.0),
-        flip_probability: float = 0.5,
-        three_probability: float = 1.0,
-        color_jitter: float = 0.3,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
-        check_three(
-            input_size=input_size,
-            crop=crop,
-            scale=scale,
-            flip_probability=flip_probability,
-            three_probability=three_probability,
-            color_jitter=color_jitter,
-        )
-        self.input_size = input_size
-        bicubic = InterpolationMode.BICUBIC
-        if crop == "simple":
+    input_size: int = 224
+    crop: str = "random_resized"
+    scale: Sequence[float] = (0.08, 1.0)
+    flip_probability: float = 0.5
+    three_probability: float = 1.0
+    color_jitter: float = 0.3
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"unknown crop {self.crop!r}; known: {', '.join(CROPS)}")
+        check_count("input_size", self.input_size, 1)
+        check_order("scale", self.scale, 0, 1, ends="(]")
+        check_share("flip_probability", self.flip_probability)
+        check_share("three_probability", self.three_probability)
+        check_range("color_jitter", self.color_jitter)
+
+
+class ThreeAugment(ThreeOptions):
+    """RGB image to a normalised tensor [3 S S], in this order.
+
+    Crop; mirror image; one of grey, solarised and blurred; colour jitter; tensor, normalised.
+    Keywords as of `ThreeOptions`.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, bicubic = self.input_size, InterpolationMode.BICUBIC
+        if self.crop == "simple":
             geometry = [
-                T.Resize(input_size, interpolation=bicubic),
-                T.RandomCrop(input_size, padding=4, padding_mode="reflect"),
+                T.Resize(size, interpolation=bicubic),
+                T.RandomCrop(size, padding=4, padding_mode="reflect"),
             ]
         else:
-            geometry = [T.RandomResizedCrop(input_size, scale=tuple(scale), interpolation=bicubic)]
+            geometry = [T.RandomResizedCrop(size, scale=tuple(self.scale), interpolation=bicubic)]
         three = T.RandomChoice(
             [T.Grayscale(num_output_channels=3), T.RandomSolarize(128, p=1.0), GaussianBlur()]
         )
-        jitter = [T.ColorJitter(color_jitter, color_jitter, color_jitter)] * bool(color_jitter)
+        strength = self.color_jitter
         self.steps = T.Compose(
             [
                 *geometry,
-                T.RandomHorizontalFlip(flip_probability),
-                T.RandomApply([three], three_probability),
-                *jitter,
+                T.RandomHorizontalFlip(self.flip_probability),
+                T.RandomApply([three], self.three_probability),
+                *[T.ColorJitter(strength, strength, strength)] * bool(strength),
                 T.ToTensor(),
-                T.Normalize(tuple(mean), tuple(std)),
+                T.Normalize(tuple(self.mean), tuple(self.std)),
             ]
         )
 
@@ -93,25 +101,6 @@ class ThreeAugment:
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Nothing is left to the device."""
         return batch
-
-
-def check_three(
-    *,
-    input_size: int,
-    crop: str,
-    scale: Sequence[float],
-    flip_probability: float,
-    three_probability: float,
-    color_jitter: float,
-) -> None:
-    """ValueError for keywords of 3-Augment without a meaning."""
-    if crop not in CROPS:
-        raise ValueError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
-    check_count("input_size", input_size, 1)
-    check_order("scale", scale, 0, 1, ends="(]")
-    check_share("flip_probability", flip_probability)
-    check_share("three_probability", three_probability)
-    check_range("color_jitter", color_jitter)
 
 
 class TimmAugmentation:

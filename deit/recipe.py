@@ -22,9 +22,9 @@ from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
 from utils.distributed import average_buffers, rank, world_size
-from utils.effective_batch import micro_batches
+from utils.effective_batch import count_steps, micro_batches
 from utils.parallel import blocks_of
-from utils.ranges import OutOfRange, check_range
+from utils.ranges import check_range
 from vit.finetune import head_of, load_adapted
 from vit.weights import read_metadata
 
@@ -85,7 +85,6 @@ class DeiT(nn.Module):
     ) -> None:
         super().__init__()
         _check_loss(loss, smoothing, cosub, distillation)
-        check_range("epochs", epochs, ends="()")
         check_range("ema_decay", ema_decay, 0, 1, ends="[)")
         check_range("layerwise_decay", layerwise_decay, 0, 1)
         if export not in EXPORTS or (export == "ema" and not ema_decay):
@@ -93,6 +92,10 @@ class DeiT(nn.Module):
         self.batch_size_per_gpu = batch_size_per_gpu
         self.accumulation = micro_batches(
             effective_batch_size, batch_size_per_gpu, world_size(), accumulation
+        )
+        batch_size = batch_size_per_gpu * self.accumulation * world_size()
+        self.epoch_length, self.total_steps = count_steps(
+            epochs, epoch_length, images=len(dataset), batch_size=batch_size
         )
         if mixing is not None and batch_size_per_gpu % 2:
             raise ValueError(
@@ -122,15 +125,8 @@ class DeiT(nn.Module):
         self.ema: nn.Module | None = None
         self._set_out()
 
-        batch_size = batch_size_per_gpu * self.accumulation * world_size()
-        if epoch_length <= 0:
-            epoch_length = max(1, len(dataset) // batch_size)
-        self.epoch_length = epoch_length
-        self.total_steps = round(epochs * epoch_length)
-        if self.total_steps < 1:
-            raise OutOfRange(f"epochs {epochs} of {epoch_length} steps each make no step")
         self.schedules = (schedules or Schedules()).build(
-            epochs=epochs, epoch_length=epoch_length, batch_size=batch_size
+            epochs=epochs, epoch_length=self.epoch_length, batch_size=batch_size
         )
         self.train()
 

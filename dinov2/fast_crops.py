@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dinov2.crops import IMAGENET_MEAN, IMAGENET_STD, check_crops, check_shares
+from dinov2.crops import CropOptions
 from utils.data import colours
 from utils.data.colour_plan import Colours, draw_colours
 from utils.data.encoded import EncodedImage
@@ -22,68 +22,31 @@ JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
 STAGES = ("jitter", "greyscale", "blur", "solarize")
 
 
-class FastMultiCrop:
+class FastMultiCrop(CropOptions):
     """An encoded image to uint8 crops and colours drawn for them; `finish` colours the crops.
 
-    Keywords as of `dinov2.crops.MultiCrop`.
+    Keywords as of `dinov2.crops.CropOptions`.
     """
 
     takes_encoded = True
 
-    def __init__(
-        self,
-        *,
-        global_crops_size: int = 224,
-        global_crops_scale: Sequence[float] = (0.32, 1.0),
-        local_crops_number: int = 8,
-        local_crops_size: int = 96,
-        local_crops_scale: Sequence[float] = (0.05, 0.32),
-        blur_probabilities: Sequence[float] = (1.0, 0.1, 0.5),
-        blur_kernel_size: int = 9,
-        solarize_probability: float = 0.2,
-        color_jitter_probability: float = 0.8,
-        grayscale_probability: float = 0.2,
-        flip_probability: float = 0.5,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
-        check_crops(
-            global_crops_size,
-            local_crops_number,
-            local_crops_size,
-            blur_probabilities,
-            blur_kernel_size,
-        )
-        check_shares(
-            scales={
-                "global_crops_scale": global_crops_scale,
-                "local_crops_scale": local_crops_scale,
-            },
-            probabilities={
-                "solarize_probability": solarize_probability,
-                "color_jitter_probability": color_jitter_probability,
-                "grayscale_probability": grayscale_probability,
-                "flip_probability": flip_probability,
-            },
-        )
-        self.global_crops_size = global_crops_size
-        self.local_crops_number = local_crops_number
-        self.local_crops_size = local_crops_size
-        self.flip_probability = flip_probability
-        kinds = [CropKind(2, global_crops_size, _pair(global_crops_scale))]
-        if local_crops_number:
-            kinds.append(CropKind(local_crops_number, local_crops_size, _pair(local_crops_scale)))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        locals_ = self.local_crops_number
+        kinds = [CropKind(2, self.global_crops_size, _pair(self.global_crops_scale))]
+        if locals_:
+            kinds.append(CropKind(locals_, self.local_crops_size, _pair(self.local_crops_scale)))
         self.kinds = kinds
-        first, second, local = blur_probabilities
+        first, second, local = self.blur_probabilities
         self.drawing: dict[str, Any] = {
             "jitter": JITTER,
-            "jitter_probability": color_jitter_probability,
-            "greyscale_probability": grayscale_probability,
-            "blur_probability": [first, second] + [local] * local_crops_number,
-            "solarize_probability": [0.0, solarize_probability] + [0.0] * local_crops_number,
+            "jitter_probability": self.color_jitter_probability,
+            "greyscale_probability": self.grayscale_probability,
+            "blur_probability": [first, second] + [local] * locals_,
+            "solarize_probability": [0.0, self.solarize_probability] + [0.0] * locals_,
         }
-        self.colours = Colours(partial(colours.gaussian_blur, kernel_size=blur_kernel_size))
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.colours = Colours(partial(colours.gaussian_blur, kernel_size=self.blur_kernel_size))
+        self.normal = torch.tensor(self.mean), torch.tensor(self.std)
 
     def __call__(self, image: EncodedImage | Image) -> dict[str, Tensor]:
         """uint8 crops of one image, each drawn from the whole of it, and their draws of colours."""
@@ -101,7 +64,7 @@ class FastMultiCrop:
             if f"{kind}_crops" in done:
                 pixels, plan = done[f"{kind}_crops"], done.pop(f"{kind}_colours")
                 levels = self.colours(pixels, plan)
-                mean, std = (v.to(levels.device, non_blocking=True) for v in (self.mean, self.std))
+                mean, std = (v.to(levels.device, non_blocking=True) for v in self.normal)
                 done[f"{kind}_crops"] = colours.normalize(levels, mean, std)
         return done
 

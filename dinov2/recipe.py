@@ -25,8 +25,9 @@ from dinov2.weights import load_start, read_start
 from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
 from utils.distributed import rank, world_size
+from utils.effective_batch import count_steps
 from utils.parallel import blocks_of
-from utils.ranges import OutOfRange, check_count, check_range
+from utils.ranges import check_count, check_range
 
 NUM_GLOBAL_CROPS = 2
 
@@ -74,7 +75,10 @@ class DINOv2(nn.Module):
         super().__init__()
         check_count("batch_size_per_gpu", batch_size_per_gpu, 1)
         check_count("accumulation", accumulation, 1)
-        check_range("epochs", epochs, ends="()")
+        batch_size = batch_size_per_gpu * accumulation * world_size()
+        self.epoch_length, self.total_steps = count_steps(
+            epochs, epoch_length, images=len(dataset), batch_size=batch_size
+        )
         check_range("layerwise_decay", layerwise_decay, 0, 1)
         check_range("patch_embed_lr_multiplier", patch_embed_lr_multiplier)
         check_range("dino_loss_weight", dino_loss_weight)
@@ -118,15 +122,8 @@ class DINOv2(nn.Module):
         self.cross_entropy = CrossEntropy()
         self.grid = self._grid()
 
-        batch_size = batch_size_per_gpu * accumulation * world_size()
-        if epoch_length <= 0:
-            epoch_length = max(1, len(dataset) // batch_size)
-        self.epoch_length = epoch_length
-        self.total_steps = round(epochs * epoch_length)
-        if self.total_steps < 1:
-            raise OutOfRange(f"epochs {epochs} of {epoch_length} steps each make no step")
         self.schedules = (schedules or Schedules()).build(
-            epochs=epochs, epoch_length=epoch_length, batch_size=batch_size
+            epochs=epochs, epoch_length=self.epoch_length, batch_size=batch_size
         )
         self.train()
 

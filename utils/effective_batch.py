@@ -1,7 +1,7 @@
-"""One batch size per optimiser step, whatever the number of GPUs that share it."""
+"""One batch size per optimiser step, whatever the number of GPUs that share it; steps of a run."""
 
 from utils.errors import UserError
-from utils.ranges import check_count
+from utils.ranges import OutOfRange, check_count, check_range
 
 
 def micro_batches(
@@ -47,6 +47,22 @@ def shared_batches(effective_batch_size: int, at_most: int, processes: int) -> t
         )
     count = next(n for n in range(-(-own // at_most), own + 1) if own % n == 0)
     return own // count, count
+
+
+def count_steps(
+    epochs: float, epoch_length: int, *, images: int, batch_size: int
+) -> tuple[int, int]:
+    """Steps of an epoch and of the whole run, of `batch_size` images each.
+
+    epoch_length <= 0 means one pass over the images. OutOfRange where no step comes out.
+    """
+    check_range("epochs", epochs, ends="()")
+    if epoch_length <= 0:
+        epoch_length = max(1, images // batch_size)
+    total = round(epochs * epoch_length)
+    if total < 1:
+        raise OutOfRange(f"epochs {epochs} of {epoch_length} steps each make no step")
+    return epoch_length, total
 
 
 def _what_would_do(effective: int, batch_size_per_gpu: int, processes: int) -> str:
