@@ -97,7 +97,9 @@ class DynamicAggregationFeedForward(nn.Module):
         maps = maps + F.gelu(self.bn2(self.conv2(maps)))
         maps = self.bn3(self.conv3(maps))
         gate = self.excitation(F.gelu(self.compress(maps.mean(dim=(2, 3)))))
-        return torch.cat([cls * gate[:, None], maps.flatten(2).transpose(1, 2)], dim=1)
+        # Not flatten(2).transpose(1, 2): of one image, torch's batch norm on a CPU misreads the
+        # strides that its gradient then has.
+        return torch.cat([cls * gate[:, None], maps.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 class DHVTBlock(nn.Module):

@@ -69,10 +69,10 @@ def most_important(importance: Tensor, count: int) -> Tensor:
 
 
 def complement(kept: Tensor, count: int) -> Tensor:
-    """The indices below `count` that `kept` [B k] has not, ascending: [B count-k]."""
-    is_kept = torch.zeros(len(kept), count, dtype=torch.int64, device=kept.device)
-    is_kept.scatter_(1, kept, 1)
-    return is_kept.argsort(dim=1, stable=True)[:, : count - kept.shape[1]]
+    """The indices below `count` that `kept` [... k] has not, ascending: [... count-k]."""
+    is_kept = torch.zeros(*kept.shape[:-1], count, dtype=torch.int64, device=kept.device)
+    is_kept.scatter_(-1, kept, 1)
+    return is_kept.argsort(dim=-1, stable=True)[..., : count - kept.shape[-1]]
 
 
 def take(x: Tensor, indices: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class MirrorConvNeXt(Net):
     invariant: what the classifier reads of the channels, `trivial` (the even half) or
         `power_spectrum` (with the absolute odd half, `use_symmetrized_asym_feats`); see `octic`.
     depthwise: full or symmetric, see `MirrorDepthwiseConv`. downsampling: conv or mean.
+    allow_odd: take images of any width, as published, at which the law may not hold.
     drop_path_rate: of the last block, rising from zero.
     """
 
@@ -107,6 +108,7 @@ class MirrorConvNeXt(Net):
         activation: str = "gelu",
         depthwise: str = "full",
         downsampling: str = "conv",
+        allow_odd: bool = False,
     ) -> None:
         check_drop_path(drop_path_rate)
         check_stages(depths, dims)
@@ -114,6 +116,7 @@ class MirrorConvNeXt(Net):
             known = ", ".join(DOWNSAMPLING)
             raise ValueError(f"unknown downsampling {downsampling!r}; known: {known}")
         invariantization = make_invariantization(invariant, dims[-1], MIRROR)
+        self._allow_odd = allow_odd  # before the base class, which checks img_size
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -131,7 +134,10 @@ class MirrorConvNeXt(Net):
             [
                 first,
                 *(
-                    nn.Sequential(OcticLayerNorm(old, eps=EPS, group=MIRROR), reduce(old, new))
+                    nn.Sequential(
+                        OcticLayerNorm(old, eps=EPS, group=MIRROR),
+                        reduce(old, new, allow_odd=allow_odd),
+                    )
                     for old, new in zip(dims, dims[1:], strict=False)
                 ),
             ]
@@ -177,7 +183,7 @@ class MirrorConvNeXt(Net):
     def check_size(self, height: int, width: int) -> None:
         """ValueError for images whose columns a convolution with stride would cut unevenly."""
         super().check_size(height, width)
-        if width % self.patch_size:
+        if width % self.patch_size and not self._allow_odd:
             raise ValueError(
                 f"image size {height} x {width}: the width must be a multiple of "
                 f"{self.patch_size} for the mirror symmetry to be kept"

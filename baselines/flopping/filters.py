@@ -139,11 +139,12 @@ class MirrorDepthwiseConv(nn.Module):
 class MirrorDownsample(nn.Module):
     """2 x 2 convolution of stride 2, [B h w D] to [B h/2 w/2 D'], f(g x) = g f(x).
 
-    The law needs an even number of columns.
+    The law needs an even number of columns. allow_odd: take others, and drop the last one.
     """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, *, allow_odd: bool = False) -> None:
         super().__init__()
+        self.allow_odd = allow_odd
         in_copy, out_copy = channels_per_copy(in_dim, MIRROR), channels_per_copy(out_dim, MIRROR)
 
         def filters(symmetric: bool, bias: bool = False) -> HalfFilter:
@@ -162,22 +163,26 @@ class MirrorDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve features [B h w D]; ValueError for an odd number of columns."""
-        _check_even(x)
+        _check_even(x, self.allow_odd)
         bias = _side_by_side([self.sym_to_sym, self.sym_to_asym])
         y = F.conv2d(x.permute(0, 3, 1, 2), self.filters(), bias, stride=2)
         return y.permute(0, 2, 3, 1)
 
 
 class MeanDownsample(nn.Module):
-    """Mean of 2 x 2 places, then a linear layer: [B h w D] to [B h/2 w/2 D'], f(g x) = g f(x)."""
+    """Mean of 2 x 2 places, then a linear layer: [B h w D] to [B h/2 w/2 D'], f(g x) = g f(x).
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    Columns as of `MirrorDownsample`.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, allow_odd: bool = False) -> None:
         super().__init__()
+        self.allow_odd = allow_odd
         self.linear = OcticLinear(in_dim, out_dim, group=MIRROR)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reduce features [B h w D]; ValueError for an odd number of columns."""
-        _check_even(x)
+        _check_even(x, self.allow_odd)
         return self.linear(F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
 
 
@@ -191,8 +196,8 @@ def _side_by_side(parts: list[HalfFilter]) -> Tensor:
     )
 
 
-def _check_even(x: Tensor) -> None:
-    if x.shape[2] % 2:
+def _check_even(x: Tensor, allow_odd: bool) -> None:
+    if x.shape[2] % 2 and not allow_odd:
         raise ValueError(
             f"a grid of {x.shape[1]} x {x.shape[2]} places cannot be halved with its mirror "
             "symmetry kept: the number of columns must be even"

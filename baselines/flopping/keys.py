@@ -22,6 +22,7 @@ _PARTS = {"sym": "A1", "asym": "A2"}
 _WORDS = {"lin": "lin", "linear": "lin", "alpha": "alpha", "proj": "conv"}
 _PART = re.compile(rf"(^|\.)({'|'.join(_WORDS)})_(a?sym)(?=\.|$)")
 _POINTWISE = re.compile(r"(^|\.)lin_A[12]\.weight$")
+_DENSE = re.compile(r"\.mlp\.fc[12]\.weight$|^entries\.\d+\.1\.linear\.weight$")
 _SHIFT = re.compile(r"(^|\.)beta_(a?sym)$")
 
 
@@ -85,7 +86,7 @@ def plain_convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ours = re.sub(pattern, word, ours)
         if ours.endswith(".gamma"):
             tensor = tensor.flatten()
-        elif ".mlp.fc" in ours and tensor.ndim == 4:
+        elif _DENSE.search(ours) and tensor.ndim == 4:
             tensor = tensor.flatten(1)
         found[ours] = tensor
     return found

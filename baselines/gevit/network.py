@@ -158,10 +158,10 @@ class GEViT(nn.Module):
     def _make_lifting(
         self, num_channels: int, num_heads: int, size: tuple[int, int]
     ) -> LiftingSelfAttention:
-        if num_channels % 4:
+        if num_channels // 2 % 2 or num_channels < 4:
             raise ValueError(
-                f"num_channels must be a multiple of 4, not {num_channels}: half of them are a "
-                "lifting head's, half of these for rows and half for columns"
+                f"num_channels must be a multiple of 4, or 1 more, not {num_channels}: half of "
+                "them are a lifting head's, half of these for rows and half for columns"
             )
         in_channels = self.in_chans if self.stem is None else self.stem.num_channels
         return LiftingSelfAttention(

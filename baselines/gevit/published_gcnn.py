@@ -1,19 +1,47 @@
 """The published, interpolated G-CNN kernels: to read old checkpoints, not to build on.
 
-Kernels are sampled at rotated places, bilinearly in space and linearly over the group. The cyclic
-layers are equivariant to the accuracy of float32 tables; the published E(2) stem behind them
-composes its elements wrongly and is not, so only its lifting is here. For a new network take
+Kernels are sampled at rotated places, bilinearly in space and linearly over the group. The places
+are made here by the published formulas, in float64. A published file holds its own, made in
+float32: for some orders a sum of angles rounds to a full turn there instead of none, and elements
+of E(2) are composed wrongly, so that such layers are not equivariant. `published_kernels` loads
+them with the weights: an old network gives its own figures. For a new one take
 `baselines.gevit.gcnn`.
 
 Letters in shapes: B images, C D channels in and out, G elements, H W map, k kernel side.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from baselines.gevit.groups import PlaneGroup
+
+# Follow from the tables of places.
+_CONSTANTS = ("grid_R2", "grid_H", "group.identity")
+
+
+def published_kernels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and places of published layers, or of a stem of them, under the names here.
+
+    Names that are not known stay as they are, for a strict load to refuse.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        owner, kernel, leaf = name.rpartition("kernel.")
+        if not kernel:
+            found[name] = tensor
+        elif leaf in _CONSTANTS:
+            continue
+        elif leaf.startswith("transformed_grid_"):
+            # From (row, column) or (row, column, group) in front to what grid_sample reads.
+            found[f"{owner}places"] = tensor.movedim(0, -1).roll(1, dims=-1)
+        else:
+            found[f"{owner}{leaf}"] = tensor
+    return found
 
 
 class PublishedLiftingConv(nn.Module):
@@ -42,7 +70,7 @@ class PublishedLiftingConv(nn.Module):
                 for index in range(order)
             ]
         )
-        self.register_buffer("places", torch.as_tensor(places.copy()), persistent=False)
+        self.register_buffer("places", torch.as_tensor(places.copy()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve with the kernel sampled for every element."""
@@ -56,10 +84,12 @@ class PublishedLiftingConv(nn.Module):
 
 
 class PublishedGroupConv(nn.Module):
-    """Maps [B C G H W] to [B D G h w] over `order` rotations.
+    """Maps [B C G H W] to [B D G h w] over `order` rotations, and their mirrorings if asked for.
 
     The axes of the sampled weight are mixed (group by a spatial place, column by the group), as
-    published: any fixed function of the three would do.
+    published: any fixed function of the three would do. With mirrorings the place on the group is
+    divided by the last rotation, so that those behind it fall outside and count as zero: another
+    published fault.
     """
 
     places: Tensor  # [G G k k 3]
@@ -71,24 +101,24 @@ class PublishedGroupConv(nn.Module):
         kernel_size: int,
         *,
         order: int = 4,
+        mirrors: bool = False,
         padding: int = 0,
     ) -> None:
         super().__init__()
+        group = PlaneGroup(order, mirrors)
         self.padding = padding
         self.weight = nn.Parameter(
-            torch.empty(out_channels, in_channels, order, kernel_size, kernel_size)
+            torch.empty(out_channels, in_channels, group.order, kernel_size, kernel_size)
         )
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        places = np.empty((order, order, kernel_size, kernel_size, 3))
-        for output in range(order):
-            row, col = np.moveaxis(moved_grid(kernel_size, output, order), -1, 0)
-            for source in range(order):
-                places[output, source, ..., 0] = (
-                    2 * ((output - source) % order) / max(order - 1, 1) - 1
-                )
-                places[output, source, ..., 1] = row
-                places[output, source, ..., 2] = col
-        self.register_buffer("places", torch.as_tensor(places), persistent=False)
+        places = np.empty((group.order, group.order, kernel_size, kernel_size, 3))
+        for output in range(group.order):
+            rotation, mirrored = group.parts(output)
+            places[output, ..., 1:] = moved_grid(kernel_size, rotation, order, mirrored)
+            for source in range(group.order):
+                relation = group.compose(group.inverse(source), output)
+                places[output, source, ..., 0] = 2 * relation / max(order - 1, 1) - 1
+        self.register_buffer("places", torch.as_tensor(places))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the kernel sampled for every pair of elements."""
@@ -101,26 +131,33 @@ class PublishedGroupConv(nn.Module):
 
 
 class PublishedGCNN(nn.Module):
-    """The published stem over rotations: images [B C H W] to maps [B D 6 6]."""
+    """The published stem: images [B C H W] to maps [B D 6 6], D = hidden_channels.
+
+    kernel_size: of all `num_hidden` convolutions, or a list with one for each, which sets their
+    number.
+    """
 
     def __init__(
         self,
         in_channels: int,
         *,
-        out_channels: int = 8,
-        kernel_size: int = 5,
-        num_hidden: int = 8,
         hidden_channels: int = 8,
+        kernel_size: int | Sequence[int] = 5,
+        num_hidden: int = 8,
         order: int = 4,
+        mirrors: bool = False,
         pool: int = 6,
     ) -> None:
         super().__init__()
-        widths = [hidden_channels] * (num_hidden - 1) + [out_channels]
+        sizes = [kernel_size] * num_hidden if isinstance(kernel_size, int) else list(kernel_size)
+        width = hidden_channels
         self.pool = pool
-        self.lifting_conv = PublishedLiftingConv(in_channels, widths[0], kernel_size, order=order)
+        self.lifting_conv = PublishedLiftingConv(
+            in_channels, width, sizes[0], order=order, mirrors=mirrors
+        )
         self.gconvs = nn.ModuleList(
-            PublishedGroupConv(before, after, kernel_size, order=order)
-            for before, after in zip(widths, widths[1:], strict=False)
+            PublishedGroupConv(width, width, size, order=order, mirrors=mirrors)
+            for size in sizes[1:]
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from utils.symmetry import SYMMETRIES
 
 INTERPOLATIONS = ("bilinear", "nearest")
-RECTANGULAR = ("refuse", "pad")
+RECTANGULAR = ("refuse", "pad", "crop")
 
 
 class Element(NamedTuple):
@@ -44,7 +44,8 @@ class CopyGroup:
     normalised space of the images. disc_mask: fill outside the inscribed circle of every copy.
     interpolation of angles between the quarter turns: `bilinear` within [0, 90) followed by an
     exact quarter turn, or `nearest` as published. rectangular: `refuse` or `pad` (with `fill`)
-    images that cannot be turned by 90 degrees in place.
+    images that cannot be turned by 90 degrees in place; `crop`, with `nearest` alone, cuts off what
+    leaves the frame, as published, which keeps no quarter turn exact.
     Departs from the published transforms: they take the nearest pixel, whose ties break the exact
     symmetry of the quarter turns for n > 4, and run in float32 on the CPU whatever the images are.
     """
@@ -68,6 +69,8 @@ class CopyGroup:
             raise ValueError(
                 f"unknown rectangular {rectangular!r}; known: {', '.join(RECTANGULAR)}"
             )
+        if rectangular == "crop" and interpolation != "nearest":
+            raise ValueError("rectangular=crop goes with interpolation=nearest alone")
         self.fill = _checked_fill(fill)
         self.disc_mask, self.interpolation = disc_mask, interpolation
         self.rectangular = rectangular
@@ -86,7 +89,7 @@ class CopyGroup:
         if self.interpolation == "nearest" and self.num_rotations not in (1, 2, 4):
             # Ties of the nearest pixel fall otherwise in the turned, and in the mirrored, image.
             return [Exact("e")]
-        turns = math.gcd(self.num_rotations, 4)
+        turns = math.gcd(self.num_rotations, 2 if self.rectangular == "crop" else 4)
         steps = [turn * 4 // turns for turn in range(turns)]
         return [
             Exact(name)
@@ -109,7 +112,8 @@ class CopyGroup:
                     f"{self.name} turns images by 90 degrees, so {height} x {width} pixels must be "
                     "square; rectangular=pad fills them up"
                 )
-            images = self._padded(images)
+            if self.rectangular == "pad":
+                images = self._padded(images)
         return self._cut(images) if self.disc_mask else images
 
     def copy(self, images: Tensor, index: int) -> Tensor:
@@ -133,13 +137,15 @@ class CopyGroup:
         Both are interpolated where the angle is no quarter turn; the share is 1 elsewhere.
         """
         angle, mirrored = self.copies[index]
+        if angle % 180 and patches.shape[1] != patches.shape[2]:
+            raise ValueError("a cropped image cannot be turned back; use rectangular=pad")
         maps = patches.movedim(-1, 1)
         maps = maps.flip(-1) if mirrored else maps
         share = maps.new_ones(1, 1, *maps.shape[-2:], dtype=_at_least_float32(maps.dtype))
         return _bilinear(maps, -angle).movedim(1, -1), _bilinear(share, -angle)[0, 0]
 
     def _rotated(self, images: Tensor, angle: float) -> Tensor:
-        if angle % 90 == 0:
+        if angle % (90 if images.shape[-2] == images.shape[-1] else 180) == 0:
             return images.rot90(int(angle // 90), dims=(-2, -1))
         fill = self._filling(images)
         if self.interpolation == "bilinear":

@@ -26,6 +26,7 @@ FORMS = ("sound", "published")
 PUBLISHED: dict[str, dict[str, Any]] = {
     "hourglass": {"reconstruction": "l2"},
     "evit": {"score": "all", "fuse_token": False},
+    "tome": {"weighs_mean": False},
     "evo_vit": {"fast_update": False},
     "ats": {"residual": "normed", "mask_padding": False},
     "act": {"form": "published", "seed": None},

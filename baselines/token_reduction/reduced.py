@@ -155,7 +155,7 @@ class Reduced(nn.Module):
     def _weights(self, state: State) -> Tensor | None:
         """Share of each patch token [B T-P] in a mean, where tokens differ."""
         parts = []
-        if state.size is not None:
+        if state.size is not None and self.reducer.weighs_mean:
             parts.append(state.size.squeeze(-1))
         if state.live is not None:
             parts.append(state.live.to(torch.get_default_dtype()))

@@ -103,6 +103,7 @@ class Reducer:
     """
 
     facts: Facts
+    weighs_mean = True  # whether a network that pools by the mean counts tokens by their patches
     watches = False  # whether blocks it leaves alone are opened too where somebody looks inside
 
     def bind(self, facts: Facts) -> None:

@@ -179,6 +179,8 @@ class ToMe(Reducer):
     proportional: whether attention counts a token as the patches it stands for (log size on every
         score); off for masked autoencoders.
     trace_source: whether a pass laid open also holds the 0/1 map of tokens to first tokens.
+    weighs_mean: whether a network without class token takes the mean of its patches, as before, or,
+        as published for SWAG, that of the tokens that are left.
     All prefix tokens are protected. Departs from the published code, which protects the class and
     distillation tokens alone and merges registers.
     Record: block<i>.unmerged [B U] and .sources [B M] among the even positions, .chosen [B M] among
@@ -192,11 +194,13 @@ class ToMe(Reducer):
         inflection: float = 0.0,
         proportional: bool = True,
         trace_source: bool = False,
+        weighs_mean: bool = True,
     ) -> None:
-        check_flags(proportional=proportional, trace_source=trace_source)
+        check_flags(proportional=proportional, trace_source=trace_source, weighs_mean=weighs_mean)
         given = _checked(r, inflection)
         self.r, self.inflection = r if isinstance(r, int) else given, inflection
         self.proportional, self.trace_source = proportional, trace_source
+        self.weighs_mean = weighs_mean
         self.schedule: list[int] = []
         self.start_of_bias = 0
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from baselines.dhvt.layers import (
@@ -16,14 +17,21 @@ from baselines.dhvt.network import DHVT
 from baselines.dhvt.stem import Affine, OverlappingPatchEmbed
 from tests.parity.harness import NotBuilt, check, load, strip
 from vit.attention import Attention
+from vit.block import Block
 from vit.weights import load_state
 
-UNREAD = ("drop", "proj_drop", "with_bn", "img_size", "act_layer", "norm_layer", "weight_init")
+# What makes no difference to a layer that is loaded: the published ones have three channels.
+UNREAD = (
+    *("drop", "proj_drop", "with_bn", "img_size", "in_chans", "qk_scale", "init_values"),
+    *("act_layer", "norm_layer", "weight_init"),
+)
 
 
 def layer(case: dict[str, Any], folder: Path) -> None:
     """One layer, by the published class."""
     options = {key: value for key, value in case["kwargs"].items() if key not in UNREAD}
+    if "patch_size" in options:
+        options["patch_size"] = _side(options["patch_size"])
     name = case["reference"]["class"]
     if name not in LAYERS:
         raise NotBuilt(f"no layer {name}")
@@ -37,7 +45,8 @@ def model(case: dict[str, Any], folder: Path) -> None:
     options = {key: value for key, value in case["kwargs"].items() if key not in unread}
     if not case["kwargs"].get("apply_dhvt", True):
         raise NotBuilt("the reference builds no network without apply_dhvt")
-    net = DHVT(**options)
+    options["patch_size"] = _side(options.get("patch_size", 16))
+    net = DHVT(**{"img_size": 32, "num_classes": 100, **options})
     _run(case, folder, net, net)
 
 
@@ -47,19 +56,17 @@ def _affine(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
 
 
 def _stem(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
-    module = OverlappingPatchEmbed(
-        options.get("patch_size", 16), options.get("in_chans", 3), options["embed_dim"]
-    )
+    module = OverlappingPatchEmbed(options.get("patch_size", 16), 3, options.get("embed_dim", 768))
     return module, lambda images: module(images).flatten(1, 2)
 
 
 def _attention(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
-    module = HeadInteractedAttention(options.pop("dim"), **options)
+    module = HeadInteractedAttention(options.pop("dim"), **{"qkv_bias": False, **options})
     return module, module
 
 
 def _plain_attention(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
-    module = Attention(options.pop("dim"), **options)
+    module = Attention(options.pop("dim"), **{"qkv_bias": False, **options})
     return module, module
 
 
@@ -74,9 +81,24 @@ def _feed_forward(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
 
 
 def _block(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
-    options["drop_path_rate"] = options.pop("drop_path", 0.0)
-    module = DHVTBlock(options.pop("dim"), **options)
+    module = DHVTBlock(options.pop("dim"), **_block_options(options))
     return module, lambda x: module(x, _square(x))
+
+
+def _plain_block(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = Block(options.pop("dim"), **_block_options(options))
+    return module, module
+
+
+def _block_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Our keywords of a block, with the published defaults where ours are others."""
+    options["drop_path_rate"] = options.pop("drop_path", 0.0)
+    return {"qkv_bias": False, "norm_eps": 1e-5, **options}
+
+
+def _plain_mlp(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    module = Mlp(**options)
+    return module, module
 
 
 LAYERS: dict[str, Callable[[dict[str, Any]], tuple[nn.Module, Callable]]] = {
@@ -86,7 +108,13 @@ LAYERS: dict[str, Callable[[dict[str, Any]], tuple[nn.Module, Callable]]] = {
     "Attention": _plain_attention,
     "DAFF": _feed_forward,
     "DHVT_Block": _block,
+    "Block": _plain_block,
+    "Mlp": _plain_mlp,
 }
+
+
+def _side(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else size[0]
 
 
 def _square(x: Tensor) -> tuple[int, int]:

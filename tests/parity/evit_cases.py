@@ -1,6 +1,6 @@
 """Runners of the parity topic `evit`: attention, blocks, whole networks and the helpers."""
 
-import re
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from baselines.evit.block import EViTAttention, EViTBlock
 from baselines.evit.network import EViT
 from baselines.evit.reorganisation import complement, patch_indices, patch_mask, tokens_to_keep
+from baselines.evit.schedule import Shrink
 from evaluation.pictures.token_mask import masked
 from tests.parity.harness import NotBuilt, check, load, strip
 from vit.weights import load_state
@@ -17,7 +18,7 @@ from vit.weights import load_state
 
 def attention(case: dict[str, Any], folder: Path) -> None:
     """Attention and what it keeps; the published layer decides how many by itself."""
-    options = dict(case["kwargs"])
+    options = {"qkv_bias": False, **case["kwargs"]}
     own = options.pop("keep_rate", 1.0)
     module = EViTAttention(options.pop("dim"), **_known(options))
     tensors = _ready(case, folder, module)
@@ -29,9 +30,8 @@ def attention(case: dict[str, Any], folder: Path) -> None:
 
 def block(case: dict[str, Any], folder: Path) -> None:
     """A block: tokens that are left, how many, and which."""
-    options = dict(case["kwargs"])
+    options = {"qkv_bias": False, "norm_eps": 1e-5, **case["kwargs"]}
     own = options.pop("keep_rate", 1.0)
-    options["norm_eps"] = options.get("norm_eps", 1e-5)
     module = EViTBlock(options.pop("dim"), **_known(options))
     tensors = _ready(case, folder, module)
     number, _ = _number(case, own, tensors["in.0"].shape[1] - 1)
@@ -48,9 +48,13 @@ def layer(case: dict[str, Any], folder: Path) -> None:
 
 def model(case: dict[str, Any], folder: Path) -> None:
     """A network: logits, what each dropping block kept, tokens after each block."""
-    net = EViT(exact_counts=False, **_known(case["kwargs"]))
+    options = _known(case["kwargs"])
+    if isinstance(options.get("patch_size"), list):
+        options["patch_size"] = options["patch_size"][0]  # patches are square
+    net = EViT(exact_counts=False, **options)
     tensors = _ready(case, folder, net)
     images, called = tensors["in.0"], _called(case)
+    called.pop("get_idx")
     logits, indices = net(images, get_idx=True, **called)
     grid = net.grid_of(images)
     counts = torch.tensor(net.token_counts(grid[0] * grid[1], **called))
@@ -75,34 +79,40 @@ def helper(case: dict[str, Any], folder: Path) -> None:
         for number, found in enumerate(patch_indices(given, fuse=kwargs["fuse_token"])):
             # A fused token is no patch; the published helper calls it patch 0.
             check(f"out.{number}", found.clamp(min=0), tensors[f"out.{number}"], 0, "exact")
+    elif name == "get_deeper_idx":
+        found = patch_indices([tensors["in.0"], tensors["in.1"]], fuse=False)[1]
+        check("out", found, tensors["out"], 0, "exact")
     else:
         raise NotBuilt(f"no helper {name}")
 
 
+def table(case: dict[str, Any], folder: Path) -> None:
+    """The keep rate of steps of trainings."""
+    for row in case["rows"]:
+        start, base, top = row["warmup_epochs"], row["base_keep_rate"], row["max_keep_rate"]
+        shrink = Shrink(start_epoch=start, epochs=row["total_epochs"] - start)
+        rate = shrink.rate_at(base, row["iters"], row["ITERS_PER_EPOCH"])
+        if top != 1 and row["epoch"] >= start:  # ours begins at 1
+            rate = base + (top - base) * (rate - base) / (1 - base)
+        check(f"{row}", rate, row["keep_rate"], 1e-12, "absolute")
+
+
 def _known(options: dict[str, Any]) -> dict[str, Any]:
     """Published keywords as ours."""
-    names = {"proj_drop": None, "drop": None, "drop_path": "drop_path_rate"}
-    renamed = {names.get(key, key): value for key, value in options.items()}
-    return {key: value for key, value in renamed.items() if key is not None}
+    unread = ("proj_drop", "drop", "weight_init", "act_layer", "norm_layer", "embed_layer")
+    names = {"drop_path": "drop_path_rate"}
+    return {names.get(key, key): value for key, value in options.items() if key not in unread}
 
 
 def _called(case: dict[str, Any]) -> dict[str, Any]:
-    """keep_rate and tokens of a case's call, which is told in words."""
-    found = {}
-    for name in ("keep_rate", "tokens"):
-        match = re.search(rf"\b{name}=(\[[^\]]*\]|\([^)]*\)|[^,)\s]+)", case["call"])
-        text = match.group(1) if match else "None"
-        if text[0] in "[(":
-            found[name] = [
-                None if t == "None" else _number_of(t) for t in re.split(r"[,\s]+", text[1:-1]) if t
-            ]
-        else:
-            found[name] = None if text == "None" else _number_of(text)
-    return found
-
-
-def _number_of(text: str) -> float | int:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    """keep_rate, tokens and get_idx of a case's call, `m(in.0, keep_rate=0.5) -> ...`."""
+    text = case["call"].split("->")[0].strip().replace("in.0", "x")
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    found = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    given = [ast.literal_eval(value) for value in call.args[1:]]
+    defaults = {"keep_rate": None, "tokens": None, "get_idx": False}
+    return {**defaults, **dict(zip(defaults, given, strict=False)), **found}
 
 
 def _number(case: dict[str, Any], own: float, count: int) -> tuple[int | None, int]:
@@ -126,6 +136,9 @@ def _compare(
 ) -> None:
     stored = {name: value for name, value in tensors.items() if name.startswith("out")}
     given = {name for name, value in found.items() if value is not None}
+    if case["reference"]["class"] != "Attention" and not _called(case)["get_idx"]:
+        unasked = "out.2" if case["reference"]["class"] == "Block" else "out.1."
+        given = {name for name in given if not name.startswith(unasked)}
     assert given == set(stored), f"{sorted(given)} where {sorted(stored)} are stored"
     for name, value in stored.items():
         exact = not value.is_floating_point()
@@ -146,4 +159,5 @@ RUNNERS = {
     ("evit", "layer"): layer,
     ("evit", "model"): model,
     ("evit", "helper"): helper,
+    ("evit", "table"): table,
 }

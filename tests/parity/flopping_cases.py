@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.mlp_mixer import ResBlock
 from torch import Tensor, nn
 
 from baselines.flopping.activation import RegularActivation
@@ -25,7 +27,7 @@ from baselines.flopping.keys import (
     plain_convnext_names,
     plain_resmlp_names,
 )
-from baselines.flopping.plain import PlainConvNeXt, PlainResMlp
+from baselines.flopping.plain import MeanPoolLinear, PlainConvNeXt, PlainResMlp
 from baselines.flopping.resmlp import (
     MirrorResMlp,
     MirrorResMlpBlock,
@@ -39,6 +41,7 @@ from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
 from tests.parity import mirror_cases
 from tests.parity.flopping_case import (
     Golden,
+    Rename,
     channels,
     first,
     halves,
@@ -50,13 +53,15 @@ from tests.parity.flopping_case import (
     unpaired,
 )
 from tests.parity.flopping_unused import (
-    PairNorm,
+    NormedPairMlp,
     half_conv,
     half_depthwise,
     old_block,
     old_mix,
     old_names,
+    pair_norm,
 )
+from tests.parity.harness import NotBuilt, strip
 
 # ResMLP.
 
@@ -90,7 +95,11 @@ def mlp22(c: Golden) -> nn.Module:
     dim = c.take("in_features", 0)
     hidden, out = c.take("hidden_features", dim), c.take("out_features", None)
     c.take("drop", 0.0)
-    return PairMlp(dim, hidden or dim, out, bias=c.take("bias", True))
+    bias, norm = c.take("bias", True), c.take("norm_layer", None) is not None
+    if norm or not isinstance(bias, bool):
+        biases = [bias, bias] if isinstance(bias, bool) else bias
+        return NormedPairMlp(dim, hidden or dim, out or dim, biases, norm)
+    return PairMlp(dim, hidden or dim, out, bias=bias)
 
 
 class PatchEmbed22(nn.Module):
@@ -98,7 +107,10 @@ class PatchEmbed22(nn.Module):
 
     def __init__(self, c: Golden) -> None:
         super().__init__()
-        c.take("img_size", 224), c.take("flatten", True)
+        for name in ("img_size", "flatten", "strict_img_size", "dynamic_img_pad", "output_fmt"):
+            c.take(name, None)
+        if c.take("norm_layer", None) is not None:
+            raise NotBuilt(f"{c.name}: norm_layer")
         patch = c.take("patch_size", 16)
         patch = tuple(patch) if isinstance(patch, list) else patch
         sides = c.take("in_chans", 3), c.take("embed_dim", 768)
@@ -115,18 +127,18 @@ def embed_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def resmlp_block22(c: Golden) -> nn.Module:
     for name in ("init_values", "drop", "attn_drop", "drop_path"):
         c.take(name, 0.0)
-    return MirrorResMlpBlock(c.take("dim", 0), c.take("num_patches", 0))
+    return MirrorResMlpBlock(c.take("dim", 0), c.take("num_patches", 196))
 
 
 def resmlp_options(c: Golden) -> dict[str, Any]:
     """Keywords that both ResMLPs share, from the published ones."""
-    size = c.take("img_size", 224)
+    size, patch = c.take("img_size", 224), c.take("patch_size", 16)
     c.take("use_fused_attn", False), c.take("use_attn_mixer", False)  # swallowed: no attention
     options = {
         "img_size": tuple(size) if isinstance(size, list) else size,
         "init_values": c.take("init_scale", 1e-4),
         "embed_dim": c.take("embed_dim", 768),
-        "patch_size": c.take("patch_size", 16),
+        "patch_size": patch[0] if isinstance(patch, list) else patch,  # patches are square
         "depth": c.take("depth", 12),
     }
     for name in ("in_chans", "num_classes", "drop_rate", "drop_path_rate"):
@@ -155,7 +167,8 @@ def depthwise(mixing: str) -> Callable[[Golden], nn.Module]:
 
 
 def downsample(kind: type[nn.Module]) -> Callable[[Golden], nn.Module]:
-    return lambda c: kind(c.take("input_dim", 0), c.take("output_dim", 0))
+    odd = {} if kind is MeanPoolLinear else {"allow_odd": True}
+    return lambda c: kind(c.take("input_dim", 0), c.take("output_dim", 0), **odd)
 
 
 def mean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,7 +222,7 @@ def convnext_options(c: Golden, *, isotropic: bool) -> dict[str, Any]:
 
 def mirror_convnext(isotropic: bool) -> Callable[[Golden], nn.Module]:
     return lambda c: MirrorConvNeXt(
-        **convnext_options(c, isotropic=isotropic), invariant=invariant(c)
+        **convnext_options(c, isotropic=isotropic), invariant=invariant(c), allow_odd=True
     )
 
 
@@ -226,6 +239,45 @@ def plain_resmlp(c: Golden) -> nn.Module:
     return PlainResMlp(**resmlp_options(c))
 
 
+# Layers of the plain twins.
+
+
+def placed(rename: Rename, theirs: str, ours: str) -> Rename:
+    """Names of a layer alone, by those of its place in the published net and in ours."""
+    return lambda state: strip(rename({theirs + key: value for key, value in state.items()}), ours)
+
+
+def plain_convnext_block(c: Golden) -> nn.Module:
+    c.take("drop_path", 0.0)
+    scale = c.take("layer_scale_init_value", 1e-6)
+    return ConvNeXtBlock(c.take("dim", 0), ls_init_value=scale or None)
+
+
+def plain_resmlp_block(c: Golden) -> nn.Module:
+    for name in ("init_values", "drop", "drop_path"):
+        c.take(name, 0.0)
+    return ResBlock(c.take("dim", 0), c.take("num_patches", 196))
+
+
+class ToPairs(nn.Module):
+    """The order and transform of tokens within our stem."""
+
+    def __init__(self, c: Golden) -> None:
+        super().__init__()
+        c.take("H", 0), c.take("W", 0)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return to_pairs(maps.permute(0, 2, 3, 1), 0.5**0.5)
+
+
+def no_orders(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.endswith("_idx")}
+
+
+BLOCK_NAMES = placed(plain_convnext_names, "blocks.0.", "stages.0.0.")
+REDUCE_NAMES = placed(plain_convnext_names, "downsample_layers.1.1.", "entries.1.1.")
+RESMLP_NAMES = placed(plain_resmlp_names, "blocks.0.", "blocks.0.")
+
 # Published class -> our layer, our names of its parameters, storage of its inputs and outputs.
 Entry = tuple[Callable[[Golden], nn.Module], Any, Callable, Callable]
 CLASSES: dict[str, Entry] = {
@@ -233,8 +285,8 @@ CLASSES: dict[str, Entry] = {
     "Linear22": (linear22, mirror_resmlp_names, pairs, unpaired),
     "GELU22Module": (gelu22, plain_names, flat_pairs, unflattened),
     "PatchLinear22": (patch_linear22, mirror_resmlp_names, pairs, unpaired),
-    "LayerNorm22v2": (lambda c: PairNorm(c, joint=True), mirror_resmlp_names, pairs, unpaired),
-    "LayerNorm22": (lambda c: PairNorm(c, joint=False), plain_names, pairs, unpaired),
+    "LayerNorm22v2": (pair_norm(joint=True), mirror_resmlp_names, pairs, unpaired),
+    "LayerNorm22": (pair_norm(joint=False), plain_names, pairs, unpaired),
     "Mlp22": (mlp22, mirror_resmlp_names, pairs, unpaired),
     "PatchEmbed22": (PatchEmbed22, embed_names, one, unpaired),
     "layers_scale_mlp_blocks22": (resmlp_block22, mirror_resmlp_names, pairs, unpaired),
@@ -256,6 +308,11 @@ CLASSES: dict[str, Entry] = {
     "ConvNeXtIsotropic2": (mirror_convnext(True), mirror_convnext_names, one, listed),
     "ConvNeXt": (plain_convnext(False), plain_convnext_names, one, listed),
     "ConvNeXtIsotropic": (plain_convnext(True), plain_convnext_names, one, listed),
+    "BlockChannelsFirst": (plain_convnext_block, BLOCK_NAMES, one, listed),
+    "Block": (plain_convnext_block, BLOCK_NAMES, one, listed),
+    "InvariantDownsampleConv2d": (downsample(MeanPoolLinear), REDUCE_NAMES, one, listed),
+    "layers_scale_mlp_blocks": (plain_resmlp_block, RESMLP_NAMES, one, listed),
+    "FlattenAndPermuteBCHWGridToFourier": (ToPairs, no_orders, one, lambda x: [*x.unbind(2)]),
 }
 
 

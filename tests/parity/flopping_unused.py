@@ -3,14 +3,16 @@
 Put together from those of `octic` and `baselines.flopping`.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.flopping.activation import RegularActivation
 from baselines.flopping.filters import MIRROR, HalfFilter
-from baselines.flopping.resmlp import PairScale, TokenLinear
+from baselines.flopping.resmlp import PairLinear, PairScale, TokenLinear
 from octic.irrep_norm import irrep_norm
 from octic.layers import OcticMlp, OcticScale
 from tests.parity.flopping_case import Golden, pairs, unpaired
@@ -19,16 +21,23 @@ from tests.parity.flopping_case import Golden, pairs, unpaired
 class PairNorm(nn.Module):
     """The norms of pairs that no published model uses: one deviation, or one for each part."""
 
-    def __init__(self, c: Golden, *, joint: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        joint: bool,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        dim, self.eps = c.take("channels", 0), c.take("eps", 1e-5)
-        affine, bias = c.take("elementwise_affine", True), c.take("bias", True)
-        self.joint = joint
+        self.joint, self.eps = joint, eps
         if joint:
             self.scaling = PairScale(dim, bias=bias) if affine else nn.Identity()
         else:
-            self.ln_sym = nn.LayerNorm(dim // 2, eps=self.eps)
-            self.ln_asym = nn.LayerNorm(dim // 2, eps=self.eps, bias=False)
+            options = {"eps": eps, "elementwise_affine": affine}
+            self.ln_sym = nn.LayerNorm(dim // 2, bias=bias, **options)
+            self.ln_asym = nn.LayerNorm(dim // 2, bias=False, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joint:
@@ -39,19 +48,44 @@ class PairNorm(nn.Module):
         return pairs([self.ln_sym(x0), self.ln_asym(x1), self.ln_asym(x2), self.ln_sym(x3)])
 
 
+def pair_norm(joint: bool) -> Callable[[Golden], nn.Module]:
+    return lambda c: PairNorm(
+        c.take("channels", 0),
+        joint=joint,
+        eps=c.take("eps", 1e-5),
+        affine=c.take("elementwise_affine", True),
+        bias=c.take("bias", True),
+    )
+
+
+class NormedPairMlp(nn.Module):
+    """An MLP of pairs with a bias in either layer, or in none, and a norm between them."""
+
+    def __init__(self, dim: int, hidden: int, out: int, bias: Sequence[bool], norm: bool) -> None:
+        super().__init__()
+        self.fc1 = PairLinear(dim, hidden, bias=bias[0])
+        self.act = RegularActivation("quick_gelu", num_signs=2)
+        self.norm = PairNorm(hidden, joint=True) if norm else nn.Identity()
+        self.fc2 = PairLinear(hidden, out, bias=bias[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(x)
+        return self.fc2(self.norm(self.act(y.flatten(-2)).unflatten(-1, y.shape[-2:])))
+
+
 class OldTokenMix(nn.Module):
     """`PatchLinear2`: tokens in mirrored order; its bias on the odd half breaks the law."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, *, bias: bool = True) -> None:
         super().__init__()
         self.mix = TokenLinear(num_tokens // 2, bias=False)
-        self.bias = nn.Parameter(torch.empty(num_tokens // 2))
+        self.bias = nn.Parameter(torch.empty(num_tokens // 2)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1)
         y = self.mix(torch.stack([left + right, left - right], dim=2) / 2)
         even, odd = y.unbind(2)
-        shift = self.bias[:, None] / 2
+        shift = 0 if self.bias is None else self.bias[:, None] / 2
         return torch.cat([even + odd + shift, even - odd + shift], dim=1)
 
 
@@ -86,12 +120,13 @@ def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def old_mix(c: Golden) -> nn.Module:
-    return OldTokenMix(c.take("num_patches_side", 0) ** 2)
+    return OldTokenMix(c.take("num_patches_side", 0) ** 2, bias=c.take("bias", True))
 
 
 def old_block(c: Golden) -> nn.Module:
-    c.take("init_values", 1e-4)
-    return OldBlock(c.take("dim", 0), c.take("num_patches", 0))
+    for name in ("init_values", "drop", "drop_path"):
+        c.take(name, 0.0)
+    return OldBlock(c.take("dim", 0), c.take("num_patches", 196))
 
 
 class HalfConv(nn.Module):

@@ -23,6 +23,10 @@ from torch import Tensor
 
 Runner = Callable[[dict[str, Any], Path], None]
 
+# Parts of an index that are a case each.
+TABLES = ("schedule",)
+# A gradient smaller than this share of the largest one of its case is none.
+ROUNDING = 1e-9
 HERE = Path(__file__).resolve().parent
 
 
@@ -53,7 +57,7 @@ def collect(root: Path) -> list[Case]:
     for path in indices:
         index = json.loads(path.read_text())
         topic = index.get("topic", path.parent.name)
-        entries = index["cases"] + index.get("json_cases", [])
+        entries = index["cases"] + index.get("json_cases", []) + _tables(index)
         cases += [Case(topic, path.parent, _with_shared_facts(entry, index)) for entry in entries]
     return cases
 
@@ -141,12 +145,35 @@ def check(name: str, ours: Any, stored: Any, tol: Any, metric: str = "relative")
     assert fine, f"{name}: {detail} ({metric})"
 
 
+def check_gradients(ours: dict[str, Any], stored: dict[str, Tensor], tol: float) -> None:
+    """Every stored gradient against ours, each relative to its own largest entry.
+
+    What a softmax or a norm takes away again (a bias of all its scores, the one element of a
+    group) has no gradient but rounding: it is compared relative to the largest of all.
+    """
+    largest = max((_top(gradient.abs()) for gradient in stored.values()), default=0.0)
+    for name, expected in stored.items():
+        if _top(expected.abs()) < ROUNDING * largest:
+            check(f"grad.{name}", ours[name], expected, tol * largest, "absolute")
+        else:
+            check(f"grad.{name}", ours[name], expected, tol)
+
+
 def _top(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
 def _as_tensor(value: Any) -> Tensor:
     return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
+def _tables(index: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tables that stand in the index itself, as cases."""
+    return [
+        {"name": f"{name}_table", "kind": "table", **index[name]}
+        for name in TABLES
+        if isinstance(index.get(name), dict)
+    ]
 
 
 def _with_shared_facts(entry: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from octic.block import OcticBlock
 from octic.debug_models import HalvesAttentionViT, HalvesViT
@@ -27,6 +26,8 @@ from octic.mirror_models import EQUIVARIANT, HYBRID, INVARIANT
 from octic.patch_embed import OcticPatchEmbed
 from octic.vision_transformer import OcticVisionTransformer
 from tests.parity.harness import NotBuilt, check, load, strip
+from vit.attention import Attention
+from vit.block import Block
 from vit.keys import rename_published
 from vit.mirror_keys import mirrored_order
 from vit.vision_transformer import VisionTransformer
@@ -66,10 +67,10 @@ class Case:
         load_state(module, self.state)
         return module
 
-    def compare(self, out: Tensor, module: nn.Module | None = None) -> None:
+    def compare(self, out: Tensor, module: nn.Module | None = None, dim: int = -1) -> None:
         """Check the output, and where they are stored the gradients of inputs and weights."""
         names = [name for name in self.tensors if name == "out" or name.startswith("out.")]
-        parts = dict(zip(names, [out] if len(names) == 1 else out.chunk(2, dim=-1), strict=True))
+        parts = dict(zip(names, [out] if len(names) == 1 else out.chunk(2, dim=dim), strict=True))
         for name, part in parts.items():
             tol = self.case["tolerance"]
             check(f"{self.name} {name}", part, self.tensors[name], tol, metric="close")
@@ -117,17 +118,19 @@ def norm(args: Args) -> nn.Module:
     )
 
 
-def norm_per_half(c: Case) -> None:
+class NormPerHalf(nn.Module):
     """Two independent norms, in no net of the paper nor of ours: torch's own on each half."""
-    plus, minus = c.input().chunk(2, dim=-1)
-    eps = c.args.get("eps", 1e-5)
-    halves = [
-        F.layer_norm(
-            half, half.shape[-1:], c.state.get(f"{n}.weight"), c.state.get(f"{n}.bias"), eps
-        )
-        for n, half in (("ln_sym", plus), ("ln_asym", minus))
-    ]
-    c.compare(torch.cat(halves, dim=-1))
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        width, affine = args["channels"] // 2, args.get("elementwise_affine", True)
+        options = {"eps": args.get("eps", 1e-5), "elementwise_affine": affine}
+        self.ln_sym = nn.LayerNorm(width, bias=args.get("bias", True), **options)
+        self.ln_asym = nn.LayerNorm(width, bias=False, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plus, minus = x.chunk(2, dim=-1)
+        return torch.cat([self.ln_sym(plus), self.ln_asym(minus)], dim=-1)
 
 
 def pair(value: Any) -> tuple[Any, Any]:
@@ -183,22 +186,17 @@ def patch_embed(c: Case) -> None:
         scaled_bias=True,
         group=MIRROR,
     ).to(c.dtype)
-    state = strip(rename_published(c.state)[0], "patch_embed.")
-    stem.load_state_dict({name: t for name, t in state.items() if not name.startswith("norm.")})
+    if args.get("norm_layer") is not None:
+        stem.norm = OcticLayerNorm(args.get("embed_dim", 768), group=MIRROR).to(c.dtype)
+    stem.load_state_dict(strip(rename_published(c.state)[0], "patch_embed."))
     x = stem(c.input())
     if args.get("norm_layer") is not None:
-        after = OcticLayerNorm(args["embed_dim"], group=MIRROR).to(c.dtype)
-        after.load_state_dict(strip(state, "norm."))
-        x = HALF * after(x / HALF)
+        x = HALF * stem.norm(x / HALF)
+    module = nn.ModuleDict({"patch_embed": stem})
     if args.get("flatten", True):
-        x = x.flatten(1, 2)[:, mirrored_order(*x.shape[1:3])]
-        c.compare(x, nn.ModuleDict({"patch_embed": stem}))
-        return
-    plus, minus = x.chunk(2, dim=-1)
-    for name, half in (("out.0", plus), ("out.1", minus)):
-        expected = c.tensors[name]
-        tol = c.case["tolerance"]
-        check(f"{c.name} {name}", half.movedim(-1, 1), expected, tol, metric="close")
+        c.compare(x.flatten(1, 2)[:, mirrored_order(*x.shape[1:3])], module)
+    else:
+        c.compare(x.movedim(-1, 1), module, dim=1)
 
 
 def flatten_and_permute(c: Case) -> None:
@@ -222,6 +220,17 @@ def options(args: Args) -> Args:
     return found
 
 
+def scaled(net: nn.Module, args: Args) -> nn.Module:
+    """The net with the factor of the logits that a case asks for; our plain attention has none."""
+    if args.get("qk_scale") is None or args.get("use_fused_attn", False):
+        return net
+    for block in net.blocks:
+        if not isinstance(block.attn, OcticAttention):
+            raise NotBuilt("qk_scale of a plain block")
+        block.attn.qk_scale = args["qk_scale"]
+    return net
+
+
 def mirror_vit(preset: Args) -> Callable[[Args], nn.Module]:
     def make(args: Args) -> nn.Module:
         keywords = {**preset, **options(args)}
@@ -229,7 +238,7 @@ def mirror_vit(preset: Args) -> Callable[[Args], nn.Module]:
         keywords["attention_mixer"] = args.get("use_attn_mixer", False)
         if preset is EQUIVARIANT and args.get("use_symmetrized_asym_feats", False):
             keywords["invariant"] = "power_spectrum"
-        return OcticVisionTransformer(**keywords)
+        return scaled(OcticVisionTransformer(**keywords), args)
 
     return make
 
@@ -242,6 +251,26 @@ def half_of_the_blocks(preset: Args) -> Callable[[Args], nn.Module]:
     return make
 
 
+def plain_attention(args: Args) -> nn.Module:
+    if args.get("qk_scale") is not None and not args.get("fused_attn", False):
+        raise NotBuilt("qk_scale of plain attention")
+    heads, bias = args.get("num_heads", 8), args.get("qkv_bias", False)
+    return Attention(args["dim"], num_heads=heads, qkv_bias=bias)
+
+
+def plain_block(args: Args) -> nn.Module:
+    if args.get("qk_scale") is not None and not args.get("use_fused_attn", False):
+        raise NotBuilt("qk_scale of a plain block")
+    return Block(
+        args["dim"],
+        num_heads=args["num_heads"],
+        mlp_ratio=args.get("mlp_ratio", 4.0),
+        qkv_bias=args.get("qkv_bias", False),
+        init_values=args.get("init_values", 1e-4),
+        norm_eps=args.get("norm_eps", 1e-5),
+    )
+
+
 LAYERS: dict[str, Callable[[Case], None]] = {
     "Affine2": layer(lambda a: OcticScale(a["dim"], bias=a.get("bias", True), group=MIRROR)),
     "Linear2": layer(
@@ -251,16 +280,19 @@ LAYERS: dict[str, Callable[[Case], None]] = {
     ),
     "GELU2Module": layer(lambda a: OcticGELU(group=MIRROR)),
     "LayerNorm2v2": layer(norm),
-    "LayerNorm2": norm_per_half,
+    "LayerNorm2": layer(NormPerHalf),
     "Mlp2": layer(mlp),
     "Attention2": layer(attention),
+    "WrappedAttention2": layer(attention),
     "Layer_scale_init_Block2": layer(block),
+    "Attention": layer(plain_attention),
+    "Layer_scale_init_Block": layer(plain_block),
     "PatchEmbed2": patch_embed,
     "FlattenAndPermuteBCHWGrid": flatten_and_permute,
     "d2_vit_models": layer(mirror_vit(EQUIVARIANT)),
     "hybrid_vit_models": layer(half_of_the_blocks(HYBRID)),
     "d2_inv_early_vit_models": layer(half_of_the_blocks(INVARIANT)),
-    "debug_ultra_hybrid_vit_models": layer(lambda a: HalvesViT(**options(a))),
+    "debug_ultra_hybrid_vit_models": layer(lambda a: scaled(HalvesViT(**options(a)), a)),
 }
 
 
@@ -269,7 +301,7 @@ def run(case: Args, folder: Path) -> None:
     reference = case["reference"]
     if reference["class"] == "vit_models":
         kind = HalvesAttentionViT if "hybrid" in reference["source"] else VisionTransformer
-        runner = layer(lambda args: kind(**options(args)))
+        runner = layer(lambda args: scaled(kind(**options(args)), args))
     elif reference["class"] in LAYERS:
         runner = LAYERS[reference["class"]]
     else:

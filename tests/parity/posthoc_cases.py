@@ -12,7 +12,7 @@ from baselines.posthoc.groups import CopyGroup, group_name
 from baselines.posthoc.keys import published_name
 from baselines.posthoc.symmetrized import Symmetrized
 from baselines.posthoc.vision_transformer import SmallVisionTransformer
-from tests.parity.harness import check, load, strip
+from tests.parity.harness import check, check_gradients, load, strip
 from utils.symmetry import transform_image
 from vit.weights import load_state
 
@@ -23,7 +23,7 @@ def transforms(case: dict[str, Any], folder: Path) -> None:
     """Copies of a batch, pixel by pixel."""
     for dtype in DTYPES.values():
         tensors = load(case, folder, dtype)
-        ours = published_group(case["ctor"]).all_copies(tensors["in.x"])
+        ours = published_group(case["ctor"], tensors["in.x"]).all_copies(tensors["in.x"])
         check("transforms", ours, tensors["out.transforms"], case["tolerance"]["atol"], "absolute")
 
 
@@ -50,12 +50,14 @@ def aggregate(case: dict[str, Any], folder: Path) -> None:
         logits = net.aggregator(z) if on_logits else net.aggregate(z)
         loss = F.cross_entropy(logits, tensors["in.target"])
         loss.backward()
-        found = {"out.logits": logits, "out.loss": loss.reshape(1), "grad.x": z.grad}
-        for name, parameter in net.named_parameters():
-            found[f"grad.{published_name(name, case['ctor']['aggregator'])}"] = parameter.grad
-        stored = [name for name in tensors if name.startswith(("out.", "grad."))]
-        for name in stored:
-            check(name, found[name].reshape(tensors[name].shape), tensors[name], tol)
+        found = {"logits": logits, "loss": loss.reshape(1)}
+        for name, stored in strip(tensors, "out.").items():
+            check(name, found[name], stored, tol)
+        gradients = {
+            published_name(name, case["ctor"]["aggregator"]): parameter.grad
+            for name, parameter in net.named_parameters()
+        }
+        check_gradients({"x": z.grad, **gradients}, strip(tensors, "grad."), tol)
 
 
 def backbone(case: dict[str, Any], folder: Path) -> None:
@@ -86,6 +88,7 @@ def pipeline(case: dict[str, Any], folder: Path) -> None:
             ctor["aggregator"],
             form="published",
             interpolation="nearest",
+            rectangular=rectangular_of(images),
             aggregator_options=options_of(ctor),
         ).to(dtype)
         load_state(net, strip(tensors, "state."))
@@ -122,9 +125,13 @@ class Headed(nn.Module):
         return x if output_cls else self.mlp_head(x)
 
 
-def published_group(ctor: dict[str, Any]) -> CopyGroup:
+def published_group(ctor: dict[str, Any], images: Tensor) -> CopyGroup:
     name = group_name(ctor.get("n_rotations", 4), ctor.get("flips", True))
-    return CopyGroup(name, interpolation="nearest")
+    return CopyGroup(name, interpolation="nearest", rectangular=rectangular_of(images))
+
+
+def rectangular_of(images: Tensor) -> str:
+    return "refuse" if images.shape[-2] == images.shape[-1] else "crop"
 
 
 def options_of(ctor: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ Builder = Callable[[dict[str, Any], dict[str, Tensor]], Reducer]
 
 
 def hourglass(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
-    """Expedit; a negative location clusters nowhere, which is our location behind the blocks."""
-    location = given["clustering_location"]
+    """Expedit; a location that is no block clusters nowhere: ours behind the blocks."""
+    location, depth = given["clustering_location"], given["depth"]
     return make_reducer(
         "hourglass",
         form="published",
-        location=given["depth"] if location < 0 else location,
+        location=location if 0 <= location < depth else depth,
         num_clusters=given["num_cluster"],
         iterations=given["cluster_iters"],
         temperature=given["cluster_temperture"],
@@ -46,10 +46,12 @@ def evit_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def tome(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
-    """ToMe; a schedule pair is {"tuple": [r, inflection]}."""
+    """ToMe; a schedule pair is {"tuple": [r, inflection]}, a list may be longer than the depth."""
     r, inflection = given["r"], 0.0
     if isinstance(r, dict):
         r, inflection = r["tuple"]
+    if isinstance(r, list):
+        r = r[: given["depth"]]
     return make_reducer(
         "tome",
         form="published",
@@ -92,13 +94,24 @@ def ats_upstream(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
     )
 
 
+def plugged(given: dict[str, Any], name: str) -> dict[str, int]:
+    """The blocks a published encoder plugs in and out again, the latter only behind the former."""
+    start, stop, depth = (
+        given[f"{name}_plug_in_index"],
+        given[f"{name}_plug_out_index"],
+        given["depth"],
+    )
+    if not 0 <= start < depth:
+        return {"start": depth, "stop": depth}
+    return {"start": start, "stop": stop if start < stop < depth else depth}
+
+
 def act(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
     """ACT with the stored projections."""
     reducer = make_reducer(
         "act",
         form="published",
-        start=given["act_plug_in_index"],
-        stop=given["act_plug_out_index"],
+        **plugged(given, "act"),
         group_queries=given["act_group_q"],
         group_keys=given["act_group_k"],
         query_hashes=given["act_q_hashes"],
@@ -116,8 +129,7 @@ def smyrf(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
     reducer = make_reducer(
         "smyrf",
         form="published",
-        start=given["smyrf_plug_in_index"],
-        stop=given["smyrf_plug_out_index"],
+        **plugged(given, "smyrf"),
         num_hashes=given["smyrf_n_hashes"],
         query_cluster_size=given["smyrf_q_cluster_size"],
         key_cluster_size=given["smyrf_k_cluster_size"],

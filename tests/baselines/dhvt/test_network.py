@@ -169,6 +169,18 @@ def test_gradients_with_and_without_recomputation():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("patch_size", [2, 4, 16])
+def test_an_image_alone_has_the_gradients_it_has_in_a_batch(patch_size):
+    """With running statistics; a batch norm of one image is where torch may misread strides."""
+    gradients = []
+    for batch in (1, 2):
+        model = net(patch_size=patch_size, img_size=3 * patch_size).double()
+        x = images(1, size=model.img_size).double().repeat(batch, 1, 1, 1).requires_grad_()
+        model(x).square().sum().div(batch).backward()
+        gradients.append([x.grad[0] * batch, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

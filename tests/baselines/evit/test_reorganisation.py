@@ -55,6 +55,17 @@ def test_which_rate_decides():
             tokens_to_keep(10, 0.5, rate)
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 0), (2, 9)])
+def test_complement(shape):
+    """With any leading axes, the kept and the others are all there are; the others ascend."""
+    kept = torch.rand(*shape[:-1], 9).argsort(dim=-1)[..., : shape[-1]]
+    rest = complement(kept, 9)
+    assert torch.equal(
+        torch.cat([kept, rest], -1).sort(-1).values, torch.arange(9).expand(*shape[:-1], 9)
+    )
+    assert torch.equal(rest, rest.sort(-1).values)
+
+
 def test_reorganised_tokens():
     """Class token, kept ones by importance, the weighted sum of the others; nothing else."""
     x = torch.randn(2, 6, 3, dtype=torch.float64)

@@ -210,6 +210,17 @@ def test_drop_path_rises_in_convnext_alone() -> None:
     assert {b.drop_path.drop_prob for b in resmlp(drop_path_rate=0.4).blocks} == {0.4}
 
 
+@pytest.mark.parametrize("make", (convnext, isotropic))
+def test_any_width_where_that_is_allowed(make) -> None:
+    """A lawful width gives what it did; of another one the last columns go unread."""
+    net = make()
+    other = make(allow_odd=True)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x := images(net)), net(x))
+    x = images(net, width=net.img_size[1] + net.stem_size - 1)
+    assert torch.equal(other(x), net(x[..., : net.img_size[1]]))
+
+
 def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
     """Tokens at the plain scale; shifts that count, from zero."""
     net, scaled = resmlp(), resmlp(scaled_stem=True)

@@ -30,6 +30,10 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "plain_resmlp": lambda **options: shaken(PlainResMlp(**{**RESMLP, **options})),
     "plain_convnext": lambda **options: shaken(PlainConvNeXt(**{**CONVNEXT, **options})),
     "plain_isotropic": lambda **options: shaken(PlainConvNeXt(**{**ISOTROPIC, **options})),
+    "convnext_mean": lambda **options: convnext(**{**options, "downsampling": "mean"}),
+    "plain_convnext_mean": lambda **options: shaken(
+        PlainConvNeXt(**{**CONVNEXT, **options, "downsampling": "mean"})
+    ),
 }
 MIRROR_WORDS = [
     (r"lin_A1", "linear_sym"),
@@ -60,6 +64,8 @@ SPELLINGS = {
     ],
     "plain_convnext": [*PLAIN_BLOCK, *HIERARCHY],
     "plain_isotropic": [*PLAIN_BLOCK, (r"^stages\.0\.", "blocks.")],
+    "convnext_mean": [*MIRROR_WORDS, *HIERARCHY, (r"(\d\.1\.)linear\.", r"\1linear2.")],
+    "plain_convnext_mean": [*PLAIN_BLOCK, *HIERARCHY],
 }
 
 
@@ -72,7 +78,8 @@ def published(name: str, net: nn.Module) -> dict[str, Tensor]:
             theirs = re.sub(pattern, word, theirs)
         if theirs.endswith((".alpha", ".beta")) and tensor.ndim == 3:
             tensor = tensor.flatten()
-        if "pwconv" in theirs and tensor.ndim == 2:
+        pointwise = "pwconv" in theirs or theirs.endswith(".1.linear.weight")
+        if pointwise and tensor.ndim == 2:
             tensor = tensor[..., None, None]
         if name.startswith("plain") and theirs.endswith(".gamma"):
             tensor = tensor[None, :, None, None]

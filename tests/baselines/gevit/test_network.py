@@ -153,12 +153,18 @@ def _blocks(net: GEViT) -> list[nn.Module]:
     return [layer for layer in net.transformer if hasattr(layer, "attention")]
 
 
+def test_an_odd_number_of_channels():
+    net = GEViT(**{**SMALL, "num_channels": 9}).eval()
+    images = torch.randn(1, 1, 12, 12)
+    torch.testing.assert_close(net(images.rot90(1, (-2, -1))), net(images))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"img_size": 13}, r"13 x 13.*after stage 0: choose img_size.*allow_odd=True"),
         ({"img_size": 12, "window": 4}, "odd side.*4 is even"),
-        ({"num_channels": 6}, "num_channels must be a multiple of 4, not 6"),
+        ({"num_channels": 6}, "num_channels must be a multiple of 4, or 1 more, not 6"),
         ({"crop": (6, 0)}, "nothing is left of the map after the crops up to block 0 of stage 0"),
         ({"crop": (1,)}, r"crop has 1 entries for 2 blocks: \[1\]"),
         ({"expansion": (1, 2, 3)}, r"expansion has 3 entries for 2 stages"),

@@ -97,6 +97,21 @@ def test_rectangles_are_refused_or_padded_and_mirrors_take_them():
         CopyGroup("C4", rectangular="pad").all_copies(torch.randn(1, 3, 8, 11))
 
 
+def test_cropped_rectangles_keep_their_frame():
+    wide = torch.randn(1, 3, 6, 10)
+    group = CopyGroup("C4", interpolation="nearest", rectangular="crop", fill=7.0)
+    copies = group.all_copies(wide)
+    assert torch.equal(copies[:, 2], wide.flip((-2, -1)))
+    # The middle square turns as a square does, what lies above and below is lost.
+    assert torch.equal(copies[:, 1, :, :, 2:8], wide[..., 2:8].rot90(1, (-2, -1)))
+    assert (copies[:, 1, :, :, :2] == 7).all() and (copies[:, 1, :, :, 8:] == 7).all()
+    assert [element.name for element in group.elements] == ["e", "rr"]
+    with pytest.raises(ValueError, match="cannot be turned back"):
+        group.undo(copies[:, 1].movedim(1, -1), 1)
+    with pytest.raises(ValueError, match="goes with interpolation=nearest"):
+        CopyGroup("C4", rectangular="crop")
+
+
 def test_the_way_back_undoes_a_copy():
     x = images(8)
     group = CopyGroup("D4")
@@ -115,7 +130,7 @@ def test_other_options_are_refused():
     with pytest.raises(ValueError, match="unknown interpolation 'cubic'; known: bilinear, nearest"):
         CopyGroup("D4", interpolation="cubic")
     with pytest.raises(ValueError, match="unknown rectangular"):
-        CopyGroup("D4", rectangular="crop")
+        CopyGroup("D4", rectangular="cut")
     for fill in ("black", [0.0, "x"], [], float("nan"), None, True):
         with pytest.raises(ValueError, match="fill must be a number, or a list with one per"):
             CopyGroup("C8", fill=fill)

@@ -319,3 +319,10 @@ def test_merged_tokens_count_in_the_mean():
     wrapped = Reduced(net, make_reducer("tome", r=[0] * 5 + [20])).eval()
     pooled = wrapped.forward_head(wrapped.forward_features(images()), pre_logits=True)
     torch.testing.assert_close(net.head(pooled), wrapped(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_published_merging_takes_the_mean_of_what_is_left():
+    net = net_of("pooled")
+    wrapped = Reduced(net, make_reducer("tome", form="published", r=[0] * 5 + [20])).eval()
+    left = wrapped.inspect(images()).tokens
+    torch.testing.assert_close(wrapped(images()), net.forward_head(left), rtol=1e-4, atol=1e-5)
