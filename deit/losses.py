@@ -16,6 +16,11 @@ LOSSES = ("bce", "ce")
 KINDS = ("soft", "hard")
 
 
+def present_classes(targets: Tensor, logits: Tensor) -> Tensor:
+    """1 for every class with a share in the target, else 0: [B C], of the logits' dtype."""
+    return (soft_targets(targets, logits.shape[1]) > 0).to(logits.dtype)
+
+
 def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
     """Targets [B C] as they are, class indices [B] as one-hot rows."""
     return targets if targets.ndim == 2 else F.one_hot(targets, num_classes).float()
@@ -32,8 +37,7 @@ def classification_loss(
     evenly over the classes, while mixed targets bring their own.
     """
     if loss == "bce":
-        wanted = (soft_targets(targets, logits.shape[1]) > 0).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, wanted)
+        return F.binary_cross_entropy_with_logits(logits, present_classes(targets, logits))
     if targets.ndim == 2:
         return F.cross_entropy(logits, targets.to(logits.dtype))
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
@@ -43,11 +47,12 @@ def cosub_loss(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
     """Two subnetworks' logits [B C] against the targets and each other (Touvron et al. 2023).
 
     Drop path makes the subnetworks: the same images go through the network twice. Each also learns
-    what the other says, through which no gradient flows.
+    what the other says, through which no gradient flows. targets: a share [B C] in [0, 1] of each
+    class for itself, taken as it is.
     """
-    told = classification_loss(first, targets) + classification_loss(second, targets)
-    shared = F.binary_cross_entropy_with_logits(first, second.detach().sigmoid())
-    shared = shared + F.binary_cross_entropy_with_logits(second, first.detach().sigmoid())
+    bce = F.binary_cross_entropy_with_logits
+    told = bce(first, targets) + bce(second, targets)
+    shared = bce(first, second.detach().sigmoid()) + bce(second, first.detach().sigmoid())
     return 0.25 * (told + shared)
 
 

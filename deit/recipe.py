@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from deit.augment import ThreeAugment, TimmAugmentation
 from deit.fast_augment import FastThreeAugment
-from deit.losses import LOSSES, Distillation, classification_loss, cosub_loss, wide
+from deit.losses import (
+    LOSSES,
+    Distillation,
+    classification_loss,
+    cosub_loss,
+    present_classes,
+    wide,
+)
 from deit.mixing import Collate, Mixing
 from deit.param_groups import freeze, param_groups
 from deit.schedules import Schedules
@@ -190,7 +197,7 @@ class DeiT(nn.Module):
         images, targets = batch["images"], batch["targets"]
         if self.cosub:
             first, second = self._logits(torch.cat([images, images]))[0].chunk(2)
-            return {"loss": cosub_loss(first, second, targets)}
+            return {"loss": cosub_loss(first, second, present_classes(targets, first))}
         logits, student = self._logits(images)
         loss = classification_loss(logits, targets, loss=self.loss, smoothing=self.smoothing)
         if self.distillation is None:

@@ -15,6 +15,7 @@ from dinov2.losses import at_least_float32
 class DINOHead(nn.Module):
     """logits = W (MLP(x) / |MLP(x)|), the rows of W of trainable length; [B D] -> [B K].
 
+    mlp_bias: whether the layers of the MLP have biases; W has none.
     Parameter names are the published ones: `mlp.0/2/4.*` (`mlp.*` for one layer),
     `last_layer.weight_g`, `last_layer.weight_v`.
     """
@@ -27,6 +28,7 @@ class DINOHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         num_layers: int = 3,
+        mlp_bias: bool = True,
     ) -> None:
         super().__init__()
         sizes = {
@@ -40,10 +42,12 @@ class DINOHead(nn.Module):
                 raise ValueError(f"{name} of a head must be at least 1, not {size}")
         self.num_prototypes = num_prototypes
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
-        linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        linears = [nn.Linear(a, b, bias=mlp_bias) for a, b in pairs]
         for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            if mlp_bias:
+                nn.init.zeros_(linear.bias)
         layers: list[nn.Module] = [linears[0]]
         for linear in linears[1:]:
             layers += [nn.GELU(), linear]

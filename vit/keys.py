@@ -139,7 +139,7 @@ def to_published(name: str, *, octic: bool = True, deit: bool = False) -> str:
     if octic and name in TOKENS:
         return f"{name}.0"
     if deit:
-        return re.sub(r"\.ls([12])(\.gamma)?", r".gamma_\1", name)
+        return re.sub(r"(^|\.)ls([12])(\.gamma)?", r"\1gamma_\2", name)
     return name
 
 

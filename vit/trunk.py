@@ -279,11 +279,11 @@ class Trunk(nn.Module):
     ) -> tuple[Any, ...]:
         """Patch tokens (or pairs with the class token) of the last n or the listed blocks.
 
-        DINOv2's spelling: [B N D] each, or [B D h w] with `reshape`.
+        DINOv2's spelling, in the order of the blocks: [B N D] each, or [B D h w] with `reshape`.
         """
         found = self.forward_intermediates(
             x,
-            indices=n,
+            indices=sorted(take_indices(n, self.depth)),
             return_prefix_tokens=True,
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",

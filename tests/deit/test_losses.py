@@ -43,6 +43,13 @@ def test_cosub_of_equal_halves_has_no_gradient_between_them():
     torch.testing.assert_close(first.grad, alone.grad)
 
 
+def test_cosub_is_linear_in_the_targets():
+    ends = [cosub_loss(LOGITS, LOGITS, mixed(share)) for share in (0.0, 1.0)]
+    torch.testing.assert_close(
+        cosub_loss(LOGITS, LOGITS, mixed(0.25)), 0.75 * ends[0] + 0.25 * ends[1]
+    )
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_teacher_that_agrees_asks_for_nothing_or_for_more_of_the_same(kind):
     distillation = Distillation(teacher=nn.Identity, kind=kind, tau=3.0)

@@ -32,5 +32,11 @@ def test_a_head_without_layers_or_prototypes_is_refused():
         DINOHead(6, num_prototypes=0)
 
 
+def test_without_biases_only_the_direction_of_a_token_counts_in_one_layer():
+    head, x = make_head(num_layers=1, mlp_bias=False), torch.randn(5, 6)
+    assert [name for name, _ in head.named_parameters() if name.endswith("bias")] == []
+    torch.testing.assert_close(head(7 * x), head(x))
+
+
 def test_an_empty_batch_passes():
     assert make_head()(torch.empty(0, 6)).shape == (0, 10)

@@ -192,6 +192,8 @@ def test_intermediate_layers_include_the_octic_blocks() -> None:
     assert taken[1].patches.shape == (2, 8, 8, 64)
     grids = net.get_intermediate_layers(x, n=[0, 3], reshape=True, return_class_token=True)
     assert grids[0][0].shape == (2, 64, 8, 8)
+    downwards = net.get_intermediate_layers(x, n=[3, 0], reshape=True)
+    torch.testing.assert_close(downwards, tuple(patches for patches, _ in grids))
 
 
 @pytest.mark.parametrize(

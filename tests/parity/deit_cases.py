@@ -14,9 +14,9 @@ import vit.models
 from deit.losses import classification_loss, cosub_loss
 from deit.param_groups import undecayed
 from deit.recipe import DeiT
-from deit.schedules import Schedules
+from deit.schedules import SHAPES, Schedules
 from evaluation.class_metrics import CorrectCounts
-from tests.parity.harness import check, load, strip
+from tests.parity.harness import NotBuilt, check, load, strip
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
 from utils.schedules import Constant
 from vit.keys import from_published, to_published
@@ -28,6 +28,19 @@ CONSTRUCTORS = {
     "plain": vit.models.deit_small_patch16_LS,
 }
 Case = dict[str, Any]
+SCHEDULER = {  # DeiT's own defaults
+    "sched": "cosine",
+    "lr": 5e-4,
+    "lr_noise": None,
+    "unscale_lr": False,
+    "batch_size": 64,
+    "epochs": 300,
+    "warmup_epochs": 5,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "decay_epochs": 30,
+    "decay_rate": 0.1,
+}
 
 
 def run_schedule(case: Case, folder: Path) -> None:
@@ -35,10 +48,17 @@ def run_schedule(case: Case, folder: Path) -> None:
 
     Departs from DeiT: the epoch we resume at runs at the uninterrupted run's rate, not one ahead.
     """
-    data, args = load(case, folder), case["args"]["args"]
-    build = {"epochs": args["epochs"], "epoch_length": 3, "batch_size": 2048}
-    keys = ("lr", "warmup_epochs", "warmup_lr", "min_lr")
+    data, args = load(case, folder), SCHEDULER | case["args"]["args"]
+    if args["sched"] not in SHAPES or args["lr_noise"] is not None:
+        raise NotBuilt(f"sched {args['sched']}, lr_noise {args['lr_noise']}")
+    batch_size = args["batch_size"] * case["args"].get("world_size", 1)
+    build = {"epochs": args["epochs"], "epoch_length": 3, "batch_size": batch_size}
+    keys = ("lr", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate")
     given = {key: args[key] for key in keys}
+    given |= {
+        "shape": args["sched"],
+        "lr_scaling": "none" if args["unscale_lr"] else "linear_wrt_512",
+    }
     late = Schedules(**given, update="one_epoch_late").build(**build)["lr"]
     right = Schedules(**given, update="every_epoch").build(**build)["lr"]
     exact = Schedules(**given).build(**build)["lr"]
@@ -61,37 +81,59 @@ def run_schedule(case: Case, folder: Path) -> None:
 def run_lamb(case: Case, folder: Path) -> None:
     """Trajectories of timm's Lamb against timm's and the restated apex rule, in both layouts."""
     args = case["args"]
-    for foreach in (None, False):
-        for dtype in DTYPES:
-            data = load(case, folder, dtype)
-            count = len(args["shapes"])
-            parameters = [nn.Parameter(data[f"in.param.{i}"].clone()) for i in range(count)]
-            decayed = set(args["decay_idx"])
-            groups = [
-                {"params": [parameters[i] for i in range(count) if i not in decayed]},
-                {"params": [parameters[i] for i in sorted(decayed)]},
-            ]
-            optimizer = Lamb(groups, eps=args["eps"], foreach=foreach)
-            decays = (0.0, args["weight_decay"])
-            for step in range(args["steps"]):
-                for group, decay in zip(optimizer.param_groups, decays, strict=True):
-                    group["lr"], group["weight_decay"] = args["lr"][step], decay
-                gradients = [data[f"in.grad.{step}.{i}"] for i in range(count)]
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient.clone()
-                norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
-                check(
-                    "norm",
-                    norm,
-                    data[f"out.apex.global_grad_norm.{step}"],
-                    case["tolerance"],
-                    "floored",
-                )
-                optimizer.step()
-                for which in ("apex", "timm"):
-                    for i, parameter in enumerate(parameters):
-                        name = f"out.{which}.param.{step}.{i}"
-                        check(name, parameter, data[name], case["tolerance"], "floored")
+    options = {"apex": apex_options(args.get("apex_kw", {})), "timm": args.get("timm_kw", {})}
+    same = options["apex"] == options["timm"]
+    for which in ("both",) if same else tuple(options):
+        names = tuple(options) if same else (which,)
+        for foreach in (None, False):
+            for dtype in DTYPES:
+                run_trajectory(case, load(case, folder, dtype), names, foreach, options[names[0]])
+
+
+def run_trajectory(
+    case: Case,
+    data: dict[str, Tensor],
+    names: tuple[str, ...],
+    foreach: bool | None,
+    options: dict[str, Any],
+) -> None:
+    """All steps of one case with one set of options, against the trajectories of these names."""
+    args, tol = case["args"], case["tolerance"]
+    count = len(args["shapes"])
+    parameters = [nn.Parameter(data[f"in.param.{i}"].clone()) for i in range(count)]
+    groups = [
+        {"params": [p for i, p in enumerate(parameters) if (i in args["decay_idx"]) == decayed]}
+        for decayed in (False, True)
+    ]
+    optimizer = Lamb(
+        [g for g in groups if g["params"]], eps=args["eps"], foreach=foreach, **options
+    )
+    decayed = {id(p) for p in groups[1]["params"]}
+    for step in range(args["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = args["lr"][step]
+            group["weight_decay"] = args["weight_decay"] * (id(group["params"][0]) in decayed)
+        gradients = [data[f"in.grad.{step}.{i}"] for i in range(count)]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        check("norm", norm, data[f"out.apex.global_grad_norm.{step}"], tol, "floored")
+        optimizer.step()
+        for which in names:
+            for i, parameter in enumerate(parameters):
+                name = f"out.{which}.param.{step}.{i}"
+                check(name, parameter, data[name], tol, "floored")
+
+
+def apex_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of apex's FusedLAMB in timm's spelling."""
+    if not given.get("adam_w_mode", True):
+        raise NotBuilt("LAMB with weight decay in the gradient")
+    spelling = {"use_nvlamb": "always_adapt"}
+    options = {spelling.get(k, k): v for k, v in given.items() if k != "adam_w_mode"}
+    if "max_grad_norm" in options:
+        options["max_grad_norm"] = options["max_grad_norm"] or None
+    return options
 
 
 def run_targets(case: Case, folder: Path) -> None:
@@ -134,7 +176,11 @@ def run_cosub(case: Case, folder: Path) -> None:
 
 
 def run_decay_groups(case: Case, folder: Path) -> None:
-    """Which parameters decay, by published names (compilation changes no name of ours)."""
+    """Which parameters decay, by published names (compilation changes no name of ours).
+
+    Departs from DeiT: there a compiled plain ViT decays its positions and its class token, whose
+    names it no longer knows.
+    """
     for entry in json.loads((folder / case["file"]).read_text()):
         model = make_model(entry["model"])
         octic_names = entry["model"]["family"] != "plain"
@@ -143,6 +189,9 @@ def run_decay_groups(case: Case, folder: Path) -> None:
             key: {name.removeprefix("_orig_mod.") for name in entry[key]}
             for key in ("no_decay", "decay")
         }
+        if entry["compiled_prefix"] and not octic_names:
+            lost = {"pos_embed", "cls_token"} & groups["decay"]
+            groups = {"no_decay": groups["no_decay"] | lost, "decay": groups["decay"] - lost}
         for name, _ in model.named_parameters():
             theirs = to_published(name, octic=octic_names, deit=True)
             assert theirs in groups["no_decay" if name in exempt else "decay"], name
@@ -224,6 +273,9 @@ def make_model(model: dict[str, Any]) -> nn.Module:
     """The network of a case."""
     spelling = {"init_scale": "init_values"}
     keywords = {spelling.get(k, k): v for k, v in model.items() if k != "family"}
+    pooled = keywords.pop("global_pool", False)
+    if pooled and model["family"] != "plain":  # which the plain one takes and does not read
+        keywords |= {"global_pool": "avg", "class_token": False}
     return CONSTRUCTORS[model["family"]](**keywords)
 
 
@@ -242,6 +294,6 @@ RUNNERS = {
         "targets": run_targets,
         "cosub": run_cosub,
         "deit": run_steps,
-        "deit_weight_decay_groups": run_decay_groups,
+        "deit_weight_decay_groups*": run_decay_groups,
     }.items()
 }

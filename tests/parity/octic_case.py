@@ -4,6 +4,7 @@ Stored features come as five tensors A1 A2 B1 B2 [... C], E [... 2 2C]; side by 
 after the other, they are our storage.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Case:
         return {
             k.removeprefix("state."): v for k, v in self.tensors.items() if k.startswith("state.")
         }
+
+    def has_other_token_parts(self) -> bool:
+        """Whether a stored token is not zero beyond its invariant part."""
+        parts = {k: v for k, v in self.state().items() if re.match(r"\w+_tokens?\.[1-7]$", k)}
+        return any(bool(value.any()) for value in parts.values())
 
     def loaded(self, module: nn.Module) -> nn.Module:
         module = module.to(self.dtype).eval()

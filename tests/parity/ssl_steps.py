@@ -11,7 +11,7 @@ import vit.models
 from dinov2.crops import MultiCrop
 from dinov2.masking import padded_mask_rows
 from dinov2.recipe import DINOv2
-from tests.parity.harness import check, load, strip
+from tests.parity.harness import NotBuilt, check, load, strip
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
 from vit.keys import from_published, to_published
 
@@ -20,7 +20,8 @@ CONSTRUCTORS = {
     "invariant": octic.models.d8_inv_early_dinov2_vit_small_patch16,
     "plain": vit.models.dinov2_vit_small_patch16,
 }
-UNUSED = ("family", "block_chunks", "ffn_layer", "proj_bias", "ffn_bias")
+FIXED = {"ffn_layer": "mlp", "proj_bias": True, "ffn_bias": True}  # of the plain family
+UNUSED = ("family", "block_chunks", *FIXED)
 # What the published octic class takes and does not read.
 UNREAD_BY_OCTIC = (
     *("in_chans", "qkv_bias", "init_values", "layerscale", "octic_equi_break_layer"),
@@ -36,6 +37,9 @@ LOSSES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot
 
 def make_backbone(model: dict[str, Any], **overrides: Any) -> nn.Module:
     """The network of a case."""
+    changed = {k: v for k, v in model.items() if k in FIXED and v != FIXED[k]}
+    if model["family"] == "plain" and changed:
+        raise NotBuilt(f"a plain ViT with {changed}")
     unused = UNUSED if model["family"] == "plain" else (*UNUSED, *UNREAD_BY_OCTIC)
     keywords = {SPELLING.get(k, k): v for k, v in model.items() if k not in unused}
     return CONSTRUCTORS[model["family"]](**keywords | overrides)
@@ -121,9 +125,9 @@ def make_recipe(args: dict[str, Any]) -> DINOv2:
         patch_embed_lr_multiplier=optim.get("patch_embed_lr_mult", 0.2),
         published_param_groups=True,
         crops=MultiCrop(
-            global_crops_size=crops["global_crops_size"],
-            local_crops_size=crops["local_crops_size"],
-            local_crops_number=crops["local_crops_number"],
+            global_crops_size=crops.get("global_crops_size", 224),
+            local_crops_size=crops.get("local_crops_size", 96),
+            local_crops_number=crops.get("local_crops_number", 8),
         ),
     )
 

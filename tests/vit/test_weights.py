@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import octic  # noqa: F401  (registers the models)
-from vit.keys import from_published, to_published
+from vit.keys import from_published, rename_published, to_published
 from vit.weights import load_state, load_weights, read_state
 
 LAYOUTS = json.loads(
@@ -62,6 +62,13 @@ def published_spelling(net: nn.Module, deit: bool) -> dict[str, Tensor]:
             for part in range(1, 5 if deit else 8):
                 state[f"{name}.{part}"] = torch.zeros_like(tensor)
     return state
+
+
+@pytest.mark.parametrize("ours", ["ls1.gamma", "ls2.alpha_A1", "blocks.3.ls1.gamma"])
+def test_a_published_layer_scale_is_found_again_in_a_net_or_a_block_of_its_own(ours):
+    published = to_published(ours, deit=True)
+    assert "gamma_" in published and "ls" not in published
+    assert list(rename_published({published: torch.ones(1)})[0]) == [ours]
 
 
 CONTENTS = {
