@@ -63,12 +63,13 @@ class ClassCounts:
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """Count one batch: scores [H B C], labels [B]."""
-        best = scores.topk(max(self.top.values()), dim=-1).indices
+        first, best = _best_classes(scores, max(self.top.values()))
         hits = (best == labels[:, None]).cumsum(-1)
         classes = labels.expand(len(scores), -1)
         for k, width in self.top.items():
-            self.correct[k].scatter_add_(1, classes, hits[..., width - 1])
-        self.predicted.scatter_add_(1, best[..., 0], torch.ones_like(best[..., 0]))
+            hit = (first == labels).long() if width == 1 else hits[..., width - 1]
+            self.correct[k].scatter_add_(1, classes, hit)
+        self.predicted.scatter_add_(1, first, torch.ones_like(first))
         self.total.scatter_add_(0, labels, torch.ones_like(labels))
 
     def reduce(self) -> None:
@@ -114,10 +115,11 @@ class AnyMatchCounts:
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """Count one batch: scores [H B C], labels [B L] padded with -1."""
-        best = scores.topk(max(self.top.values()), dim=-1).indices
+        first, best = _best_classes(scores, max(self.top.values()))
         hits = (best[..., None] == labels[:, None, :]).any(-1)
         for k, width in self.top.items():
-            self.correct[k] += hits[..., :width].any(-1).sum(-1)
+            hit = (first[..., None] == labels) if width == 1 else hits[..., :width]
+            self.correct[k] += hit.any(-1).sum(-1)
         self.total += (labels != NO_LABEL).any(-1).sum()
 
     def reduce(self) -> None:
@@ -140,10 +142,11 @@ class CorrectCounts:
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """Count one batch: scores [B C], labels [B]."""
-        best = scores.topk(max(self.top.values()), dim=1).indices
+        first, best = _best_classes(scores, max(self.top.values()))
         hits = best == labels[:, None]
         for k, width in self.top.items():
-            self.correct[k] += int(hits[:, :width].sum())
+            hit = first == labels if width == 1 else hits[:, :width]
+            self.correct[k] += int(hit.sum())
         self.total += len(labels)
 
     def percentages(self) -> dict[int, float]:
@@ -202,6 +205,14 @@ def _number(path: str, count: int) -> int:
 
 def _is_list_of_classes(row: object) -> bool:
     return isinstance(row, list) and all(isinstance(c, int) and c >= 0 for c in row)
+
+
+def _best_classes(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best class [...] and the k best [... k] of scores [... C].
+
+    Among equal scores the best is the first class, as in torchmetrics; topk leaves that open.
+    """
+    return scores.argmax(-1), scores.topk(k, dim=-1).indices
 
 
 def _sum_over_ranks(counts: Tensor) -> Tensor:

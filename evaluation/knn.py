@@ -74,7 +74,7 @@ class KnnProbe:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
         if any(n == 0 for n in n_per_class_list):
             raise ValueError("n_per_class_list: 0 per class leave no neighbour; -1 means all")
-        self.ks = sorted(set(ks))
+        self.ks = list(dict.fromkeys(ks))  # as asked: the lines come in this order
         self.temperature = temperature
         self.n_per_class_list = list(n_per_class_list)
         self.num_tries = num_tries

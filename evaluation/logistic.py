@@ -1,8 +1,9 @@
 """Multinomial logistic regression with an L2 penalty, by L-BFGS over rows that come in chunks.
 
 Minimises sum_i CE(W x_i + b, y_i) + |W|^2 / (2C) with a free intercept b, divided by the number of
-rows: the objective of scikit-learn and cuML. Each rank walks through its own rows; losses and
-gradients are summed over the ranks, so no rank ever needs another's rows.
+rows: the objective of scikit-learn and cuML. For two classes these have one row of weights,
+w = W1 - W0, and penalise |w|^2, which is twice |W|^2. Each rank walks through its own rows; losses
+and gradients are summed over the ranks, so no rank ever needs another's rows.
 Letters: n rows of a chunk, N rows of all ranks, D width, K classes.
 """
 
@@ -141,7 +142,7 @@ class _Problem:
         self.places = torch.full_like(moments.counts, -1)
         self.places[self.classes] = torch.arange(len(self.classes), device=self.places.device)
         self.count = int(moments.counts.sum())
-        self.penalty = 1 / (C * self.count)
+        self.penalty = (2 if len(self.classes) == 2 else 1) / (C * self.count)
         # p (1 - p) of a softmax over K equally likely classes.
         curvature = max(len(self.classes) - 1, 1) / len(self.classes) ** 2
         self.scale = (curvature * moments.variances + self.penalty).sqrt()

@@ -116,11 +116,12 @@ def choose_rows(
 ) -> Iterator[tuple[Tensor | None, list[int]]]:
     """For each try: the training rows that may vote (None: all) and the k that make sense.
 
-    n_per_class < 0 takes every row, once. Otherwise try t seeds a generator with t and draws one
-    permutation per class in ascending label order: DINOv2's rule, so the same rows are drawn.
+    n_per_class < 0 takes every row, once, and all k as they come. Otherwise try t seeds a generator
+    with t and draws one permutation per class in ascending label order: DINOv2's rule, so the same
+    rows are drawn.
     """
     if n_per_class < 0:
-        yield None, sorted(set(ks))
+        yield None, list(dict.fromkeys(ks))
         return
     classes = labels.argsort(stable=True).split(labels.bincount().tolist())
     for attempt in range(num_tries):

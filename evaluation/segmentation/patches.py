@@ -1,6 +1,6 @@
 """One pass over images and masks: patch tokens and the labels of their pixels, into a store.
 
-Letters: B images, R resolution, h w the grid, p pixels a side of a patch, D width.
+Letters: B images, R resolution, H W their size, h w the grid, p pixels a side of a patch, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,20 +103,20 @@ def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
             f"{type(net).__name__} gives no patch tokens (features(...)[0].patches is None), so "
             "there is nothing to segment with"
         )
-    side = images.shape[-1] // net.patch_size
-    expected = (len(images), side, side, net.embed_dim)
+    height, width = images.shape[-2:]
+    expected = (len(images), height // net.patch_size, width // net.patch_size, net.embed_dim)
     if tuple(patches.shape) != expected:
         raise UserError(
             f"{type(net).__name__} gives patches of shape {list(patches.shape)} for images of "
-            f"{images.shape[-1]} pixels, not {list(expected)}"
+            f"{height} x {width} pixels, not {list(expected)}"
         )
     return patches
 
 
 def label_patches(masks: Tensor, patch_size: int) -> Tensor:
-    """Masks [B R R] as labels [B h w p^2], the pixels of a patch row by row."""
-    side = masks.shape[-1] // patch_size
-    cells = masks.view(len(masks), side, patch_size, side, patch_size)
+    """Masks [B H W] as labels [B h w p^2], the pixels of a patch row by row."""
+    rows, columns = (side // patch_size for side in masks.shape[-2:])
+    cells = masks.view(len(masks), rows, patch_size, columns, patch_size)
     return cells.permute(0, 1, 3, 2, 4).flatten(3)
 
 

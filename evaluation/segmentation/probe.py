@@ -44,12 +44,13 @@ CLASSIFIERS = ("logreg", "knn")
 class SegmentationProbe:
     """Judge a frozen net by what its patch tokens tell of each pixel; callable as a probe.
 
-    train, test: data sets with masks; a tenth of train, drawn by `seed`, chooses among the points
-    of each classifier's grid. ignore_labels: labels whose pixels count nowhere, by default those of
-    the training set. precision: the net's autocast (auto: bf16 on a GPU, as published, else fp32).
-    Features below `in_memory_gb` per process stay in memory, larger ones in nameless files below
-    `scratch_dir` (default: the output folder) as `feature_dtype`. dump_*: leave features.pth
-    (standardised), preds_<classifier>.pth and classifier.pth in the output folder.
+    train, test: data sets with masks; `val`, or else a tenth of train, drawn by `seed`, chooses
+    among the points of each classifier's grid. ignore_labels: labels whose pixels count nowhere, by
+    default those of the training set. precision: the net's autocast (auto: bf16 on a GPU, as
+    published, else fp32). Features below `in_memory_gb` per process stay in memory, larger ones in
+    nameless files below `scratch_dir` (default: the output folder) as `feature_dtype`. dump_*:
+    leave features.pth (standardised), preds_<classifier>.pth and classifier.pth in the output
+    folder.
     Departs from octic-vits: ranks share the search and the fit instead of dealing out grid points,
     a training patch's features exist once instead of once per rank, the images are in the order of
     their names, and kNN compares in fp32.
@@ -63,6 +64,7 @@ class SegmentationProbe:
         *,
         train: SegmentationDataset,
         test: SegmentationDataset,
+        val: SegmentationDataset | None = None,
         classifiers: Sequence[str] = CLASSIFIERS,
         knn: PatchKnn | None = None,
         logreg: PatchLogreg | None = None,
@@ -84,7 +86,7 @@ class SegmentationProbe:
         _check_word("standardization", [standardization], METHODS)
         _check_word("precision", [precision], ["auto", *PRECISIONS])
         _check_word("feature_dtype", [feature_dtype], FEATURE_DTYPES)
-        self.train, self.test, self.seed = train, test, seed
+        self.train, self.val, self.test, self.seed = train, val, test, seed
         known: dict[str, PatchKnn | PatchLogreg] = {
             "knn": knn or PatchKnn(),
             "logreg": logreg or PatchLogreg(),
@@ -135,8 +137,11 @@ class SegmentationProbe:
     @contextmanager
     def _extracted(self, net: Backbone, folder: Path) -> Iterator[dict[str, PatchStore]]:
         """This rank's patches of the parts train, val and test, for the duration of the block."""
-        train, val = split_images(len(self.train), seed=self.seed)
-        orders = {"train": train, "val": val, "test": list(range(len(self.test)))}
+        val = self.train if self.val is None else self.val
+        sources = {"train": self.train, "val": val, "test": self.test}
+        orders = {name: list(range(len(source))) for name, source in sources.items()}
+        if self.val is None:
+            orders["train"], orders["val"] = split_images(len(self.train), seed=self.seed)
         if not orders["val"] and any(len(c.points) > 1 for c in self.classifiers.values()):
             raise UserError(
                 f"{self.train!r}: choosing hyper-parameters takes a tenth of the training images, "
@@ -163,7 +168,7 @@ class SegmentationProbe:
                 if order:
                     extract_patches(
                         net,
-                        self.test if name == "test" else self.train,
+                        sources[name],
                         order,
                         stores[name],
                         resolution=self.resolution,
@@ -253,7 +258,9 @@ class SegmentationProbe:
             ),
             "transform": f"squash to {self.resolution} x {self.resolution}, also for the score",
             "miou": "mean over labels of targets or predictions; miou_classes: of targets alone",
-            "selection": f"first tenth of numpy's permutation, seed {self.seed}, then refit on all",
+            "selection": f"first tenth of numpy's permutation, seed {self.seed}, then refit on all"
+            if self.val is None
+            else f"{self.val!r}, then refit on all",
             "train": repr(self.train),
             "test": repr(self.test),
             "seed": self.seed,
@@ -271,7 +278,7 @@ class SegmentationProbe:
         return {
             "train_dataset_name": settings["train"],
             "test_dataset_name": settings["test"],
-            "val_dataset_name": None,
+            "val_dataset_name": None if self.val is None else repr(self.val),
             "ignore_labels": self.ignore_labels,
             "classifiers": list(self.classifiers),
             "classifiers_kwargs": settings["classifiers"],

@@ -73,6 +73,24 @@ def test_one_classifier_agrees():
     assert single.percentages() == {k: 100 * f.item() for k, f in many.fractions().items()}
 
 
+def test_the_first_of_equal_scores_is_the_answer():
+    """As in torchmetrics, for every kind of count and however many scores are equal."""
+    scores, labels = torch.zeros(1, CLASSES, CLASSES), torch.arange(CLASSES)
+    scores[..., -2:] = 1.0
+    by_class, single, several = (
+        ClassCounts(1, CLASSES),
+        CorrectCounts(CLASSES),
+        AnyMatchCounts(1, 7),
+    )
+    by_class.add(scores, labels)
+    single.add(scores[0], labels)
+    several.add(scores, labels[:, None])
+    right = [float(label == CLASSES - 2) for label in range(CLASSES)]
+    assert by_class.fractions("per_class_accuracy")[1].tolist() == [right]
+    assert single.percentages()[1] == pytest.approx(100 / CLASSES)
+    assert several.fractions()[1].item() == pytest.approx(1 / CLASSES)
+
+
 def test_any_of_several_labels_is_right():
     """Images without a label are left out."""
     scores = torch.eye(4)[None]  # image i is taken for class i

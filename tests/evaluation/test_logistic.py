@@ -55,6 +55,22 @@ def test_optimum_is_scikit_learns_along_the_grid():
         assert model.gradient < 1e-5
 
 
+@pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
+def test_two_classes_share_one_row_of_weights(C):
+    """scikit-learn penalises the difference of the two; also where a third class has no rows."""
+    rows, labels = samples()
+    labels = labels % 2
+    expected = LogisticRegression(C=C, solver="newton-cg", tol=1e-10, max_iter=2000)
+    expected.fit(rows.numpy(), labels.numpy())
+    for num_classes in (2, 3):
+        model = fit(rows, labels, C=C, num_classes=num_classes)
+        difference = (model.weight[1] - model.weight[0]).numpy()
+        np.testing.assert_allclose(difference, expected.coef_[0], atol=1e-3, rtol=1e-3)
+        assert float(model.bias[1] - model.bias[0]) == pytest.approx(
+            expected.intercept_[0], abs=0.01
+        )
+
+
 def test_float32_gives_the_same_predictions():
     rows, labels = samples()
     for C in (1e-4, 1.0, 100.0):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.parity.harness import Runner, check, load
+from tests.parity.harness import NotBuilt, Runner, check, load
 from utils.data.transforms import deit_evaluation_transform
 from vit.finetune import adapt_state
 from vit.vision_transformer import VisionTransformer
@@ -23,13 +23,14 @@ def evaltf(case: dict[str, Any], folder: Path) -> None:
 
 
 def posft(case: dict[str, Any], folder: Path) -> None:
-    """Positions of a checkpoint on the grid of a model for larger images."""
-    args = case["args"]
-    assert args["extra_tokens"] == 0
+    """Positions of a checkpoint on the grid of a model for other images."""
+    args, extra = case["args"], case["args"].get("extra_tokens", 0)
+    if extra > 1:
+        raise NotBuilt("a network with two tokens beside the patches")
     for dtype in (torch.float64, torch.float32):
         stored = load(case, folder, dtype)
         options: dict[str, Any] = {"embed_dim": args["dim"], "depth": 1, "num_heads": 1}
-        options |= {"patch_size": 4, "num_classes": 3}
+        options |= {"patch_size": 4, "num_classes": 3, "class_position": bool(extra)}
         old = VisionTransformer(img_size=4 * args["old_grid"], **options).to(dtype)
         new = VisionTransformer(img_size=4 * args["new_grid"], **options).to(dtype)
         state, _ = adapt_state(old.state_dict() | {"pos_embed": stored["in.pos_embed"]}, new)

@@ -1,5 +1,6 @@
 """Runners of the cases of topic "evaluation" about pictures: PCA maps in capi's form."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,12 +54,12 @@ def _ours(name: str, found: dict[str, Tensor], stored: Tensor) -> Tensor:
     if name.startswith("flip"):
         return torch.from_numpy(list(flips(found["sep"][0]))[int(name[-1])])
     kind = "joint" if "joint" in name else "sep"
-    head, _, component = name.partition("_c")
-    components = found[kind][int(head[-1])]
+    image, *component = map(int, re.findall(r"\d+", name))
+    components = found[kind][image]
     if name.startswith("rgb"):
         return torch.from_numpy(to_rgb(components[..., :3]))
     if name.startswith("heat"):
-        return torch.from_numpy(to_heat(components[..., int(component)]).copy())
+        return torch.from_numpy(to_heat(components[..., component[0]]).copy())
     return components.flatten(0, 1)[:, : stored.shape[1]]
 
 

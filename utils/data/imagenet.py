@@ -131,6 +131,8 @@ def write_extra(
 
     The split test is not listed: its metadata are the 100,000 official numbers. Files are replaced
     atomically. Raises UserError for a file whose name is not ImageNet's.
+    Departs from DINOv2: where the rows of labels.txt are not those of the class folders, ids and
+    names are kept whole, which are cut to the length of other rows there.
     """
     root = os.path.abspath(os.path.expanduser(root))
     extra = os.path.expanduser(extra)
@@ -197,7 +199,7 @@ def _arrays(root: str, split: str) -> dict[str, np.ndarray]:
     ids = ids[: int(images.labels.max()) + 1]
     id_array, name_array = np.array(ids), np.array([names.get(key, key) for key in ids])
     return {
-        "entries": np.array(rows, dtype=_entry_dtype(id_array.dtype.str, name_array.dtype.str)),
+        "entries": np.array(rows, dtype=_entry_dtype(*_entry_widths(ids, names))),
         "class-ids": id_array,
         "class-names": name_array,
     }
@@ -208,6 +210,18 @@ def _test_arrays() -> dict[str, np.ndarray]:
     entries["actual_index"] = np.arange(1, SIZES["test"] + 1)
     entries["class_index"] = NO_CLASS
     return {"entries": entries}
+
+
+def _entry_widths(ids: list[str], names: dict[str, str]) -> tuple[str, str]:
+    """Types of the ids and names of entries, wide enough for the class folders' own.
+
+    As in DINOv2 also for as many first rows of labels.txt, so that its files are met byte for byte.
+    """
+    first = list(names.items())[: len(ids)]
+    own = [(class_id, names.get(class_id, class_id)) for class_id in ids]
+    longest = (max(map(len, column)) for column in zip(*own, *first, strict=True))
+    class_id, class_name = (f"<U{length}" for length in longest)
+    return class_id, class_name
 
 
 def _entry_dtype(class_id: str, class_name: str) -> list[tuple[str, str]]:

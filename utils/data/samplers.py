@@ -3,7 +3,7 @@
 The default order, `shuffled`, is a function of (seed, position): position p of the run, counted
 over all ranks, is image `permutation(seed, p // N)[p % N]` of N, so every pass is a new permutation
 of all images dealt over the ranks. The other orders are those of the DINOv2 and DeiT codes, index
-for index.
+for index; `distributed` is torch's DistributedSampler, which both take.
 
 Letters: N images, R ranks, rank r.
 """
@@ -11,10 +11,12 @@ Letters: N images, R ranks, rank r.
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import count, islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import DistributedSampler
 
 SAMPLERS = (
     "shuffled",
@@ -22,6 +24,7 @@ SAMPLERS = (
     "sharded_infinite_new",
     "infinite",
     "epoch",
+    "distributed",
     "repeated_augmentation",
 )
 
@@ -67,6 +70,10 @@ def rank_indices(
         if sampler == "repeated_augmentation":
             return repeated_augmentation(
                 sample_count, epoch=number, rank=rank, world_size=world_size
+            )
+        if sampler == "distributed":
+            return distributed(
+                sample_count, seed=seed, epoch=number, rank=rank, world_size=world_size
             )
         return epoch(
             sample_count, sample_count, seed=seed, epoch=number, rank=rank, world_size=world_size
@@ -144,6 +151,27 @@ def epoch(
         return tiled[:size][rank::world_size]
     generator = np.random.default_rng(seed * epoch if seed else epoch)
     return generator.choice(tiled, size, replace=False)[rank::world_size]
+
+
+def distributed(
+    sample_count: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
+    """torch's DistributedSampler: an epoch of one rank, int64 [ceil(N / R)].
+
+    Ranks get equally many, for which the first images of the order come again.
+    """
+    images: Any = range(sample_count)  # its length alone is asked for
+    order: DistributedSampler[int] = DistributedSampler(
+        images, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed
+    )
+    order.set_epoch(epoch)
+    return torch.tensor(list(order))
 
 
 def repeated_augmentation(

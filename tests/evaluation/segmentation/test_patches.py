@@ -44,6 +44,8 @@ def test_labels_by_patch():
     cells = label_patches(mask, 2)
     assert cells.shape == (1, 2, 2, 4)
     assert cells[0, 0, 1].tolist() == [2, 3, 6, 7]
+    wide = label_patches(torch.cat([mask, mask + 20], dim=2), 2)
+    assert wide.shape == (1, 2, 4, 4) and wide[0, 1, 2].tolist() == [28, 29, 32, 33]
     labels = torch.tensor([[5, 5, 2, 2], [255, 1, 255, 1], [9, 0, 9, 9]], dtype=torch.uint8)
     assert majority_labels(labels).tolist() == [2, 1, 9]
 

@@ -10,6 +10,7 @@ import yaml
 from evaluation.judge import judge
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.patch_logreg import PatchLogreg
+from evaluation.segmentation.patches import split_images
 from evaluation.segmentation.probe import SegmentationProbe
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.segmentation.toys import ToyMasks
@@ -73,6 +74,35 @@ def test_one_classifier_and_one_point_needs_no_choice(tmp_path):
     assert set(figures) == {"knn_miou", "knn_acc", "knn_miou_classes"}
     results = json.loads((tmp_path / "results_eval_segmentation.json").read_text())["results"]
     assert list(results) == ["labels_knn_mIoU", "labels_knn_acc"]
+
+
+class Part(ToyMasks):
+    """Some images of another set, in an order of their own."""
+
+    def __init__(self, whole, order):
+        self.pixels, self.masks, self.class_names = (
+            whole.pixels[order],
+            whole.masks[order],
+            whole.class_names,
+        )
+
+
+def test_a_validation_set_of_its_own_chooses(tmp_path):
+    """It stands for the tenth, and train is then learnt from whole."""
+    whole = ToyMasks(23, seed=1)
+    rest, tenth = (Part(whole, order) for order in split_images(23))
+    apart = make_probe(train=rest, val=tenth)
+    assert apart(ToyNet(), {}, tmp_path / "a") == make_probe()(ToyNet(), {}, tmp_path / "b")
+    results = [
+        json.loads((tmp_path / name / "results_eval_segmentation.json").read_text())
+        for name in ("a", "b")
+    ]
+    assert results[0]["results"] == results[1]["results"]
+    assert results[0]["config"]["val_dataset_name"] == repr(tenth)
+    assert results[1]["config"]["val_dataset_name"] is None
+    assert "toy (2 images)" in apart.protocol["selection"]
+    one = make_probe(train=Part(whole, range(5)), val=tenth)
+    assert len(one(ToyNet(), {}, tmp_path / "c")) == 6
 
 
 def judged_in(folder):

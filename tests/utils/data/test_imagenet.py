@@ -186,6 +186,23 @@ def test_wrong_data_set_strings_are_explained(string: str, message: str) -> None
 
 def test_strings_keep_their_values() -> None:
     assert split_string("ImageNet22k:extra=b:root=") == ("ImageNet22k", {"extra": "b", "root": ""})
+    # Parsed as in DINOv2, though nothing is built of them.
+    assert split_string("ImageNet22k:split=x") == ("ImageNet22k", {"split": "x"})
+    assert split_string("ImageNet:root=a:root=b") == ("ImageNet", {"root": "b"})
+
+
+def test_names_are_kept_whole_whatever_rows_labels_txt_has(root: Path, tmp_path: Path) -> None:
+    """Fields are as wide as the published ones, of the first rows, and as what must go in."""
+    for rows, width in (
+        ("n00,a\nn01,bb\nn02,a long name\n", 11),
+        ("n00,a long name\nn01,b\nn02,c\n", 11),
+    ):
+        (root / "labels.txt").write_text(rows)
+        write_extra(root, tmp_path, splits=["train"])
+        entries = np.load(tmp_path / "entries-TRAIN.npy")
+        assert entries.dtype["class_name"] == f"<U{width}"
+        names = dict(line.split(",") for line in rows.splitlines())
+        assert [names[row["class_id"]] for row in entries] == entries["class_name"].tolist()
 
 
 def test_imagenet22k_reads_compressed_members_and_names_damaged_ones(tmp_path: Path) -> None:

@@ -4,8 +4,16 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
-from utils.data.samplers import SAMPLERS, derive_seed, rank_indices, sharded_infinite, shuffled
+from utils.data.samplers import (
+    SAMPLERS,
+    derive_seed,
+    distributed,
+    rank_indices,
+    sharded_infinite,
+    shuffled,
+)
 
 N = 600
 
@@ -89,3 +97,14 @@ def test_seeds_of_neighbours_differ() -> None:
     assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
     with pytest.raises(ValueError, match="non-negative"):
         derive_seed(-1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("count", "world_size"), [(10, 1), (10, 4), (3, 8)])
+def test_distributed_deals_every_image(shuffle: bool, count: int, world_size: int) -> None:
+    parts = [
+        distributed(count, shuffle=shuffle, seed=5, epoch=4, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert {len(part) for part in parts} == {-(-count // world_size)}
+    assert set(torch.cat(parts).tolist()) == set(range(count))
