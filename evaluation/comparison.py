@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -76,16 +77,19 @@ def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.d
 
 
 def _speed(folder: Path, run: Mapping[str, Any]) -> Figures:
-    """Seconds in the loop and images per second, from the log: over all parts of a resumed run."""
-    steps, seconds = 0, 0.0
-    images_per_step = 0.0
+    """Seconds in the loop and images per second, from the log: over all parts of a resumed run.
+
+    The rate is the median of what the log's lines tell: the first steps of a process, and whatever
+    else ran on the machine for a while, would weigh on one net alone.
+    """
+    steps, seconds, rates = 0, 0.0, []
     for line in read_metrics(folder / "metrics.jsonl"):
         if "steps_per_second" in line:
             seconds += (line["step"] - steps) / line["steps_per_second"]
             steps = line["step"]
-            images_per_step = line["images_per_second"] / line["steps_per_second"]
-    speed = steps * images_per_step / seconds if seconds else None
-    return {"steps": steps, "training time (s)": seconds, "training images/s": speed}
+            rates.append(line["images_per_second"])
+    rate = median(rates) if rates else None
+    return {"steps": steps, "training time (s)": seconds, "training images/s, median": rate}
 
 
 def _show(folder: Path, figures: Mapping[str, Figures], runs: Mapping[str, Any]) -> None:

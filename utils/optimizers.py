@@ -19,9 +19,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser of a recipe's `groups` (see `utils.training.Recipe.param_groups`).
 
-    On CUDA torch's Adam and AdamW are fused unless they are told `fused` or `foreach`. Raises
-    UserError when a trainable parameter of `recipe` is in no group or in two, and for options
-    without a meaning.
+    torch's Adam and AdamW are fused, on a CPU too, unless they are told `fused` or `foreach`.
+    Raises UserError when a trainable parameter of `recipe` is in no group or in two, and for
+    options without a meaning.
     """
     groups = [
         {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0, **g}
@@ -58,13 +58,14 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Let one kernel move an Adam's CUDA parameters, where the config leaves open how."""
+    """Let one kernel move an Adam's parameters, where the config leaves open how."""
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
         chosen = group["fused"] is not None or group["foreach"] is not None
         kinds = {(p.device.type, p.is_floating_point()) for p in group["params"]}
-        if not chosen and not group["differentiable"] and kinds == {("cuda", True)}:
+        fits = kinds in ({("cuda", True)}, {("cpu", True)})
+        if fits and not chosen and not group["differentiable"]:
             # By group and not by keyword: a gradient scaler then goes on to skip steps by itself.
             group["fused"] = True
 

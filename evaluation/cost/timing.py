@@ -127,8 +127,8 @@ class Contestant:
         if kind == INFERENCE:
             return self._infer, None
         trained = [p for p in self.net.parameters() if p.requires_grad]
-        fused = True if self.images.device.type == "cuda" else None  # the fastest there
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=fused, capturable=self.graphs)
+        # Fused, as training has it (`utils.optimizers`).
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True, capturable=self.graphs)
         return partial(self._train, optimizer), optimizer
 
     def _infer(self) -> Tensor:

@@ -148,10 +148,12 @@ def test_optimizer_state_goes_by_name():
         ("cuda", {}, True),
         ("cuda", {"fused": False}, False),
         ("cuda", {"foreach": True}, None),
-        ("cpu", {}, None),
+        ("cpu", {}, True),
+        ("cpu", {"fused": False}, False),
+        ("meta", {}, None),
     ],
 )
-def test_adamw_is_fused_on_cuda_unless_it_is_told_otherwise(device, keywords, expected):
+def test_adamw_is_fused_unless_it_is_told_otherwise(device, keywords, expected):
     with FakeTensorMode():
         recipe = nn.Linear(3, 2, device=device)
         groups = [{"params": recipe.parameters()}]
