@@ -5,13 +5,14 @@ each sample.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import ImageFilter
+from PIL import ImageFilter, ImageOps
 from PIL.Image import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
@@ -138,6 +139,9 @@ class TimmAugmentation:
         )
         if input_size <= SMALL:
             self.steps.transforms[0] = T.RandomCrop(input_size, padding=4)
+        for operation in _operations(self.steps.transforms):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
 
     def __call__(self, image: Image) -> Tensor:
         """Augment one image."""
@@ -146,3 +150,21 @@ class TimmAugmentation:
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Nothing is left to the device."""
         return batch
+
+
+def posterize(image: Image, bits: int, **_: Any) -> Image:
+    """The highest bits of every channel: all of 8, none of 0.
+
+    Stands in for timm's, which hands the 0 that its greatest magnitude means on to Pillow: newer
+    ones refuse it, older ones, which published runs had, gave a black image.
+    """
+    if bits < 1:
+        return image.point([0] * 256 * len(image.getbands()))
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def _operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:
+    """What timm's RandAugment, AutoAugment or AugMix among some steps chooses from."""
+    for step in steps:
+        for found in (*getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            yield from found if isinstance(found, list) else [found]

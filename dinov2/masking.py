@@ -63,10 +63,10 @@ def block_mask(
 ) -> Tensor:
     """A mask [h w] of rectangles: never more than `target` patches, sometimes one or two fewer.
 
-    max_block: patches of the largest rectangle; half the grid if not given.
+    max_block: patches of the largest rectangle; half the grid, in whole rows, if not given.
     """
     height, width = grid
-    max_block = 0.5 * height * width if max_block is None else max_block
+    max_block = height // 2 * width if max_block is None else max_block
     mask = torch.zeros(grid, dtype=torch.bool)
     count = 0
     while count < target:

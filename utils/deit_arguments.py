@@ -51,6 +51,7 @@ AUGMENTATION = "recipe.augmentation"
 OPTIONS = {
     "--model": Own("backbone", "any of configs/backbone, or of timm"),
     "--data-set": Own("data", "IMNET, CIFAR, INAT, INAT19, ...; sets the number of classes too"),
+    "--nb-classes": Own("backbone.num_classes", "of the classifier"),
     "--inat-category": Own("data.category", "rank that is told apart"),
     "--opt": Own("optimizer", f"{', '.join(OPTIMIZERS)}, or a class such as torch.optim.AdamW"),
     "--opt-betas": Own("optimizer.betas", "two numbers", 2),
@@ -68,12 +69,13 @@ OPTIONS = {
     "--mixup-prob": Own("recipe.mixing.probability", "that a batch is mixed"),
     "--mixup-switch-prob": Own("recipe.mixing.switch_probability", "that it is CutMix"),
     "--mixup-mode": Own("recipe.mixing.mode", "batch, pair or elem"),
+    "--smoothing": Own("recipe.smoothing", "of labels; without --bce-loss, recipe.loss=ce"),
     "--distillation-type": Own("recipe.distillation.kind", ", ".join(DISTILLATIONS)),
     "--distillation-alpha": Own("recipe.distillation.alpha", "the teacher's share of the loss"),
     "--distillation-tau": Own("recipe.distillation.tau", "temperature of soft"),
     "--teacher-model": Own("recipe.distillation.teacher", "a network of timm (regnety_160)"),
     "--teacher-path": Own("recipe.distillation.weights", "its weights (timm's own)"),
-    "--aa": Own(f"{AUGMENTATION}.auto_augment", "RandAugment, without 3-Augment"),
+    "--aa": Own(f"{AUGMENTATION}.auto_augment", "RandAugment, unless --ThreeAugment"),
     "--train-interpolation": Own(f"{AUGMENTATION}.interpolation", "without 3-Augment"),
     "--reprob": Own(f"{AUGMENTATION}.erase_probability", "random erasing, without 3-Augment"),
     "--remode": Own(f"{AUGMENTATION}.erase_mode", "what is filled in, without 3-Augment"),
@@ -132,6 +134,7 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         *_optimizer_words(given),
         *_mixing_words(given),
         *_distillation_words(given),
+        *_loss_words(given, rest),
     ]
     model = given.pop("--model", [""])[0]
     augmentation = {name: given.pop(name) for name in list(given) if _is_augmentation(name)}
@@ -140,7 +143,11 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         words = [*_model_words(model, words, rest), *words]
     if augmentation:
         target = _composed([*words, *rest])["recipe"]["augmentation"]["_target_"]
-        if str(target).endswith("ThreeAugment"):
+        three = str(target).endswith("ThreeAugment")
+        if three and "--aa" in augmentation and "--ThreeAugment" not in argv:
+            words.append(f"{AUGMENTATION}._target_='deit.augment.TimmAugmentation'")
+            three = False
+        if three:
             notes += [
                 f"{name} has no effect with 3-Augment, in DeiT either" for name in augmentation
             ]
@@ -257,6 +264,12 @@ def _mixing_words(given: dict[str, list[str]]) -> list[str]:
     for name in [name for name in given if OPTIONS[name].key.startswith("recipe.mixing.")]:
         del given[name]
     return ["recipe.mixing=null"]
+
+
+def _loss_words(given: Mapping[str, list[str]], rest: Sequence[str]) -> list[str]:
+    """Labels are smoothed for the cross entropy, which DeiT takes unless --bce-loss is said."""
+    smooth = not _is_zero(given.get("--smoothing", ["0"])[0])
+    return ["recipe.loss=ce"] if smooth and "--bce-loss" not in rest else []
 
 
 def _distillation_words(given: dict[str, list[str]]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from deit.augment import SMALL, GaussianBlur, ThreeAugment, TimmAugmentation
+from deit.augment import SMALL, GaussianBlur, ThreeAugment, TimmAugmentation, posterize
 from deit.mixing import Collate, Mixing
 from utils.data.sources import seed_everything
 
@@ -36,6 +36,20 @@ def test_size_and_reproducibility(make):
     assert first.shape == (3, side, side) and first.dtype == torch.float32
     assert torch.equal(first, augment(transform, 1))
     assert not torch.equal(first, augment(transform, 2))
+
+
+@pytest.mark.parametrize("bits", range(9))
+def test_posterize_keeps_the_highest_bits(bits):
+    expected = np.asarray(IMAGE) & np.uint8(256 - 2 ** (8 - bits) if bits else 0)
+    assert np.array_equal(np.asarray(posterize(IMAGE, bits)), expected)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n6-inc1", "original", "augmix-m10"])
+def test_every_magnitude_of_timms_policies_gives_an_image(policy):
+    """The greatest one asks for no bits at all, which Pillow refuses."""
+    transform = TimmAugmentation(input_size=8, auto_augment=policy)
+    for seed in range(60):
+        assert augment(transform, seed).isfinite().all()
 
 
 def test_one_of_the_three_is_always_applied():

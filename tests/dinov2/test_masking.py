@@ -27,6 +27,16 @@ def test_the_same_generator_gives_the_same_masks():
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(("size", "patch"), [(224, 16), (224, 14), (98, 14), (518, 14), (96, 32)])
+def test_the_largest_block_is_the_published_one(size, patch):
+    """DINOv2 says it in pixels, evaluated from left to right: it rounds odd grids down."""
+    side, largest = size // patch, 0.5 * size // patch * size // patch
+    for seed in range(20):
+        target, same = int(0.5 * side * side), random.Random(seed)
+        published = block_mask((side, side), target, random.Random(seed), max_block=largest)
+        assert torch.equal(block_mask((side, side), target, same), published)
+
+
 def test_half_of_the_images_are_masked_within_the_ratios():
     masks = MaskSampler().sample(20, (14, 14), torch.Generator().manual_seed(0))
     counts = masks.sum(dim=1)

@@ -54,6 +54,45 @@ def test_the_published_command(capsys):
     assert "--reprob has no effect with 3-Augment, in DeiT either" in capsys.readouterr().out
 
 
+# Its commands for fine-tuning B/16 at 384 pixels and, after ImageNet-21k, at 224.
+FINETUNE = (
+    "--model deit_base_patch16_LS --data-path data --batch 32 --lr 1e-5 --epochs 20 "
+    "--weight-decay 0.1 --sched cosine --input-size 384 --eval-crop-ratio 1.0 --reprob 0.0 "
+    "--smoothing 0.1 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 --seed 0 --opt adamw "
+    "--warmup-lr 1e-6 --mixup .8 --drop-path 0.15 --cutmix 1.0 --unscale-lr --no-repeated-aug "
+    "--aa rand-m9-mstd0.5-inc1 --finetune model.pth"
+)
+AFTER_21K = (
+    "--model deit_base_patch16_LS --batch 64 --lr 0.0003 --epochs 50 --weight-decay 0.02 "
+    "--reprob 0.0 --smoothing 0.1 --nb-classes 1000 --opt fusedlamb --mixup 0 --drop-path 0.15 "
+    "--cutmix 1.0 --unscale-lr --no-repeated-aug --color-jitter 0.3 --ThreeAugment --src"
+)
+
+
+def test_the_run_file_of_the_fine_tuning_is_the_published_command():
+    """The command alone has the batch, the schedule's form and the precision of ours."""
+    file = parse("--config-file configs/deit/finetune.yaml data.root=data --finetune model.pth")
+    said = parse(FINETUNE)
+    for config in (file, said):
+        del config["name"], config["output_dir"], config["checkpoint"], config["probe_every"]
+        assert config["training"].pop("precision") in ("fp16", "auto")
+        assert config["recipe"].pop("effective_batch_size") in (512, 2048)
+        assert config["recipe"].pop("sampler") in ("distributed", "shuffled")
+        assert config["recipe"]["schedules"].pop("update") in ("one_epoch_late", "every_step")
+        config["recipe"]["augmentation"].pop("color_jitter", None)  # none beside RandAugment
+        config["backbone"].pop("num_classes", None)  # 1000 is its own
+    assert said == file
+
+
+def test_cross_entropy_and_randaugment_are_meant_where_nothing_else_can_be():
+    recipe = parse(AFTER_21K)["recipe"]
+    assert (recipe["loss"], recipe["smoothing"], recipe["mixing"]["mixup"]) == ("ce", 0.1, 0)
+    assert recipe["augmentation"]["crop"] == "simple"
+    assert recipe["augmentation"]["_target_"].endswith("ThreeAugment")
+    both = parse(FINETUNE + " --ThreeAugment --bce-loss --smoothing 0")["recipe"]
+    assert both["augmentation"]["_target_"].endswith("ThreeAugment") and both["loss"] == "bce"
+
+
 def test_every_flag_of_deit_is_known():
     from utils.flags import FLAGS
 
