@@ -306,7 +306,7 @@ class _ResidualNorm(torch.autograd.Function):
             return dx, dx.to(ctx.branch_dtype), None, dshift, *[None] * 5, *dscales
         arguments = (total, scales, shift, *ctx.arguments, ctx.branch_dtype)
         dx, dbranch, dscales, dshift = _residual_norm_backward(grad, past, *arguments)
-        dbranch = dbranch if dbranch.numel() == dx.numel() else dx
+        dbranch = dx if ctx.branch_dtype == total.dtype else dbranch
         dshift = None if shift is None else dshift
         return dx, dbranch, None, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
 

@@ -1,4 +1,4 @@
-"""What autocast asks of our operators."""
+"""What autocast, and who chose the format of float32 products, ask of our operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants matrix products in on x's device; None where it is off."""
+    """The dtype that autocast wants products of x in; None where it is off or leaves float64 be."""
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -21,3 +21,9 @@ def without_autocast(function: Callable, x: Tensor, *arguments: Any) -> Any:
         return function(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
         return function(x, *arguments)
+
+
+def float32_products() -> str:
+    """What the user wants float32 products on CUDA in: `ieee`, exact, or `tf32`."""
+    # torch.get_float32_matmul_precision() raises where this very setting was used.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -27,8 +27,10 @@ def add_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    token = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ACROSS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    token = (program // ACROSS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = program % ACROSS * BLOCK_C + tl.arange(0, BLOCK_C)
     offsets = token[:, None] * WIDTH + channel[None, :]
     mask = (token < rows)[:, None] & (channel < C)[None, :]
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
@@ -44,7 +46,7 @@ def add(y: Tensor, bias: Tensor) -> None:
     rows = max(1, TILE // block)
     if not y.numel():
         return
-    add_kernel[(ceil_div(channels, block), ceil_div(len(y), rows))](
+    add_kernel[(ceil_div(channels, block) * ceil_div(len(y), rows),)](
         *(y, bias.contiguous(), len(y)),
         WIDTH=y.shape[1],
         C=channels,

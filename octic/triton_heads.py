@@ -51,8 +51,10 @@ def split_kernel(
     RUN: tl.constexpr,
 ):
     HEAD: tl.constexpr = LINES * LINE + PLANES * PLANE
-    part = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ACROSS: tl.constexpr = (HEADS * HEAD + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    part = program // ACROSS % PARTS
+    column = program % ACROSS * BLOCK_C + tl.arange(0, BLOCK_C)
     head, inner = column // HEAD, column % HEAD
     source = ((inner // LINE) * PARTS + part) * (HEADS * LINE) + head * LINE + inner % LINE
     if PLANES > 0:
@@ -64,7 +66,7 @@ def split_kernel(
         inside = (source < BIASED) & (column < HEADS * HEAD)
         bias = tl.load(bias_ptr + source, mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(ROUNDS):
-        token, valid = _tokens(tl.program_id(2) * ROUNDS + k, rows, BLOCK_R)
+        token, valid = _tokens(program // (ACROSS * PARTS) * ROUNDS + k, rows, BLOCK_R)
         mask = valid & (column < HEADS * HEAD)[None, :]
         value = tl.load(x_ptr + token * (PARTS * HEADS * HEAD) + source[None, :], mask=mask)
         if BIASED > 0:
@@ -98,7 +100,9 @@ def join_kernel(
     RUN: tl.constexpr,
 ):
     HEAD: tl.constexpr = LINES * LINE + PLANES * PLANE
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ACROSS: tl.constexpr = (PARTS * HEADS * HEAD + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    column = program % ACROSS * BLOCK_C + tl.arange(0, BLOCK_C)
     index = column // LINE  # of (row, part, head)
     head, part = index % HEADS, index // HEADS % PARTS
     inner = index // (PARTS * HEADS) * LINE + column % LINE
@@ -111,7 +115,7 @@ def join_kernel(
         inner = tl.where(rest < 0, inner, in_planes)
     source = tl.max_contiguous(tl.multiple_of(head * HEAD + inner, RUN), RUN)
     for k in tl.static_range(ROUNDS):
-        token, valid = _tokens(tl.program_id(1) * ROUNDS + k, rows, BLOCK_R)
+        token, valid = _tokens(program // ACROSS * ROUNDS + k, rows, BLOCK_R)
         mask = valid & (column < PARTS * HEADS * HEAD)[None, :]
         offsets = token * (HEADS * HEAD) + source[None, :]
         value = tl.load(first_ptr + offsets, mask=mask & (part == 0)[None, :], other=0.0)
@@ -140,7 +144,7 @@ def split(
     arguments = options(heads, tuple(widths), parts, heads * head)
     read = (x, x if bias is None else bias.contiguous())
     arguments = arguments | {"BIASED": 0 if bias is None else len(bias)}
-    _launch(split_kernel, (*read, *_three(out)), out[0].numel(), arguments, (parts,))
+    _launch(split_kernel, (*read, *_three(out)), out[0].numel(), arguments, parts)
     return out
 
 
@@ -150,7 +154,7 @@ def join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     heads, width = first.shape[-2], parts * first.shape[-2] * first.shape[-1]
     y = first.new_empty(*first.shape[:-2], width)
     arguments = options(heads, tuple(widths), parts, width)
-    _launch(join_kernel, (*_three(tensors), y), first.numel(), arguments, ())
+    _launch(join_kernel, (*_three(tensors), y), first.numel(), arguments, 1)
     return y
 
 
@@ -181,16 +185,14 @@ def options(heads: int, widths: tuple[int, ...], parts: int, columns: int) -> di
     }
 
 
-def _launch(kernel: Any, tensors: tuple, values: int, arguments: dict, middle: tuple) -> None:
+def _launch(kernel: Any, tensors: tuple, values: int, arguments: dict, written: int) -> None:
+    """values: those of a tensor of heads; written: tensors that the kernel writes."""
     if not values:
         return
     head = arguments["LINES"] * arguments["LINE"] + arguments["PLANES"] * arguments["PLANE"]
     width = arguments["HEADS"] * head
     rows = values // width
-    columns = width if middle else arguments["PARTS"] * width
-    grid = (
-        ceil_div(columns, arguments["BLOCK_C"]),
-        *middle,
-        ceil_div(rows, arguments["BLOCK_R"] * arguments["ROUNDS"]),
-    )
-    kernel[grid](*tensors, rows, **arguments)
+    across = ceil_div(arguments["PARTS"] * width // written, arguments["BLOCK_C"])
+    rounds = ceil_div(rows, arguments["BLOCK_R"] * arguments["ROUNDS"])
+    # The other dimensions of a CUDA grid end at 65,535.
+    kernel[(across * written * rounds,)](*tensors, rows, **arguments)

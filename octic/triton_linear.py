@@ -13,12 +13,12 @@ Imported only when it is asked for (`octic.irrep_linear`).
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octic.operators import ceil_div
+from octic.precision import float32_products
 
 BLOCK_M = 128  # tokens of a program
 
@@ -75,6 +75,7 @@ def product_kernel(
     LINES: tl.constexpr,
     LINE_IN: tl.constexpr,
     LINE_OUT: tl.constexpr,
+    PLANES: tl.constexpr,
     PLANE_IN: tl.constexpr,
     PLANE_OUT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -84,10 +85,11 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    token = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tl.program_id(0)
     TILES: tl.constexpr = (LINE_OUT + BLOCK_N - 1) // BLOCK_N
     PLANE_TILES: tl.constexpr = (PLANE_OUT + BLOCK_N - 1) // BLOCK_N
+    ACROSS: tl.constexpr = LINES * TILES + PLANES * PLANE_TILES
+    tile = tl.program_id(0) % ACROSS
+    token = (tl.program_id(0) // ACROSS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tile < LINES * TILES:
         line = tile // TILES
         _write_tile(
@@ -127,8 +129,13 @@ def backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=256)  # a launch costs the host less
-def options(lines: tuple, plane: tuple | None, rows: int, *, transposed: bool) -> dict[str, Any]:
-    """Compile-time arguments for matrices of these shapes, `rows` of them two-dimensional."""
+def options(
+    lines: tuple, plane: tuple | None, rows: int, *, transposed: bool, half: bool
+) -> dict[str, Any]:
+    """Compile-time arguments for matrices of these shapes, `rows` of them two-dimensional.
+
+    half: numbers of two bytes. Wider ones are taken fewer at a time, as they need more memory.
+    """
     given, wanted = (1, 2) if transposed else (2, 1)  # of [L C' C]
     plane_in, plane_out = (1, 1) if plane is None else (plane[given - 1], plane[wanted - 1])
     count, line_in, line_out = lines[0], lines[given], lines[wanted]
@@ -140,12 +147,13 @@ def options(lines: tuple, plane: tuple | None, rows: int, *, transposed: bool) -
         "LINES": count,
         "LINE_IN": line_in,
         "LINE_OUT": line_out,
+        "PLANES": rows,
         "PLANE_IN": plane_in,
         "PLANE_OUT": plane_out,
         "TRANSPOSED": transposed,
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": block_n,
-        "BLOCK_K": 64 if line_in % 64 == 0 else 32,
+        "BLOCK_K": 64 if half and line_in % 64 == 0 else 32,
         "num_warps": 8 if block_n == 128 else 4,
         "num_stages": 2 if transposed else 3,  # either way at most 128 KiB of a multiprocessor
     }
@@ -158,7 +166,8 @@ def _launch(
     rest = x.shape[1] - lines.shape[0] * lines.shape[given]
     rows = 0 if plane is None else rest // plane.shape[given - 1]
     shape = None if plane is None else tuple(plane.shape)
-    arguments = options(tuple(lines.shape), shape, rows, transposed=transposed)
+    half = x.dtype.itemsize == 2
+    arguments = options(tuple(lines.shape), shape, rows, transposed=transposed, half=half)
     y = x.new_empty(len(x), arguments["OUT"])
     if not y.numel():
         return y
@@ -167,11 +176,10 @@ def _launch(
     block = arguments["BLOCK_N"]
     tiles = arguments["LINES"] * ceil_div(arguments["LINE_OUT"], block)
     tiles += rows * ceil_div(arguments["PLANE_OUT"], block)
-    exact = torch.get_float32_matmul_precision() == "highest"
-    product_kernel[(tiles, ceil_div(len(x), BLOCK_M))](
+    product_kernel[(tiles * ceil_div(len(x), BLOCK_M),)](
         *(x, lines, plane, lines if bias is None else bias.contiguous(), y, len(x)),
         BIAS=bias is not None,
-        PRECISION="ieee" if exact else "tf32",
+        PRECISION=float32_products(),
         **arguments,
     )
     return y

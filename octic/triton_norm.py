@@ -63,15 +63,15 @@ def _scales(
     """Tile [GP BLOCK_C] of the factors, by the tensors that segments share; or ones."""
     row = tl.arange(0, GP)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
-    if not SCALE:
-        return tl.full([GP, BLOCK_C], 1.0, tl.float32)
-    scale = tl.zeros([GP, BLOCK_C], tl.float32)
-    for s in tl.static_range(len(SEGMENTS)):
-        offsets = (row - SEGMENTS[s][0]) * C + channel
-        inside = (row >= SEGMENTS[s][0]) & (row < SEGMENTS[s][0] + SEGMENTS[s][1]) & (channel < C)
-        scale += tl.load(scale_ptrs[SEGMENTS[s][3]] + offsets, mask=inside, other=0.0).to(
-            tl.float32
-        )
+    scale = tl.full([GP, BLOCK_C], 1.0, tl.float32)
+    # The compiler goes on after a return here, to tensors that are not there: hence no return.
+    if SCALE:
+        scale = tl.zeros([GP, BLOCK_C], tl.float32)
+        for s in tl.static_range(len(SEGMENTS)):
+            member = (row >= SEGMENTS[s][0]) & (row < SEGMENTS[s][0] + SEGMENTS[s][1])
+            factors = scale_ptrs[SEGMENTS[s][3]] + (row - SEGMENTS[s][0]) * C + channel
+            factors = tl.load(factors, mask=member & (channel < C), other=0.0)
+            scale += factors.to(tl.float32)
     return scale
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octic.operators import ceil_div, processors
+from octic.precision import float32_products
 
 BLOCK_M = 64  # tokens at a time
 # Programs for each streaming multiprocessor; more are better balanced, and write more sums.
@@ -178,10 +179,9 @@ def backward(
     span, shares = _shares(len(x), tiles, x.device)
     values = d_lines.numel(), d_plane.numel(), wanted
     sums = x.new_empty(shares, sum(values), dtype=torch.float32)
-    exact = torch.get_float32_matmul_precision() == "highest"
     share_kernel[(tiles, shares)](
         *(grad.contiguous(), x.contiguous(), sums, len(x), span),
-        PRECISION="ieee" if exact else "tf32",
+        PRECISION=float32_products(),
         **tile,
     )
     names = ("LINE_VALUES", "PLANE_VALUES", "BIAS_VALUES")

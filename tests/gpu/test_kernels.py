@@ -269,6 +269,6 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(norm_of(x, segments=OCTIC)[-500:], norm_of(end, segments=OCTIC))
     assert torch.equal(regular_gelu(x, D4)[-500:], regular_gelu(end, D4))
     ops = torch.ops.octic
-    arguments = (None, None, *plan, 1e-5)
+    arguments = ((), None, *plan, 1e-5)
     dx = ops.irrep_norm_backward(x, x, *arguments)[0][-500:]
     assert torch.equal(dx, ops.irrep_norm_backward(end, end, *arguments)[0])

@@ -8,8 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from octic import matrices, plain_kernels
-from octic.irrep_linear import linear_kernel
+from octic.block import OcticBlock
+from octic.heads import split_heads
+from octic.irrep_linear import irrep_linear, linear_kernel
 from octic.irrep_norm import irrep_norm
+from octic.precision import float32_products
 from octic.regular_gelu import regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,
@@ -207,6 +210,45 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = regular_gelu(x, D4), norm_of(x, torch.ones(32), segments=OCTIC)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_autocast_leaves_float64_alone():
+    """As torch does, whose own products of float64 stay so."""
+    block, x = OcticBlock(32, num_heads=2, init_values=0.1).double(), torch.randn(2, 3, 32).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = block(x)
+    assert torch.equal(cast, block(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 32), (2, 0, 32)])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float32], ids=str)
+def test_an_empty_batch_has_empty_gradients(shape, half):
+    x, branch = (
+        torch.randn(shape, dtype=dtype, requires_grad=True) for dtype in (torch.float32, half)
+    )
+    total, y = norm_of_sum(x, branch, torch.ones(32), segments=OCTIC, dtype=half)
+    y = torch.cat(split_heads(y, 1, [4] * 4 + [8] * 2, 1)).squeeze(-2)
+    y = irrep_linear(
+        regular_gelu(y, D4), *(torch.randn(s).to(half) for s in ((4, 3, 4), (6, 8))), None
+    )
+    grads = torch.autograd.grad((total, y), (x, branch), (total, y))
+    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype), (x.shape, half)]
+
+
+def test_float32_products_are_as_torch_was_told():
+    """By its newer setting too, after which torch refuses to read the older one."""
+    matmul, legacy = torch.backends.cuda.matmul, torch.set_float32_matmul_precision
+    before = matmul.fp32_precision
+    try:
+        for told in ("highest", "high", "medium"):
+            legacy(told)
+            assert float32_products() == ("ieee" if told == "highest" else "tf32")
+        for told in ("ieee", "tf32"):
+            matmul.fp32_precision = told
+            assert float32_products() == told
+    finally:
+        legacy("highest")
+        matmul.fp32_precision = before
 
 
 def test_shapes_that_do_not_fit_are_refused():
