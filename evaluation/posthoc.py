@@ -140,23 +140,26 @@ def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]
 def split_data(config: Mapping[str, Any]) -> Parts:
     """Training, validation and test images; the same ones for the same seed.
 
-    Departs from the published scripts, which draw the validation images from MNIST's test set.
+    Validation images are those of `validation`, or without it a share of the training images; the
+    published script of MNIST takes them from the test set.
     """
-    train, test = (make_data(config["data"], split) for split in ("train", "val"))
-    check_labels(train)
-    check_labels(test)
-    classes = config["classes"]
-    train, test = (_of_classes(part, classes) for part in (train, test))
+    sets = [make_data(config["data"], split) for split in ("train", "val")]
+    if config.get("validation"):
+        sets.append(build(config["validation"]))
+    for part in sets:
+        check_labels(part)
+    train, test, *apart = (_of_classes(part, config["classes"]) for part in sets)
     order = np.random.default_rng(config["seed"]).permutation(len(train))
-    held = round(config["validation_share"] * len(train))
-    if not 0 < held < len(train) or not 0 < config["data_share"] <= 1:
+    held = 0 if apart else round(config["validation_share"] * len(train))
+    enough = bool(apart) or 0 < held < len(train)
+    if not enough or not 0 < config["data_share"] <= 1:
         raise UserError(
             f"validation_share {config['validation_share']} and data_share {config['data_share']} "
             f"of {len(train)} training images leave nothing to validate or to train on"
         )
     used = max(1, round(config["data_share"] * (len(train) - held)))
     validation, rest = np.sort(order[:held]), np.sort(order[held : held + used])
-    return Parts(Subset(train, rest), Subset(train, validation), test)
+    return Parts(Subset(train, rest), apart[0] if apart else Subset(train, validation), test)
 
 
 def _of_classes(dataset: ImageDataset, classes: Sequence[int] | None) -> ImageDataset:
@@ -268,8 +271,10 @@ def report(
         writer.writerow(CSV_COLUMNS)
         for name, row in figures.items():
             writer.writerow([name, f"{row['validation']:.3f}", f"{row['test']:.3f}"])
-    kept = ("backbone", "weights", "wrapper", "trained", "training", "data", "validation_share")
-    protocol = {key: config[key] for key in (*kept, "data_share", "classes", "seed")}
+    kept = ("backbone", "weights", "wrapper", "trained", "training", "data", "validation")
+    shares = ("validation_share", "data_share", "classes", "seed")
+    protocol = {key: config[key] for key in (*kept, *shares)}
+    held = f"{config['validation_share']:g} of the training images"
     path = write_results(folder, "posthoc", protocol=protocol, figures=figures)
     columns = ("validation", "test", "test_symmetries", "test_worst_symmetry")
     print_table(
@@ -277,6 +282,6 @@ def report(
         ("", "validation", "test", "mean of 8 symmetries", "worst symmetry"),
         [(name, *(row[column] for column in columns)) for name, row in figures.items()],
         protocol=f"trained: {config['trained']}; learned aggregators always; the best epoch on "
-        f"{config['validation_share']:g} of the training images; test: data.val",
+        f"{'the validation set' if config['validation'] else held}; test: data.val",
     )
     say(f"written: {path}, {folder / 'results.csv'}")

@@ -58,7 +58,7 @@ def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:
     if trained_on == TURNED:
         augmentation = run["recipe"]["augmentation"]
         run["recipe"]["augmentation"] = {
-            "_target_": "evaluation.symmetry_comparison_views.RandomTurn",
+            "_target_": "utils.data.random_turns.RandomTurn",
             "augmentation": augmentation,
         }
     return run

@@ -4,13 +4,11 @@ A digit lies on black, so black is what comes in at the corners of a turned one.
 Letters: N images, V views of each, C classes, H side in pixels.
 """
 
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from evaluation.angles import rotate
@@ -20,24 +18,6 @@ from evaluation.posthoc import answers
 from evaluation.progress import track
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.symmetry import SYMMETRIES, transform_image
-
-
-class RandomTurn:
-    """Turn a PIL image by a random angle, mirror every second one, then augment it."""
-
-    def __init__(self, *, augmentation: Any) -> None:
-        self.augmentation = augmentation
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Augment one image; the randomness is that of `random`, which the loader seeds."""
-        turned = image.rotate(random.uniform(0, 360), resample=Image.Resampling.BILINEAR)
-        if random.random() < 0.5:
-            turned = turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.augmentation(turned)
-
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the augmentation leaves to the device."""
-        return self.augmentation.finish(batch)
 
 
 class Judged(NamedTuple):

@@ -15,6 +15,7 @@ RUNS = sorted(
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))
+POSTHOC = sorted((CONFIGS / "posthoc").glob("*.yaml"))
 OWN_ENCODER = """
 from torch import nn
 def __model_loader__():
@@ -52,6 +53,15 @@ def test_evaluation_files_compose_and_build(path: Path) -> None:
     config = compose_config(path, base="evaluate")
     check_targets(config)
     networks(plain(config))
+
+
+@pytest.mark.parametrize("path", POSTHOC, ids=name_of)
+def test_posthoc_files_compose_and_build(path: Path) -> None:
+    config = compose_config(path, base="posthoc")
+    check_targets(config)
+    assert config.name == path.stem
+    net, _ = networks(plain(config))
+    assert getattr(net, "net", net).num_classes in (2, 10)
 
 
 @pytest.mark.parametrize("path", BACKBONES, ids=name_of)

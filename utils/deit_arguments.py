@@ -63,6 +63,9 @@ OPTIONS = {
     "--drop": Own("backbone.drop_rate", "dropout before the classifier"),
     "--no-model-ema": Own("recipe.ema_decay=0", "no average of the weights", 0),
     "--use-amp": Own("training.precision=fp16", "with a loss scaler, as published", 0),
+    "--no-use-amp": Own("training.precision=tf32", "as mirror ResMLPs were trained", 0),
+    "--symmetrized-asym-feats": Own("backbone.invariant=power_spectrum", "of mirror nets", 0),
+    "--attn-mixer": Own("backbone.attention_mixer=true", "of mirror nets", 0),
     "--mixup": Own("recipe.mixing.mixup", "Beta parameter of mixup"),
     "--cutmix": Own("recipe.mixing.cutmix", "Beta parameter of CutMix"),
     "--cutmix-minmax": Own("recipe.mixing.cutmix_minmax", "two numbers", 2),
@@ -82,7 +85,11 @@ OPTIONS = {
     "--recount": Own(f"{AUGMENTATION}.erase_count", "boxes per image, without 3-Augment"),
     "--eval-crop-ratio": Own("probes.accuracy.eval_crop_ratio", "of the images judged"),
 }
-SAME = {"--num_workers": "--num-workers", "--data_path": "--data-path"}
+SAME = {
+    "--num_workers": "--num-workers",
+    "--data_path": "--data-path",
+    "--job_dir": "--output-dir",
+}
 # Flag -> how many words follow it, and why nothing depends on it.
 NO_EFFECT = {
     "--ThreeAugment": (0, "3-Augment is what this recipe does"),
@@ -90,6 +97,8 @@ NO_EFFECT = {
     "--model-ema": (0, "the average is kept unless recipe.ema_decay is 0"),
     "--model-ema-force-cpu": (0, "the average stays where the model is"),
     "--dist-eval": (0, "the images judged are always shared out over the processes"),
+    "--fused-attn": (0, "attention is fused wherever it can be"),
+    "--no-zip-dataloader": (0, "archives are not read; data=shards and data=lmdb are"),
     "--high-precision-matmul": (0, "TF32 goes with every training.precision but fp32"),
     **dict.fromkeys(("--pin-mem", "--no-pin-mem"), (0, "memory is pinned where there is a GPU")),
     **dict.fromkeys(("--world_size", "--dist_url"), (1, "the launcher knows")),
@@ -103,6 +112,7 @@ REFUSED = {
     ),
     **dict.fromkeys(("--lr-noise", "--lr-noise-pct", "--lr-noise-std"), "noise is not offered"),
     "--resplit": "split augmentation is not offered",
+    "--zip-dataloader": "archives are not read; data=shards and data=lmdb are",
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,9 +16,21 @@ class Flag(NamedTuple):
     names: tuple[str, ...]
     key: str
     help: str
-    kind: type | None = str
+    kind: Callable[[str], Any] | None = str
     value: Any = True
     submits: bool = False  # asks for a cluster: chooses launcher=slurm unless a launcher is named
+
+
+def slurm_minutes(text: str) -> int:
+    """Minutes of a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if len(parts) > 3:
+        raise ValueError(text)
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return 1440 * int(days or 0) + 60 * hours + minutes + bool(seconds)
 
 
 # A key without a dot is a config group or a plain value; the composed config tells which.
@@ -124,6 +137,13 @@ FLAGS = (
         int,
         submits=True,
     ),
+    Flag(
+        ("--time",),
+        "launcher.timeout_min",
+        "time limit of the job as Slurm writes it, D-HH:MM:SS",
+        slurm_minutes,
+        submits=True,
+    ),
     Flag(("--cluster",), "cluster", "the cluster's facts, as cluster=X", submits=True),
     Flag(("--partition",), "cluster.partition", "partition of the cluster", submits=True),
     Flag(("--account",), "cluster.account", "account the job is charged to", submits=True),
@@ -131,6 +151,7 @@ FLAGS = (
     Flag(("--exclude",), "cluster.exclude", "nodes not to use", submits=True),
     Flag(("--email",), "cluster.mail", "address Slurm writes to", submits=True),
     Flag(("--use-volta32",), "cluster.constraint", "32 GB Volta", None, "volta32gb", submits=True),
+    Flag(("--tgpu",), "cluster.gpu_type", "type of the GPUs, e.g. A100", submits=True),
     Flag(("--a40",), "cluster.gpu_type", "A40 GPUs", None, "A40", submits=True),
 )
 

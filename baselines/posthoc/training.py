@@ -6,10 +6,12 @@ Letters in shapes: N images, B images of a batch, T copies, D channels of the em
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +29,24 @@ class Embedded(NamedTuple):
     labels: Tensor  # [N] int64
 
 
+@dataclass(frozen=True)
+class Augmented:
+    """An augmentation, from image to image, and the transform that follows it."""
+
+    augmentation: Callable
+    transform: Callable
+
+    def __call__(self, image: Image) -> Tensor:
+        """Augment one image and convert it; TypeError for an augmentation that converts too."""
+        found = self.augmentation(image)
+        if not isinstance(found, Image):
+            raise TypeError(
+                "the augmentation of a post-hoc training gives images, which are normalised after "
+                f"it; this one gives {type(found).__name__}"
+            )
+        return self.transform(found)
+
+
 class Fitted(NamedTuple):
     """What a training did."""
 
@@ -37,13 +57,13 @@ class Fitted(NamedTuple):
 
 
 class PosthocTraining:
-    """Cross entropy on the joined logits by Adam; the best epoch on the validation images is kept.
+    """Cross entropy on the joined logits; the best epoch on the validation images is kept.
 
     epochs: None is 25, or 60 for learned attention, as published. augmentation: of the training
-    images; None, and a frozen backbone, let embeddings be computed once and trained on.
+    images, from image to image, before the transform; None, and a frozen backbone, let embeddings
+    be computed once and trained on. optimizer: makes it of the parameters; None is Adam.
     Departs from the published training: frozen parts stay in evaluation mode, embeddings of frozen
-    backbones are not computed anew, the start counts among the epochs to choose from, and
-    everything random follows the seed.
+    backbones are not computed anew, and everything random follows the seed.
     """
 
     def __init__(
@@ -53,6 +73,7 @@ class PosthocTraining:
         epochs: int | None = None,
         batch_size: int = 128,
         weight_decay: float = 0.0,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         augmentation: Callable | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -61,6 +82,7 @@ class PosthocTraining:
             raise ValueError(f"{batch_size=} and {epochs=} must be at least 1")
         self.lr, self.epochs, self.batch_size = lr, epochs, batch_size
         self.weight_decay, self.augmentation = weight_decay, augmentation
+        self.optimizer = optimizer or torch.optim.Adam
         self.num_workers, self.seed = num_workers, seed
 
     def __call__(
@@ -90,7 +112,7 @@ class PosthocTraining:
         batches = (
             self._of_cache(stored[0], net) if cached else self._of_images(net, train, transform)
         )
-        optimizer = torch.optim.Adam(trained.values(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = self.optimizer(trained.values(), lr=self.lr, weight_decay=self.weight_decay)
         best, best_epoch, kept = accuracy(net, judged()), 0, _state(net)
         for epoch in range(1, epochs + 1):
             loss = self._epoch(net, optimizer, batches(epoch))
@@ -148,9 +170,11 @@ class PosthocTraining:
     ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
         """Shuffled batches of images [B C H W] of an epoch."""
         device, steps = device_of(net), max(1, len(train) // self.batch_size)
+        if self.augmentation is not None:
+            transform = Augmented(self.augmentation, transform)
         endless = training_batches(
             train,
-            self.augmentation or transform,
+            transform,
             _collate,
             self.batch_size,
             seed=self.seed,

@@ -22,7 +22,8 @@ class SmallVisionTransformer(nn.Module):
     """Patches, class token and learned positions, blocks, head; parameter names as published.
 
     num_patches: positions to learn, the grid's where it is None. Images of fewer patches take the
-    first positions. A patch is flattened channel by channel, row by row.
+    first positions. A patch is flattened channel by channel, row by row. A net of one channel takes
+    RGB images too and averages them.
     """
 
     def __init__(
@@ -67,10 +68,13 @@ class SmallVisionTransformer(nn.Module):
         """Flattened patches [B N C*p*p] of images [B C H W]; ValueError for other sizes."""
         height, width = images.shape[-2:]
         size = self.patch_size
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
+        taken = (self.in_chans, *([3] * (self.in_chans == 1)))
+        if images.ndim != 4 or images.shape[1] not in taken:
             raise ValueError(
                 f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
             )
+        if images.shape[1] != self.in_chans:
+            images = images.mean(dim=1, keepdim=True)
         if height % size or width % size:
             raise ValueError(f"{height} x {width} pixels are no multiple of the patch {size}")
         rows = images.unflatten(-1, (width // size, size)).unflatten(-3, (height // size, size))

@@ -54,6 +54,15 @@ def test_validation_comes_from_the_training_images_and_follows_the_seed():
     assert len(parts.test) == len(digits(split="val"))
 
 
+def test_a_validation_set_of_its_own_leaves_the_training_images_whole():
+    """Rotated MNIST has one: then every training image is trained on."""
+    held = {"_target_": "utils.data.embedded.digits", "split": "val"}
+    parts = split_data({**config("--only_3_and_8"), "validation": held})
+    whole = split_data(config("--only_3_and_8"))
+    assert len(parts.train) == len(whole.train) + len(whole.validation)
+    assert len(parts.validation) == len(parts.test) and set(parts.validation.labels) == {3, 8}
+
+
 def test_two_digits_keep_their_labels():
     parts = split_data(config("--only_3_and_8"))
     assert set(parts.test.labels.tolist()) == {3, 8} == set(parts.train.labels.tolist())

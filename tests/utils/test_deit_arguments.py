@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.build import plain
+from utils.config import CONFIGS, compose_config
 from utils.deit_arguments import (
     NO_EFFECT,
     OPTIONS,
@@ -11,6 +13,7 @@ from utils.deit_arguments import (
     parse_deit_training,
     read_deit_training,
 )
+from utils.flags import slurm_minutes
 
 # The command of DeiT III's README for ViT-B at 192 pixels, and that of its distilled predecessor.
 DEIT3 = (
@@ -52,6 +55,51 @@ def test_the_published_command(capsys):
     assert recipe["augmentation"]["input_size"] == config["backbone"]["img_size"] == 192
     assert "erase_probability" not in recipe["augmentation"]
     assert "--reprob has no effect with 3-Augment, in DeiT either" in capsys.readouterr().out
+
+
+# A script of "Flopping for FLOPs", whose flags are DeiT's and some more.
+RESMLP = (
+    "--model resmlp_equi_d2_24 --batch 256 --lr 5e-3 --drop-path 0.2 --epochs 400 "
+    "--weight-decay 0.2 --sched cosine --input-size 224 --reprob 0.25 --color-jitter 0.3 "
+    "--eval-crop-ratio 1.0 --nodes 2 --ngpus 4 --smoothing 0.1 --warmup-epochs 5 --drop 0.0 "
+    "--seed 1337 --opt fusedlamb --warmup-lr 1e-6 --mixup .8 --cutmix 1.0 "
+    "--aa rand-m9-mstd0.5-inc1 --unscale-lr --repeated-aug --high-precision-matmul --fused-attn "
+    "--no-use-amp --no-zip-dataloader --tgpu A100 --compile"
+)
+
+
+def test_a_script_of_the_mirror_nets_is_the_run_file_and_its_machines():
+    given, file = parse(RESMLP), plain(compose_config(CONFIGS / "deit" / "resmlp_equi_d2_24.yaml"))
+    own = ("launcher", "cluster")
+    assert {k: v for k, v in given.items() if k not in own} == {
+        k: v for k, v in file.items() if k not in own
+    }
+    launcher, cluster = given["launcher"], given["cluster"]
+    assert (launcher["kind"], launcher["nodes"], launcher["gpus_per_node"]) == ("slurm", 2, 4)
+    assert cluster["gpu_type"] == "A100"
+
+
+def test_flags_of_the_mirror_nets():
+    words = "--model d2_deit_tiny_patch16_LS --symmetrized-asym-feats --attn-mixer"
+    config = parse(f"{words} --time 0-32:00:00 --job_dir out")
+    assert config["backbone"]["invariant"] == "power_spectrum"
+    assert config["backbone"]["attention_mixer"] is True and config["output_dir"] == "out"
+    assert config["launcher"]["timeout_min"] == 32 * 60
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:01", 91),
+        ("2:30:00", 150),
+        ("1-2", 1560),
+        ("1-0:5", 1445),
+        ("3-0:0:0", 4320),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(text, minutes):
+    assert slurm_minutes(text) == minutes
 
 
 # Its commands for fine-tuning B/16 at 384 pixels and, after ImageNet-21k, at 224.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image
 
 from utils.data.images import existing_folder
@@ -44,7 +45,8 @@ class RotMnist:
     """The split train, val or test of rotated MNIST, 28 x 28 grey images held in memory as bytes.
 
     root: the folder of the text files, or of the archive, whose checksum is compared. num_train,
-    num_val, num_test: how many rows there must be, first train, then val in one file. Pixels are
+    num_val, num_test: how many rows there must be, first train, then val in one file. fraction: of
+    the training images, drawn as the published runs on a part of them drew theirs. Pixels are
     multiplied by 256 and rounded. UserError for what is missing, cut short or no such text.
     """
 
@@ -58,13 +60,19 @@ class RotMnist:
         num_train: int = 10_000,
         num_val: int = 2_000,
         num_test: int = 50_000,
+        fraction: float = 1.0,
     ) -> None:
         if split not in FILES:
             raise UserError(f"rotMNIST has no split {split!r}; there are {', '.join(FILES)}")
+        if not 0 < fraction <= 1:
+            raise UserError(f"fraction is {fraction}; it must lie above 0 and at most at 1")
         self.root, self.split = existing_folder(root), split
         rows = num_test if split == "test" else num_train + num_val
         first, count = {"train": (0, num_train), "val": (num_train, num_val)}.get(split, (0, rows))
         table = _load(Path(self.root), FILES[split], rows)[first : first + count]
+        if split == "train" and fraction < 1:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
+            table = table[order[: max(1, int(count * fraction))]]
         self._pixels = table[:, :-1].reshape(-1, SIDE, SIDE)
         self.labels = table[:, -1].astype(np.int64)
 

@@ -1,5 +1,6 @@
 """Training a wrapper: what is frozen is cached and untouched, the best epoch stays."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from PIL import Image
 
 from baselines.posthoc.symmetrized import Symmetrized
-from baselines.posthoc.training import PosthocTraining, accuracy, embed
+from baselines.posthoc.training import Augmented, PosthocTraining, accuracy, embed
 from tests.baselines.posthoc.toys import SMALL, make
+from utils.data.random_turns import RandomTurn
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
+from utils.symmetry import SYMMETRIES, transform_image
 from vit.models import deit_small_patch16_LS
 
 
@@ -84,9 +87,35 @@ def test_training_on_the_cache_is_training_on_the_images():
 
 
 def test_an_augmentation_or_a_moving_backbone_reads_images_again():
-    for trained, options in (("head", {"augmentation": TRANSFORM}), ("all", {})):
+    turned = {"augmentation": RandomTurn(turns="quarter")}
+    for trained, options in (("head", turned), ("all", {})):
         fitted, train, _ = fit(wrapped(trained), epochs=2, **options)
         assert not fitted.cached and max(train.reads.values()) >= 2
+
+
+def test_an_augmented_image_is_transformed_like_any_other():
+    """A quarter turn before the transform is one after it; what normalises itself is refused."""
+    image = Bars(1, 0).read(0)
+    random.seed(0)
+    found = {Augmented(RandomTurn(turns="quarter"), TRANSFORM)(image) for _ in range(20)}
+    copies = [transform_image(TRANSFORM(image), element) for element in SYMMETRIES]
+    assert all(any(torch.equal(one, copy) for copy in copies) for one in found)
+    with pytest.raises(TypeError, match="this one gives Tensor"):
+        Augmented(TRANSFORM, TRANSFORM)(image)
+
+
+def test_another_optimiser_is_handed_what_is_trained():
+    made = []
+
+    def sgd(parameters, **options):
+        made.append(torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **options))
+        return made[-1]
+
+    net = wrapped("head")
+    fit(net, epochs=1, lr=1e-3, optimizer=sgd)
+    held = {id(p) for group in made[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.parameters() if p.requires_grad}
+    assert made[0].param_groups[0]["lr"] == 1e-3
 
 
 def test_what_is_kept_is_the_best_epoch():

@@ -28,6 +28,15 @@ def test_patches_are_flattened_channel_by_channel_row_by_row():
     assert torch.equal(patches[0, 1], x[0, :, 0:2, 2:4].flatten())
 
 
+def test_a_net_of_one_channel_averages_rgb_images():
+    """So that the recipes and judges, whose images are RGB, train and judge it."""
+    net = timm.create_model("posthoc_vit_mnist").eval()
+    grey = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(net(grey.expand(-1, 3, -1, -1)), net(grey))
+    with pytest.raises(ValueError, match="for a model of 1 channels"):
+        net(torch.randn(1, 2, 28, 28))
+
+
 def test_fewer_patches_take_the_first_positions_and_more_are_refused():
     net = SmallVisionTransformer(img_size=16, patch_size=4).eval()
     assert net(torch.randn(1, 3, 12, 12)).shape == (1, 10)

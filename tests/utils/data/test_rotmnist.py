@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from utils.data import rotmnist
 from utils.data.rotmnist import ARCHIVE, FILES, RotMnist
@@ -48,6 +49,17 @@ def test_splits_and_pixels(folder):
         for name in set(FILES.values()):
             assert (folder / f"{name}.uint8.npy").is_file()
     assert len(train.class_names) == 10 and "3 images" in repr(train)
+
+
+def test_a_fraction_is_of_the_training_images_and_the_published_one(folder):
+    """The first of a permutation by seed 0, in its order; validation and test stay whole."""
+    _, labels = rows(5, 0)
+    torch.manual_seed(0)
+    expected = labels[torch.randperm(3)[:2].numpy()]
+    assert list(RotMnist(folder, fraction=0.7, **SIZES).labels) == list(expected)
+    assert len(RotMnist(folder, split="val", fraction=0.7, **SIZES)) == 2
+    with pytest.raises(UserError, match="fraction is 0"):
+        RotMnist(folder, fraction=0, **SIZES)
 
 
 def test_bytes_of_another_file_are_not_taken(folder):
