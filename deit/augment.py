@@ -21,6 +21,8 @@ from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.ranges import check_count, check_order, check_range, check_share
 
 CROPS = ("random_resized", "simple")
+ERASE_MODES = ("const", "rand", "pixel")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")  # what Pillow turns and shears by too
 SMALL = 32  # up to this size timm's augmentation pads and crops instead of zooming
 
 
@@ -54,8 +56,7 @@ class ThreeOptions:
     std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"unknown crop {self.crop!r}; known: {', '.join(CROPS)}")
+        _check_word("crop", self.crop, CROPS)
         check_count("input_size", self.input_size, 1)
         check_order("scale", self.scale, 0, 1, ends="(]")
         check_share("flip_probability", self.flip_probability)
@@ -105,7 +106,10 @@ class ThreeAugment(ThreeOptions):
 
 
 class TimmAugmentation:
-    """timm's augmentation (RandAugment and the like, random erasing) with DeiT's defaults."""
+    """timm's augmentation (RandAugment and the like, random erasing) with DeiT's defaults.
+
+    ValueError for a policy of auto_augment that timm does not know.
+    """
 
     def __init__(
         self,
@@ -124,19 +128,24 @@ class TimmAugmentation:
         check_range("color_jitter", color_jitter)
         check_share("erase_probability", erase_probability)
         check_count("erase_count", erase_count, 1)
+        _check_word("erase_mode", erase_mode, ERASE_MODES)
+        _check_word("interpolation", interpolation, INTERPOLATIONS)
         self.input_size = input_size
-        self.steps = create_transform(
-            input_size,
-            is_training=True,
-            color_jitter=color_jitter,
-            auto_augment=auto_augment,
-            interpolation=interpolation,
-            re_prob=erase_probability,
-            re_mode=erase_mode,
-            re_count=erase_count,
-            mean=tuple(mean),
-            std=tuple(std),
-        )
+        try:
+            self.steps = create_transform(
+                input_size,
+                is_training=True,
+                color_jitter=color_jitter,
+                auto_augment=auto_augment,
+                interpolation=interpolation,
+                re_prob=erase_probability,
+                re_mode=erase_mode,
+                re_count=erase_count,
+                mean=tuple(mean),
+                std=tuple(std),
+            )
+        except (AssertionError, ValueError) as error:  # all else is checked
+            raise ValueError(f"auto_augment {auto_augment!r}: {error}") from error
         if input_size <= SMALL:
             self.steps.transforms[0] = T.RandomCrop(input_size, padding=4)
         for operation in _operations(self.steps.transforms):
@@ -161,6 +170,11 @@ def posterize(image: Image, bits: int, **_: Any) -> Image:
     if bits < 1:
         return image.point([0] * 256 * len(image.getbands()))
     return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def _check_word(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
 def _operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:

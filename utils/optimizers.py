@@ -1,6 +1,6 @@
 """Parameter groups to optimiser, schedules applied step by step, clipping per part."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
         for value in options.get("betas") or ():
             check_range("optimizer.betas", value, 0, 1, ends="[)")
         check_range("optimizer.momentum", options.get("momentum") or 0.0, 0, 1, ends="[)")
-        check_range("optimizer.eps", options.get("eps") or 0.0)
+        eps = options.get("eps")
+        for value in eps if isinstance(eps, Sequence) else [eps]:  # Adafactor has two
+            check_range("optimizer.eps", value or 0.0)
     except OutOfRange as error:
         raise UserError(str(error)) from None
 

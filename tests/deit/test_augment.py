@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from deit.augment import SMALL, GaussianBlur, ThreeAugment, TimmAugmentation, posterize
+from deit.augment import (
+    ERASE_MODES,
+    INTERPOLATIONS,
+    SMALL,
+    GaussianBlur,
+    ThreeAugment,
+    TimmAugmentation,
+    posterize,
+)
 from deit.mixing import Collate, Mixing
 from utils.data.sources import seed_everything
 
@@ -44,12 +52,39 @@ def test_posterize_keeps_the_highest_bits(bits):
     assert np.array_equal(np.asarray(posterize(IMAGE, bits)), expected)
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-n6-inc1", "original", "augmix-m10"])
+@pytest.mark.parametrize(
+    "policy", ["rand-m10-n6-inc1", "original", "originalr", "v0", "v0r", "3a", "augmix-m10"]
+)
 def test_every_magnitude_of_timms_policies_gives_an_image(policy):
     """The greatest one asks for no bits at all, which Pillow refuses."""
     transform = TimmAugmentation(input_size=8, auto_augment=policy)
     for seed in range(60):
         assert augment(transform, seed).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ERASE_MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_every_word_that_is_offered_gives_images(mode, interpolation):
+    transform = TimmAugmentation(
+        input_size=40, interpolation=interpolation, erase_mode=mode, erase_probability=1.0
+    )
+    for seed in range(20):
+        assert augment(transform, seed).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"erase_mode": "noise"}, "unknown erase_mode 'noise'; known: const, rand, pixel"),
+        # Pillow resizes by it, and turns nothing: a worker would find out at its first turn.
+        ({"interpolation": "lanczos"}, "unknown interpolation 'lanczos'; known: bicubic"),
+        ({"auto_augment": "best"}, "auto_augment 'best': Unknown AA policy"),
+        ({"auto_augment": "rand-w0"}, "auto_augment 'rand-w0': Unknown RandAugment"),
+    ],
+)
+def test_what_timm_does_not_know_is_told_before_a_run(options, message):
+    with pytest.raises(ValueError, match=message):
+        TimmAugmentation(**options)
 
 
 def test_one_of_the_three_is_always_applied():

@@ -7,9 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from utils.data.images import ImageDataset, Subset, read_image
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision 0.29 tells that a later one has no decoder: Pillow then does it
+    decode_jpeg = None
 
 JPEG = b"\xff\xd8\xff"
 SCALES = (8, 4, 2)  # the reductions a JPEG decoder can do while it decodes, strongest first
@@ -42,14 +46,16 @@ class EncodedImage:
 
         A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where `reduction`, by how much its
         pixels will be shrunk at least, allows it: a whole crop then costs less than its file.
-        torchvision decodes, as it is faster than Pillow; what it does not take, Pillow does.
+        torchvision decodes, where it has a decoder, as its is faster than Pillow's on small files;
+        what it does not take, Pillow does.
         """
         if self._decoded is not None:
             return pixels_of(self._decoded)
         scale = next((scale for scale in SCALES if reduction >= scale), 1)
         if self._mode in ("RGB", "L"):
             try:
-                return self._draft(scale) if scale > 1 else self._whole()
+                whole = scale == 1 and decode_jpeg is not None
+                return self._whole() if whole else self._draft(scale)
             except Exception:  # Pillow says what is wrong, or reads it nevertheless
                 pass
         return pixels_of(read_image(io.BytesIO(self.data), name=self.name))

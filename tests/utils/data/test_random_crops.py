@@ -1,5 +1,6 @@
 """Fast crops: the distribution of torchvision's, the pixels of Pillow's, files decoded late."""
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def test_a_file_is_decoded_as_pillow_does():
     assert image.size == (427, 640)
     found, expected = image.decode().int(), pixels_of(Image.open(io.BytesIO(image.data))).int()
     assert (found - expected).abs().max() <= 2  # two builds of the same library
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_without_torchvisions_decoder_pillow_decodes(mode, monkeypatch):
+    """torchvision deprecates its own: a release without it imports, and changes no image."""
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    spec = importlib.util.find_spec("utils.data.encoded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    image = module.EncodedImage(jpeg(PHOTOGRAPH.convert(mode), quality=95), "a.jpg")
+    assert torch.equal(image.decode(), pixels_of(Image.open(io.BytesIO(image.data))))
 
 
 @pytest.mark.parametrize(("reduction", "size"), [(1.9, 427), (2.0, 214), (5.0, 107), (9.0, 54)])
