@@ -250,7 +250,7 @@ class DINOv2(nn.Module):
             self.teacher, tokens, _rows_of(encoded.patches, rows)
         )
         temperature = self.schedules["teacher_temp"](step)
-        class_targets = patch_targets = class_logits[:0]
+        class_targets, patch_targets = class_logits[:0], patch_logits[:0]
         if self.dino_loss_weight:
             class_targets = self.dino_targets(class_logits, temperature)
         if self.ibot_loss_weight:

@@ -3,6 +3,7 @@
 Letters: N images, n images of this rank, D feature width, B batch.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches
 from vit.backbone import Backbone
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -162,6 +165,17 @@ def renumber(part: FeatureSet) -> FeatureSet:
     return part._replace(indices=torch.searchsorted(everyone.indices, part.indices))
 
 
+def autocast_of(net: Backbone, precision: str) -> torch.dtype | None:
+    """The dtype of the net's autocast: of `precision`, or in which its sharded weights travel.
+
+    A net whose weights reach a rank rounded (`utils.parallel`) has no finer copy to be judged by.
+    """
+    travels_in = getattr(net, "travels_in", None)
+    if PRECISIONS[precision] is None and travels_in is not None and distributed.is_main():
+        logger.warning("judged in %s, in which the sharded weights travel", travels_in)
+    return PRECISIONS[precision] or travels_in
+
+
 @contextmanager
 def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]:
     """Put `net` in eval mode under the autocast of `precision`; gives its device, restores it."""
@@ -172,7 +186,7 @@ def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]
     were_training = [module.training for module in modules]
     for root in modules[:1]:
         root.eval()
-    dtype = PRECISIONS[precision]
+    dtype = autocast_of(net, precision)
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             yield device

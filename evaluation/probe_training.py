@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaluation.class_metrics import make_counts
 from evaluation.exams import Exam
 from evaluation.feature_cache import transform_in_words
-from evaluation.features import PRECISIONS, device_of
+from evaluation.features import PRECISIONS, autocast_of, device_of
 from evaluation.image_size import in_words, settle_sizes
 from evaluation.linear_heads import head_losses
 from evaluation.progress import track
@@ -200,7 +200,7 @@ class FrozenFeatures:
     """The features of a net that is not trained, under the autocast of `precision`."""
 
     def __init__(self, net: Backbone, layers: Sequence[int], precision: str) -> None:
-        self.net, self.layers, self.dtype = net, tuple(layers), PRECISIONS[precision]
+        self.net, self.layers, self.dtype = net, tuple(layers), autocast_of(net, precision)
         self.device = device_of(net)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from utils.build import build, check_targets, nearest, nearest_family
 from utils.config_files import CONFIGS, find_file, run_of_model
 from utils.errors import UserError
 from utils.flags import read_arguments
-from utils.schema import compare
+from utils.schema import compare, nearest_key
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -149,10 +149,28 @@ def _compose(path: Path, words: list["Override"]) -> "DictConfig":
     """Compose with Hydra; keys no file mentions are refused unless they are a target's keywords."""
     groups = [word for word in words if _is_group(word)]
     lines = [word.input_line or "" for word in groups]
-    if len(groups) < len(words):
-        without = _hydra(path, lines)
-        lines += [_known_key(word, without) for word in words if not _is_group(word)]
+    config = _hydra(path, lines)
+    _check_chosen(groups, config)
+    if len(groups) == len(words):
+        return config
+    earlier: dict[str, Any] = {}
+    for word in words:
+        if not _is_group(word):
+            lines.append(_known_key(word, config, earlier))
+        earlier[word.key_or_group] = word.value()
     return _hydra(path, lines)
+
+
+def _check_chosen(groups: list["Override"], config: "DictConfig") -> None:
+    """Refuse the choice of a group that comes to nothing, as a run file's null outlasts it."""
+    from omegaconf import OmegaConf
+
+    for word in groups:
+        if word.package and OmegaConf.select(config, word.package, throw_on_missing=False) is None:
+            raise UserError(
+                f"{word.input_line!r} has no effect: the run sets {word.package} to null; another "
+                f"name will do: +{word.key_or_group}@{word.package}_2={word.value()}"
+            )
 
 
 def _hydra(path: Path, lines: list[str]) -> "DictConfig":
@@ -166,12 +184,15 @@ def _hydra(path: Path, lines: list[str]) -> "DictConfig":
 
 def _compose_and_swap(path: Path, words: list["Override"], base: str) -> "DictConfig":
     """A saved run has no defaults list, so no groups to choose: put freshly composed ones in."""
-    groups = [word.key_or_group for word in words if _is_group(word)]
-    fresh = [word for word in words if word.key_or_group.split(".")[0] in groups]
+    from omegaconf import OmegaConf
+
+    groups = [word.package or word.key_or_group for word in words if _is_group(word)]
+    heads = tuple(f"{group}." for group in groups)
+    fresh = [w for w in words if f"{w.package or w.key_or_group}.".startswith(heads)]
     new = _compose(CONFIGS / f"{base}.yaml", fresh)
     config = _compose(path, [word for word in words if word not in fresh])
     for group in groups:
-        config[group] = new[group]
+        OmegaConf.update(config, group, OmegaConf.select(new, group), merge=False, force_add=True)
     return config
 
 
@@ -196,8 +217,11 @@ def _compose_translated(
         return _compose(translated, [word for word in words if word not in theirs])
 
 
-def _known_key(override: "Override", config: "DictConfig") -> str:
-    """The override as Hydra wants it; `UserError` with the nearest key if it does not exist."""
+def _known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any]) -> str:
+    """The override as Hydra wants it; `UserError` with the nearest key if it does not exist.
+
+    earlier: values of the overrides before this one.
+    """
     from omegaconf import DictConfig, OmegaConf
 
     line, key = override.input_line or "", override.key_or_group
@@ -207,6 +231,13 @@ def _known_key(override: "Override", config: "DictConfig") -> str:
         return f"++{line}"  # its keys join those of the files
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
+    if node is None and earlier.get(parent) is not None and not override.is_delete():
+        return f"++{line}"  # of a mapping that was just put in place of null
+    if earlier.get(parent, "") is None or _is_null(config, parent):
+        raise UserError(
+            f"{key!r} has no place: {parent} is null here; first say what it is: "
+            f"{parent}={{_target_: ..., {name}: ...}}"
+        )
     if isinstance(node, DictConfig):
         if name in node:
             return line
@@ -214,21 +245,15 @@ def _known_key(override: "Override", config: "DictConfig") -> str:
             return f"+{line}"  # a keyword the file leaves at its default; its constructor decides
     if parent in _FREE:
         return f"+{line}"
-    raise UserError(f"unknown key {key!r}{_nearest_key(key, config)}")
+    raise UserError(f"unknown key {key!r}{nearest_key(key, _content(config))}")
 
 
-def _nearest_key(key: str, config: "DictConfig") -> str:
+def _is_null(config: "DictConfig", key: str) -> bool:
+    from omegaconf import DictConfig, OmegaConf
 
-    known = list(_flat(_content(config)))
-    same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return nearest(key, known) or (f"; did you mean {same_name[0]!r}?" if same_name else "")
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+    parent, _, name = key.rpartition(".")
+    node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
+    return isinstance(node, DictConfig) and name in node and node[name] is None
 
 
 def _check_keys(config: "DictConfig", base: str, path: Path) -> None:

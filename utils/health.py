@@ -138,7 +138,8 @@ class Health:
     def examine(self, net: nn.Module, batch: Any) -> dict[str, float]:
         """Effective rank and standard deviation of the net's features on the batch's images.
 
-        At most 128 images per rank; empty for a net that is no Backbone. Every rank must call this.
+        At most 128 images per rank; empty for a net that is no Backbone, and for one image or two,
+        which span a line whatever the net. Every rank must call this.
         """
         images = _images(batch)
         if images is None or not hasattr(net, "features"):
@@ -156,6 +157,9 @@ class Health:
             self._overflows = not distributed.all_reduce_max(shown)
             what = "features" if self._overflows else "images"
             self.alarm = f"ALARM: the {what} are not finite"
+            return {}
+        if len(features) <= 2:
+            self.alarm = ""
             return {}
         std = relative_std(features)
         rank = effective_rank(features)

@@ -8,7 +8,7 @@ case. What a recipe does not wrap is averaged after it.
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,7 @@ def make_wrap(
             # The outermost too: a teacher never runs backward, and an EMA must act on its masters,
             # not on a copy.
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            cast(Any, module).travels_in = policy.param_dtype  # probes cannot have it finer
             for method in methods:
                 if hasattr(module, method):
                     register_fsdp_forward_method(module, method)

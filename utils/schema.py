@@ -1,5 +1,6 @@
 """Which keys a config may have, and of what kind: read off a file that has them all."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,17 @@ def line_of(source: Path, key: str) -> str:
             return ""
         line, node = f":{found[0][0].start_mark.line + 1}", found[0][1]
     return line
+
+
+def nearest_key(key: str, content: Mapping[str, Any]) -> str:
+    """A hint at the key of `content`, dotted, that was meant; empty where none is near."""
+    known = list(_flat(content))
+    same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return nearest(key, known) or (f"; did you mean {same_name[0]!r}?" if same_name else "")
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")

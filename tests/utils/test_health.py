@@ -161,6 +161,15 @@ def test_huge_weights_are_as_lost_as_infinite_ones():
     assert health.fault(net).startswith("the weights of step 5 give features that are not")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_or_two_cannot_tell_of_a_collapse(count):
+    """Their rank is 1 at most: no alarm, no NaN, and three images of the same net are judged."""
+    health, images = Health(), torch.randn(3, 3, 4, 4)
+    assert health.examine(Doubling(), images[:count]) == {} and health.alarm == ""
+    shown = health.examine(Doubling(), images)
+    assert shown["feature_rank"] > 1 and all(map(math.isfinite, shown.values()))
+
+
 def test_images_that_are_not_finite_say_nothing_of_the_weights():
     net, health = Doubling(), Health()
     health.bad_steps = [(6, {"loss": NAN})]

@@ -13,6 +13,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from tests.utils.loop_case import Net, TinyRecipe
 from utils import parallel
+from utils.build import resolve
 from utils.errors import UserError
 from utils.optimizers import (
     apply_schedules,
@@ -140,6 +141,36 @@ def test_optimizer_state_goes_by_name():
     smaller = make_optimizer(torch.optim.AdamW, second.param_groups()[:2], second)
     with pytest.raises(UserError, match=r"2 differ, e\.g\. head\.bias"):
         load_optimizer_state(smaller, second, saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "Adafactor", "SGD", "NAdam")),
+        *(f"timm.optim.{name}" for name in ("Lamb", "Adafactor", "Adan", "Lion", "Muon")),
+    ],
+)
+def test_an_optimizer_goes_on_where_it_was_saved(name):
+    """Whatever its own options and states are: the weights are those of a run without a stop."""
+    found = []
+    for stopped in (False, True):
+        torch.manual_seed(0)
+        recipe = nn.Linear(6, 4)
+        groups = [{"params": [recipe.weight]}, {"params": [recipe.bias]}]
+        optimizer = make_optimizer(resolve(name), groups, recipe)
+        for step in range(4):
+            if stopped and step == 2:
+                saved = optimizer_state(optimizer, recipe)
+                optimizer = make_optimizer(resolve(name), groups, recipe)
+                load_optimizer_state(optimizer, recipe, saved)
+            apply_schedules(
+                optimizer, {"lr": lambda step: 0.01, "weight_decay": lambda _: 0.1}, step
+            )
+            optimizer.zero_grad()
+            recipe(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+        found.append(recipe.weight.detach().clone())
+    assert torch.equal(*found) and found[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

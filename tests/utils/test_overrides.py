@@ -1,0 +1,39 @@
+"""Overrides where a run file, or a saved run, says null or has no groups to choose from."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from utils.config import compose_config
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["recipe.mixing.mode=elem"], "'recipe.mixing.mode' has no place: recipe.mixing is null"),
+        (["probes.accuracy=null", "probes.accuracy.batch_size=7"], "probes.accuracy is null here"),
+        (["probe@probes.knn=knn"], "no effect: the run sets probes.knn to null; another name will"),
+    ],
+)
+def test_what_a_null_swallows_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose_config("deit/quickstart_mirror.yaml", overrides)
+    assert said in str(caught.value)
+
+
+def test_a_null_may_be_filled_before_its_keys_are_set() -> None:
+    whole = "recipe.mixing={_target_:deit.mixing.Mixing}"
+    words = ["recipe.mixing=null", whole, "recipe.mixing.mode=elem", "+probe@probes.knn_2=knn"]
+    config = compose_config("deit/quickstart_mirror.yaml", words)
+    assert config.recipe.mixing.mode == "elem" and config.probes.knn_2
+
+
+def test_a_saved_run_takes_another_probe(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    OmegaConf.save(compose_config("deit/quickstart.yaml"), saved)
+    words = ["+probe@probes.near=knn", "probes.near.ks=[5]", "probe@probes.knn=knn"]
+    probes = compose_config(saved, words).probes
+    assert probes.near.ks == [5] and probes.knn.ks == [10, 20, 100, 200]
+    assert probes.accuracy == compose_config(saved).probes.accuracy
