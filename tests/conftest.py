@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread: the tensors here are too small to share, and sums keep their order."""
+    # Tests of closed terminals are about runs that heed them; under nohup HUP comes in ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
