@@ -18,7 +18,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils.ranges import check_count, check_order, check_range, check_share
+from utils.ranges import check_count, check_order, check_range, check_share, check_word
 
 CROPS = ("random_resized", "simple")
 ERASE_MODES = ("const", "rand", "pixel")
@@ -56,7 +56,7 @@ class ThreeOptions:
     std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _check_word("crop", self.crop, CROPS)
+        check_word("crop", self.crop, CROPS)
         check_count("input_size", self.input_size, 1)
         check_order("scale", self.scale, 0, 1, ends="(]")
         check_share("flip_probability", self.flip_probability)
@@ -128,8 +128,8 @@ class TimmAugmentation:
         check_range("color_jitter", color_jitter)
         check_share("erase_probability", erase_probability)
         check_count("erase_count", erase_count, 1)
-        _check_word("erase_mode", erase_mode, ERASE_MODES)
-        _check_word("interpolation", interpolation, INTERPOLATIONS)
+        check_word("erase_mode", erase_mode, ERASE_MODES)
+        check_word("interpolation", interpolation, INTERPOLATIONS)
         self.input_size = input_size
         try:
             self.steps = create_transform(
@@ -170,11 +170,6 @@ def posterize(image: Image, bits: int, **_: Any) -> Image:
     if bits < 1:
         return image.point([0] * 256 * len(image.getbands()))
     return image if bits >= 8 else ImageOps.posterize(image, bits)
-
-
-def _check_word(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
 def _operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:

@@ -144,7 +144,7 @@ def split_data(config: Mapping[str, Any]) -> Parts:
     published script of MNIST takes them from the test set.
     """
     sets = [make_data(config["data"], split) for split in ("train", "val")]
-    if config.get("validation"):
+    if config["validation"]:
         sets.append(build(config["validation"]))
     for part in sets:
         check_labels(part)

@@ -4,7 +4,7 @@ NaN is in no range, and an infinite value only where the range is said to have n
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class OutOfRange(ValueError):
@@ -35,6 +35,12 @@ def check_count(key: str, value: int, least: int = 0) -> None:
 def check_share(key: str, value: float) -> None:
     """OutOfRange unless `value` is a share, or a probability: in [0, 1]."""
     check_range(key, value, 0.0, 1.0)
+
+
+def check_word(key: str, word: str, known: Iterable[str]) -> None:
+    """OutOfRange unless `word` is one of those known."""
+    if word not in (words := list(known)):
+        raise OutOfRange(f"{key} must be one of {', '.join(words)}, not {word!r}")
 
 
 def check_order(

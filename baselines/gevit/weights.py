@@ -58,7 +58,7 @@ def renamed_state(
     tables: dict[str, Tensor] = {}
     twice = []
     for published, tensor in state.items():
-        name = our_name(published, model)
+        name = _our_name(published, model)
         if _CONSTANT.search(name):
             continue
         if _TABLE.match(name):
@@ -71,8 +71,7 @@ def renamed_state(
     return found, twice
 
 
-def our_name(name: str, model: nn.Module) -> str:
-    """A published name as that of a network, a block or a layer of ours."""
+def _our_name(name: str, model: nn.Module) -> str:
     name = name.removeprefix("module.")
     if name.startswith(_PATCH_STEM):
         return f"stem.{name}"

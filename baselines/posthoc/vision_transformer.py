@@ -68,13 +68,12 @@ class SmallVisionTransformer(nn.Module):
         """Flattened patches [B N C*p*p] of images [B C H W]; ValueError for other sizes."""
         height, width = images.shape[-2:]
         size = self.patch_size
-        taken = (self.in_chans, *([3] * (self.in_chans == 1)))
-        if images.ndim != 4 or images.shape[1] not in taken:
+        if self.in_chans == 1 and images.ndim == 4 and images.shape[1] == 3:
+            images = images.mean(dim=1, keepdim=True)
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
                 f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
             )
-        if images.shape[1] != self.in_chans:
-            images = images.mean(dim=1, keepdim=True)
         if height % size or width % size:
             raise ValueError(f"{height} x {width} pixels are no multiple of the patch {size}")
         rows = images.unflatten(-1, (width // size, size)).unflatten(-3, (height // size, size))

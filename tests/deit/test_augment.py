@@ -75,9 +75,12 @@ def test_every_word_that_is_offered_gives_images(mode, interpolation):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"erase_mode": "noise"}, "unknown erase_mode 'noise'; known: const, rand, pixel"),
+        ({"erase_mode": "noise"}, "erase_mode must be one of const, rand, pixel, not 'noise'"),
         # Pillow resizes by it, and turns nothing: a worker would find out at its first turn.
-        ({"interpolation": "lanczos"}, "unknown interpolation 'lanczos'; known: bicubic"),
+        (
+            {"interpolation": "lanczos"},
+            "interpolation must be one of bicubic, bilinear, nearest, random, not 'lanczos'",
+        ),
         ({"auto_augment": "best"}, "auto_augment 'best': Unknown AA policy"),
         ({"auto_augment": "rand-w0"}, "auto_augment 'rand-w0': Unknown RandAugment"),
     ],

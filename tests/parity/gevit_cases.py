@@ -20,7 +20,7 @@ from baselines.gevit.published_gcnn import (
     published_kernels,
 )
 from baselines.gevit.stems import patch_elements
-from baselines.gevit.weights import our_name, published_state
+from baselines.gevit.weights import published_state
 from baselines.posthoc.groups import CopyGroup, group_name
 from deit.schedules import EpochCosine
 from tests.parity.harness import Runner, check, check_gradients, load, strip
@@ -45,8 +45,6 @@ class Loaded:
         renamed = rename(state) if rename else published_state(state, self.module)
         self.module.load_state_dict(renamed, strict=True)
         self.x = self.tensors["in.x"].requires_grad_("grad.x" in self.tensors)
-        if self.x.requires_grad:
-            adopt_positions(self.module, state)
 
     def check(self, name: str, value: Tensor) -> None:
         # Published layers write oblong maps [.. H W] as [.. W H], entry by entry.
@@ -63,24 +61,6 @@ class Loaded:
         check_gradients({"x": self.x.grad, **found}, stored, self.tolerance)
         without = {name for name, parameter in ours.items() if parameter.grad is not None}
         assert not without, f"no stored gradient for {sorted(without)}"
-
-
-def adopt_positions(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Take the stored tables of positions, which are of float32, for ours of float64.
-
-    The gradients of their norms, whose eps is tiny, show the rounding. Cases without gradients
-    judge our own tables.
-    """
-    for stored, table in state.items():
-        owner, _, kind = our_name(stored, module).rpartition(".")
-        if kind not in ("row_indices", "col_indices"):
-            continue
-        offsets = module.get_submodule(owner).neighbours.offsets
-        ours = offsets.rows if kind == "row_indices" else offsets.cols
-        if table.ndim == 3:
-            ours.copy_(table.flatten(1))
-        else:
-            ours[:, places_of_pairs(table.shape[1])] = table
 
 
 def _published(name: str, module: nn.Module) -> str:

@@ -25,8 +25,8 @@ Runner = Callable[[dict[str, Any], Path], None]
 
 # Parts of an index that are a case each.
 TABLES = ("schedule",)
-# A gradient smaller than this share of the largest one of its case is none.
-ROUNDING = 1e-9
+# A gradient smaller than this share of the largest one of its case, in float64, is none.
+ROUNDING = 1e-12
 HERE = Path(__file__).resolve().parent
 
 
@@ -149,12 +149,13 @@ def check_gradients(ours: dict[str, Any], stored: dict[str, Tensor], tol: float)
     """Every stored gradient against ours, each relative to its own largest entry.
 
     What a softmax or a norm takes away again (a bias of all its scores, the one element of a
-    group) has no gradient but rounding: it is compared relative to the largest of all.
+    group) has no gradient but rounding: ours must be none too.
     """
     largest = max((_top(gradient.abs()) for gradient in stored.values()), default=0.0)
     for name, expected in stored.items():
         if _top(expected.abs()) < ROUNDING * largest:
-            check(f"grad.{name}", ours[name], expected, tol * largest, "absolute")
+            rounding = max(ROUNDING, torch.finfo(ours[name].dtype).eps)
+            check(f"grad.{name}", ours[name], expected, rounding * largest, "absolute")
         else:
             check(f"grad.{name}", ours[name], expected, tol)
 

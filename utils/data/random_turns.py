@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from utils.ranges import check_share
+from utils.ranges import check_share, check_word
 
 TURNS = ("any", "quarter")
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
@@ -35,12 +35,8 @@ class RandomTurn:
         mirrored: float = 0.5,
         interpolation: str = "bilinear",
     ) -> None:
-        if turns not in TURNS:
-            raise ValueError(f"unknown turns {turns!r}; known: {', '.join(TURNS)}")
-        if interpolation not in RESAMPLING:
-            raise ValueError(
-                f"unknown interpolation {interpolation!r}; known: {', '.join(RESAMPLING)}"
-            )
+        check_word("turns", turns, TURNS)
+        check_word("interpolation", interpolation, RESAMPLING)
         check_share("mirrored", mirrored)
         self.augmentation, self.turns, self.mirrored = augmentation, turns, mirrored
         self.resample = RESAMPLING[interpolation]

@@ -61,8 +61,11 @@ def test_without_an_augmentation_it_gives_images_and_finishes_nothing():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"turns": "half"}, "unknown turns 'half'"),
-        ({"interpolation": "bicubic"}, "unknown interpolation 'bicubic'"),
+        ({"turns": "half"}, "turns must be one of any, quarter, not 'half'"),
+        (
+            {"interpolation": "bicubic"},
+            "interpolation must be one of bilinear, nearest, not 'bicubic'",
+        ),
         ({"mirrored": 1.5}, "mirrored"),
     ],
 )
