@@ -15,6 +15,7 @@ from evaluation.progress import track
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches
+from utils.precision import float32_products_in
 from vit.backbone import Backbone
 
 logger = logging.getLogger(__name__)
@@ -200,13 +201,8 @@ def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]
 @contextmanager
 def full_float32_products(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32: TF32 is wrong in the fourth digit already."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products_in("highest"), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def device_of(net: Backbone) -> torch.device:

@@ -1,6 +1,7 @@
 """In which number format a step computes: fp32, tf32, bf16 or fp16 with a gradient scaler."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -71,3 +72,22 @@ class Precision:
         """Put the scaler's state back; a run that changed to or from fp16 starts its own."""
         if state and self.scales:
             self.scaler.load_state_dict(state)
+
+
+@contextmanager
+def float32_products_in(precision: str) -> Iterator[None]:
+    """Float32 products in `highest`, `high` or `medium` (torch.set_float32_matmul_precision)."""
+    newer: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    formats = [backend.fp32_precision for backend in newer]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # chosen by the newer setting alone
+        before = None
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for backend, own in zip(newer, formats, strict=True):
+            backend.fp32_precision = own

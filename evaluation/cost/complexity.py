@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from utils.build import plain
 from utils.errors import UserError
 from utils.flops import count_operations
 from utils.parallel import allow_variants
+from utils.precision import float32_products_in
 from utils.run_folder import describe_code
 
 
@@ -179,16 +180,14 @@ def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
     """The threads asked for; on CUDA float32 products may be taken in TF32, as published."""
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(threads or before[0])
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     allow_variants()
     try:
-        yield
+        with float32_products_in("high") if device.type == "cuda" else nullcontext():
+            yield
     finally:
-        torch.set_num_threads(before[0])
-        torch.set_float32_matmul_precision(before[1])
+        torch.set_num_threads(before)
 
 
 def describe(config: Mapping[str, Any], settings: Settings) -> tuple[dict[str, Any], Peak | None]:

@@ -87,7 +87,8 @@ def arithmetic_of(device: torch.device, dtype: torch.dtype | None) -> str:
     if dtype is not None:
         return next(name for name, known in _DTYPES.items() if known is dtype)
     tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    # torch.get_float32_matmul_precision() raises where this very setting was used.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tensor_cores and tf32 else "fp32"
 
 
