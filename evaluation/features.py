@@ -15,6 +15,7 @@ from evaluation.progress import track
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches
+from utils.errors import UserError
 from utils.precision import float32_products_in
 from vit.backbone import Backbone
 
@@ -158,6 +159,15 @@ def gather_features(part: FeatureSet) -> FeatureSet:
 def gather_labels(part: FeatureSet) -> Tensor:
     """All ranks' labels [N] by index, on every rank; the rows stay where they are."""
     return gather_features(FeatureSet(part.indices[:, None], part.labels, part.indices)).labels
+
+
+def check_labelled(part: FeatureSet, split: str, probe: str) -> None:
+    """UserError for a row without a label, which `probe` needs."""
+    unlabelled = part.indices[part.labels < 0]
+    if len(unlabelled):
+        raise UserError(
+            f"{probe} needs labels, but image {int(unlabelled[0])} of the {split} set has none"
+        )
 
 
 def renumber(part: FeatureSet) -> FeatureSet:

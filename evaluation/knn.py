@@ -10,6 +10,7 @@ from evaluation.feature_cache import class_tokens, transform_in_words
 from evaluation.features import (
     PRECISIONS,
     FeatureSet,
+    check_labelled,
     device_of,
     gather_features,
     gather_labels,
@@ -125,11 +126,7 @@ class KnnProbe:
             precision=self.precision,
             on_error=self.on_error,
         )
-        unlabelled = part.indices[part.labels < 0]
-        if len(unlabelled):
-            raise ValueError(
-                f"kNN needs labels, but image {int(unlabelled[0])} of the {split} set has none"
-            )
+        check_labelled(part, split, "kNN")
         # The search counts rows; where images were left out that is another number than theirs.
         return renumber(part) if self.on_error == "skip" else part
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaluation.class_metrics import ClassCounts
 from evaluation.feature_cache import CLASS_TOKEN, class_tokens, transform_in_words
-from evaluation.features import PRECISIONS, FeatureSet, device_of, renumber
+from evaluation.features import PRECISIONS, FeatureSet, check_labelled, device_of, renumber
 from evaluation.image_size import settle_sizes
 from evaluation.logistic import LogisticModel, fit_logistic, measure_moments
 from evaluation.progress import say
@@ -131,12 +131,7 @@ class LogregProbe:
             precision=self.precision,
             on_error=self.on_error,
         )
-        unlabelled = part.indices[part.labels < 0]
-        if len(unlabelled):
-            raise UserError(
-                f"logistic regression needs labels, but image {int(unlabelled[0])} of the {split} "
-                "set has none"
-            )
+        check_labelled(part, split, "logistic regression")
         return renumber(part) if self.on_error == "skip" else part
 
     def evaluate(

@@ -20,7 +20,8 @@ from octic.invariants import InvariantNorm, make_invariantization
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
 from vit.block import Block
-from vit.trunk import Trunk, drop_path_rates, init_linear
+from vit.stochastic_depth import drop_path_rates
+from vit.trunk import Trunk, init_linear
 from vit.vision_transformer import resample_grid
 
 BASES = ("isotypic", "regular")

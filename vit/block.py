@@ -25,6 +25,16 @@ class Addend(NamedTuple):
         return x if self.bias is None else x + F.pad(self.bias, (0, x.shape[-1] - len(self.bias)))
 
 
+def terms_of(
+    out: Tensor | tuple[Tensor, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Addend | None]:
+    """The tokens that a block returned, and what it left to add (None: nothing)."""
+    if isinstance(out, Tensor):
+        return out, None
+    x, tokens, bias = out
+    return x, None if tokens is None else Addend(tokens, bias)
+
+
 class ResidualBlock(nn.Module):
     """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)), each branch under stochastic depth.
 
@@ -62,12 +72,13 @@ class ResidualBlock(nn.Module):
         packing: Packing | None = None,
         addend: Addend | None = None,
         hold: bool = False,
-    ) -> Tensor | tuple[Tensor, Addend | None]:
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
         """Map tokens [B T D], packed or not, to tokens of the same shape.
 
         A norm that follows a sum can take it along, without a pass over memory of its own. So a
         block adds the `addend` of the block before it, if it is given one, and with `hold` returns
-        its own last sum as the two terms (the second None where nothing is left to add).
+        its own last sum as its terms: tokens and the two of an `Addend` (None where nothing is left
+        to add; `terms_of`). They come bare: Dynamo of torch 2.11 returns no named tuple of its own.
         """
         rate = self.drop_path_rate if self.training else 0.0
         ready = self._prepare(x)
@@ -78,14 +89,14 @@ class ResidualBlock(nn.Module):
             )
             x = add_branch(x, mix_tokens, packing, rate=rate, mode="subset")
             x = add_branch(x, mix_channels, packing, rate=rate, mode="subset")
-            return (x, None) if hold else x
+            return (x, None, None) if hold else x
         x, normed = self._add_and_norm(x, addend, self.norm1)
         addend = self._attend(normed, packing, ready, hold=not rate)
         addend = _thinned(addend, packing, rate, x.dtype)
         x, normed = self._add_and_norm(x, addend, self.norm2)
         addend = self._transform(normed, ready, hold=hold and not rate)
         addend = _thinned(addend, packing, rate, x.dtype)
-        return (x, addend) if hold else addend.to(x)
+        return (x, addend.tokens, addend.bias) if hold else addend.to(x)
 
     def _mix_tokens(self, x: Tensor, packing: Packing | None, ready: Any = None) -> Tensor:
         """The first branch [B T D] of tokens."""

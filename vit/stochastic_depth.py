@@ -11,6 +11,13 @@ MODES = ("sample", "subset")
 Branch = Callable[[Tensor, Packing | None], Tensor]
 
 
+def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
+    """Rate of each block: the same everywhere (DeiT III, DINOv2), or rising from zero."""
+    if uniform:
+        return [rate] * depth
+    return [rate * index / max(1, depth - 1) for index in range(depth)]
+
+
 def add_branch(
     x: Tensor, branch: Branch, packing: Packing | None, *, rate: float, mode: str
 ) -> Tensor:

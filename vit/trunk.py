@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit.backbone import Encoded, Features, check_counts
-from vit.block import Addend, ResidualBlock
+from vit.block import Addend, ResidualBlock, terms_of
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -164,7 +164,7 @@ class Trunk(nn.Module):
                 out = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 out = block(*arguments)
-            x, addend = out if isinstance(out, tuple) else (out, None)
+            x, addend = terms_of(out)
             if index in taps:
                 x, addend = _added(x, addend), None
                 # An octic block's output is told in the basis of the plain half.
@@ -382,13 +382,6 @@ def init_convolution(weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         bound = 1 / math.sqrt(weight[0].numel())
         nn.init.uniform_(bias, -bound, bound)
-
-
-def drop_path_rates(rate: float, depth: int, uniform: bool) -> list[float]:
-    """Rate of each block: the same everywhere (DeiT III, DINOv2), or rising from zero."""
-    if uniform:
-        return [rate] * depth
-    return [rate * index / max(1, depth - 1) for index in range(depth)]
 
 
 def _checked_pool(global_pool: str, class_token: bool) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.block import Block
-from vit.trunk import Trunk, drop_path_rates, init_convolution, init_linear
+from vit.stochastic_depth import drop_path_rates
+from vit.trunk import Trunk, init_convolution, init_linear
 
 
 class VisionTransformer(Trunk):

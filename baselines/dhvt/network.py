@@ -16,7 +16,8 @@ from baselines.dhvt.norms import check_sync
 from baselines.dhvt.stem import OverlappingPatchEmbed
 from baselines.tapped import TappedTrunk, check_sizes
 from utils.ranges import check_range
-from vit.trunk import drop_path_rates, init_linear
+from vit.stochastic_depth import drop_path_rates
+from vit.trunk import init_linear
 
 DECAYS = ("exempt", "published")
 

@@ -210,8 +210,13 @@ def test_a_link_to_nothing_is_listed_so_that_it_gets_named(tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
 def test_modes_without_alpha_are_converted_as_by_pillow(mode: str) -> None:
     image = _gradient("RGB").convert(mode)
-    kind, options = ("TIFF", {}) if mode in ("CMYK", "YCbCr") else ("PNG", {})
-    read = read_image(io.BytesIO(_bytes(image, kind, **options)), name="x")
+    file = io.BytesIO(_bytes(image, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"))
+    if mode == "YCbCr":
+        try:
+            Image.open(file).load()
+        except OSError:
+            pytest.skip("this Pillow cannot read such a file that it wrote")
+    read = read_image(file, name="x")
     assert read.mode == "RGB"
     assert np.array_equal(np.asarray(read), np.asarray(image.convert("RGB")))
 
