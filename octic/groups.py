@@ -153,7 +153,11 @@ class Group:
         """
         unknown = set(irrep_weights) - {irrep.name for irrep in self.irreps}
         if unknown:
-            raise ValueError(f"group {self.name} has no irrep {', '.join(sorted(unknown))}")
+            known = ", ".join(irrep.name for irrep in self.irreps)
+            raise ValueError(
+                f"irrep_weights: group {self.name} has no irrep {', '.join(sorted(unknown))}; "
+                f"known: {known}"
+            )
         for name, weight in irrep_weights.items():
             if not weight > 0:
                 raise ValueError(f"irrep_weights: the weight of {name} is {weight}, not positive")

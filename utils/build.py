@@ -1,5 +1,8 @@
 """From config nodes to objects, and to nothing but what a short list of packages offers.
 
+Whoever starts a command adds packages of his own in the environment: OCTIC_PACKAGES=mine,yours. No
+config can, as configs come from other people too.
+
 A node is a mapping with `_target_` (the dotted name of a class or function), keywords, and, where
 the caller adds the rest later, `_partial_: true`. The constructor's signature is the schema: a
 keyword it does not know, or a value of the wrong kind, is one line that names the place and the
@@ -10,6 +13,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import re
 import sys
 import types
@@ -68,7 +72,9 @@ def resolve(target: object, where: str = "") -> Callable[..., Any]:
         )
     if not _offered(target) and not target.startswith("timm."):
         raise UserError(
-            f"{refused}; offered are {', '.join(ALLOWED)}, timm.create_model and timm's models"
+            f"{refused}; offered are {', '.join((*ALLOWED, *own_packages()))}, timm.create_model "
+            f"and timm's models; what is yours: OCTIC_PACKAGES={target.partition('.')[0]} in the "
+            "environment"
         )
     module_name, _, name = target.rpartition(".")
     try:
@@ -76,7 +82,10 @@ def resolve(target: object, where: str = "") -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an optional package that the module itself needs
-        raise UserError(f"{prefix}there is no module {error.name!r} (in {target!r})") from None
+        path = "; its folder belongs on PYTHONPATH" if error.name in own_packages() else ""
+        raise UserError(
+            f"{prefix}there is no module {error.name!r} (in {target!r}){path}"
+        ) from None
     if not hasattr(module, name):
         public = [word for word in vars(module) if not word.startswith("_")]
         raise UserError(f"{prefix}{module_name} has no {name!r}{nearest(name, public)}")
@@ -86,6 +95,17 @@ def resolve(target: object, where: str = "") -> Callable[..., Any]:
     if not _offered(f"{found.__module__}.{found.__qualname__}") and not _is_timm_model(found):
         raise UserError(f"{refused}: it is defined in {found.__module__}")
     return found
+
+
+def own_packages() -> tuple[str, ...]:
+    """The packages that the environment adds to those offered (OCTIC_PACKAGES)."""
+    names = os.environ.get("OCTIC_PACKAGES", "").replace(",", " ").split()
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(
+                f"OCTIC_PACKAGES holds {name!r}; it must be names such as mine,yours.nets"
+            )
+    return tuple(names)
 
 
 def plain(node: Any) -> Any:
@@ -183,7 +203,7 @@ def _keywords(node: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _offered(name: str) -> bool:
-    return any(name.startswith(f"{package}.") for package in ALLOWED)
+    return any(name.startswith(f"{package}.") for package in (*ALLOWED, *own_packages()))
 
 
 def _is_timm_model(found: Callable[..., Any]) -> bool:

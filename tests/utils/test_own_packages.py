@@ -1,0 +1,47 @@
+"""Packages of the user's own: offered to configs where the environment names them, nowhere else."""
+
+import pytest
+
+from utils.build import build, resolve
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_nets.py").write_text(
+        "import os\nfrom os.path import join\n\n\nclass Mine:\n"
+        "    def __init__(self, width: int = 8):\n        self.width = width\n"
+    )
+
+
+def test_what_the_environment_names_is_offered(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "another_one, my_nets")
+    assert build({"_target_": "my_nets.Mine", "width": 16}).width == 16
+    with pytest.raises(UserError, match=r"backbone: Mine takes no 'widht'; did you mean 'width'\?"):
+        build({"backbone": {"_target_": "my_nets.Mine", "widht": 16}})
+
+
+def test_what_it_does_not_name_is_refused_and_the_way_told(monkeypatch):
+    monkeypatch.delenv("OCTIC_PACKAGES", raising=False)
+    with pytest.raises(UserError, match="OCTIC_PACKAGES=my_nets in the environment"):
+        resolve("my_nets.Mine")
+
+
+def test_what_a_package_merely_imports_stays_refused(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    with pytest.raises(UserError, match="it is defined in posixpath"):
+        resolve("my_nets.join")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no_such_nets", "no module 'no_such_nets'.*its folder belongs on PYTHONPATH"),
+        ("./my_nets.py", "OCTIC_PACKAGES holds './my_nets.py'; it must be names such as"),
+    ],
+)
+def test_a_package_that_is_not_there_is_one_line(monkeypatch, value, message):
+    monkeypatch.setenv("OCTIC_PACKAGES", value)
+    with pytest.raises(UserError, match=message):
+        resolve("no_such_nets.Mine")
