@@ -1,6 +1,6 @@
 """Equivariant layers and Vision Transformers over the symmetries of the pixel grid.
 
-May import: torch, timm, triton where present, and `vit`.
+May import: torch, timm, numpy, triton where present, and `vit`.
 """
 
 from octic import debug_models, mirror_models, models

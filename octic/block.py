@@ -10,12 +10,11 @@ from octic.layers import (
     OcticLayerNorm,
     OcticMlp,
     OcticScale,
-    is_watched,
     matrices_of,
 )
 from octic.matrices import Matrices
 from octic.operators import takes_triton
-from vit.block import Addend, ResidualBlock
+from vit.block import Addend, ResidualBlock, is_watched
 from vit.packing import Packing
 
 Ready = Sequence[Matrices | None]  # of qkv, proj, fc1, fc2
@@ -86,7 +85,9 @@ class OcticBlock(ResidualBlock):
     def _add_and_norm(
         self, x: Tensor, addend: Addend | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        return (x, norm(x)) if addend is None else norm.after(x, *addend)
+        if addend is None or is_watched(norm):
+            return super()._add_and_norm(x, addend, norm)
+        return norm.after(x, *addend)
 
     def _attend(
         self, normed: Tensor, packing: Packing | None, ready: Ready | None, *, hold: bool

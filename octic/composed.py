@@ -19,7 +19,8 @@ from octic.plain_kernels import Matrix, by_segment, with_bias
 
 def is_composed() -> bool:
     """Whether who runs or traces this call needs PyTorch's own operators."""
-    if torch.compiler.is_exporting():
+    # torch.compiler.is_exporting(), which Dynamo of torch 2.11 takes for true in any compilation.
+    if torch.compiler._is_exporting_flag:
         return True
     # What torch.autograd.Function asks itself, before it refuses.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -204,7 +204,11 @@ class Group:
         return np.array(rows)
 
     def action(self, element: Element) -> np.ndarray:
-        """Matrix [G G] by which an element acts on the components of a feature."""
+        """Matrix [G G] by which an element acts on the components of a feature.
+
+        ValueError for an element of another group.
+        """
+        self.element(element.name)
         matrix = np.zeros((self.order, self.order))
         start = 0
         for irrep in self.irreps:
@@ -343,14 +347,17 @@ _GROUPS = {
 GROUP_NAMES = (*_GROUPS, "octic")
 
 
-@functools.cache
 def get_group(name: str | Group = "D4") -> Group:
     """The group of that name: mirror, half_turn, V4, C4, D4 (also called octic)."""
     if isinstance(name, Group):
         return name
-    known = "D4" if name == "octic" else name
-    if known not in _GROUPS:
+    if name not in GROUP_NAMES:
         raise ValueError(f"unknown group {name!r}; known: {', '.join(GROUP_NAMES)}")
+    return _made("D4" if name == "octic" else name)
+
+
+@functools.cache
+def _made(known: str) -> Group:
     generators, irreps, halves = _GROUPS[known]
     words = _words(generators)
     elements = tuple(element for element in OCTIC_ELEMENTS if element in words)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from octic.groups import Group, get_group
+from octic.groups import Group, Matrix, get_group
 from octic.layers import OcticLayerNorm, channels_per_copy
 
 _CUBIC_CORE = (
@@ -186,6 +186,7 @@ class MaxFiltering(Invariantization):
     ) -> None:
         super().__init__(dim, group=group)
         self.output_dim = num_references or 2 * dim
+        self.actions = _actions(self.group)
         # [R C |G|], components in the published order
         self.references = nn.Parameter(torch.randn(self.output_dim, self.copy, self.group.order))
         with torch.no_grad():
@@ -194,7 +195,7 @@ class MaxFiltering(Invariantization):
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... R]."""
         components = torch.stack(self.components(x), dim=-1)  # [... C G]
-        actions = _actions(self.group, x)
+        actions = torch.tensor(self.actions, dtype=x.dtype, device=x.device)
         # Move x instead of every reference: <ref, rho(g)^-1 x> runs over the same set.
         moved = torch.einsum("ghk,...ck->...gch", actions, components)
         return torch.einsum("rch,...gch->...gr", self.references, moved).amax(dim=-2)
@@ -210,6 +211,7 @@ class Canonization(Invariantization):
     def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
         super().__init__(dim, group=group)
         self.output_dim = dim
+        self.actions = _actions(self.group)
         self.reference = nn.Parameter(torch.randn(dim))
         with torch.no_grad():
             self.reference.div_(self.reference.norm())
@@ -217,16 +219,17 @@ class Canonization(Invariantization):
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... D], components in the published order."""
         components = torch.stack(self.components(x), dim=-2)  # [... G C]
-        moved = torch.einsum("ghk,...kc->...ghc", _actions(self.group, x), components).flatten(-2)
+        actions = torch.tensor(self.actions, dtype=x.dtype, device=x.device)
+        moved = torch.einsum("ghk,...kc->...ghc", actions, components).flatten(-2)
         best = (moved @ self.reference).argmax(dim=-1)[..., None, None]
         return moved.take_along_dim(best, dim=-2).squeeze(-2)
 
 
-def _actions(group: Group, like: Tensor) -> Tensor:
+def _actions(group: Group) -> tuple[Matrix, ...]:
     """The matrices [element G G] on components in the published order."""
     order = list(group.row_major)
-    matrices = [group.action(element)[order][:, order].tolist() for element in group.elements]
-    return torch.tensor(matrices, dtype=like.dtype, device=like.device)
+    matrices = (group.action(element)[order][:, order].tolist() for element in group.elements)
+    return tuple(tuple(map(tuple, matrix)) for matrix in matrices)
 
 
 class InvariantHead(nn.Sequential):

@@ -21,6 +21,7 @@ from octic.operators import takes_triton
 from octic.precision import autocast_dtype
 from octic.regular_gelu import regular_gelu
 from vit.attention import attend, check_backend
+from vit.block import is_watched
 from vit.packing import Packing
 
 Pair = Sequence[Matrices | None]  # of the two linear layers of attention or MLP
@@ -73,7 +74,7 @@ class OcticLinear(nn.Module):
         """
         if scale is not None and not _fits_in_weights(scale, x):
             return scale(self(x, None, matrices))
-        return irrep_linear(x, *(matrices or matrices_of([(self, scale)], x)[0]))
+        return irrep_linear(x, *self._matrices(x, scale, matrices))
 
     def without_bias(
         self, x: Tensor, scale: nn.Module | None = None, matrices: Matrices | None = None
@@ -87,9 +88,17 @@ class OcticLinear(nn.Module):
         folded = scale is None or _fits_in_weights(scale, x)
         if not takes_triton(x) or is_watched(self) or not folded:
             return self(x, scale, matrices), None
-        lines, plane, bias = matrices or matrices_of([(self, scale)], x)[0]
+        lines, plane, bias = self._matrices(x, scale, matrices)
         y = irrep_linear(x, lines, plane, bias, add_bias=False)
         return y, None if bias is None else bias.detach()
+
+    def _matrices(self, x: Tensor, scale: nn.Module | None, matrices: Matrices | None) -> Matrices:
+        # The product reads its columns by strides: it would take another width for its own.
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"features of {x.shape[-1]} channels given to an OcticLinear of {self.in_features}"
+            )
+        return matrices or matrices_of([(self, scale)], x)[0]
 
     def sources(self, scale: nn.Module | None = None) -> Sources:
         """What this layer's matrices are made of, with a scale of its result."""
@@ -109,7 +118,8 @@ class OcticLinear(nn.Module):
 def _fits_in_weights(scale: nn.Module, x: Tensor) -> bool:
     # Layer scales of 1e-5 times weights would leave float16's range.
     half = (autocast_dtype(x) or x.dtype) == torch.float16
-    return isinstance(scale, OcticScale) and scale.beta is None and not half
+    plain = isinstance(scale, OcticScale) and scale.beta is None and not half
+    return plain and not is_watched(scale)
 
 
 def matrices_of(
@@ -121,12 +131,6 @@ def matrices_of(
         for layer, scale in layers
     ]
     return stack_matrices(sources, dtype=autocast_dtype(x))
-
-
-def is_watched(layer: nn.Module) -> bool:
-    """Whether hooks wait for what goes into the layer or comes out of it."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(layer, name) for name in hooks)
 
 
 def _complex_matrix(parts: Tensor) -> Tensor:
@@ -283,6 +287,8 @@ class OcticMlp(nn.Module):
         return [(self.fc1, None), (self.fc2, scale)]
 
     def _hidden(self, x: Tensor, matrices: Matrices | None) -> Tensor:
+        if is_watched(self.act):
+            return self.norm(self.act(self.fc1(x, None, matrices)))
         return self.norm(self.act(*self.fc1.without_bias(x, None, matrices)))
 
 

@@ -48,12 +48,13 @@ class Unfold(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Unfold":
         # A net that was built without memory is given empty tensors (`to_empty`), and then its
         # weights from a file, which holds no tables.
+        # Neither must a cast by `type`, which asks of no tensor whether it is floating, reach them.
         super()._apply(fn, recurse)
         with torch.device("cpu"):
             tables = self._tables()
-        for name, buffer in self.named_buffers():
+        for name, buffer in list(self.named_buffers()):
             if not buffer.is_meta and (table := tables[name]) is not None:
-                buffer.copy_(table)
+                setattr(self, name, table.to(buffer.device))
         return self
 
     def coefficient(self, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.block import OcticBlock
-from octic.groups import Group, get_group
+from octic.groups import Group, Matrix, get_group
 from octic.invariants import InvariantNorm, make_invariantization
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
@@ -166,6 +166,7 @@ class OcticVisionTransformer(Trunk):
         self.invariant_proj: nn.Linear | None = None
         self.invariant = name or False
         self.switch_basis = switch_basis
+        self.to_regular = tuple(map(tuple, self.group.fourier.T.tolist()))
         if self.invariant_at == "head":
             self._make_invariant_head(name or "trivial")
         elif name:
@@ -195,7 +196,7 @@ class OcticVisionTransformer(Trunk):
             return x if self.invariant_proj is None else self.invariant_proj(x)
         parts = x.unflatten(-1, (self.group.order, -1))
         if self.switch_basis == "regular":
-            return _to_regular(parts, self.group)
+            return _to_regular(parts, self.to_regular)
         # Copies first within an irrep: octic-vits' order A1 A2 B1 B2 E11 E21 E12 E22.
         return torch.cat([parts[..., index, :] for index in self.row_major], dim=-1)
 
@@ -295,13 +296,13 @@ class OcticVisionTransformer(Trunk):
         return x
 
 
-def _to_regular(parts: Tensor, group: Group) -> Tensor:
+def _to_regular(parts: Tensor, transform: Matrix) -> Tensor:
     """Regular components [... D] of the components [... G C] of features."""
-    if group.order == 2:
+    if len(transform) == 2:
         # Sums and differences: no product that TF32 or autocast would round.
         first, second = (parts * math.sqrt(0.5)).unbind(-2)
         return torch.cat([first + second, first - second], dim=-1)
-    matrix = torch.tensor(group.fourier.T.tolist(), dtype=parts.dtype, device=parts.device)
+    matrix = torch.tensor(transform, dtype=parts.dtype, device=parts.device)
     return (matrix @ parts).flatten(-2)
 
 

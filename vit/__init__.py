@@ -1,6 +1,6 @@
 """The Backbone contract, the plain Vision Transformer and adapters of other networks.
 
-May import: torch and timm.
+May import: torch, timm, numpy and safetensors.
 """
 
 from vit import models

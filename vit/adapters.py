@@ -1,6 +1,7 @@
 """Other people's networks as a Backbone."""
 
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
@@ -39,9 +41,12 @@ class TimmBackbone(nn.Module):
             self.net = timm.create_model(model_name, pretrained=pretrained, **self.options)
         if not hasattr(self.net, "forward_intermediates"):
             raise ValueError(f"timm's {model_name} has no forward_intermediates")
-        self.embed_dim = self.net.num_features
-        self.patch_size = self.net.feature_info[-1]["reduction"]
+        last = self.net.feature_info[-1]
+        # What counts is what comes with `norm`: a neck's width (SAM), never that of a CNN's head.
+        self.embed_dim = self.net.num_features if hasattr(self.net, "neck") else last["num_chs"]
+        self.patch_size = last["reduction"]
         self.depth = len(self.net.feature_info)
+        self._prefix, self._wanted = _asked(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """The network's own output."""
@@ -50,17 +55,15 @@ class TimmBackbone(nn.Module):
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Normalised features of the asked blocks; a CNN's class token is its mean feature."""
         indices = take_indices(layers, self.depth)
-        prefix = getattr(self.net, "num_prefix_tokens", 0)
-        options = {"return_prefix_tokens": True} if prefix else {}
-        if hasattr(self.net, "blocks"):
-            options["norm"] = True
-        found = self.net.forward_intermediates(
-            images, indices=indices, intermediates_only=True, **options
+        taken = sorted(set(indices))  # timm's order, whatever is asked
+        entries = self.net.forward_intermediates(
+            images, indices=taken, intermediates_only=True, **self._wanted
         )
-        return [self._features(entry, prefix) for entry in found]
+        found = dict(zip(taken, entries, strict=True))
+        return [self._features(found[index]) for index in indices]
 
-    def _features(self, entry: Any, prefix: int) -> Features:
-        maps, tokens = entry if prefix else (entry, None)
+    def _features(self, entry: Any) -> Features:
+        maps, tokens = entry if self._prefix else (entry, None)
         if tokens is not None and getattr(self.net, "has_class_token", True):
             cls = tokens[:, 0]
         else:
@@ -113,9 +116,36 @@ def _from_hub(model_name: str, options: dict[str, Any]) -> nn.Module:
     return net
 
 
+def _asked(net: Any) -> tuple[bool, dict[str, bool]]:
+    """Whether `forward_intermediates` gives prefix tokens, and what it is asked for."""
+    known = inspect.signature(net.forward_intermediates).parameters
+    prefix = bool(getattr(net, "num_prefix_tokens", 0)) and "return_prefix_tokens" in known
+    options = {"return_prefix_tokens": True} if prefix else {}
+    # Nets without a norm of their own behind the blocks (Hiera) refuse to be asked.
+    if hasattr(net, "blocks") and (hasattr(net, "norm") or hasattr(net, "neck")):
+        options["norm"] = True
+    return prefix, options
+
+
 def _dynamic(model_name: str) -> dict[str, Any]:
-    """ViTs of timm take other image sizes when told so."""
-    return {"dynamic_img_size": True} if model_name.startswith(("vit_", "deit")) else {}
+    """ViTs of timm take other image sizes when told so, if their class has the option."""
+    if not model_name.startswith(("vit_", "deit")):
+        return {}
+    with torch.device("meta"):  # only the class is looked at
+        model_class = type(timm.create_model(model_name))
+    return {"dynamic_img_size": True} if _takes(model_class, "dynamic_img_size") else {}
+
+
+def _takes(model_class: type, option: str) -> bool:
+    """Whether a class has a keyword, or hands it on to one above it that has."""
+    for part in model_class.__mro__:
+        if "__init__" in vars(part):
+            known = inspect.signature(part).parameters
+            if option in known:
+                return True
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
+                return False
+    return False
 
 
 def timm_backbone(model_name: str, **kwargs: Any) -> TimmBackbone:

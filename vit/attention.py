@@ -26,15 +26,14 @@ def attend(
     On a packed input each sequence attends to itself alone, by one of three equal ways: `varlen`
     (torch's variable-length kernel, CUDA and half precision), `xformers` (its block-diagonal
     mask), or `sdpa` (one call per group of equal lengths, any device). `auto` takes the first
-    that the tensors allow of varlen and sdpa.
+    that the tensors allow of varlen and sdpa. ValueError where they do not allow `varlen`.
     """
     if packing is None:
         return _sdpa(q, k, v, dropout)
     if backend == "auto":
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        backend = "varlen" if q.is_cuda and half and dropout == 0.0 else "sdpa"
+        backend = "varlen" if _takes_varlen(q) and dropout == 0.0 else "sdpa"
     if backend == "varlen":
-        return _varlen(q, k, v, packing)
+        return _varlen(q, k, v, packing, dropout)
     if backend == "xformers":
         return _xformers(q, k, v, packing, dropout)
     parts = [
@@ -51,9 +50,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def _takes_varlen(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    if dropout:
+        raise ValueError(
+            f'attention backend "varlen" has no dropout, and {dropout} is asked for; '
+            'backend "auto" takes one that has'
+        )
+    if not _takes_varlen(q):
+        raise ValueError(
+            f'attention backend "varlen" needs CUDA and half precision, not {q.device.type} and '
+            f'{q.dtype}; backend "auto" takes what the tensors allow'
+        )
     longest, offsets = packing.longest, packing.offsets
     q, k, v = (x.squeeze(0) for x in (q, k, v))
     out = varlen_attn(q, k, v, offsets, offsets, longest, longest)

@@ -35,6 +35,16 @@ def terms_of(
     return x, None if tokens is None else Addend(tokens, bias)
 
 
+def is_watched(layer: nn.Module) -> bool:
+    """Whether hooks wait for what goes into the layer or comes out of it."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
 class ResidualBlock(nn.Module):
     """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)), each branch under stochastic depth.
 

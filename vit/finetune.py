@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vit.keys import check_fit, rename_published
 from vit.vision_transformer import resample_grid
-from vit.weights import read_state
+from vit.weights import changing_to, read_state
 
 POSITIONS = "pos_embed"
 # Of self-supervised training; a classifier has no use for it.
@@ -52,16 +52,15 @@ def adapt_state(
     """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
-    if hasattr(model, "adapt_to"):
-        model.adapt_to(state)
-    own = model.state_dict()
-    found, twice = rename_published(state, own, grid=getattr(model, "grid_size", None))
-    notes = [
-        *_adapt_head(found, own, head_of(model)),
-        *_adapt_unused(found, own),
-        *_adapt_positions(found, own, model),
-    ]
-    return check_fit(found, own, type(model).__name__, also_left_over=twice), notes
+    with changing_to(state, model):
+        own = model.state_dict()
+        found, twice = rename_published(state, own, grid=getattr(model, "grid_size", None))
+        notes = [
+            *_adapt_head(found, own, head_of(model)),
+            *_adapt_unused(found, own),
+            *_adapt_positions(found, own, model),
+        ]
+        return check_fit(found, own, type(model).__name__, also_left_over=twice), notes
 
 
 def head_of(model: nn.Module) -> str:
@@ -120,13 +119,13 @@ def _adapt_positions(
     if theirs.shape == ours.shape:
         return []
     grid = _grid_of(model)
-    side, extra = _square(theirs.shape[1])
+    old, extra = _old_grid(theirs.shape[1], grid, "cls_token" in found or "reg_token" in found)
     wanted = ours.shape[1] - grid[0] * grid[1]
     first, notes = theirs[:, :extra], []
-    resized = resize_positions(theirs[:, extra:], (side, side), grid)
-    if (side, side) != grid:
+    resized = resize_positions(theirs[:, extra:], old, grid)
+    if old != grid:
         notes.append(
-            f"{POSITIONS}: resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
+            f"{POSITIONS}: resampled from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches"
         )
     if extra and not wanted and "cls_token" in found:
         found["cls_token"] = found["cls_token"] + first
@@ -171,12 +170,19 @@ def _grid_of(model: nn.Module) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def _square(count: int) -> tuple[int, int]:
-    """Side of the square grid of `count` positions, and how many (0 or 1) are not patches'."""
+def _old_grid(count: int, own: tuple[int, int], prefixed: bool) -> tuple[tuple[int, int], int]:
+    """The grid of a file's `count` positions, and how many (0 or 1) are not patches'.
+
+    The model's own grid, if it has as many cells; else a square. Without a token before its patches
+    (`prefixed`) a file has positions of these alone.
+    """
+    extra = count - own[0] * own[1]
+    if extra in (0, int(prefixed)):
+        return own, extra
     side = math.isqrt(count)
     extra = count - side * side
-    if extra > 1:
+    if extra > prefixed:
         raise ValueError(
             f"{POSITIONS} of the file has {count} positions, which is no square grid of patches"
         )
-    return side, extra
+    return (side, side), extra

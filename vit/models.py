@@ -13,7 +13,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vit.keys import from_published
+from vit.finetune import adapt_state, head_of
 from vit.parallel import ParallelVisionTransformer
 from vit.vision_transformer import VisionTransformer
 
@@ -54,8 +54,18 @@ def default_cfg(first_conv: str, num_classes: int) -> dict[str, Any]:
 
 
 def filter_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook on loaded weights: published spellings become ours."""
-    return from_published(state, model)
+    """timm's hook on loaded weights: published spellings become ours, adapted to this model.
+
+    So timm's own call may ask for another number of classes or image size than the file's.
+    ValueError as `adapt_state`, and for a head that would start afresh without having been asked.
+    """
+    adapted, notes = adapt_state(state, model)
+    net: Any = model
+    if net.num_classes == net.pretrained_cfg["num_classes"]:
+        for note in notes:
+            if note.startswith(head_of(net)):
+                raise ValueError(f"the weights do not fit: {note}")
+    return adapted
 
 
 def build(

@@ -62,14 +62,14 @@ def _keep_mask(x: Tensor, packing: Packing | None, keep: float, dtype: torch.dty
 
 
 def _kept(count: int, keep: float) -> int:
-    return max(1, int(count * keep))
+    return min(count, max(1, int(count * keep)))
 
 
 def _add_on_subset(x: Tensor, branch: Branch, keep: float) -> Tensor:
     kept = _kept(x.shape[0], keep)
     chosen = torch.randperm(x.shape[0], device=x.device)[:kept]
     update = branch(x[chosen], None)
-    return x.index_add(0, chosen, update.to(x.dtype), alpha=x.shape[0] / kept)
+    return x.index_add(0, chosen, update.to(x.dtype), alpha=x.shape[0] / max(1, kept))
 
 
 def _add_on_packed_subset(x: Tensor, branch: Branch, packing: Packing, keep: float) -> Tensor:
@@ -84,7 +84,7 @@ def _add_on_packed_subset(x: Tensor, branch: Branch, packing: Packing, keep: flo
     index = torch.cat(rows)
     update = branch(x[:, index], make_packing(groups, x.device)).to(x.dtype)
     scaled = [
-        part * (count / kept)
+        part * (count / max(1, kept))
         for part, (count, _), (kept, _) in zip(
             unpack(update, groups), packing.groups, groups, strict=True
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit.backbone import Encoded, Features, check_counts
-from vit.block import Addend, ResidualBlock, terms_of
+from vit.block import Addend, ResidualBlock, is_watched, terms_of
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -238,7 +238,7 @@ class Trunk(nn.Module):
         normed = (self.norm(kept[index]) for index in indices)
         return [
             Features(
-                cls=x[:, 0] if self.has_class_token else x.mean(dim=1),
+                cls=x[:, 0] if self.has_class_token else self.pool(x, "avg"),
                 patches=x[:, self.num_prefix_tokens :].unflatten(1, grid),
             )
             for x in normed
@@ -281,6 +281,8 @@ class Trunk(nn.Module):
 
         DINOv2's spelling, in the order of the blocks: [B N D] each, or [B D h w] with `reshape`.
         """
+        if return_class_token and not self.has_class_token:
+            raise ValueError("return_class_token=True needs a model with class_token=True")
         found = self.forward_intermediates(
             x,
             indices=sorted(take_indices(n, self.depth)),
@@ -299,8 +301,7 @@ class Trunk(nn.Module):
         """Drop the blocks behind the last asked one; returns the asked indices (timm)."""
         taken = take_indices(indices, self.depth)
         keep = max(taken) + 1
-        if keep <= self.switch < self.depth:
-            self.switch = keep
+        self.switch = min(self.switch, keep)
         self.blocks = self.blocks[:keep]
         self.depth = keep
         if prune_norm:
@@ -353,8 +354,8 @@ def _added(x: Tensor, addend: Addend | None) -> Tensor:
 
 
 def _holds(block: nn.Module) -> bool:
-    """Whether the next block is to add this one's last branch; hooks see whole tokens."""
-    return isinstance(block, ResidualBlock) and block.holds and not block._forward_hooks
+    """Whether a block takes and leaves sums in their terms; hooks see whole tokens."""
+    return isinstance(block, ResidualBlock) and block.holds and not is_watched(block)
 
 
 def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

@@ -42,9 +42,25 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
-    if hasattr(model, "adapt_to"):
+    with changing_to(state, model):
+        model.load_state_dict(from_published(state, model), strict=True)
+
+
+@contextlib.contextmanager
+def changing_to(state: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
+    """Let a model with `adapt_to` change itself to what weights need; an error takes that back."""
+    if not hasattr(model, "adapt_to"):
+        yield
+        return
+    attributes, parts = dict(vars(model)), dict(model._modules)
+    try:
         model.adapt_to(state)
-    model.load_state_dict(from_published(state, model), strict=True)
+        yield
+    except Exception:
+        vars(model).update(attributes)
+        model._modules.clear()
+        model._modules.update(parts)
+        raise
 
 
 def load_net(net: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from baselines.flopping.convnext import MirrorConvNeXt
 from baselines.flopping.plain import PlainConvNeXt, PlainResMlp
 from baselines.flopping.resmlp import MirrorResMlp
-from vit.keys import from_published
-from vit.models import default_cfg
+from vit.models import default_cfg, filter_state
 
 # size -> constructor keywords
 RESMLP: dict[str, dict[str, Any]] = {
@@ -61,11 +60,6 @@ default_cfgs = generate_default_cfgs(
         **{f"flopping_convnext_{name}": _cfg("stem", 0.875) for name in HIERARCHICAL},
     }
 )
-
-
-def filter_state(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """timm's hook on loaded weights: published spellings become ours."""
-    return from_published(model.rename_state(state), model)
 
 
 def _make(

@@ -68,17 +68,25 @@ class PairScale(nn.Module):
         return torch.addcmul(corners(self.shift_A1, self.shift_A2).flatten(1), x, alpha)
 
 
+def _check(given: int, own: int, what: str, layer: str) -> None:
+    # The product reads its columns by strides: it would take another width for its own.
+    if given != own:
+        raise ValueError(f"features of {given} {what} given to a {layer} of {own}")
+
+
 class PairLinear(nn.Module):
     """A matrix on the even channels and one on the odd ones, the same for both parts of a pair."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__()
+        self.in_features = in_features
         copies = channels_per_copy(in_features, MIRROR), channels_per_copy(out_features, MIRROR)
         self.lin_A1 = nn.Linear(*copies, bias=bias)
         self.lin_A2 = nn.Linear(*copies, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features [... 2 D] to [... 2 D']."""
+        _check(x.shape[-1], self.in_features, "channels", "PairLinear")
         lines = torch.stack([self.lin_A1.weight, self.lin_A2.weight])
         y = irrep_linear(x, lines, None, None)
         if self.lin_A1.bias is None:
@@ -102,6 +110,7 @@ class TokenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix features [B n 2 D] over n."""
+        _check(x.shape[1], self.num_pairs, "pairs", "TokenLinear")
         lines = torch.stack([self.lin_A1.weight, self.lin_A2.weight])
         y = irrep_linear(x.permute(0, 3, 2, 1).flatten(2), lines, None, None)
         y = y.unflatten(2, (2, -1))  # [B D 2 n]

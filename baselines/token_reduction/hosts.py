@@ -282,8 +282,8 @@ class TrunkHost(Host):
         return block.attn.attn_drop
 
     def classless(self, x: Tensor) -> Tensor:
-        """Mean of all tokens, as `vit.trunk.Trunk.features` gives it."""
-        return x.mean(dim=1)
+        """Mean of the patches, as `vit.trunk.Trunk.features` gives it."""
+        return x[:, self.facts.num_prefix :].mean(dim=1)
 
 
 def find_host(model: nn.Module) -> Host:

@@ -19,6 +19,7 @@ from utils.ranges import OutOfRange
 from vit.backbone import Encoded, Features
 from vit.keys import from_published
 from vit.trunk import take_indices
+from vit.weights import changing_to
 
 NET = "net."
 
@@ -243,9 +244,9 @@ class Reduced(nn.Module):
             return dict(state)
         if hasattr(self.net, "rename_state"):
             state = self.net.rename_state(state)
-        if hasattr(self.net, "adapt_to"):
-            self.net.adapt_to(state)
-        return {NET + name: tensor for name, tensor in from_published(state, self.net).items()}
+        with changing_to(state, self.net):
+            found = from_published(state, self.net)
+        return {NET + name: tensor for name, tensor in found.items()}
 
     def extra_repr(self) -> str:
         """The method and its options."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.backbone import Features
-from vit.keys import from_published, strip_wrappers
-from vit.models import default_cfg
+from vit.keys import strip_wrappers
+from vit.models import default_cfg, filter_state
 from vit.trunk import take_indices
 
 # name -> constructor keywords
@@ -153,11 +153,6 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) 
     maps = patches.transpose(1, 2).unflatten(2, (side, side))
     resized = F.interpolate(maps, size=grid, mode="bicubic", align_corners=True)
     return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
-
-
-def filter_state(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """timm's hook on loaded weights: published spellings become timm's."""
-    return from_published(model.rename_state(state), model)
 
 
 def _cfg(size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from octic.actions import act
 from octic.groups import OCTIC_ELEMENTS, get_group, inverse, multiply
 
 NAMES = ("mirror", "half_turn", "V4", "C4", "D4")
@@ -66,6 +67,8 @@ def test_bad_groups_and_grids_are_refused() -> None:
     """Each error names what would be right."""
     with pytest.raises(ValueError, match="known: mirror, half_turn, V4, C4, D4"):
         get_group("D3")
+    with pytest.raises(ValueError, match=r"unknown group \['D4'\]"):
+        get_group(["D4"])
     with pytest.raises(ValueError, match="even number"):
         get_group("D4").slab(5, 5)
     with pytest.raises(ValueError, match="needs a square"):
@@ -73,3 +76,5 @@ def test_bad_groups_and_grids_are_refused() -> None:
     assert get_group("mirror").slab(5, 6) == (5, 3)
     with pytest.raises(ValueError, match="it has e, m"):
         get_group("mirror").element("r")
+    with pytest.raises(ValueError, match="it has e, m"):
+        act(torch.zeros(2), get_group("D4").element("r"), get_group("mirror"))

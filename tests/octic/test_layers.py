@@ -191,9 +191,53 @@ def test_hooks_see_whole_results_where_biases_are_handed_on(monkeypatch):
         module.register_forward_hook(lambda m, i, output, name=name: seen.update({name: output}))
     torch.testing.assert_close(block(x), plain, rtol=1e-12, atol=1e-12)
     assert seen.keys() == watched.keys()
+    block.mlp.act.register_forward_pre_hook(lambda m, inputs: seen.update(act=inputs))
+    torch.testing.assert_close(block(x), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen["act"], (seen["mlp.fc1"],), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(seen["attn"], seen["attn.proj"], rtol=1e-12, atol=1e-12)
     hidden = block.norm2(x + seen["attn"])
     torch.testing.assert_close(seen["mlp.fc1"], block.mlp.fc1(hidden), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_hooks_on_norms_and_scales_fire_once_in_each_block(gpu, monkeypatch):
+    """Norms that take a sum along, and scales that go into matrices, do not where they are seen."""
+    if gpu:
+        as_on_a_gpu(monkeypatch)
+    blocks = randomised(nn.ModuleList(LAYERS["block"](get_group("D4")) for _ in range(2)))
+
+    def run(x):
+        addend = None
+        for block in blocks:
+            x, addend = terms_of(block(x, None, addend, True))
+        return addend.to(x)
+
+    x, seen = features(), []
+    plain = run(x)
+    for block in blocks:
+        for name in ("norm1", "ls1", "norm2", "ls2"):
+            hook = lambda m, inputs, y, name=name: seen.append((name, inputs[0], y))  # noqa: E731
+            getattr(block, name).register_forward_hook(hook)
+    torch.testing.assert_close(run(x), plain, rtol=1e-12, atol=1e-12)
+    assert [name for name, _, _ in seen] == ["norm1", "ls1", "norm2", "ls2"] * 2
+    torch.testing.assert_close(seen[2][1], x + seen[1][2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[4][1], seen[2][1] + seen[3][2], rtol=1e-12, atol=1e-12)
+
+
+def test_features_of_another_width_are_refused():
+    """Not read by strides as if they had the layer's own."""
+    layer = OcticLinear(32, 64)
+    for call in (layer, layer.without_bias):
+        with pytest.raises(ValueError, match="of 40 channels given to an OcticLinear of 32"):
+            call(torch.randn(2, 40))
+
+
+def test_tables_of_filters_stay_whole_numbers_under_a_cast():
+    net, images = OcticPatchEmbed(patch_size=4, embed_dim=DIM), torch.randn(2, 3, 8, 8)
+    expected = net(images)
+    cast = net.type(torch.float64)
+    torch.testing.assert_close(cast(images.double()).float(), expected)
+    assert {buffer.dtype for buffer in cast.buffers()} == {torch.int8, torch.int64}
 
 
 @pytest.mark.parametrize("mode", ["sample", "subset"])

@@ -11,6 +11,7 @@ from octic import OcticVisionTransformer
 from octic.actions import act_on_tokens
 from octic.groups import get_group
 from octic.invariants import INVARIANTIZATIONS
+from octic.vision_transformer import BASES
 from vit.stochastic_depth import add_branch, drop_whole
 
 GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
@@ -175,6 +176,41 @@ def test_a_sum_left_to_the_next_block_is_the_same_sum(mode: str) -> None:
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ("sample", "subset"))
+def test_a_block_that_is_watched_before_it_runs_is_given_whole_tokens(mode: str) -> None:
+    """Pre-hooks see what the block before has made, and change nothing."""
+    net = make(depth=4, drop_path_rate=0.3, drop_path_mode=mode, octic_equi_break_layer=3).train()
+    x, seen = images(), []
+    torch.manual_seed(0)
+    expected = net(x)
+    torch.manual_seed(0)
+    after_first = net.blocks[0](net.embed(x))
+    net.blocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(inputs))
+    torch.manual_seed(0)
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+    assert all(part is None for part in seen[0][1:])
+    torch.testing.assert_close(seen[0][0], after_first, rtol=1e-12, atol=1e-12)
+
+
+def test_pruning_leaves_no_octic_blocks_that_are_not_there() -> None:
+    """Also where all blocks were octic."""
+    for options in ({}, {"octic_equi_break_layer": 4}, {"invariant_at": "head"}):
+        net = make(depth=4, **options)
+        (expected,) = net.forward_intermediates(images(), [1], intermediates_only=True)
+        net.prune_intermediate_layers([1])
+        assert net.switch == net.depth == 2
+        net.octic_features(images())
+        assert net.forward_intermediates(images(), [1])[1][0].shape == expected.shape
+
+
+@pytest.mark.parametrize("sizes", ([0, 2], [0], [2, 0]))
+def test_an_empty_batch_of_crops_is_encoded(sizes: list[int]) -> None:
+    """Where branches are dropped by leaving sequences out."""
+    net = make(drop_path_rate=0.5, drop_path_mode="subset").train()
+    crops = [images(32 - 16 * i)[:size] for i, size in enumerate(sizes)]
+    assert [len(part.cls) for part in net.encode(crops)] == sizes
+
+
 def test_a_dropped_branch_in_half_precision_is_divided_exactly() -> None:
     update = torch.ones(50, 1, 8, dtype=torch.bfloat16)
     dropped = drop_whole(update, None, 0.4, dtype=torch.float32)
@@ -211,6 +247,45 @@ def test_compiles_without_graph_break(options: dict[str, object]) -> None:
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
     compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"invariant": name} for name in INVARIANTIZATIONS),
+        {"invariant": "max_filtering", "group": "C4"},
+        {"invariant": "max_filtering", "invariant_at": "head"},
+        *({"switch_basis": basis, "group": group} for basis in BASES for group in ("D4", "C4")),
+        {"switch_basis": "regular", "group": "mirror"},
+    ],
+    ids=str,
+)
+def test_every_transition_is_in_one_graph(options: dict[str, str]) -> None:
+    """Whatever stands between the halves, or before the head, breaks no graph."""
+    net, x = make(depth=1, octic_equi_break_layer=1, **options), images()
+    torch.compiler.reset()  # the nets of other tests count towards its limit
+    with torch.no_grad():
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_is_compiled_runs_our_operators(trained: bool) -> None:
+    """And not their slow spelling in PyTorch's own, which torch.export needs (`octic.composed`)."""
+    seen = set()
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        seen.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    net = make(depth=1, octic_equi_break_layer=1)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(trained):
+        torch.compile(net, fullgraph=True, backend=look)(images())
+    ours = {"autograd_function_apply"} if trained else {
+        *("octic.irrep_linear.default", "octic.irrep_norm.default", "octic.regular_gelu.default"),
+    }  # fmt: skip
+    assert ours <= seen and not any("einsum" in name for name in seen)
 
 
 @pytest.mark.slow

@@ -30,6 +30,16 @@ def test_equals_timm() -> None:
     torch.testing.assert_close(ours(x), timms(x))
 
 
+def test_varlen_refuses_what_it_cannot_do() -> None:
+    """Dropout, and tensors that its kernel does not take; nothing is left out in silence."""
+    x, packing = pack([torch.randn(1, 4, 2, 8), torch.randn(1, 2, 2, 8)])
+    with pytest.raises(ValueError, match='needs CUDA and half precision, not cpu .* "auto" takes'):
+        attend(x, x, x, packing, backend="varlen")
+    with pytest.raises(ValueError, match='has no dropout, and 0.1 is asked for; backend "auto"'):
+        attend(x, x, x, packing, backend="varlen", dropout=0.1)
+    assert attend(x, x, x, packing, backend="auto", dropout=0.1).shape == x.shape
+
+
 def test_unknown_backend_and_missing_package() -> None:
     """Each says what is known or what to install."""
     with pytest.raises(ValueError, match="known: auto, sdpa, varlen, xformers"):

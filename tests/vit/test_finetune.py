@@ -63,6 +63,19 @@ def test_other_resolution_is_what_the_old_net_does_there(kind):
         assert torch.allclose(new(images), old(images), atol=1e-5)
 
 
+def test_an_oblong_grid_is_not_taken_for_a_square():
+    """50 positions of 5 x 10 patches are no 7 x 7 and a class token, nor are 51 no grid."""
+    oblong = {"img_size": (20, 40)}
+    for old, new in ((False, True), (True, False)):
+        old, new = (make("plain", class_position=own, **oblong) for own in (old, new))
+        state, notes = adapt_state(old.state_dict(), new)
+        assert len(notes) == 1 and "class token" in notes[0]
+        assert torch.equal(state["pos_embed"][:, -50:], old.pos_embed[:, -50:])
+    alone = make("plain", class_token=False, global_pool="avg", **oblong)
+    with pytest.raises(ValueError, match="50 positions, which is no square grid"):
+        adapt_state(alone.state_dict(), make("plain", class_token=False, global_pool="avg"))
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_positions_of_every_group_move(group):
     old, new = make(group=group, num_heads=1), make(group=group, num_heads=1, img_size=24, seed=1)

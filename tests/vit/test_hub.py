@@ -9,6 +9,7 @@ import torch
 import octic  # noqa: F401  (registers its models)
 from vit import hub
 from vit.adapters import TimmBackbone
+from vit.models import filter_state
 from vit.weights import load_state
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -43,6 +44,29 @@ def test_other_sizes_survive_the_round_trip(name, options, tmp_path):
     assert config["architecture"] == name
     assert config.get("label_names") == (list("abcde") if net.num_classes == 5 else None)
     assert hub.largest_difference(net, tmp_path, [torch.randn(2, 3, 32, 32)]) == 0
+
+
+@pytest.mark.parametrize("name", ["hybrid_deit_small_patch16", "deit_small_patch16_LS"])
+def test_timms_call_for_fine_tuning_takes_what_we_export(name, tmp_path):
+    """Other classes, none, another image size: the head is new, positions are resampled."""
+    net, images = create(name, OCTIC), torch.randn(2, 3, 64, 64)
+    hub.save_to_folder(net, tmp_path, options=OCTIC)
+    for num_classes in (7, 0):
+        again = timm.create_model(
+            f"local-dir:{tmp_path}", pretrained=True, num_classes=num_classes, img_size=64
+        ).eval()
+        assert again(images).shape == (2, num_classes or 64) and again.img_size == (64, 64)
+        ours, theirs = net.forward_features(images), again.forward_features(images)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_timm_gives_no_fresh_head_that_was_not_asked_for():
+    """A file of other classes than its description says is refused."""
+    name = "deit_small_patch16_LS"
+    net, other = (create(name, {**OCTIC, "num_classes": count}) for count in (1000, 5))
+    with pytest.raises(ValueError, match="do not fit: head: 5 classes in the file, 1000 here"):
+        filter_state(other.state_dict(), net)
+    assert filter_state(net.state_dict(), other).keys() == other.state_dict().keys()
 
 
 def test_an_invariantization_taken_from_the_weights_survives(tmp_path):

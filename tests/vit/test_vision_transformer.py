@@ -45,6 +45,55 @@ def test_timm_networks_serve_the_contract(name: str) -> None:
     assert features.patches.shape == (1, *grid, net.embed_dim)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_vit_relpos", 160),
+        ("vit_srelpos_small_patch16_224", 224),
+        ("cait_xxs24_224", 224),
+        ("convit_tiny", 224),
+        ("xcit_nano_12_p16_224", 64),
+        ("hiera_tiny_224", 224),
+        ("hieradet_small", 64),
+        ("efficientnet_b0", 64),
+        ("crossvit_tiny_240", 240),
+        ("samvit_base_patch16", 1024),
+    ],
+)
+def test_timm_networks_are_asked_only_what_they_know(name: str, size: int) -> None:
+    """No option that a network has not; the width is that of its features."""
+    with torch.device("meta"):
+        net = TimmBackbone(name).eval()
+        (features,) = net.features(torch.empty(2, 3, size, size))
+    side = size // net.patch_size
+    assert features.cls.shape == (2, net.embed_dim)
+    if name != "crossvit_tiny_240":  # it resizes its images
+        assert features.patches.shape == (2, side, side, net.embed_dim)
+
+
+@pytest.mark.parametrize("name", ("test_vit", "resnet10t", "deit_small_patch16_LS"))
+def test_features_come_as_they_are_asked_for(name: str) -> None:
+    """In any order, twice too, of timm's networks and of ours in their adapter."""
+    own = SMALL if name.endswith("_LS") else {}
+    net = TimmBackbone(name, **own).eval()
+    x = torch.randn(1, 3, 64, 64)
+    asked = net.features(x, (-1, 0, -1))
+    for entry, index in zip(asked, (-1, 0, -1), strict=True):
+        torch.testing.assert_close(entry, net.features(x, (index,))[0])
+
+
+def test_without_a_class_token_the_patches_stand_for_it() -> None:
+    """Registers are no patches, and no class token."""
+    options = {"class_token": False, "num_register_tokens": 2, "global_pool": "avg"}
+    net, x = VisionTransformer(**SMALL, num_classes=0, **options).eval(), torch.randn(2, 3, 32, 32)
+    (features,) = net.features(x)
+    torch.testing.assert_close(features.cls, features.patches.mean(dim=(1, 2)))
+    torch.testing.assert_close(features.cls, net(x))
+    with pytest.raises(ValueError, match="return_class_token=True needs .* class_token=True"):
+        net.get_intermediate_layers(x, return_class_token=True)
+    assert net.get_intermediate_layers(x)[0].shape == (2, 16, 48)
+
+
 def test_timm_features_are_normalised() -> None:
     """The class token is the one that timm's own head reads."""
     net = TimmBackbone("vit_tiny_patch16_224").eval()

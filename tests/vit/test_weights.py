@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import octic  # noqa: F401  (registers the models)
+from octic import OcticVisionTransformer
+from vit.finetune import adapt_state
 from vit.keys import from_published, rename_published, to_published
 from vit.weights import load_state, load_weights, read_state
 
@@ -183,3 +185,19 @@ def test_hostile_pickles_execute_nothing(tmp_path: Path, legacy: bool) -> None:
     with pytest.raises(ValueError, match=r"hostile\.pth"):
         read_state(file)
     assert not mark.exists()
+
+
+def test_weights_that_do_not_fit_leave_the_invariantization() -> None:
+    """A model changes itself to a file only if the whole file fits."""
+    net, other = (
+        OcticVisionTransformer(**SMALL, invariant=name) for name in ("power_spectrum", "polynomial")
+    )
+    state = other.state_dict()
+    kept, before = net.invariantization, {k: v.clone() for k, v in net.state_dict().items()}
+    for load in (load_state, lambda net, state: adapt_state(state, net)):
+        with pytest.raises(ValueError, match="missing: norm.weight"):
+            load(net, {name: value for name, value in state.items() if name != "norm.weight"})
+        assert net.invariant == "power_spectrum" and net.invariantization is kept
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    load_state(net, state)
+    assert net.invariant == "polynomial"

@@ -132,6 +132,8 @@ def test_half_filters(width: int, symmetric: bool) -> None:
         (lambda: MirrorDepthwiseConv(16, mixing="none"), "known: full, symmetric"),
         (lambda: MirrorDownsample(16, 24)(torch.zeros(1, 4, 5, 16)), "columns must be even"),
         (lambda: MirrorLift(3, 16, 5), "even number of columns"),
+        (lambda: PairLinear(16, 8)(torch.zeros(1, 3, 2, 24)), "24 channels given to a .*ear of 16"),
+        (lambda: TokenLinear(4)(torch.zeros(1, 5, 2, 16)), "5 pairs given to a TokenLinear of 4"),
         (lambda: PairScale(15), "not a multiple of 2"),
         (lambda: RegularActivation("relu"), "known: gelu, gelu_tanh, quick_gelu"),
     ],

@@ -313,6 +313,15 @@ def test_a_network_without_class_token_is_reduced_too(method):
     assert wrapped.features(images())[0].patches.shape == (3, SIDE, SIDE, 32)
 
 
+def test_registers_do_not_stand_for_a_class_token():
+    """It is the mean of the patches, as the net itself gives it."""
+    options = {"class_token": False, "global_pool": "avg", "num_register_tokens": 2}
+    net = VisionTransformer(**SMALL, depth=DEPTH, num_classes=CLASSES, **options).eval()
+    (features,) = Reduced(net, make_reducer("tome", r=0)).eval().features(images())
+    torch.testing.assert_close(features.cls, features.patches.mean(dim=(1, 2)))
+    torch.testing.assert_close(features.cls, net.features(images())[0].cls)
+
+
 def test_merged_tokens_count_in_the_mean():
     """Two copies of one patch are merged without a trace in the pooled feature."""
     net = net_of("pooled")
