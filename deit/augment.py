@@ -147,7 +147,7 @@ class TimmAugmentation:
         except (AssertionError, ValueError) as error:  # all else is checked
             raise ValueError(f"auto_augment {auto_augment!r}: {error}") from error
         if input_size <= SMALL:
-            self.steps.transforms[0] = T.RandomCrop(input_size, padding=4)
+            self.steps.transforms[0] = T.RandomCrop(input_size, padding=4, pad_if_needed=True)
         for operation in _operations(self.steps.transforms):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = posterize

@@ -39,7 +39,7 @@ class Mixing:
             raise ValueError(f"unknown mode {mode!r} of mixing; known: {', '.join(MODES)}")
         check_range("mixup", mixup)
         check_range("cutmix", cutmix)
-        if cutmix_minmax:
+        if cutmix_minmax is not None:
             check_order("cutmix_minmax", cutmix_minmax, 0, 1)
         check_share("probability", probability)
         check_share("switch_probability", switch_probability)

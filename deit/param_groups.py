@@ -68,14 +68,16 @@ def param_groups(
 def freeze(model: nn.Module, trainable: str) -> None:
     """Let only a part of the model train.
 
-    all; head: the classifier alone; attention: attention layers, classifier and positions
-    (Touvron et al. 2022, "Three things everyone should know about Vision Transformers").
+    all: what the model has not frozen itself; head: the classifier alone; attention: attention
+    layers, classifier and positions (Touvron et al. 2022, "Three things everyone should know about
+    Vision Transformers").
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"unknown trainable {trainable!r}; known: {', '.join(TRAINABLE)}")
-    kept = None if trainable == "all" else set(_kept(model, trainable))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(kept is None or name in kept)
+    if trainable != "all":
+        kept = set(_kept(model, trainable))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in kept)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"trainable={trainable} leaves {type(model).__name__} nothing to train")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.ranges import OutOfRange, check_range
-from utils.schedules import LR_SCALINGS, Constant, Schedule, scale_lr
+from utils.schedules import LR_SCALINGS, Constant, Schedule, peak_lr
 
 SHAPES = ("cosine", "step")
 UPDATES = ("every_step", "every_epoch", "one_epoch_late")
@@ -135,8 +135,9 @@ class Schedules:
                 f"schedules.warmup_epochs {self.warmup_epochs} is more than the {epochs} epochs "
                 "of the run"
             )
+        final = 0.0 if self.shape == "step" else self.min_lr
         common: dict[str, Any] = {
-            "base": scale_lr(self.lr, self.lr_scaling, batch_size),
+            "base": peak_lr(self.lr, self.lr_scaling, batch_size, min_lr=final),
             "epoch_length": epoch_length,
             "warmup_epochs": self.warmup_epochs,
             "warmup_start": self.warmup_lr,

@@ -34,6 +34,9 @@ class Unaugmented:
         """Convert one image."""
         return self.steps(image)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.steps})"  # by which stored features tell it
+
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Nothing is left to the device."""
         return batch

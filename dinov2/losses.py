@@ -107,6 +107,7 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:
         features = F.normalize(features, eps=eps, dim=-1)
         with torch.no_grad():
             similarity = features @ features.T
-            nearest = similarity.fill_diagonal_(-1.0).argmax(dim=1)
+            # Not -1, which an opposite row has as well: the row would be its own neighbour.
+            nearest = similarity.fill_diagonal_(-torch.inf).argmax(dim=1)
         distance = (features - features[nearest] + eps).norm(dim=-1)
         return -torch.log(distance + eps).mean()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from utils.ranges import OutOfRange, check_range
-from utils.schedules import LR_SCALINGS, Cosine, Frozen, Linear, Schedule, scale_lr
+from utils.schedules import LR_SCALINGS, Cosine, Frozen, Linear, Schedule, peak_lr
 
 
 class Schedules:
@@ -58,7 +58,7 @@ class Schedules:
             )
         total = round(epochs * epoch_length)
         lr = Cosine(
-            base=scale_lr(self.lr, self.lr_scaling, batch_size),
+            base=peak_lr(self.lr, self.lr_scaling, batch_size, min_lr=self.min_lr),
             final=self.min_lr,
             num_steps=total,
             warmup_steps=round(self.warmup_epochs * epoch_length),

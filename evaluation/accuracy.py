@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.features import PRECISIONS, evaluating
+from evaluation.feature_cache import transform_in_words
+from evaluation.features import PRECISIONS, evaluating, even_calls
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
+from evaluation.sample import image_size_of
 from utils import distributed
 from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset
@@ -95,7 +97,7 @@ class AccuracyProbe:
         dataset = data["val"]
         check_labels(dataset)
         check_same_classes(dataset, data.get("train"))
-        size = self.input_size or input_size_of(net)
+        size = self.input_size or image_size_of(net)
         by_element = judge_images(
             net,
             dataset,
@@ -173,10 +175,13 @@ class AccuracyProbe:
     def protocol(self) -> dict[str, object]:
         """What the figures depend on."""
         size = self.input_size or "the net's own size"
+        words = f"bicubic to {size} / {self.eval_crop_ratio}, central crop"
+        if self.transform:
+            words = transform_in_words(self.transform, None, None)
         return {
             "probe": "accuracy",
             "feature": "logits",
-            "transform": f"bicubic to {size} / {self.eval_crop_ratio}, central crop",
+            "transform": words,
             "precision": self.precision,
             "batch_size": self.batch_size,
             "symmetries": self.elements,
@@ -217,14 +222,15 @@ def judge_images(
             size=lambda batch: len(batch[1]),
             shown=distributed.is_main(),
         )
+        images: Tensor | None = None
         for images, labels, indices in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device)
             views = (net(transform_image(images, element)) for element in elements)
             judged = [_judge_batch(logits, labels, indices, dataset) for logits in views]
             rows.append(torch.stack(judged).cpu())
-        # A sharded net gathers its weights in every call, so all ranks must make the same number.
-        for _ in range((-(-share // batch_size) - len(rows)) * len(elements) if rows else 0):
-            net(images[:1])
+        missing = (-(-share // batch_size) - len(rows)) * len(elements)
+        for image in even_calls(images, missing, dataset, transform):
+            net(image.to(device))
     mine = torch.cat(rows, dim=1) if rows else torch.empty(len(elements), 0, 4, dtype=torch.float64)
     gathered = distributed.all_gather_variable(mine.transpose(0, 1).contiguous())  # [N E 4]
     gathered = gathered[gathered[:, 0, 0].argsort()]
@@ -262,15 +268,6 @@ def check_same_classes(dataset: ImageDataset, trained_on: ImageDataset | None) -
         wrong = mismatch(class_metadata(trained_on), dataset)
         if wrong:
             raise UserError(f"data.val has other classes than data.train: {wrong}")
-
-
-def input_size_of(net: Any) -> int:
-    """Side of the images a net was made for; 224 where it does not say."""
-    net = getattr(net, "net", net)
-    if isinstance(getattr(net, "img_size", None), tuple):
-        return int(net.img_size[0])
-    config = getattr(net, "pretrained_cfg", None) or {}
-    return int(config.get("input_size", (3, 224, 224))[-1])
 
 
 def _judge_batch(logits: Any, labels: Tensor, indices: Tensor, dataset: ImageDataset) -> Tensor:

@@ -38,7 +38,12 @@ class TorchvisionBackbone(nn.Module):
         known = [name for name in models.list_models() if name.startswith("vit_")]
         if model_name not in known:
             raise ValueError(f"torchvision has no ViT {model_name!r}; known: {', '.join(known)}")
-        if any(key in kwargs for key in SIZES):
+        sizes = [key for key in SIZES if key in kwargs]
+        if sizes and weights is not None:
+            raise ValueError(
+                f"weights={weights} are of {model_name} with its own {sizes[0]}; leave out either"
+            )
+        if sizes:
             self.net = VisionTransformer(**{**_sizes_of(model_name), **kwargs})
         else:
             self.net = models.get_model(model_name, weights=weights, **kwargs)

@@ -34,7 +34,13 @@ class Head(NamedTuple):
 def make_grid(
     representations: Sequence[str], rates: Sequence[float], weight_decays: Sequence[float]
 ) -> list[Head]:
-    """All heads: representations, then rates, then weight decays."""
+    """All heads: representations, then rates, then weight decays.
+
+    ValueError for values that are alike in the six digits of a head's name.
+    """
+    for key, values in (("learning_rates", rates), ("weight_decays", weight_decays)):
+        if len({f"{value:g}" for value in values}) < len(values):
+            raise ValueError(f"{key}: two of {list(values)} are alike in their first six digits")
     return [
         Head(representation, rate, weight_decay)
         for representation in representations

@@ -142,7 +142,8 @@ def _claimed(
 def _tolerance(config: Mapping[str, Any]) -> float:
     if config["dtype"] not in TOLERANCES:
         raise UserError(f"dtype is {config['dtype']}; known: {', '.join(TOLERANCES)}")
-    return config["tolerance"] or TOLERANCES[config["dtype"]]
+    given = config["tolerance"]
+    return TOLERANCES[config["dtype"]] if given is None else given
 
 
 def _verdict(name: str, part: Report, tolerance: float) -> str | None:

@@ -34,6 +34,7 @@ from utils.errors import UserError
 from vit.backbone import Backbone
 
 CLASS_TOKEN = "class token of the last block after the final norm"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of an object that has none of its own
 
 
 def class_tokens(
@@ -54,8 +55,16 @@ def class_tokens(
     """This rank's class tokens of one split, on the host; every rank must call this.
 
     With `features_dir` they are read from a folder below it where one holds these very features,
-    and stored there where none does. Normalising is done after reading.
+    and stored there where none does; a transform without a repr of its own, which nothing tells
+    from another, reads and stores none. Normalising is done after reading.
     """
+    if features_dir is not None and _ADDRESS.search(transform_words):
+        if distributed.is_main():
+            say(
+                f"{split} features: not kept in {features_dir}, as {transform_words} has no repr "
+                "that tells its settings"
+            )
+        features_dir = None
     options: dict[str, Any] = {
         "transform": transform,
         "batch_size": batch_size,
@@ -111,7 +120,7 @@ def transform_in_words(
     A size of None is the net's own, which `settle_sizes` tells.
     """
     if transform is not None:
-        return _without_addresses(str(transform))
+        return " ".join(str(transform).split())
     if crop_size is None:
         return "resize and centre crop to the net's own size, bicubic"
     return f"resize {resize_size or 'in proportion'}, centre crop {crop_size}, bicubic"
@@ -221,4 +230,4 @@ def _data_fingerprint(dataset: ImageDataset) -> str:
 
 
 def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(text.split()))
+    return _ADDRESS.sub("", " ".join(text.split()))

@@ -124,13 +124,45 @@ def walk_features(
         )
         shown = shown and distributed.is_main()
         batches = track(batches, total=capacity, label=label, size=_batch_length, shown=shown)
-        calls = 0
+        calls, images = 0, None
         for images, labels, indices in batches:
             calls += 1
-            keep(read(net, images.to(device, non_blocking=True)).float(), labels, indices)
-        # A sharded net gathers its weights in every call, so all ranks must make the same number.
-        for _ in range(-(-capacity // batch_size) - calls if calls else 0):
-            read(net, images[:1].to(device))
+            rows = read(net, images.to(device, non_blocking=True)).float()
+            check_finite(rows, indices, dataset)  # waits for the rows, as keeping them does
+            keep(rows, labels, indices)
+        missing = -(-capacity // batch_size) - calls
+        for image in even_calls(images, missing, dataset, transform, on_error=on_error):
+            read(net, image.to(device))
+
+
+def even_calls(
+    images: Tensor | None,
+    missing: int,
+    dataset: ImageDataset,
+    transform: Callable,
+    *,
+    on_error: str = "raise",
+) -> Iterator[Tensor]:
+    """An image [1 3 H W] for each call that this rank makes less than others.
+
+    A sharded net gathers its weights in every call, so all ranks must make the same number. A rank
+    without `images` of its own takes the first of the data set.
+    """
+    if images is None and missing > 0:
+        first = next(evaluation_batches(dataset, transform, 1, on_error=on_error), None)
+        images = None if first is None else first[0]
+    for _ in range(missing if images is not None else 0):
+        assert images is not None
+        yield images[:1]
+
+
+def check_finite(rows: Tensor, indices: Tensor, dataset: ImageDataset) -> None:
+    """UserError that names the first image [B] whose features [B ...] hold inf or nan."""
+    # The sum of a row is finite where all its values are, and no second copy of them is made.
+    finite = rows.flatten(1).sum(1, dtype=torch.float32).isfinite()
+    if not finite.all():
+        image = dataset.path(int(indices[int(finite.int().argmin())]))
+        raise UserError(f"probes need finite features; some of {image} are inf or nan")
 
 
 def normalize_rows(rows: Tensor) -> Tensor:

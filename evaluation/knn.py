@@ -25,10 +25,11 @@ from evaluation.neighbours import (
     gather_neighbours,
 )
 from evaluation.progress import say
-from evaluation.results import append_lines, print_table, write_results
+from evaluation.results import append_lines, write_results
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
+from utils.ranges import check_count, check_range
 from vit.backbone import Backbone
 
 Figures = dict[tuple[str, int], dict[int, float]]
@@ -68,6 +69,13 @@ class KnnProbe:
     ) -> None:
         if not ks or min(ks) < 1:
             raise ValueError(f"kNN needs values of k of at least 1, got {list(ks)}")
+        check_range("temperature", temperature, ends="(]")
+        for name, value in (
+            ("num_tries", num_tries),
+            ("batch_size", batch_size),
+            ("chunk_size", chunk_size),
+        ):
+            check_count(name, value, 1)
         if search_precision not in SEARCH_DTYPES:
             known = ", ".join(SEARCH_DTYPES)
             raise ValueError(f"unknown search_precision {search_precision!r}; known: {known}")
@@ -213,16 +221,3 @@ class KnnProbe:
         }
         append_lines(output_dir / "results_eval_knn.json", lines)
         write_results(output_dir, "knn", protocol=self.protocol | {"step": step}, figures=lines)
-
-
-def print_knn(figures: Mapping[str, float], title: str, protocol: Mapping[str, object]) -> None:
-    """Print what a probe returned as one table."""
-    names = sorted({name.rsplit("_top", 1)[0] for name in figures}, key=_by_number)
-    rows = [(name, *(figures.get(f"{name}_top{top}") for top in (1, 5))) for name in names]
-    words = f"{protocol['feature']}; {protocol['vote']}; {protocol['transform']}"
-    print_table(title, ("classifier", "top-1 %", "top-5 %"), rows, protocol=words)
-
-
-def _by_number(name: str) -> tuple[str, int]:
-    k, _, rest = name.removeprefix("knn").partition("_")
-    return rest, int(k)

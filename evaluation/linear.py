@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +107,9 @@ class LinearProbe:
         self.tests = name_tests(
             test_datasets, test_metric_types, test_class_mappings, metric=val_metric_type
         )
+        taken = sorted({"linear", "val"} & {test.name for test in self.tests})
+        if taken:  # val's own results go by these names
+            raise ValueError(f"test_datasets: {taken[0]} is taken; give the set another name")
         asked = [val_metric_type, *(test.metric for test in self.tests)]
         if "imagenet_real_accuracy" in asked and real_labels is None:
             raise ValueError("imagenet_real_accuracy needs real_labels=FILE, a real.json")
@@ -232,8 +236,8 @@ class LinearProbe:
         by_k = chosen_by if val is selection else run.judge(val)
         judged = {"linear": by_k} | {exam.name: run.judge(exam) for exam in tests}
         figures = {
-            f"{name}_top{k}": 100 * fractions[best].mean().item()
-            for name, result in judged.items()
+            f"{name}_top{k}": 100 * _mean(fractions[best], exam)
+            for exam, (name, result) in zip(exams, judged.items(), strict=True)
             for k, fractions in result.items()
         }
         if distributed.is_main():
@@ -256,6 +260,14 @@ class LinearProbe:
             }
             say(f"Test Results Dict {dict(best_classifier=names[best], **accuracies)}")
         return figures
+
+
+def _mean(fractions: Tensor, exam: Exam) -> float:
+    """One head's fraction correct [], or the mean over the classes [C] that have images."""
+    if exam.metric == "per_class_accuracy":
+        assert exam.dataset.labels is not None
+        fractions = fractions[torch.from_numpy(np.unique(exam.dataset.labels))].mean()
+    return fractions.item()
 
 
 def _write_best(folder: Path, iteration: int, name: str, accuracy: Tensor) -> None:

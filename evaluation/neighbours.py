@@ -47,7 +47,7 @@ def find_neighbours(
     device, dtype = queries.device, SEARCH_DTYPES[precision]
     names = torch.arange(len(rows)) if indices is None else indices
     blocks = queries.to(dtype).split(query_batch)
-    best = [_no_neighbours(len(block), device) for block in blocks]
+    best = [no_neighbours(len(block), device) for block in blocks]
     with full_float32_products(device):
         for start in range(0, len(rows), chunk_size):
             chunk = rows[start : start + chunk_size].to(device=device, dtype=dtype)
@@ -156,7 +156,8 @@ def classify(
     return {k: counts[k].percentages() for k in ks}
 
 
-def _no_neighbours(queries: int, device: torch.device) -> Neighbours:
+def no_neighbours(queries: int, device: torch.device) -> Neighbours:
+    """What a search begins with."""
     return Neighbours(
         torch.empty(queries, 0, device=device),
         torch.empty(queries, 0, dtype=torch.int64, device=device),

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from evaluation.accuracy import UPRIGHT, check_labels, input_size_of
+from evaluation.accuracy import UPRIGHT, check_labels
 from evaluation.classifier import complete, make_classifier, weights_file
 from evaluation.features import device_of
 from evaluation.judge import make_data, name_of
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
+from evaluation.sample import image_size_of
 from utils import distributed
 from utils.build import build, plain
 from utils.checkpoint import export_weights
@@ -199,7 +200,7 @@ def load_classifier(
 
 def make_transform(config: Mapping[str, Any], net: Any) -> Callable:
     """Image to the tensor the net takes: its size, its channels, normalised as asked."""
-    size = config["image_size"] or input_size_of(net)
+    size = config["image_size"] or image_size_of(net)
     channels = int(getattr(getattr(net, "net", net), "in_chans", 3))
     mean, std = (
         [value] * channels if isinstance(value, int | float) else value

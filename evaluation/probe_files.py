@@ -82,7 +82,10 @@ class ProbeFiles:
 
         Raises UserError for a damaged file and for one of other settings; every rank must call.
         """
-        path = distributed.broadcast_object(self._newest() if distributed.is_main() else None)
+        # Settings as rank 0 tells and saves them: words of one rank may name an address of its own.
+        path, self.owner = distributed.broadcast_object(
+            (self._newest(), self.owner) if distributed.is_main() else None
+        )
         if path is None:
             return None
         saved = _read(path)
@@ -129,13 +132,17 @@ def load_classifier(path: str | Path, heads: StoredHeads, num_steps: int) -> int
 
 @torch.no_grad()
 def checksum(net: object) -> str:
-    """A short hash of a net's parameters and buffers, as this rank holds them."""
+    """A short hash of a net's parameters and buffers, the same on any number of processes.
+
+    Every rank must call this.
+    """
     digest = hashlib.sha256()
     state = net.state_dict() if isinstance(net, nn.Module) else {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            local = value.to_local() if hasattr(value, "to_local") else value
-            digest.update(f"{name} {[*value.shape]} {value.dtype} {_sum_of_bits(local)};".encode())
+            # A sharded parameter is gathered by all ranks.
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            digest.update(f"{name} {[*whole.shape]} {whole.dtype} {_sum_of_bits(whole)};".encode())
     return digest.hexdigest()[:16]
 
 

@@ -72,7 +72,10 @@ class HeadRun:
             images_per_step=self.training.global_batch_size,
             label=self.label,
         ):
-            if step + 1 == self.num_steps:
+            last = step + 1 == self.num_steps
+            if last or (step + 1) % steps_per_epoch == 0:
+                self.frozen.check()
+            if last:
                 self.files.save(self.files.final, self.heads, self.optimizer, step)
             elif (step + 1) % steps_per_epoch == 0:
                 self.files.save(self.files.running, self.heads, self.optimizer, step)
@@ -80,7 +83,9 @@ class HeadRun:
 
     def judge(self, exam: Exam) -> dict[int, Tensor]:
         """Fractions correct of every head by k; every rank must call this."""
-        return judge_heads(self.heads, self.frozen, exam, self.training, label=self.label)
+        found = judge_heads(self.heads, self.frozen, exam, self.training, label=self.label)
+        self.frozen.check()
+        return found
 
     def _first_step(self, resume: bool, classifier: str | None) -> int:
         first = self.files.resume(self.heads, self.optimizer) if resume else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaluation.class_metrics import make_counts
 from evaluation.exams import Exam
 from evaluation.feature_cache import transform_in_words
-from evaluation.features import PRECISIONS, autocast_of, device_of
+from evaluation.features import PRECISIONS, autocast_of, device_of, even_calls
 from evaluation.image_size import in_words, settle_sizes
 from evaluation.linear_heads import head_losses
 from evaluation.progress import track
@@ -197,18 +197,35 @@ class HeadTraining:
 
 
 class FrozenFeatures:
-    """The features of a net that is not trained, under the autocast of `precision`."""
+    """The features of a net that is not trained, under the autocast of `precision`.
+
+    `check` refuses features that were not finite; on the CPU every call does.
+    """
 
     def __init__(self, net: Backbone, layers: Sequence[int], precision: str) -> None:
         self.net, self.layers, self.dtype = net, tuple(layers), autocast_of(net, precision)
         self.device = device_of(net)
+        self.calls, self.broken = 0, torch.zeros((), dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Features]:
         """Features of the blocks, earliest first."""
         images = images.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.net.features(images, self.layers)
+            features = self.net.features(images, self.layers)
+        self.calls += 1
+        parts = [part for block in features for part in (block.cls, block.patches)]
+        sums = [part.sum(dtype=torch.float32) for part in parts if part is not None]
+        fine = torch.stack(sums).isfinite().all()  # a sum is finite where all its terms are
+        self.broken = self.broken.where(fine | (self.broken > 0), self.calls)
+        if self.device.type == "cpu":  # a GPU would wait in every call
+            self.check()
+        return features
+
+    def check(self) -> None:
+        """UserError that names the first batch, of all seen, with features that are not finite."""
+        if number := int(self.broken):
+            raise UserError(f"probes need finite features; some of batch {number} are inf or nan")
 
 
 def train_heads(
@@ -283,16 +300,17 @@ def judge_heads(
     columns = heads.num_classes if mapping is None else len(mapping)
     device = heads.loss_weights.device
     counts = make_counts(exam.metric, len(heads.names), columns, device=device)
-    calls = 0
+    calls, images = 0, None
     for images, labels, indices in batches:
         logits = heads(heads.read(frozen(images)))
         logits = logits if mapping is None else logits[..., mapping.to(device)]
         right = labels if exam.answers is None else exam.answers[indices]
         counts.add(logits, right.to(device))
         calls += 1
-    # A sharded net gathers its weights in every call, so all ranks must make the same number.
-    for _ in range(-(-share // training.batch_size) - calls if calls else 0):
-        frozen(images[:1])
+    missing = -(-share // training.batch_size) - calls
+    transform = training.evaluation_transform()
+    for image in even_calls(images, missing, dataset, transform, on_error=training.on_error):
+        frozen(image)
     counts.reduce()
     return {k: fractions.cpu() for k, fractions in counts.fractions(exam.metric).items()}
 

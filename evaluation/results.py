@@ -21,7 +21,7 @@ def write_results(
     """Put one probe's figures into `output_dir`/results.json, beside those of other probes."""
     path = Path(output_dir) / RESULTS_FILE
     make_folder(path.parent)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = _read(path) if path.exists() else {}
     if (before := _net_of(results.get(probe))) and before != _net_of({"protocol": protocol}):
         print(f"{path}: replaces the {probe} results of {before}", flush=True)
     results[probe] = {"protocol": dict(protocol), "figures": dict(figures)}
@@ -29,6 +29,16 @@ def write_results(
     partial.write_text(json.dumps(results, indent=2) + "\n")
     partial.replace(path)
     return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What other probes wrote; a damaged file is set aside, so that no figure is lost to it."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        aside = path.replace(path.with_suffix(".damaged"))
+        print(f"{path} is damaged: set aside as {aside.name}", flush=True)
+        return {}
 
 
 def _net_of(entry: Mapping[str, Any] | None) -> str:

@@ -30,7 +30,7 @@ def image_size_of(net: Backbone) -> int:
     return int((getattr(inner, "default_cfg", None) or {}).get("input_size", (3, 224))[-1])
 
 
-def num_classes_of(net: Backbone) -> int:
+def num_classes_of(net: object) -> int:
     """Number of logits that `net(images)` gives; 0 where it gives none."""
     return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)
 

@@ -151,13 +151,10 @@ class Group:
 
         irrep_weights: weight of an irrep's variance (mean over its rows); 1 where it is not named.
         """
-        unknown = set(irrep_weights) - {irrep.name for irrep in self.irreps}
-        if unknown:
-            known = ", ".join(irrep.name for irrep in self.irreps)
-            raise ValueError(
-                f"irrep_weights: group {self.name} has no irrep {', '.join(sorted(unknown))}; "
-                f"known: {known}"
-            )
+        known = [irrep.name for irrep in self.irreps]
+        if unknown := ", ".join(sorted(set(irrep_weights) - set(known))):
+            names = ", ".join(known)
+            raise ValueError(f"irrep_weights: {self.name} has no irrep {unknown}; known: {names}")
         for name, weight in irrep_weights.items():
             if not weight > 0:
                 raise ValueError(f"irrep_weights: the weight of {name} is {weight}, not positive")

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from utils.ranges import OutOfRange
+
 Schedule = Callable[[int], float]
 
 
@@ -92,6 +94,17 @@ def scale_lr(lr: float, rule: str, batch_size: int) -> float:
     if rule == "none":
         return lr
     raise ValueError(f"unknown lr_scaling {rule!r}; known: {', '.join(LR_SCALINGS)}")
+
+
+def peak_lr(lr: float, rule: str, batch_size: int, *, min_lr: float) -> float:
+    """`scale_lr`; OutOfRange where the rate would rise from there to `min_lr`."""
+    peak = scale_lr(lr, rule, batch_size)
+    if min_lr > peak:
+        raise OutOfRange(
+            f"schedules.min_lr {min_lr:g} is more than the {peak:g} that lr_scaling={rule} makes "
+            f"of schedules.lr {lr:g} at {batch_size} images a step"
+        )
+    return peak
 
 
 def _line(start: float, end: float, step: int, num_steps: int) -> float:

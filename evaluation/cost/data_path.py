@@ -116,8 +116,8 @@ def _decoders(files: list[EncodedImage]) -> list[Stage]:
             read_image(io.BytesIO(file.data), name=file.name)
 
     def ours() -> None:
-        for file in files:
-            file.decode()
+        for file in files:  # another format than JPEG is decoded when the object is made
+            EncodedImage(file.data, file.name).decode()
 
     return [
         Stage(DECODING, "Pillow", WORKER, len(files), by_pillow),
@@ -150,9 +150,14 @@ def _worker(transform: Callable[[Any], Any], files: list[EncodedImage]) -> Calla
 
     def work() -> None:
         for file in files:
-            transform(file if encoded else read_image(io.BytesIO(file.data), name=file.name))
+            image = EncodedImage if encoded else _read
+            transform(image(file.data, file.name))
 
     return work
+
+
+def _read(data: bytes, name: str) -> Image.Image:
+    return read_image(io.BytesIO(data), name=name)
 
 
 def _finisher(transform: Any, batch: dict[str, Any]) -> Callable[[], object]:

@@ -29,8 +29,6 @@ from evaluation.progress import say
 from evaluation.results import print_table
 from utils.errors import UserError
 
-VARIED = ("size", "batch", "depth")
-
 
 class Point(NamedTuple):
     """Where a net is measured; depth 0 is the net's own."""

@@ -4,7 +4,6 @@ Run as a program it prints them as JSON: a process that only starts others must 
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from evaluation.cost.peaks import device_name
+from utils.data.loaders import available_cores
 from utils.errors import UserError
 from utils.run_folder import describe_code
 
@@ -43,7 +43,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "timm": _version("timm"),
-        "cores": _cores(),
+        "cores": available_cores(),
         "code": describe_code(),
     }
 
@@ -70,12 +70,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -91,8 +91,3 @@ def make_net(name: str, node: Node, device: torch.device | str, *, seed: int = 0
             return build({**node, "_partial_": True})()
     except ValueError as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
-
-
-def num_classes_of(net: nn.Module) -> int:
-    """Classes of the net's head, 0 where it gives features."""
-    return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)

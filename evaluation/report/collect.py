@@ -155,10 +155,10 @@ def _metrics(found: Contents) -> list[dict[str, float]]:
     for text in _text(found, "metrics.jsonl").splitlines():
         try:
             line = json.loads(text)
-            step = line["step"]
+            step = int(line["step"])
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float) or v is None}
-            lines.append({k: math.nan if v is None else float(v) for k, v in numbers.items()})
-            lines[-1]["step"] = int(step)
+            values = {k: math.nan if v is None else float(v) for k, v in numbers.items()}
+            lines.append(values | {"step": step})
         except (ValueError, KeyError, TypeError):
             broken += 1
     if broken:

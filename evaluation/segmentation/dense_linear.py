@@ -29,6 +29,7 @@ from evaluation.segmentation.sliding_window import corners, slide
 from utils import distributed
 from utils.data.loaders import evaluation_batches
 from utils.data.segmentation import SegmentationDataset
+from utils.ranges import check_count
 from vit.backbone import Backbone
 
 NAME = "seg_linear"
@@ -77,6 +78,7 @@ class PixelLinearProbe:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        check_count("num_overlays", num_overlays)
         if image_size < crop_size or not 0 < stride <= crop_size:
             raise ValueError(
                 f"image_size {image_size} must be at least crop_size {crop_size}, and stride "
@@ -230,7 +232,8 @@ class PixelLinearProbe:
         if image is None:
             return 0
         height, width = image.shape[-2:]
-        return -(-len(corners(height, width, window, self.stride)) // self.batch_size_per_gpu)
+        windows = corners(height, width, window, self._stride(window))
+        return -(-len(windows) // self.batch_size_per_gpu)
 
     def _logits(self, net: Backbone, head: PixelHead, image: Tensor, window: int) -> Tensor:
         """Mean logits [C h w] of an image [3 h w]."""
@@ -241,8 +244,16 @@ class PixelLinearProbe:
                 return upsample(head(patches), views.shape[-2:])
 
         return slide(
-            predict, image, window=window, stride=self.stride, batch_size=self.batch_size_per_gpu
+            predict,
+            image,
+            window=window,
+            stride=self._stride(window),
+            batch_size=self.batch_size_per_gpu,
         )
+
+    def _stride(self, window: int) -> int:
+        """Of windows that were rounded to patches: one that became smaller leaves no gap."""
+        return min(self.stride, window)
 
     def _write(
         self,

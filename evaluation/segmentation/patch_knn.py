@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.features import full_float32_products
-from evaluation.neighbours import Neighbours, gather_neighbours, merge_neighbours
+from evaluation.neighbours import (
+    Neighbours,
+    gather_neighbours,
+    merge_neighbours,
+    no_neighbours,
+)
 from evaluation.progress import say, track
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
@@ -201,7 +206,7 @@ class PatchKnn:
         with full_float32_products(device):
             everyone = _gather_queries(rows, queries, first, last, prepare, dtype, device)
             blocks = everyone.split(self.query_batch)
-            best = [_none(len(block), device) for block in blocks]
+            best = [no_neighbours(len(block), device) for block in blocks]
             shown = distributed.is_main()
             chunks = track(
                 rows.chunks(device),
@@ -274,10 +279,3 @@ def _gather_queries(
         for block in everyone.split(GATHERED_ROWS):
             torch.distributed.all_reduce(block)  # the others' share is zero
     return everyone
-
-
-def _none(queries: int, device: torch.device) -> Neighbours:
-    return Neighbours(
-        torch.empty(queries, 0, device=device),
-        torch.empty(queries, 0, dtype=torch.int64, device=device),
-    )

@@ -5,12 +5,13 @@ Letters: B images, R resolution, H W their size, h w the grid, p pixels a side o
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import device_of, evaluating
+from evaluation.features import check_finite, device_of, evaluating
 from evaluation.progress import track
 from evaluation.segmentation.dense_transforms import Pair, Pairs
 from evaluation.segmentation.iou import NUM_LABELS
@@ -66,8 +67,9 @@ def extract_patches(
 
     `transform` of a pair (image, mask) replaces the published squashing.
     """
+    chosen: Any = _Chosen(dataset, order)  # pairs stand where images do
     batches = evaluation_batches(
-        _Chosen(dataset, order),  # type: ignore[arg-type]  # pairs stand where images do
+        chosen,
         transform or partial(_squash_pair, resolution=resolution),
         batch_size,
         num_workers=num_workers,
@@ -83,9 +85,10 @@ def extract_patches(
     )
     start = calls = 0
     with evaluating(net, precision) as device:
-        for (images, masks), _, _ in batches:
+        for (images, masks), _, indices in batches:
             features = patch_tokens(net, images.to(device, non_blocking=True))
             labels = label_patches(masks, net.patch_size).flatten(0, 2)
+            check_finite(features, indices, chosen)  # waits for them, as the store does
             store.write(start, features.flatten(0, 2), labels, majority_labels(labels))
             start, calls = start + len(labels), calls + 1
         # A sharded net gathers its weights in every call, so all ranks must make the same number.

@@ -90,6 +90,10 @@ def test_what_timm_does_not_know_is_told_before_a_run(options, message):
         TimmAugmentation(**options)
 
 
+def test_images_smaller_than_the_crop_are_padded():
+    assert TimmAugmentation(input_size=32)(Image.new("RGB", (16, 16))).shape == (3, 32, 32)
+
+
 def test_one_of_the_three_is_always_applied():
     """Without crop, flip and jitter, what is left is grey, solarised or blurred; each comes."""
     transform = ThreeAugment(
@@ -162,7 +166,12 @@ def test_without_mixing_labels_stay_labels():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"mode": "all"}, "batch, pair"), ({"mixup": 0, "cutmix": 0}, "null")]
+    ("options", "said"),
+    [
+        ({"mode": "all"}, "batch, pair"),
+        ({"mixup": 0, "cutmix": 0}, "null"),
+        ({"cutmix_minmax": []}, "cutmix_minmax takes two values"),
+    ],
 )
 def test_bad_mixing(options, said):
     with pytest.raises(ValueError, match=said):

@@ -182,6 +182,13 @@ def test_what_is_frozen_stays(family):
         assert not torch.equal(before["head.weight"], recipe.model.head.weight)
 
 
+def test_what_a_network_froze_itself_stays_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    freeze(model, "all")
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
 def test_both_attentions_of_a_parallel_block_train():
     size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
     model = ParallelVisionTransformer(**size, num_classes=3)

@@ -53,6 +53,15 @@ def test_bad_options(options, said):
         Schedules(**options)
 
 
+def test_a_batch_that_takes_the_rate_below_its_end():
+    schedules = Schedules(lr=1e-4, lr_scaling="linear_wrt_512", min_lr=1e-5, warmup_epochs=0)
+    assert schedules.build(epochs=1, epoch_length=9, batch_size=64)["lr"](0) == 1.25e-5
+    with pytest.raises(
+        ValueError, match=r"schedules\.min_lr 1e-05 .* schedules\.lr .* at 32 images"
+    ):
+        schedules.build(epochs=1, epoch_length=9, batch_size=32)
+
+
 def test_a_warm_up_longer_than_the_run():
     with pytest.raises(ValueError, match="more than the 3 epochs"):
         Schedules().build(epochs=3, epoch_length=2, batch_size=8)

@@ -45,6 +45,11 @@ def test_koleo_of_one_row_is_zero_with_a_gradient():
     assert koleo_loss(x) == 0 and not x.grad.any()
 
 
+def test_koleo_of_opposite_rows_is_of_their_distance():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    torch.testing.assert_close(koleo_loss(x), -torch.tensor(2.0).log())
+
+
 def test_koleo_of_equal_rows_is_finite():
     x = torch.ones(3, 4, requires_grad=True)
     koleo_loss(x).backward()

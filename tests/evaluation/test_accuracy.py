@@ -15,6 +15,7 @@ from tests.evaluation.toys import ToyImages, in_processes, to_tensor
 from utils.data.images import Subset
 from utils.errors import UserError
 from utils.symmetry import SYMMETRIES
+from vit.adapters import TimmBackbone
 
 OPTIONS = {"transform": to_tensor, "batch_size": 4}
 
@@ -82,6 +83,18 @@ def test_the_figures_lie_beside_their_protocol(tmp_path):
     assert (written["protocol"]["step"], written["protocol"]["probe"]) == (7, "accuracy")
     AccuracyProbe(**OPTIONS)(net, {"val": images}, tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()  # that writes it with the name of the net
+
+
+def test_the_size_is_what_the_net_was_built_for(tmp_path):
+    """timm's description of a net built at another size keeps telling the registered one."""
+    size = {"img_size": 32, "dynamic_img_size": False}  # which takes no other
+    net = TimmBackbone("vit_tiny_patch16_224", depth=1, num_classes=6, **size)
+    assert AccuracyProbe()(net, {"val": ToyImages(2, seed=2)}, tmp_path)["acc5"] >= 0
+
+
+def test_the_protocol_tells_the_transform_that_was_given():
+    assert "central crop" in AccuracyProbe().protocol["transform"]
+    assert "to_tensor" in AccuracyProbe(**OPTIONS).protocol["transform"]
 
 
 @pytest.mark.parametrize("training", [True, False])

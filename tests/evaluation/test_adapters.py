@@ -46,6 +46,8 @@ def test_torchvision_weights_load_strictly(tmp_path):
 def test_unknown_torchvision_model():
     with pytest.raises(ValueError, match=r"no ViT 'vit_x'; known: vit_b_16, .*vit_h_14"):
         TorchvisionBackbone("vit_x")
+    with pytest.raises(ValueError, match="weights=NO_SUCH are of vit_b_16 .* leave out either"):
+        TorchvisionBackbone("vit_b_16", weights="NO_SUCH", num_layers=1)
 
 
 CAPI = """

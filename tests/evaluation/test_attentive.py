@@ -165,6 +165,11 @@ def test_wrong_options_are_one_line(options, message):
         make_probe(**options)
 
 
+def test_rates_that_would_share_a_name_are_refused():
+    with pytest.raises(ValueError, match="learning_rates: two of .* alike in their first six"):
+        make_grid(["cls"], [1e-4, 1.0000001e-4], [0.0])
+
+
 def test_attend_takes_many_heads_at_once():
     generator = torch.Generator().manual_seed(0)
     sizes = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.equivariance_report import report
+from evaluation.equivariance_report import _tolerance, report
 from evaluation.report_arguments import parse_equivariance
 from evaluation.results import write_results
 from octic.layers import OcticLinear
@@ -71,6 +71,11 @@ def test_a_broken_law_is_one_line_and_code_1(tmp_path, capsys, monkeypatch):
     assert left.value.code == 1 and said.err.count("\n") == 1
     assert said.err.startswith("error: net breaks its law: relative error ")
     assert (tmp_path / "results.json").is_file(), "what was measured is kept"
+
+
+def test_a_tolerance_of_zero_is_zero(tmp_path):
+    assert _tolerance(config(tmp_path, tolerance=0)) == 0
+    assert _tolerance(config(tmp_path)) == 1e-4
 
 
 def test_a_model_named_replaces_the_kinds(tmp_path):
@@ -142,3 +147,11 @@ def test_what_takes_the_place_of_another_nets_results_says_so(tmp_path, capsys):
         "a, weights: None",
         "b, weights: w",
     ]
+
+
+def test_damaged_results_are_set_aside(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"knn": ')
+    write_results(tmp_path, "x", protocol={}, figures={"y": 1})
+    assert json.loads((tmp_path / "results.json").read_text())["x"]["figures"] == {"y": 1}
+    assert (tmp_path / "results.damaged").read_text() == '{"knn": '
+    assert "is damaged: set aside as results.damaged" in capsys.readouterr().out

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from deit.unaugmented import Unaugmented
 from evaluation import feature_files
-from evaluation.feature_cache import class_tokens, net_fingerprint
+from evaluation.feature_cache import class_tokens, net_fingerprint, transform_in_words
 from evaluation.feature_files import FeatureWriter, open_features
 from evaluation.features import extract_features
 from evaluation.knn import KnnProbe
@@ -105,6 +106,20 @@ def test_two_transforms_stand_side_by_side(tmp_path, capsys):
     assert capsys.readouterr().out.count("read from") == 2
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["train_resize_224_crop", "train_resize_256_crop"]
+
+
+def test_a_transform_without_a_repr_is_never_taken_for_another(tmp_path, capsys):
+    """Its words are its address; Unaugmented's are its settings."""
+    words = [
+        transform_in_words(Unaugmented(input_size=8, mean=mean), None, None)
+        for mean in ((0, 0, 0), (0.5, 0.5, 0.5))
+    ]
+    assert len(set(words)) == 2 and not any(" at 0x" in line for line in words)
+    for _ in range(2):
+        tokens(tmp_path, transform_words=transform_in_words(to_tensor, None, None))
+    printed = capsys.readouterr().out
+    assert printed.count("has no repr that tells its settings") == 2
+    assert printed.count("train features: 23/23") == 2 and not list(tmp_path.iterdir())
 
 
 def damage(folder: Path) -> str:
@@ -209,7 +224,8 @@ def test_blocks_are_joined_and_read_in_pieces(tmp_path, monkeypatch):
 def figures_of(probe, features_dir):
     data = {"train": ToyImages(101, 0), "val": ToyImages(37, 1)}
     with tempfile.TemporaryDirectory() as output:
-        return probe(transform=to_tensor, features_dir=features_dir)(ToyNet(), data, Path(output))
+        transform = Unaugmented(input_size=8)
+        return probe(transform=transform, features_dir=features_dir)(ToyNet(), data, Path(output))
 
 
 PROBES = [

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from evaluation.features import evaluating, extract_features, gather_labels
+from evaluation.features import evaluating, even_calls, extract_features, gather_labels
 from tests.evaluation.toys import ToyImages, ToyNet, to_tensor
+from utils.errors import UserError
 
 
 def test_rows_are_normalised_and_in_order():
@@ -36,6 +37,27 @@ def test_store_can_be_half_precision():
 def test_unknown_precision_lists_the_known():
     with pytest.raises(ValueError, match="known: fp32, bf16, fp16"), evaluating(ToyNet(), "half"):
         pass
+
+
+class Overflowing(ToyNet):
+    """A net whose features of the third image of a batch are not finite."""
+
+    def features(self, images, layers=(-1,)):
+        images = images.clone()
+        images[2] = torch.inf
+        return super().features(images, layers)
+
+
+def test_features_that_are_not_finite_are_refused_by_the_name_of_the_image():
+    with pytest.raises(UserError, match="need finite features; some of toy 2 are inf or nan"):
+        extract_features(Overflowing(), ToyImages(9, 0), transform=to_tensor, shown=False)
+
+
+def test_a_rank_without_images_makes_the_calls_of_the_others():
+    data, own = ToyImages(1, 0), torch.rand(4, 3, 8, 8)
+    assert [image.shape for image in even_calls(own, 2, data, to_tensor)] == [(1, 3, 8, 8)] * 2
+    assert torch.equal(*even_calls(None, 2, data, to_tensor))
+    assert not [*even_calls(None, 0, data, to_tensor)]
 
 
 def test_progress_names_rate_and_end(capsys):

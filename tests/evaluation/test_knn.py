@@ -74,6 +74,9 @@ def test_images_without_labels_are_refused(tmp_path):
         ({"search_precision": "bf16"}, "known: fp32, fp16"),
         ({"precision": "half"}, "known: fp32, bf16, fp16"),
         ({"n_per_class_list": (0,)}, "-1 means all"),
+        ({"num_tries": 0}, "num_tries must be a whole number from 1"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number from 1"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0"),
     ],
 )
 def test_wrong_options_are_one_line(options, message):

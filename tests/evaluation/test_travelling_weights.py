@@ -8,6 +8,7 @@ from torch import nn
 
 from evaluation.features import autocast_of, evaluating
 from evaluation.probe_training import FrozenFeatures
+from vit.backbone import Features
 
 
 class Coarse(nn.Module):
@@ -19,7 +20,8 @@ class Coarse(nn.Module):
         self.travels_in = torch.bfloat16
 
     def features(self, images, layers=(-1,)):
-        return [self.conv(images)]
+        maps = self.conv(images)
+        return [Features(cls=maps.mean((2, 3)), patches=maps.permute(0, 2, 3, 1))]
 
 
 def test_a_probe_in_float32_takes_the_weights_as_they_travel(caplog):
@@ -27,8 +29,8 @@ def test_a_probe_in_float32_takes_the_weights_as_they_travel(caplog):
     with pytest.raises(RuntimeError):
         net.features(images)
     with evaluating(net, "fp32"):
-        assert net.features(images)[0].isfinite().all()
-    assert FrozenFeatures(net, (-1,), "fp32")(images)[0].isfinite().all()
+        assert net.features(images)[0].patches.isfinite().all()
+    assert FrozenFeatures(net, (-1,), "fp32")(images)[0].patches.isfinite().all()
     assert "judged in torch.bfloat16" in caplog.text
 
 

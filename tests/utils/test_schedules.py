@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.schedules import Constant, Cosine, Frozen, Linear, scale_lr
+from utils.schedules import Constant, Cosine, Frozen, Linear, peak_lr, scale_lr
 
 
 def test_cosine_starts_at_base_and_stays_at_final():
@@ -51,3 +51,8 @@ def test_lr_scaling_rules():
     assert scale_lr(4e-3, "none", 7) == 4e-3
     with pytest.raises(ValueError, match="known: sqrt_wrt_1024, linear_wrt_256, linear_wrt_"):
         scale_lr(1.0, "sqrt", 1)
+    assert peak_lr(4e-6, "sqrt_wrt_1024", 256, min_lr=2e-6) == pytest.approx(2e-6)
+    with pytest.raises(
+        ValueError, match="min_lr 2e-06 is more than the 1e-06 that lr_scaling=sqrt"
+    ):
+        peak_lr(4e-6, "sqrt_wrt_1024", 64, min_lr=2e-6)

@@ -32,10 +32,10 @@ class ImageNet22k:
         try:
             self._entries = np.load(os.path.join(extra, "entries.npy"), mmap_mode="r")
             self.class_ids = np.load(os.path.join(extra, "class-ids.npy")).tolist()
-        except (OSError, ValueError) as error:
+            self.labels = self._entries["class_index"].astype(np.int64)
+        except (OSError, ValueError, IndexError) as error:
             raise UserError(f"cannot read the index of ImageNet-22k in {extra}: {error}") from None
         self.class_names: list[str] = self.class_ids
-        self.labels = self._entries["class_index"].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -52,8 +52,10 @@ class ImageNet22k:
         entry = self._entries[index]
         try:
             tar = _open_tar(self._tar(index))
-        except OSError as error:
-            raise ImageError(self.path(index), str(error.strerror)) from None
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            raise ImageError(
+                self.path(index), getattr(error, "strerror", "") or str(error)
+            ) from None
         data = tar[int(entry["start_offset"]) + TAR_HEADER : int(entry["end_offset"])]
         if data[:2] != GZIP_MAGIC:
             return data

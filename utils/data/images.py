@@ -257,7 +257,7 @@ def folder_order(path: str) -> tuple[str, str, str]:
 def class_folders(root: str) -> list[str]:
     """Names of the sub-folders of `root`, sorted, hidden ones left out."""
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+        return sorted(entry.name for entry in entries if _is_folder(entry) and entry.name[0] != ".")
 
 
 def _refuse_splits(images: ImageFolder) -> None:

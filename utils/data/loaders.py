@@ -174,7 +174,7 @@ def _load(
 ) -> Iterator[tuple[Any, list[Failure]]]:
     """The batches for `requests`, in order; a failure not to be skipped becomes a UserError."""
     # More workers than cores gain nothing, and torch warns; the batches are the same anyway.
-    num_workers = min(num_workers, _available_cores())
+    num_workers = min(num_workers, available_cores())
     loader = DataLoader(
         source,
         batch_size=None,  # a request is a whole batch
@@ -237,7 +237,7 @@ def _unreadable(dataset: ImageDataset, failure: Failure) -> UserError:
     )
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

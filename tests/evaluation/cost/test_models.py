@@ -10,9 +10,9 @@ from evaluation.cost.models import (
     find_backbone,
     make_groups,
     make_net,
-    num_classes_of,
     registered,
 )
+from evaluation.sample import num_classes_of
 from utils.config import CONFIGS
 from utils.errors import UserError
 

@@ -66,7 +66,7 @@ def test_results_of_a_probe_below_a_run_come_with_it(tmp_path: Path) -> None:
 def test_broken_parts_are_noted_and_the_rest_is_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 61, "loss": null}\n[1]\n{"loss": 1}\n{"step": 6')
+        file.write('{"step": 61, "loss": null}\n{"step": null}\n{"loss": 1}\n{"step": 6')
     (folder / "summary.json").write_text("{")
     (folder / "config.yaml").write_text("a: [")
     (folder / "results.json").write_text(json.dumps({"knn": 3}))

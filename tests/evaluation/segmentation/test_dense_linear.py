@@ -205,6 +205,13 @@ def test_windows_cover_the_image_and_their_mean_is_the_image() -> None:
         torch.testing.assert_close(seen, 2 * image)
 
 
+def test_windows_that_patches_made_smaller_leave_no_gap(tmp_path: Path) -> None:
+    """Of 18 pixels, the whole patches of 4 make 16, less than the stride."""
+    probe, net = make_probe(crop_size=18, image_size=40, stride=18), ToyNet().eval()
+    image = torch.rand(3, 40, 40)
+    assert probe._logits(net, probe.fit(net, tmp_path), image, 16).isfinite().all()
+
+
 def test_ignored_labels_have_no_class() -> None:
     table = ClassTable(151, (0, 255))
     assert len(table) == 150
@@ -269,6 +276,7 @@ class Blind(ToyNet):
     ({"precision": "fp8"}, "unknown precision 'fp8'"),
     ({"image_size": 8}, "image_size 8 must be at least crop_size 16"),
     ({"stride": 17}, "stride 17"),
+    ({"num_overlays": -1}, "num_overlays must be a whole number from 0"),
     ({"warmup_steps": 7}, "warmup_steps 7 must lie between 0 and num_steps 6"),
     ({"scale": (2.0, 0.5)}, "scale .2.0, 0.5. must be two positive numbers"),
     ({"dropout_rate": 1.0}, "dropout_rate 1.0"),

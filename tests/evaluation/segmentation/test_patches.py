@@ -26,6 +26,11 @@ class NoPatches(ToyNet):
         return [Features(found.cls, None) for found in super().features(images, layers)]
 
 
+class Broken(ToyNet):
+    def features(self, images, layers=(-1,)):
+        return [Features(f.cls, f.patches / 0) for f in super().features(images, layers)]
+
+
 class WrongGrid(ToyNet):
     def features(self, images, layers=(-1,)):
         return [Features(f.cls, f.patches[:, :1]) for f in super().features(images, layers)]
@@ -68,7 +73,11 @@ def test_features_of_any_backbone(backbone):
 def test_mistakes():
     with pytest.raises(UserError, match="resolution 30 is no multiple .* 4 pixels; 32 is"):
         shape_of(ToyNet(), 1, 30)
-    for net, message in ((NoPatches(), "NoPatches gives no patch tokens"), (WrongGrid(), "shape")):
+    for net, message in (
+        (NoPatches(), "NoPatches gives no patch tokens"),
+        (WrongGrid(), "shape"),
+        (Broken(), "finite features; some of .* are inf or nan"),
+    ):
         store = PatchStore(shape_of(net, 2, 8), dtype=torch.float32, folder=None)
         with pytest.raises(UserError, match=message):
             extract_patches(net, ToyMasks(2), [0, 1], store, resolution=8)

@@ -224,6 +224,16 @@ def test_imagenet22k_reads_compressed_members_and_names_damaged_ones(tmp_path: P
     for index, message in ((1, r"n01\.tar:b\.jpg: "), (2, r"n02\.tar:c\.jpg: No such file")):
         with pytest.raises(ImageError, match=message):
             images.read(index)
+    (tmp_path / "n02.tar").touch()
+    with pytest.raises(ImageError, match=r"n02\.tar:c\.jpg: cannot mmap an empty file"):
+        images.read(2)
+
+
+def test_imagenet22k_refuses_an_index_without_fields(tmp_path: Path) -> None:
+    np.save(tmp_path / "entries.npy", np.arange(3))
+    np.save(tmp_path / "class-ids.npy", np.array(["n01"]))
+    with pytest.raises(UserError, match="cannot read the index of ImageNet-22k"):
+        ImageNet22k(tmp_path, extra=tmp_path)
 
 
 def test_imagenet22k_says_what_is_missing(tmp_path: Path) -> None:

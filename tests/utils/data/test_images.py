@@ -270,3 +270,6 @@ def test_a_link_to_itself_ends_no_listing(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "self").symlink_to("self")
     assert len(ImageFolder(tmp_path)) == 1
+    _make(tmp_path / "by_class", "a/x.png")
+    (tmp_path / "by_class" / "self").symlink_to("self")
+    assert ImageFolder(tmp_path / "by_class").class_names == ["a"]
