@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slurm.cluster import check_executor, facts, parameters, python_command
@@ -36,6 +37,12 @@ def check_launch(config: Mapping[str, Any], *, joins: bool = False) -> None:
         raise UserError("launcher=local runs on this machine: launcher.nodes must be 1")
     if kind == "slurm" and not joins:
         check_cluster(config)
+        folder = Path(config["output_dir"]).absolute()
+        if ":" in str(folder) and facts(config)["snapshot"]:  # it would end the entry of PYTHONPATH
+            raise UserError(
+                f"output_dir: {folder}: the job finds no copy of the code below a folder with a "
+                "colon in its name: choose another name, or cluster.snapshot=false"
+            )
     _check_folder(str(config["output_dir"]), is_job=kind == "slurm" and not joins)
 
 

@@ -15,10 +15,20 @@ _PASSED = ("partition", "account", "qos", "constraint", "exclude", "comment", "a
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `cluster` part of a config; a saved run or a personal file may be older than a key."""
+    """The `cluster` part of a config; a saved run or a personal file may be older than a key.
+
+    null for a list or a mapping, or in one, asks for nothing.
+    """
     import yaml
 
-    return {**yaml.safe_load(DEFAULTS.read_text()), **config["cluster"]}
+    defaults = yaml.safe_load(DEFAULTS.read_text())
+    found = {**defaults, **config["cluster"]}
+    for key, default in defaults.items():
+        if isinstance(default, list):
+            found[key] = [value for value in found[key] or [] if value is not None]
+        elif isinstance(default, dict):
+            found[key] = {k: value for k, value in (found[key] or {}).items() if value is not None}
+    return found
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, Any]:

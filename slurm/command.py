@@ -180,8 +180,8 @@ def _followers(commands: list[str], task: Task) -> list[Task]:
             default = _parsed(parse, [], "", quiet=True)
             if config is None or default is None:
                 raise UserError("it only prints something")
-        place = task.folder / (f"{stem}_{number + 1}" if number else stem)
-        config = _inherit(config, default, task.config, place)
+            place = task.folder / (f"{stem}_{number + 1}" if number else stem)
+            config = _inherit(config, default, task.config, place)
         job_name = f"{task.job_name or task.config['name']}-{place.name}"
         found.append(Task(function, config, task.values, command=command, job_name=job_name))
     return found
@@ -189,7 +189,10 @@ def _followers(commands: list[str], task: Task) -> list[Task]:
 
 def _script(command: str) -> tuple[Path, list[str]]:
     """The script of a command and its words; a Python in front of it is skipped."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--then {command!r}: {error}") from None
     if words and re.fullmatch(r"python[\d.]*", Path(words[0]).name):
         words.pop(0)
     given = Path(words[0]) if words else Path()
@@ -208,6 +211,9 @@ def capture(script: Path) -> tuple[str, Parse]:
     token = _captured.set(found)
     try:
         runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as left:  # a script may end in one that says all is well
+        if left.code:
+            raise
     finally:
         _captured.reset(token)
     if not found:
@@ -229,9 +235,11 @@ def _inherit(
     """What a command leaves open it takes from the run it follows: net, weights, data, cluster."""
     open_keys = {key for key in config if config[key] == default.get(key)}
     if {"backbone", "weights"} <= open_keys and config["weights"] is None:
+        if "backbone" not in first:
+            raise UserError(f"{first['name']} leaves no network to follow it with: give weights=")
         config["backbone"] = first["backbone"]
         config["weights"] = str(Path(first["output_dir"]).absolute() / EXPORTED)
-    if "data" in open_keys:
+    if "data" in open_keys & first.keys():
         config["data"] = first["data"]
     if config["output_dir"] in (default["output_dir"], f"runs/{config['name']}"):
         config["output_dir"] = str(place)
@@ -240,6 +248,6 @@ def _inherit(
     if "launcher" in open_keys:
         config["launcher"] = {**first["launcher"], "nodes": 1}
     config["launcher"]["kind"] = first["launcher"]["kind"]
-    for key in {"cluster", "device"} & open_keys:
+    for key in {"cluster", "device"} & open_keys & first.keys():
         config[key] = first[key]
     return config

@@ -131,7 +131,7 @@ def _check(task: Task, *, joins: bool, submits: bool) -> None:
         check_machine(task.config["cluster"])
     check_run_folder(task.config)
     check_targets(task.config)
-    if task.config.get("recipe"):
+    if "recipe" in task.config:  # a training
         from utils.settings import check_settings  # late: it needs torch
 
         check_settings(task.config)

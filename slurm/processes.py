@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.proc import started, stat
 
 
 @contextmanager
@@ -57,21 +58,6 @@ def name_localhost() -> None:
     socket.sethostname("localhost")
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat behind the name; nothing for a process that has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-    return fields if fields[0] != "Z" else []
-
-
-def started(pid: int) -> int:
-    """When a process started, in ticks since boot; 0 if it has ended."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else 0
-
-
 def lives(daemon: dict[str, Any]) -> bool:
     """Whether this very daemon runs, and no other process that got its pid."""
     try:
@@ -84,7 +70,7 @@ def lives(daemon: dict[str, Any]) -> bool:
 def descendants(pids: set[int]) -> set[int]:
     """The children of these processes, and theirs."""
     places = Path("/proc").glob("[0-9]*")
-    stats = {int(place.name): _stat(int(place.name)) for place in places}
+    stats = {int(place.name): stat(int(place.name)) for place in places}
     parents = {pid: int(fields[1]) for pid, fields in stats.items() if fields}
     found: set[int] = set()
     while more := {pid for pid, parent in parents.items() if parent in pids | found} - found:

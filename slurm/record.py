@@ -30,8 +30,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from slurm.processes import started
 from utils.errors import UserError
+from utils.proc import started
 
 NAME = "launches.jsonl"
 # What a rank says that lost another one; torch's own classes are known by their names.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm import record
-from slurm.processes import started
+from utils.proc import started
 
 # What may lie in a run folder and holds no run of its own.
 _INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
@@ -303,7 +303,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _head_of_config(folder: Path) -> dict[str, str]:
     """The run's name, from config.yaml, without reading YAML: the list may be long."""
     with suppress(OSError):
-        for line in (folder / "config.yaml").read_text().splitlines():
+        for line in (folder / "config.yaml").read_text("utf-8", "replace").splitlines():
             if line.startswith("name: "):
                 return {"name": line.removeprefix("name: ").strip("'\" ")}
     return {}

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from slurm import record
 from slurm.cluster import check_executor, facts, parameters, python_command, refusal
 from slurm.job import Function, Job
-from slurm.processes import started
 from slurm.snapshot import Snapshot
 from utils.build import plain
 from utils.errors import UserError
+from utils.proc import started
 
 if TYPE_CHECKING:
     import submitit

@@ -60,11 +60,6 @@ def points(words: list[str]) -> list[Point]:
     return found
 
 
-def is_sweep(words: list[str]) -> bool:
-    """Whether any word lists several values."""
-    return any(len(choice.words) > 1 for choice in _choices(list(words)))
-
-
 def _choices(words: list[str]) -> list[_Choice]:
     found = []
     while words:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.build import build, check_targets, plain
 from utils.effective_batch import micro_batches
+from utils.errors import UserError
 from utils.folders import check_run_folder
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def describe(content: dict[str, Any]) -> list[str]:
     from utils.flops import count_one_image
     from utils.settings import check_settings
 
-    if content.get("recipe"):
+    if "recipe" in content:  # of a training
         check_settings(content)
+    elif not content.get("backbone"):
+        raise UserError(f"backbone must be given, not {content.get('backbone')!r}")
     if content.get("logging"):
         from utils.sinks import check_sinks
 
@@ -113,6 +116,8 @@ def crop_size(content: dict[str, Any], net: "nn.Module") -> int:
     crops = (content.get("recipe") or {}).get("crops") or {}
     size = crops.get("global_crops_size") or content["backbone"].get("img_size")
     default: dict[str, Any] = getattr(net, "default_cfg", {}) or {}
+    if isinstance(size, list):  # of a net that takes height and width; most see squares
+        size = size[0]
     return int(size or default.get("input_size", (3, 224, 224))[-1])
 
 

@@ -203,16 +203,8 @@ class Checkpoints:
             notes.append(fault)
         return None, notes
 
-    def fault(self, step: int) -> str:
-        """Nothing if the step's checkpoint is sound, else one line about what is wrong."""
-        if fault := folder_fault(self.path(step)):
-            return fault
-        files = read_description(self.path(step))["files"]
-        faults = (file_fault(self.path(step) / name, files[name]) for name in files)
-        return next((fault for fault in faults if fault), "")
-
     def _shared_fault(self, step: int, weights: Collection[str]) -> str:
-        # As `fault`, and of the weights; each rank reads some of the files.
+        # Nothing if it is sound, its weights too, else one line; each rank reads some of the files.
         path = self.path(step)
         fault = distributed.broadcast_object(folder_fault(path) if distributed.is_main() else None)
         if not fault:
@@ -311,7 +303,7 @@ def export_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically and durably."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from utils.build import nearest_family
 from utils.config import CONFIGS
 from utils.errors import UserError
-from utils.flags import FLAGS
+from utils.flags import FLAGS, quoted
 
 TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
     "--config-file",
@@ -60,6 +60,8 @@ def read_words(
         word = words.pop(0)
         name, _, inline = word.partition("=")
         name = same.get(name, name)
+        if "=" in word and (name in ignored or (name in options and options[name].value)):
+            raise UserError(f"{name} takes no value, got {word!r}")
         if name in ignored:
             found.notes.append(f"{name} has no effect: {ignored[name]}")
         elif name in options:
@@ -123,11 +125,6 @@ def folder_of_model(words: Sequence[str], name: str) -> list[str]:
         return []
     plain_name = re.sub(r"[^\w.-]+", "_", model).strip("_")
     return [f"name={quoted(f'{name}/{plain_name}')}"]
-
-
-def quoted(text: str) -> str:
-    """Text in the grammar of overrides."""
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
 
 
 def help_page(rows: Mapping[str, str], *, usage: str = "") -> str:

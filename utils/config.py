@@ -8,7 +8,6 @@ works where they are not installed.
 
 import os
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from utils import vocabulary
 from utils.build import build, check_targets, nearest, nearest_family
 from utils.config_files import CONFIGS, find_file, run_of_model
 from utils.errors import UserError
-from utils.flags import read_arguments
+from utils.flags import quoted, read_arguments, with_quotes
 from utils.schema import compare, nearest_key
 
 if TYPE_CHECKING:
@@ -81,6 +80,8 @@ def compose_config(
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
             raise UserError(f"{path}: a config is a mapping of keys to values")
+        if "defaults" not in content:
+            words = [word for word in words if not _is_launcher_of(content, word)]
         if vocabulary.is_dinov2(content):
             config = _compose_translated(content, words, path, base)
         elif "defaults" in content or not any(_is_group(word) for word in words):
@@ -113,11 +114,11 @@ def _parse(words: list[str]) -> list["Override"]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            raise UserError(f"cannot read {word!r}: {_with_quotes(word)}") from None
+            raise UserError(f"cannot read {word!r}: {with_quotes(word)}") from None
         if override.is_sweep_override():
             raise UserError(
                 f"{word!r} gives several values: -m tries one after another; a list is "
-                f"key=[a,b]; {_with_quotes(word)}"
+                f"key=[a,b]; {with_quotes(word)}"
             )
         if override.key_or_group.split(".")[0] == "hydra":
             raise UserError(f"{word!r}: Hydra's own settings are not for the command line")
@@ -127,22 +128,18 @@ def _parse(words: list[str]) -> list["Override"]:
     return parsed
 
 
-def _with_quotes(word: str) -> str:
-    """How a shell is to be given text that is no list, number or mapping."""
-    key, _, value = word.partition("=")
-    if not re.fullmatch(r"[\w.@/+~-]+", key) or value[:1] in ("", "'", '"', "[", "{"):
-        key, value = "key", "value"  # what was meant is anyone's guess
-    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
-    shown = shlex.quote(f"{key}='{escaped}'")
-    if not set(value) & set("'\"$`\\!"):  # nothing that double quotes leave to the shell
-        shown = f"\"{key}='{value}'\""
-    return f"text with special characters needs quotes of its own: {shown}"
-
-
 def _is_group(override: "Override") -> bool:
     """Whether `group=option` chooses a file: the group is a folder, and the value a plain word."""
     value = override.value()
     return (CONFIGS / override.key_or_group).is_dir() and isinstance(value, (str, int, float, list))
+
+
+def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:
+    """Whether `launcher=X` chooses what a saved run has, with keys that the choice would lose."""
+    from omegaconf import OmegaConf
+
+    kind = OmegaConf.select(saved, "launcher.kind", throw_on_missing=False)
+    return word.key_or_group == "launcher" and _is_group(word) and word.value() == kind
 
 
 def _compose(path: Path, words: list["Override"]) -> "DictConfig":
@@ -179,7 +176,7 @@ def _hydra(path: Path, lines: list[str]) -> "DictConfig":
     if path.suffix != ".yaml":
         raise UserError(f"{path}: the name of a run file must end in .yaml")
     with initialize_config_dir(str(path.parent), job_name="octic", version_base="1.3"):
-        return compose(path.stem, [*lines, f"hydra.searchpath=['file://{CONFIGS}']"])
+        return compose(path.stem, [*lines, f"hydra.searchpath=[{quoted(f'file://{CONFIGS}')}]"])
 
 
 def _compose_and_swap(path: Path, words: list["Override"], base: str) -> "DictConfig":
@@ -242,9 +239,9 @@ def _known_key(override: "Override", config: "DictConfig", earlier: dict[str, An
         if name in node:
             return line
         if "_target_" in node and not override.is_delete():
-            return f"+{line}"  # a keyword the file leaves at its default; its constructor decides
+            return f"++{line}"  # a keyword the file leaves at its default; its constructor decides
     if parent in _FREE:
-        return f"+{line}"
+        return f"++{line}"
     raise UserError(f"unknown key {key!r}{nearest_key(key, _content(config))}")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.build import nearest, plain
-from utils.command_line import TAKES_VALUE, backbone_words, help_page, quoted
+from utils.command_line import TAKES_VALUE, backbone_words, help_page
 from utils.config import CONFIGS, compose_config, fail, parse_config, run_of_model
 from utils.errors import UserError
-from utils.flags import read_arguments
+from utils.flags import quoted, read_arguments
 
 DEFAULT, RUNS = "deit/imagenet.yaml", "deit"
 LAMB = ["optimizer._target_='timm.optim.Lamb'"]
@@ -185,13 +185,15 @@ def _sort(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[st
         elif name == "--resume":
             rest += [name, *_resumed(inline, waiting)]
         else:
-            rest.append(f"{name}={inline}" if inline else name)
-            if name in TAKES_VALUE and not inline and waiting:
+            rest.append(f"{name}={inline}" if "=" in word else name)
+            if name in TAKES_VALUE and "=" not in word and waiting:
                 rest.append(waiting.pop(0))
     return given, rest, notes
 
 
 def _take(name: str, count: int, inline: str, waiting: list[str]) -> list[str]:
+    if inline and not count:
+        raise UserError(f"{name} takes no value, got {inline!r}")
     values = [inline] if inline else waiting[:count]
     if len(values) < count or any(value.startswith("--") for value in values):
         raise UserError(f"{name} needs {'a value' if count == 1 else f'{count} values'}")

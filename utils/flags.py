@@ -1,9 +1,12 @@
 """The flags of every experiment script: each is another name of one config key."""
 
 import argparse
+import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -41,6 +44,7 @@ FLAGS = (
         ("--weights", "--pretrained-weights", "--finetune"),
         "training.weights",
         "start from the weights of this file, or of a run folder",
+        expanduser,
     ),
     Flag(
         ("--batch-size", "--batch"),
@@ -102,7 +106,7 @@ FLAGS = (
         float,
     ),
     Flag(("--use-lmdb", "--use_lmdb"), "data", "train.lmdb and val.lmdb", None, "lmdb"),
-    Flag(("--data-path",), "data.root", "folder of the images"),
+    Flag(("--data-path",), "data.root", "folder of the images", expanduser),
     Flag(("--max-steps",), "training.max_steps", "stop after this many steps", int),
     Flag(("--seed",), "seed", "seed of everything random", int),
     Flag(("--precision",), "training.precision", "auto, fp32, tf32, bf16 or fp16"),
@@ -112,7 +116,10 @@ FLAGS = (
     Flag(("--device",), "device", "auto, cpu or cuda"),
     Flag(("--name",), "name", "name of the run"),
     Flag(
-        ("--output-dir", "--output_dir"), "output_dir", "run folder; %%j becomes the Slurm job id"
+        ("--output-dir", "--output_dir"),
+        "output_dir",
+        "run folder; %%j becomes the Slurm job id",
+        expanduser,  # a shell does it where no --output-dir= stands before it
     ),
     Flag(
         ("--resume",), "training.resume", "continue the run of the folder (the default)", None, True
@@ -305,5 +312,20 @@ def _quoted(value: Any, flag: Flag) -> str:
         return str(value).lower() if isinstance(value, bool) else str(value)
     if "." not in flag.key and flag.key in ("backbone", "data", "launcher", "cluster"):
         return value
-    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
-    return f"'{escaped}'"
+    return quoted(value)
+
+
+def quoted(text: str) -> str:
+    """Text in the grammar of overrides."""
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def with_quotes(word: str) -> str:
+    """How a shell is to be given text that is no list, number or mapping."""
+    key, _, value = word.partition("=")
+    if not re.fullmatch(r"[\w.@/+~-]+", key) or value[:1] in ("", "'", '"', "[", "{"):
+        key, value = "key", "value"  # what was meant is anyone's guess
+    shown = shlex.quote(f"{key}={quoted(value)}")
+    if not set(value) & set("'\"$`\\!"):  # nothing that double quotes leave to the shell
+        shown = f"\"{key}='{value}'\""
+    return f"text with special characters needs quotes of its own: {shown}"

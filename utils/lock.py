@@ -20,6 +20,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.folders import make_folder, refused
+from utils.proc import started
 
 NAME = ".lock"
 BEAT_S = 10.0
@@ -191,12 +192,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int:
-    """When a process started, in ticks since boot; 0 if it has ended or is a zombie."""
-    try:
-        fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return _alive_without_proc(pid)
-    return int(fields[19]) if fields[0] not in "ZX" else 0
+    return started(pid) or _alive_without_proc(pid)
 
 
 def _alive_without_proc(pid: int) -> int:

@@ -1,5 +1,6 @@
 """A value that changes from step to step, told as DINOv2 and DeiT tell it in their logs."""
 
+import math
 from collections import deque
 
 
@@ -17,8 +18,9 @@ class Meter:
     def update(self, value: float, count: int = 1) -> None:
         """Add a value, the mean of `count` of them."""
         self.values.append(value)
-        self.total += value * count
-        self.count += count
+        if math.isfinite(value):  # one skipped step is no reason to know no mean any more
+            self.total += value * count
+            self.count += count
 
     @property
     def value(self) -> float:
@@ -37,8 +39,8 @@ class Meter:
 
     @property
     def global_avg(self) -> float:
-        """Mean of all values, each as often as it counts."""
-        return self.total / self.count
+        """Mean of all finite values, each as often as it counts; NaN where there is none."""
+        return self.total / self.count if self.count else math.nan
 
     @property
     def max(self) -> float:

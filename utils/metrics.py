@@ -8,6 +8,7 @@ and ranks), and one per probe.
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -251,10 +252,12 @@ class _ProgressLine:
     """A live bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total_steps: int, first_step: int, console: Console | None) -> None:
-        self.console = console or Lines(soft_wrap=True, highlight=False)
+        # FORCE_COLOR makes a terminal of a log, which cannot move its cursor.
+        live = None if sys.stdout.isatty() else False
+        self.console = console or Lines(soft_wrap=True, highlight=False, force_interactive=live)
         self.total_steps = total_steps
         self.progress = None
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(24),

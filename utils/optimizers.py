@@ -1,5 +1,7 @@
 """Parameter groups to optimiser, schedules applied step by step, clipping per part."""
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,7 +157,38 @@ def load_optimizer_state(
         }
         for name, values in saved["state"].items()
     }
+    _check_memory(optimizer, parameters, saved["state"])
     optimizer.load_state_dict(plain)
+
+
+def _check_memory(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: dict[str, Any]
+) -> None:
+    """UserError where a step would miss something that the saved optimiser did not remember."""
+    if not saved:
+        return
+    name = min(saved, key=lambda one: parameters[one].numel())
+    lacks = _memory(optimizer, parameters[name]) - saved[name].keys()
+    if lacks:
+        raise UserError(
+            f"the checkpoint is of another optimiser than optimizer._target_ and its keywords say: "
+            f"it has no {', '.join(sorted(lacks))}; go on with the run's own, or choose another "
+            "output_dir"
+        )
+
+
+def _memory(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> set[str]:
+    """What an optimiser remembers of a parameter: a step of its copy on zeros tells."""
+    zeros = nn.Parameter(torch.zeros(parameter.shape, device=parallel.local(parameter).device))
+    zeros.grad = torch.zeros_like(zeros)
+    tried = copy.copy(optimizer)
+    tried.state = defaultdict(dict)
+    tried.param_groups = [{**optimizer.param_groups[0], "params": [zeros]}]
+    try:
+        tried.step()
+    except Exception:  # one that cannot be tried like this is taken as it is
+        return set()
+    return {key for key, value in tried.state[zeros].items() if value is not None}
 
 
 def _norms(gradients: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -275,7 +275,8 @@ def _make_metrics(
 ) -> Metrics:
     sinks: Any = ()
     if distributed.is_main():
-        sinks = make_sinks(folder, name=config["name"], config=dict(config), **config["logging"])
+        told = {"name": config["name"], "config": dict(config), "first_step": first_step}
+        sinks = make_sinks(folder, **told, **config["logging"])
     return Metrics(
         folder,
         first_step=first_step,
@@ -292,10 +293,16 @@ def _fitting(
 ) -> dict[str, Callable[..., dict[str, float]]]:
     # The probes that this data can serve; said at the start, not found out at the end.
     bare = [name for name, part in data.items() if getattr(part, "labels", part) is None]
-    unfit = [name for name, p in probes.items() if bare and getattr(p, "needs_labels", False)]
-    for name in unfit:
-        metrics.say(f"probe {name} is left out: data.{bare[0]} has no labels")
-    return {name: probe for name, probe in probes.items() if name not in unfit}
+    fitting = {}
+    for name, probe in probes.items():
+        # One that says nothing reads both splits, as in evaluation/judge.py.
+        if "val" not in data and "val" in getattr(probe, "splits", ("train", "val")):
+            metrics.say(f"probe {name} is left out: there is no data.val")
+        elif bare and getattr(probe, "needs_labels", False):
+            metrics.say(f"probe {name} is left out: data.{bare[0]} has no labels")
+        else:
+            fitting[name] = probe
+    return fitting
 
 
 def _on_main(action: Callable[[], Any]) -> Any:
@@ -345,23 +352,19 @@ def _build_and_run(
 ) -> dict[str, Any]:
     # A function of its own, so that the objects are gone when the process group ends.
     seed_everything(config["seed"])  # the same networks on every rank
-    for name in ("recipe", "backbone", "optimizer", "data"):
-        if not config[name]:
-            raise UserError(f"{name} must be given, not {config[name]!r}")
     factories = {name: {**config[name], "_partial_": True} for name in ("recipe", "backbone")}
     built = build({"data": config["data"], **factories})
     data = {name: part for name, part in built["data"].items() if part is not None}
-    if not hasattr(data.get("train"), "read"):
-        raise UserError("data.train must be given: a data set, which is a _target_ with keywords")
+    for split in data.keys() & {"train", "val"}:
+        if not hasattr(data[split], "read"):
+            raise UserError(f"data.{split}: {config['data'][split]['_target_']} is no data set")
     recipe = built["recipe"](backbone=built["backbone"], dataset=data["train"])
     factories = {"optimizer": {**config["optimizer"], "_partial_": True}}
     built = build({"probes": config["probes"] or {}, **factories})
     probes = {name: probe for name, probe in built["probes"].items() if probe is not None}
     for name, probe in probes.items():
         if not callable(probe):
-            raise UserError(
-                f"probes.{name} must be a probe or null, not {config['probes'][name]!r}"
-            )
+            raise UserError(f"probes.{name}: {config['probes'][name]['_target_']} is no probe")
     return run_built(
         config, recipe, built["optimizer"], data=data, probes=probes, device=device, stop=stop
     )

@@ -14,7 +14,7 @@ from utils.checkpoint import Checkpoints, write_text
 from utils.errors import UserError
 
 # Keys that change where, how fast or how closely watched a run is, but not the weights that come
-# out.
+# out; training.weights is read where there is no run to go on with.
 HARMLESS = (
     *(
         "name",
@@ -31,7 +31,7 @@ HARMLESS = (
     *(
         f"training.{key}"
         for key in (
-            *("resume", "max_steps", "log_every", "hang_timeout_s"),
+            *("resume", "weights", "max_steps", "log_every", "hang_timeout_s"),
             *("compile", "activation_checkpointing"),
         )
     ),
@@ -61,7 +61,7 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpo
     path = folder / "config.yaml"
     notes = changed_plan(config, checkpoints)
     if path.exists():
-        earlier = yaml.safe_load(path.read_text()) or {}
+        earlier = saved_config(path)
         if earlier != _plain(config):
             kept = _free_name(folder)
             path.rename(kept)
@@ -72,9 +72,23 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpo
                     "changed since, with effect:"
                 ]
                 notes += [f"  {change}" for change in changes]
-    write_text(path, yaml.safe_dump(_plain(config), sort_keys=False))
+    # Legible, and each value on one line, as slurm.runs looks for the name without reading YAML.
+    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=10_000)
+    write_text(path, text)
     write_text(folder / "git.txt", describe_code() + "\n")
     return notes
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run folder; UserError for one that is none."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path} is no YAML ({said}): mend or remove it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no mapping of keys to values: mend or remove it")
+    return content
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

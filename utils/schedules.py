@@ -26,7 +26,10 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A straight line from `start` at step 0 to `end` at step `num_steps - 1`, then `end`."""
+    """A straight line from `start` at step 0 to `end` at step `num_steps - 1`, then `end`.
+
+    Of a single step it is at `start`.
+    """
 
     start: float
     end: float
@@ -44,8 +47,8 @@ class Cosine:
     """Warm-up along a line, then half a cosine from `base` to `final`, then `final`.
 
     The warm-up reaches `base` at its last step, `warmup_steps - 1`, and the cosine begins there
-    again, so the peak comes twice (as in DINOv2). The cosine would reach `final` at step
-    `num_steps`, one after the last.
+    again, so the peak comes twice (as in DINOv2); one of a single step is at `warmup_start`. The
+    cosine would reach `final` at step `num_steps`, one after the last.
     """
 
     base: float

@@ -22,12 +22,14 @@ def check_settings(config: Mapping[str, Any]) -> None:
     A run asks this before it begins, and so do `--check` and whoever submits it. A saved config may
     lack newer keys.
     """
+    _check_parts(config)
     try:
         for section, counts in _COUNTS.items():
             for key, least in counts.items():
                 check_count(f"{section}.{key}", config[section].get(key, least), least)
         check_count("probe_every", config.get("probe_every", 0))
         check_count("seed", config.get("seed", 0))
+        check_range("seed", config.get("seed", 0), 0, 2**63 - 1)  # torch takes no more
         training = config["training"]
         for key in ("clip_grad", "hang_timeout_s"):
             check_range(f"training.{key}", training.get(key) or 0)
@@ -39,6 +41,28 @@ def check_settings(config: Mapping[str, Any]) -> None:
     if training["sharding"] not in SHARDINGS:
         raise UserError(
             f"training.sharding={training['sharding']} is unknown; choose {', '.join(SHARDINGS)}"
+        )
+
+
+def _check_parts(config: Mapping[str, Any]) -> None:
+    """UserError where something that a training is made of is missing, or no constructor."""
+    for name in ("recipe", "backbone", "optimizer", "data"):
+        if not config[name]:
+            raise UserError(f"{name} must be given, not {config[name]!r}")
+    data, probes = config["data"], config.get("probes") or {}
+    if data.get("train") is None:
+        raise UserError("data.train must be given: a data set, which is a _target_ with keywords")
+    nodes = {f"data.{split}": ("a data set", data.get(split)) for split in ("train", "val")}
+    nodes |= {f"probes.{name}": ("a probe", node) for name, node in probes.items()}
+    for key, (what, node) in nodes.items():
+        if node is not None and not (isinstance(node, Mapping) and "_target_" in node):
+            raise UserError(
+                f"{key} must be {what}, which is a _target_ with keywords, or null, not {node!r}"
+            )
+    for key in config["optimizer"].keys() & {"lr", "weight_decay"}:
+        raise UserError(
+            f"optimizer.{key} has no effect, as a schedule sets it at every step: "
+            f"say recipe.schedules.{key}"
         )
 
 

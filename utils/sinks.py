@@ -23,14 +23,18 @@ def make_sinks(
     wandb: bool = False,
     wandb_project: str = "octic",
     tensorboard: bool = False,
+    first_step: int = 0,
     config: dict[str, Any] | None = None,
 ) -> tuple[Sink, ...]:
-    """Open the sinks asked for, on rank 0; raises UserError when their package is missing."""
+    """Open the sinks asked for, on rank 0; raises UserError when their package is missing.
+
+    `first_step`: where the run goes on; what an earlier start told of later steps is made again.
+    """
     sinks: list[Sink] = []
     if wandb:
         sinks.append(_wandb(folder, name, wandb_project, config or {}))
     if tensorboard:
-        sinks.append(_tensorboard(folder))
+        sinks.append(_tensorboard(folder, first_step))
     return tuple(sinks)
 
 
@@ -102,8 +106,8 @@ def _until_lost(write: Sink, leave: Callable[[], None]) -> Sink:
     return write_if_there
 
 
-def _tensorboard(folder: Path) -> Sink:
-    writer = _import(*_TENSORBOARD).SummaryWriter(str(folder))
+def _tensorboard(folder: Path, first_step: int) -> Sink:
+    writer = _import(*_TENSORBOARD).SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def write(step: int, values: dict[str, float]) -> None:
         for key, value in values.items():

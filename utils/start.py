@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from utils import state
@@ -13,7 +12,7 @@ from utils.checkpoint_files import DESCRIPTION, Parts
 from utils.errors import UserError
 from utils.exported import EXPORTED, FORMERLY
 from utils.precision import Precision
-from utils.run_folder import changed_keys
+from utils.run_folder import changed_keys, saved_config
 
 MOST_CHANGES = 4  # told in one line
 
@@ -128,7 +127,7 @@ def _other_network(folder: Path, config: Mapping[str, Any], error: state.Misfit)
     saved = folder / "config.yaml"
     changes: list[str] = []
     if saved.is_file():
-        every = changed_keys(yaml.safe_load(saved.read_text()) or {}, config)
+        every = changed_keys(saved_config(saved), config)
         networks = [line for line in every if line.startswith("backbone.")]
         changes = networks or [line for line in every if line.startswith("recipe.")] or every
     if not changes:

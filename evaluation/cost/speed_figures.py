@@ -165,7 +165,7 @@ def _training(
     try:
         text = (folder / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     except (OSError, ValueError):
         return None
     windows = [line for line in lines if "images_per_second" in line][UNSETTLED:]

@@ -48,6 +48,7 @@ REFUSED = [
 FOLDERS = [
     (SLURM, "%x-%j", "of Slurm's patterns only %j, the job's id, can be used here, not %x"),
     (SLURM, "100%", "can be used here, not %"),
+    (SLURM, "t10:00", "no copy of the code below a folder with a colon in its name"),
     ("launcher=here", "%j", "%j is the id of a Slurm job, and this run has none"),
     ("launcher=local", "a/%j", "%j is the id of a Slurm job, and this run has none"),
 ]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from slurm import record
-from slurm.command import main
+from slurm.command import ROOT, capture, main
 from slurm.launch import Task
+from utils.build import plain
 from utils.config import parse_config
 
 parse = partial(parse_config, "dinov2/quickstart.yaml")
@@ -74,6 +75,26 @@ def test_what_follows_takes_what_it_leaves_open_from_the_run(
     assert second["backbone"] != task.config["backbone"]
 
 
+def test_what_follows_a_run_without_a_network_needs_weights(
+    tmp_path: Path, capsys, started: list[Any], judge: Path
+) -> None:
+    def bare(words: list[str]) -> dict[str, Any]:
+        lacks = ("backbone", "data", "device")
+        return {key: value for key, value in plain(parse(words)).items() if key not in lacks}
+
+    words = ["--output-dir", str(tmp_path / "run"), "--then"]
+    with pytest.raises(SystemExit):
+        main(MARK, bare, [*words, str(judge)])
+    assert "leaves no network to follow it with: give weights=" in capsys.readouterr().err
+    main(MARK, bare, [*words, f"{judge} weights=my.pth"])
+    ((task,), _), *_ = started
+    assert task.then[0].config["weights"] == "my.pth"
+
+
+def test_a_script_that_hands_on_its_outcome_is_captured() -> None:
+    assert capture(ROOT / "experiments" / "reproduce.py")[0] == "evaluation.reproduce.reproduce"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -84,6 +105,7 @@ def test_what_follows_takes_what_it_leaves_open_from_the_run(
             ["--then", "experiments/eval_deit.py data.rot=x"],
             "--then 'experiments/eval_deit.py data",
         ),
+        (["--then", "experiments/eval_deit.py 'x"], "'x\": No closing quotation"),
         (["-m", "seed=1,2", "recipe.epohs=1"], "error: seed=1: recipe: DINOv2 takes no 'epohs'"),
         (["-m", "seed=1,2", "sed=1"], "error: seed=1: unknown key 'sed'; did you mean 'seed'?"),
         (["seed=1,2"], "gives several values: -m tries one after another"),

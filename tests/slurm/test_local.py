@@ -29,7 +29,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         config = {
             "name": "x",
             "output_dir": str(tmp_path),
-            "recipe": None,
+            "probes": {},
             "launcher": {"kind": "local", "nodes": 1, "gpus_per_node": 2, "timeout_min": 5},
         }
         program = (

@@ -76,3 +76,11 @@ def test_a_refused_array_leaves_no_file(tmp_path: Path, submission) -> None:
     with pytest.raises(UserError, match="Slurm refused the job: not today"):
         Submission("tests.slurm.work.report", [*asked.configs, *asked.configs]).submit()
     assert left_of(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("env", ["null", "{A: null}"])
+def test_null_leaves_a_matter_to_the_cluster(submission, env: str) -> None:
+    lists = ("modules", "setup", "srun_args", "sbatch_options", "container_mounts")
+    nulls = [f"cluster.{key}=null" for key in lists]
+    script = submission("", f"cluster.env={env}", *nulls).script()
+    assert script.startswith("#!/bin/bash") and "None" not in script and "export A=" not in script

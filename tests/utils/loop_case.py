@@ -178,6 +178,8 @@ def train_tiny(
     *,
     probes: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
+    optimizer: Any = torch.optim.AdamW,
+    data: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[dict[str, Any], TinyRecipe]:
     """Train the tiny recipe in `folder`; returns summary and recipe."""
@@ -187,8 +189,8 @@ def train_tiny(
         summary = run_built(
             make_config(folder, **changes),
             made,
-            torch.optim.AdamW,
-            data={},
+            optimizer,
+            data={"val": ()} if data is None else data,
             probes=probes or {},
             device=torch.device("cpu"),
             stop=stop,

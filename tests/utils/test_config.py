@@ -107,6 +107,19 @@ def test_text_of_flags_is_taken_as_it_is() -> None:
     assert config.output_dir == odd
 
 
+def test_a_home_folder_is_known_behind_an_equals_sign(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    found = arguments("--output-dir=~/r", "--weights=~/x").overrides
+    assert sorted(found) == ["output_dir='/home/me/r'", "training.weights='/home/me/x'"]
+
+
+def test_our_own_folder_may_have_an_apostrophe(tmp_path: Path, monkeypatch) -> None:
+    ours = tmp_path / "it's"
+    ours.symlink_to(CONFIGS)
+    monkeypatch.setattr("utils.config.CONFIGS", ours)
+    assert compose_config(CONFIGS / "train.yaml").seed == 0
+
+
 # Files
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from utils.build import plain
+from utils.command_line import Option, read_words
 from utils.config import CONFIGS, compose_config
 from utils.deit_arguments import (
     NO_EFFECT,
@@ -13,6 +14,7 @@ from utils.deit_arguments import (
     parse_deit_training,
     read_deit_training,
 )
+from utils.errors import UserError
 from utils.flags import slurm_minutes
 
 # The command of DeiT III's README for ViT-B at 192 pixels, and that of its distilled predecessor.
@@ -203,6 +205,21 @@ def test_a_network_that_takes_any_image_is_not_told_its_size():
     assert parse("--model vit_tiny_patch16_224 --input-size 192")["backbone"]["img_size"] == 192
 
 
+@pytest.mark.parametrize("word", ["--symmetries=false", "--pin-mem=true"])
+def test_a_switch_takes_no_value(word: str):
+    options = {"--symmetries": Option("probes.accuracy.symmetries", "a table", "true")}
+    with pytest.raises(UserError, match="takes no value, got"):
+        read_words([word], options, ignored={"--pin-mem": "it is"})
+    assert read_words(["--symmetries"], options).overrides == ["probes.accuracy.symmetries=true"]
+
+
+def test_an_empty_value_stays_one():
+    assert read_deit_training(["training.weights=", "--finetune="])[0] == [
+        "training.weights=",
+        "--finetune=",
+    ]
+
+
 def test_resume_names_a_run_folder(tmp_path: Path, capsys):
     words, _ = read_deit_training(["--resume", str(tmp_path)])
     assert words == ["--resume", f"output_dir='{tmp_path}'"]
@@ -223,6 +240,8 @@ def test_resume_names_a_run_folder(tmp_path: Path, capsys):
         ("--distillation-alpha 0.3", "there is no teacher without --distillation-type"),
         ("--distillation-type warm", "none, soft, hard"),
         ("--lr-noise 0.4", "noise is not offered"),
+        ("--use-amp=true", "--use-amp takes no value, got 'true'"),
+        ("--model-ema=false", "--model-ema takes no value, got 'false'"),
         ("--model resnet1888", "there is no model 'resnet1888'"),
     ],
 )

@@ -88,6 +88,26 @@ def test_a_live_bar_on_a_terminal(tmp_path):
     assert "step 4/4" in text.getvalue() and "beside the bar" in text.getvalue()
 
 
+def test_lines_where_no_cursor_moves(tmp_path, monkeypatch, capsys):
+    """A dumb terminal, and a log that FORCE_COLOR makes a terminal of."""
+    dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for console in (dumb, None):
+        metrics = Metrics(tmp_path, total_steps=4, log_every=2, console=console)
+        feed(metrics, 2)
+        text = dumb.file.getvalue() if console else capsys.readouterr().out
+        assert text.startswith("step 2/4  ") and "\x1b[" not in text
+
+
+def test_a_step_that_was_not_finite_leaves_the_mean(tmp_path):
+    metrics, text = make(tmp_path, log_every=3)
+    for step, value in enumerate((1.0, math.nan, 3.0), 1):
+        metrics.add({"loss": torch.tensor(value)})
+        metrics.end_step(step, {}, {})
+    metrics.flush()
+    assert "(2.0000)" in text.getvalue()
+
+
 def test_sinks_get_every_written_line(tmp_path):
     told = []
     metrics, _ = make(
@@ -192,6 +212,11 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     read = events.EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(3, 2.0)]
     assert read.Tags()["scalars"] == ["loss", "knn/top1"]
+    (again,) = make_sinks(tmp_path, tensorboard=True, first_step=1)
+    again(2, {"loss": 5.0})
+    again(3, {"loss": 4.0})
+    read = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(2, 5.0), (3, 4.0)]
 
 
 WANDB = """

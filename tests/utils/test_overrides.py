@@ -37,3 +37,19 @@ def test_a_saved_run_takes_another_probe(tmp_path: Path) -> None:
     probes = compose_config(saved, words).probes
     assert probes.near.ks == [5] and probes.knn.ks == [10, 20, 100, 200]
     assert probes.accuracy == compose_config(saved).probes.accuracy
+
+
+def test_of_a_keyword_given_twice_the_last_word_counts() -> None:
+    words = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps"]
+    words += ["optimizer.momentum=0.9", "optimizer.momentum=0.95", "cluster.env.A=1"]
+    config = compose_config("train.yaml", [*words, "cluster.env.A=2"])
+    assert config.optimizer.momentum == 0.95 and config.cluster.env.A == 2
+
+
+def test_a_saved_run_keeps_its_launchers_keys(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    words = ["launcher=slurm", "launcher.gpus_per_node=4", "launcher.timeout_min=60"]
+    OmegaConf.save(compose_config("train.yaml", words), saved)
+    launcher = compose_config(saved, ["launcher=slurm", "launcher.nodes=8"]).launcher
+    assert launcher == {"kind": "slurm", "nodes": 8, "gpus_per_node": 4, "timeout_min": 60}
+    assert compose_config(saved, ["launcher=local"]).launcher.timeout_min == 2800

@@ -1,6 +1,7 @@
 """A value without a meaning is refused under the key as the user writes it."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,13 @@ CASES = {
         ("recipe.crops.flip_probability=-1", "recipe.crops.flip_probability must lie in"),
         ("recipe.num_workers=-1", "recipe.num_workers must be"),
         ("optimizer.eps=-1", "optimizer"),
+        ("optimizer=null", "optimizer must be given, not None"),
+        ("optimizer.lr=9", "optimizer.lr has no effect.* say recipe.schedules.lr"),
+        ("optimizer.weight_decay=9", "say recipe.schedules.weight_decay"),
+        ("data.train=null", "data.train must be given"),
+        ("data.val=5", "data.val must be a data set.* or null, not 5"),
+        ("probes.knn=5", "probes.knn must be a probe.* or null, not 5"),
+        (f"seed={10**20}", "seed must lie in"),
     ],
 }
 
@@ -107,3 +115,17 @@ def test_check_refuses_what_a_run_would(file: str, word: str, said: str) -> None
     with pytest.raises(UserError, match=said) as caught:
         describe(plain(config))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["backbone", "recipe"])
+def test_check_refuses_a_training_without(tmp_path: Path, key: str) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(f"defaults: [/train, _self_]\n{key}: null\n")
+    with pytest.raises(UserError, match=f"{key} must be given, not None"):
+        describe(plain(compose_config(run)))
+
+
+def test_check_of_a_net_that_takes_height_and_width() -> None:
+    words = [*SMALL, "backbone.img_size=[32,32]"]
+    lines = describe(plain(compose_config("deit/quickstart.yaml", words)))
+    assert lines[0].endswith("at 32 x 32") and lines[-1] == "the config is valid"

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm.optim
+import torch
 
 from tests.utils.loop_case import train_tiny
 from utils.checkpoint import Checkpoints
+from utils.errors import UserError
 from utils.run_folder import changed_plan
 
 ROOT = Path(__file__).parents[2]
@@ -67,3 +71,59 @@ def test_a_run_goes_on_when_nobody_reads_it(tmp_path: Path, errors: int) -> None
         assert process.wait(timeout=300) == 0 and said == "and an error\n"
     assert (tmp_path / "checkpoints" / "12").is_dir() and (tmp_path / "summary.json").is_file()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_config_that_is_no_yaml_is_one_line(tmp_path: Path) -> None:
+    train_tiny(tmp_path, max_steps=2)
+    for text in ("a: [1", "- a"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml is no .*: mend or remove it") as caught:
+            train_tiny(tmp_path, max_steps=3)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_that_began_a_run_need_not_be_named_again(tmp_path: Path, capsys) -> None:
+    train_tiny(tmp_path / "first", max_steps=1)
+    train_tiny(tmp_path / "run", weights=str(tmp_path / "first"), max_steps=1)
+    train_tiny(tmp_path / "run", max_steps=2)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_probe_without_its_images_is_left_out_at_the_start(tmp_path: Path, capsys) -> None:
+    """The run goes to its end, and the other probes judge it."""
+
+    def both(net: object, data: dict[str, object], **more: object) -> dict[str, float]:
+        return {"size": len(str(data["val"]))}
+
+    def neither(net: object, data: object, **more: object) -> dict[str, float]:
+        return {"it": 1.0}
+
+    neither.splits = ()
+    probes = {"knn": both, "own": neither}
+    summary, _ = train_tiny(tmp_path, probes=probes, data={}, max_steps=1)
+    assert summary["own/it"] == 1.0 and "knn/size" not in summary
+    told = capsys.readouterr().out
+    assert told.index("probe knn is left out: there is no data.val") < told.index("step 1")
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (torch.optim.AdamW, partial(torch.optim.AdamW, amsgrad=True)),
+        (partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW),
+        (torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)),
+        (timm.optim.Lamb, torch.optim.AdamW),
+    ],
+)
+def test_going_on_with_another_optimiser_is_one_line(tmp_path: Path, first, then) -> None:
+    train_tiny(tmp_path, optimizer=first, max_steps=2)
+    with pytest.raises(UserError, match=r"of another optimiser .* it has no \w+"):
+        train_tiny(tmp_path, optimizer=then, max_steps=3)
+    summary, _ = train_tiny(tmp_path, optimizer=first, max_steps=3)
+    assert summary["step"] == 3
+
+
+def test_the_name_stands_in_the_config_as_it_is(tmp_path: Path) -> None:
+    name = "läufe, " + "lang " * 40 + "ü"
+    train_tiny(tmp_path, name=name, max_steps=1)
+    assert f"name: {name}\n" in (tmp_path / "config.yaml").read_text()
