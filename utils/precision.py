@@ -41,6 +41,15 @@ class Precision:
         """Whether gradients are scaled, so that an overflow is an everyday event."""
         return self.mode == "fp16"
 
+    def notes(self) -> list[str]:
+        """What a user should know before he waits."""
+        if (self.mode, self.device_type) != ("fp16", "cpu"):
+            return []
+        return [
+            "training.precision=fp16 is for GPUs: products on a CPU may take a hundred times as "
+            "long as with fp32"
+        ]
+
     def autocast(self) -> AbstractContextManager[None]:
         """The context of a forward pass."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)

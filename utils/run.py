@@ -132,7 +132,7 @@ def _run_alone(
         notes = _on_main(lambda: prepare_folder(folder, config, checkpoints)) + notes
         notes += [f"resuming from step {first_step}"] if checkpoints.newest is not None else []
     metrics = _make_metrics(folder, config, recipe, first_step, last_step)
-    for note in notes:
+    for note in [*precision.notes(), *notes]:
         metrics.say(note)
     fitting = _fitting(probes, data, metrics)
     judge = Judge(fitting, recipe.exported, data, folder, every=config["probe_every"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vit.keys import check_fit, rename_published
 from vit.vision_transformer import resample_grid
-from vit.weights import changing_to, read_state
+from vit.weights import changing_to, read_state, telling_of
 
 POSITIONS = "pos_embed"
 # Of self-supervised training; a classifier has no use for it.
@@ -29,14 +29,11 @@ def load_adapted(model: nn.Module, path: str | Path) -> list[str]:
     Raises ValueError naming the file and the keys that do not fit.
     """
     net = getattr(model, "net", model)
-    try:
-        read = read_state(path)
-        # An adapter's own name for the network it wraps: only our exports have it.
-        read = {name.removeprefix("net."): tensor for name, tensor in read.items()}
+    read = read_state(path)
+    # An adapter's own name for the network it wraps: only our exports have it.
+    read = {name.removeprefix("net."): tensor for name, tensor in read.items()}
+    with telling_of(path):
         state, notes = adapt_state(read, net)
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
     net.load_state_dict(state, strict=True)
     return notes
 

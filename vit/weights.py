@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -29,10 +30,28 @@ def load_weights(model: nn.Module, path: str | Path, *, container: str | None = 
     and the keys that are missing, left over, or of another shape.
     """
     state = read_state(path, container=container)
-    try:
+    with telling_of(path):
         load_state(model, state)
+
+
+@contextlib.contextmanager
+def telling_of(path: str | Path) -> Iterator[None]:
+    """Name the file in a ValueError, and the network it was saved of where our exports tell it."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        message = str(error)
+        named = message if str(path) in message else f"{path}: {message}"
+        raise ValueError(named + _network_of(path)) from None
+
+
+def _network_of(path: str | Path) -> str:
+    constructor = json.loads(read_metadata(path).get("constructor", "null"))
+    if not constructor:
+        return ""
+    sizes = [f"{key}={value}" for key, value in constructor.items() if not key.startswith("_")]
+    name = constructor["_target_"].rpartition(".")[2]
+    return f"; the file is of {name} with {', '.join(sizes) or 'its own sizes'}"
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

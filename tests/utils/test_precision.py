@@ -1,9 +1,9 @@
-"""The format of float32 products is for a while another, however it was chosen."""
+"""Number formats: a warning where one is slow, and float32 products in another for a while."""
 
 import pytest
 import torch
 
-from utils.precision import float32_products_in
+from utils.precision import Precision, float32_products_in
 
 LEGACY, NEWER = torch.set_float32_matmul_precision, torch.backends.cuda.matmul
 
@@ -14,6 +14,12 @@ def _as_before():
     yield
     LEGACY("highest")
     NEWER.fp32_precision = before
+
+
+def test_half_precision_on_a_cpu_is_no_silent_wait():
+    (note,) = Precision("fp16", "cpu").notes()
+    assert note.startswith("training.precision=fp16 is for GPUs")
+    assert not Precision("auto", "cpu").notes() and not Precision("bf16", "cpu").notes()
 
 
 @pytest.mark.parametrize("told", ["highest", "high", "medium"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import octic  # noqa: F401  (registers the models)
 from octic import OcticVisionTransformer
-from vit.finetune import adapt_state
+from vit.finetune import adapt_state, load_adapted
 from vit.keys import from_published, rename_published, to_published
 from vit.weights import load_state, load_weights, read_state
 
@@ -126,6 +126,18 @@ def test_wrong_weights_name_what_misses_and_what_is_left_over(tmp_path: Path) ->
         load_state(small(embed_dim=128), small().state_dict())
     with pytest.raises(ValueError, match=r"left over: blocks\.2"):
         load_state(small(), small(depth=4, octic_equi_break_layer=1).state_dict())
+
+
+def test_a_file_of_ours_that_does_not_fit_tells_of_what_network_it_is(tmp_path: Path) -> None:
+    """So that its sizes need not be searched for."""
+    made = {"_target_": "octic.models.hybrid_x", "_partial_": True, "embed_dim": 64, "depth": 2}
+    path = tmp_path / "model.safetensors"
+    save_file(small().state_dict(), path, {"constructor": json.dumps(made)})
+    for load in (load_weights, load_adapted):
+        with pytest.raises(ValueError) as told:
+            load(small(embed_dim=128), path)
+        assert str(told.value).endswith("; the file is of hybrid_x with embed_dim=64, depth=2")
+        assert str(told.value).count(str(path)) == 1
 
 
 def test_tokens_outside_the_trivial_irrep_are_refused() -> None:
