@@ -60,6 +60,7 @@ def _make(
         raise ValueError(
             f"{', '.join(unfit)}: the plain ViT of apply_dhvt=False has no such option"
         )
+    settings = {key: value for key, value in settings.items() if key not in OF_DHVT_ALONE}
     overlay = {
         "first_conv": "patch_embed.proj",
         **(settings.pop("pretrained_cfg_overlay", None) or {}),

@@ -118,7 +118,8 @@ class DHVT(TappedTrunk):
 
     def patch_positions(self, height: int, width: int) -> Tensor:
         """None are added: a zero for every patch [1 1 1]."""
-        return self.norm.weight.new_zeros(1, 1, 1)
+        assert self.cls_token is not None  # of the dtype and device of the net
+        return self.cls_token.new_zeros(1, 1, 1)
 
     def run(
         self, images: Tensor, taps: Iterable[int] = (), stop: int = -1

@@ -215,6 +215,8 @@ class EViT(TappedTrunk, VisionTransformer):
         """Drop the blocks behind the last asked one; returns the asked indices (timm)."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.keep_rates = self.keep_rates[: self.depth]
+        if self._training_rates is not None:
+            self._training_rates = self._training_rates[: self.depth]
         return taken
 
 

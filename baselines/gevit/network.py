@@ -339,6 +339,7 @@ class GEViT(nn.Module):
         self._ends = self._ends[: self.depth]
         last: Any = self.feature_info[self.depth - 1]
         self.embed_dim = self.num_features = last["num_chs"]
+        self.patch_size = last["reduction"]
         if prune_head:
             self.reset_classifier(0, "")
         return taken

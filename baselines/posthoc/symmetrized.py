@@ -245,6 +245,9 @@ class Symmetrized(nn.Module):
         if not hasattr(owner, "reset_classifier"):
             raise ValueError(f"{type(owner).__name__} has no reset_classifier")
         owner.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        head = {id(p) for part in self.split.parts(self.model) for p in part.parameters()}
+        fresh = {name for name, p in self.model.named_parameters() if id(p) in head}
+        self._born_frozen -= fresh  # it was the old head that the caller froze
         self.set_trained(self.trained)
 
     def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -92,8 +92,17 @@ def test_plain_twin():
     theirs = timm.create_model("deit_tiny_patch16_224", **options).eval()
     load_state(plain, theirs.state_dict())
     torch.testing.assert_close(plain(images()), theirs(images()))
+    off = {"apply_dhvt": False, "distilled": False, "sync_batch_norm": False, **options}
+    assert isinstance(timm.create_model("dhvt_tiny_cifar_patch4", **off), VisionTransformer)
     with pytest.raises(ValueError, match="decay: the plain ViT"):
         timm.create_model("dhvt_tiny_cifar_patch4", apply_dhvt=False, decay="published")
+
+
+def test_timm_takes_features_alone():
+    net = timm.create_model(
+        "dhvt_tiny_cifar_patch4", features_only=True, out_indices=(0, 1), **SMALL
+    )
+    assert [maps.shape[1] for maps in net(images())] == [16] * SMALL["depth"]
 
 
 def test_published_keys_load_strictly(tmp_path):

@@ -125,6 +125,8 @@ def test_timms_interface():
     assert [tuple(m.shape) for m in found(x)] == [(2, 24, 4, 4)]
     with pytest.raises(ValueError, match="unknown global_pool 'max'"):
         net.reset_classifier(3, "max")
+    net.prune_intermediate_layers([0])
+    assert net.patch_size == net.feature_info[0]["reduction"]
 
 
 def test_training_moves_every_parameter():

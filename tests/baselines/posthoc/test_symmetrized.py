@@ -277,6 +277,15 @@ def test_a_fresh_head_is_taken_up():
     ]
 
 
+def test_a_fresh_head_trains_where_the_backbone_was_frozen():
+    """With the head that it had."""
+    net = Symmetrized(make("timm").requires_grad_(False), trained="none")
+    net.reset_classifier(7)
+    net.set_trained("all")
+    trained = {name for name, p in net.model.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias"}
+
+
 @pytest.mark.parametrize("group", ["D4", "C8"])
 @pytest.mark.parametrize("options", [{}, {"chunk": 3}, {"aggregator": "mean_logits"}])
 def test_no_images_give_no_logits(group, options):
