@@ -8,9 +8,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart speed test test-slow test-gpu test-slurm lint format typecheck wheel clean
+.PHONY: help install quickstart speed test test-slow test-lowest test-gpu test-slurm lint format typecheck wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,12 @@ test: lint typecheck ## lint, types and the fast tests
 
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-lowest: ## the fast tests with the lowest versions that pyproject.toml asks for, in an environment of their own
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[train,dev]' --constraint $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-gpu: install ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
