@@ -222,7 +222,8 @@ class Canonization(Invariantization):
         actions = torch.tensor(self.actions, dtype=x.dtype, device=x.device)
         moved = torch.einsum("ghk,...kc->...ghc", actions, components).flatten(-2)
         best = (moved @ self.reference).argmax(dim=-1)[..., None, None]
-        return moved.take_along_dim(best, dim=-2).squeeze(-2)
+        # Not take_along_dim, for which torch.export would fix the number of images.
+        return moved.gather(-2, best.expand(*moved.shape[:-2], 1, moved.shape[-1])).squeeze(-2)
 
 
 def _actions(group: Group) -> tuple[Matrix, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 import octic  # noqa: F401  (registers its models)
 from octic import composed
 from octic.groups import get_group
+from octic.invariants import INVARIANTIZATIONS
 from octic.layers import OcticGELU, OcticLayerNorm, OcticLinear
 from tests.evaluation.backbones import any_backbone, make
 from vit import export
@@ -55,6 +56,15 @@ def test_a_program_takes_any_batch_at_its_size():
     run = program.module()
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 48, 48)
+        torch.testing.assert_close(run(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("invariant", INVARIANTIZATIONS)
+def test_a_program_takes_any_batch_through_every_invariantization(invariant):
+    net = small("d8_inv_early_deit_small_patch16", invariant=invariant, octic_equi_break_layer=1)
+    run = export.trace(net, size=32, output="logits").module()
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32)
         torch.testing.assert_close(run(images), net(images), rtol=1e-4, atol=1e-5)
 
 
