@@ -121,7 +121,9 @@ def show(
     json_file: Path | None,
     picture_file: Path | None,
 ) -> None:
-    """Measure, print, and write the files that are asked for."""
+    """Measure, print, and write the files asked for; UserError for a net beside itself."""
+    if octic == plain:
+        raise UserError(f"{octic} is to be measured beside another network, not beside itself")
     rows = measure(octic, plain, varied=varied, device=device, base=base, steps=steps)
     cells = []
     for own, twin in zip(rows[::2], rows[1::2], strict=True):

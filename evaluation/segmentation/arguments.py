@@ -15,7 +15,7 @@ from utils.build import nearest, plain
 from utils.command_line import backbone_words, names_backbone
 from utils.config import CONFIGS, fail, parse_config
 from utils.errors import UserError
-from utils.flags import FLAGS
+from utils.flags import FLAGS, quoted
 
 CONFIG = "eval/segmentation.yaml"
 EMBEDDED = "seg_scenes"
@@ -312,9 +312,7 @@ def _value(name: str, inline: str, words: list[str]) -> str:
 
 def _quoted(value: str) -> str:
     """A value in the grammar of overrides; numbers stay numbers."""
-    if value.isdigit():
-        return value
-    return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    return value if value.isdigit() else quoted(value)
 
 
 def _help() -> str:
