@@ -151,9 +151,9 @@ def even_calls(
     if images is None and missing > 0:
         first = next(evaluation_batches(dataset, transform, 1, on_error=on_error), None)
         images = None if first is None else first[0]
-    for _ in range(missing if images is not None else 0):
-        assert images is not None
-        yield images[:1]
+    if images is not None:
+        for _ in range(missing):
+            yield images[:1]
 
 
 def check_finite(rows: Tensor, indices: Tensor, dataset: ImageDataset) -> None:

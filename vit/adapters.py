@@ -128,24 +128,12 @@ def _asked(net: Any) -> tuple[bool, dict[str, bool]]:
 
 
 def _dynamic(model_name: str) -> dict[str, Any]:
-    """ViTs of timm take other image sizes when told so, if their class has the option."""
+    """ViTs of timm take other image sizes when told so; those with relative positions do not."""
     if not model_name.startswith(("vit_", "deit")):
         return {}
-    with torch.device("meta"):  # only the class is looked at
-        model_class = type(timm.create_model(model_name))
-    return {"dynamic_img_size": True} if _takes(model_class, "dynamic_img_size") else {}
-
-
-def _takes(model_class: type, option: str) -> bool:
-    """Whether a class has a keyword, or hands it on to one above it that has."""
-    for part in model_class.__mro__:
-        if "__init__" in vars(part):
-            known = inspect.signature(part).parameters
-            if option in known:
-                return True
-            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
-                return False
-    return False
+    with torch.device("meta"):
+        known = hasattr(timm.create_model(model_name), "dynamic_img_size")
+    return {"dynamic_img_size": True} if known else {}
 
 
 def timm_backbone(model_name: str, **kwargs: Any) -> TimmBackbone:

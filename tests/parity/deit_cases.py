@@ -1,6 +1,5 @@
 """Runners of DeiT III: schedules, LAMB, losses, decay groups, and complete steps of the recipe."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -86,18 +85,16 @@ def run_lamb(case: Case, folder: Path) -> None:
     same = options["apex"] == options["timm"]
     for which in ("both",) if same else tuple(options):
         names = tuple(options) if same else (which,)
-        # Tensor by tensor too, where timm has another way (1.0.31).
-        several = "foreach" in inspect.signature(Lamb).parameters
-        for layout in ({}, {"foreach": False}) if several else ({},):
+        for foreach in (None, False):
             for dtype in DTYPES:
-                data = load(case, folder, dtype)
-                run_trajectory(case, data, names, {**options[names[0]], **layout})
+                run_trajectory(case, load(case, folder, dtype), names, foreach, options[names[0]])
 
 
 def run_trajectory(
     case: Case,
     data: dict[str, Tensor],
     names: tuple[str, ...],
+    foreach: bool | None,
     options: dict[str, Any],
 ) -> None:
     """All steps of one case with one set of options, against the trajectories of these names."""
@@ -108,7 +105,9 @@ def run_trajectory(
         {"params": [p for i, p in enumerate(parameters) if (i in args["decay_idx"]) == decayed]}
         for decayed in (False, True)
     ]
-    optimizer = Lamb([g for g in groups if g["params"]], eps=args["eps"], **options)
+    optimizer = Lamb(
+        [g for g in groups if g["params"]], eps=args["eps"], foreach=foreach, **options
+    )
     decayed = {id(p) for p in groups[1]["params"]}
     for step in range(args["steps"]):
         for group in optimizer.param_groups:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
@@ -211,11 +212,8 @@ def test_a_link_to_nothing_is_listed_so_that_it_gets_named(tmp_path: Path) -> No
 def test_modes_without_alpha_are_converted_as_by_pillow(mode: str) -> None:
     image = _gradient("RGB").convert(mode)
     file = io.BytesIO(_bytes(image, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"))
-    if mode == "YCbCr":
-        try:
-            Image.open(file).load()
-        except OSError:
-            pytest.skip("this Pillow cannot read such a file that it wrote")
+    if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow up to 12.1 at least cannot read such a file that it wrote")
     read = read_image(file, name="x")
     assert read.mode == "RGB"
     assert np.array_equal(np.asarray(read), np.asarray(image.convert("RGB")))
