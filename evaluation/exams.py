@@ -50,6 +50,8 @@ def name_tests(
     """
     if not isinstance(datasets, Mapping):
         datasets = {f"test{number}": dataset for number, dataset in enumerate(datasets, 1)}
+    if taken := {"linear", "val"} & datasets.keys():  # the validation set's own results
+        raise ValueError(f"test_datasets: {min(taken)} is taken; give the set another name")
     wrong = [name for name, dataset in datasets.items() if not hasattr(dataset, "read")]
     if wrong:
         raise ValueError(f"test_datasets: {wrong[0]} is no data set but {datasets[wrong[0]]!r}")

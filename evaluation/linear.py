@@ -107,9 +107,6 @@ class LinearProbe:
         self.tests = name_tests(
             test_datasets, test_metric_types, test_class_mappings, metric=val_metric_type
         )
-        taken = sorted({"linear", "val"} & {test.name for test in self.tests})
-        if taken:  # val's own results go by these names
-            raise ValueError(f"test_datasets: {taken[0]} is taken; give the set another name")
         asked = [val_metric_type, *(test.metric for test in self.tests)]
         if "imagenet_real_accuracy" in asked and real_labels is None:
             raise ValueError("imagenet_real_accuracy needs real_labels=FILE, a real.json")
