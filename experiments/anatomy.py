@@ -1,6 +1,6 @@
 """What the speed of a net is made of: its blocks, how cost grows, the least a chip could take."""
 
-from evaluation.cost.anatomy_arguments import main
+from evaluation.commands.anatomy import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

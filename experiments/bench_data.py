@@ -1,6 +1,6 @@
 """Time the data path stage by stage, the published pipeline beside ours: [--root FOLDER]."""
 
-from evaluation.cost.data_arguments import parse_bench_data
+from evaluation.commands.bench_data import parse_bench_data
 from slurm.command import main
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What nets cost beside their plain twins: [--amp] [--compile] [--graphs] [--models A,B]."""
 
-from evaluation.cost.arguments import parse_complexity
+from evaluation.commands.complexity import parse_complexity
 from slurm.command import main
 
 if __name__ == "__main__":

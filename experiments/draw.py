@@ -1,7 +1,7 @@
 """Draw what a net sees: PCA maps, attention, nearest neighbours, segmentations."""
 
-from evaluation.report_arguments import parse_drawing
+from evaluation.commands.draw import parse_drawing
 from slurm.command import main
 
 if __name__ == "__main__":
-    main("evaluation.pictures.commands.draw", parse_drawing)
+    main("evaluation.draw.draw", parse_drawing)

@@ -1,6 +1,6 @@
 """Judge a classifier as DeiT does: --model NAME --eval FILE [--data-path DIR]."""
 
-from evaluation.deit_arguments import parse_deit_evaluation
+from evaluation.commands.eval_deit import parse_deit_evaluation
 from slurm.command import main
 
 if __name__ == "__main__":

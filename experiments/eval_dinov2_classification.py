@@ -1,6 +1,6 @@
 """Judge a frozen net by linear probe, kNN and more: OUTPUT --config-file FILE --weights FILE."""
 
-from evaluation.arguments import parse_evaluation
+from evaluation.commands.eval_dinov2_classification import parse_evaluation
 from slurm.command import main
 
 if __name__ == "__main__":

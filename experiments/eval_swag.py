@@ -5,7 +5,7 @@ Here -m is the published flag that names the model; a sweep is asked for by --mu
 
 import sys
 
-from evaluation.swag_arguments import parse_swag_evaluation, with_model_spelt_out
+from evaluation.commands.eval_swag import parse_swag_evaluation, with_model_spelt_out
 from slurm.command import main
 
 if __name__ == "__main__":

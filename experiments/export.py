@@ -1,6 +1,6 @@
 """Write a net as a file that others run: OUTPUT --model NAME --weights FILE [--format onnx]."""
 
-from evaluation.export_arguments import parse_export
+from evaluation.commands.export import parse_export
 from slurm.command import main
 
 if __name__ == "__main__":

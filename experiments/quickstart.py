@@ -23,4 +23,4 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main("evaluation.comparison.compare", parse)
+    main("evaluation.comparison.twins.compare", parse)

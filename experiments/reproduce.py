@@ -1,6 +1,6 @@
 """Judge a published checkpoint and say whether it gives its published figures: FILE [flags]."""
 
-from evaluation.reproduce_arguments import parse_reproduction
+from evaluation.commands.reproduce import parse_reproduction
 from slurm.command import main
 
 if __name__ == "__main__":

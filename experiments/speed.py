@@ -1,6 +1,6 @@
 """The whole speed table of this machine: every measurement of a list, one after the other."""
 
-from evaluation.cost.speed_arguments import main
+from evaluation.commands.speed import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -26,6 +26,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "slurm": {"utils"},
     "experiments": {"slurm", "evaluation", "utils"},
 }
+# Folder of `evaluation` -> its other folders that it may import; modules at its root are for all.
+EVALUATION_MAY_IMPORT: dict[str, set[str]] = {
+    "cost": set(),
+    "features": set(),
+    "report": set(),
+    "probes": {"cost", "features"},
+    "pictures": {"features", "probes"},
+    "segmentation": {"features", "pictures", "probes"},
+    "symmetry": {"features", "pictures", "probes"},
+    "comparison": {
+        *("cost", "features", "pictures", "probes", "report", "segmentation", "symmetry"),
+    },
+    "commands": {"cost"},
+}
 # What the wheel declares, and what the framework around it may use besides ("torch>=2.11": torch).
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -118,6 +132,41 @@ def test_import_direction(path: Path) -> None:
         assert homes is None or name_of(path).startswith(homes), f"{where}; it belongs in {homes}"
         star = isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
         assert not star, f"{where} with a star"
+
+
+@pytest.mark.parametrize("room", EVALUATION_MAY_IMPORT)
+def test_import_direction_within_evaluation(room: str) -> None:
+    """Probes know no pictures, pictures no segmentation, and what is compared no comparison."""
+    allowed = EVALUATION_MAY_IMPORT[room] | {room}
+    for path in (ROOT / "evaluation" / room).rglob("*.py"):
+        for module, node in imports(ast.parse(path.read_text())):
+            package, _, rest = module.partition(".")
+            target = rest.split(".")[0]
+            if package == "evaluation" and target in EVALUATION_MAY_IMPORT:
+                where = f"{name_of(path)}:{node.lineno} imports {module}"
+                assert target in allowed, f"{where}; {room} may import {sorted(allowed)}"
+
+
+def test_every_folder_of_evaluation_has_its_place() -> None:
+    folders = {path.parent.name for path in (ROOT / "evaluation").glob("*/__init__.py")}
+    assert folders == EVALUATION_MAY_IMPORT.keys()
+
+
+def test_command_lines_are_read_without_torch() -> None:
+    """`--help` and a refused flag answer at once; torch takes seconds to import."""
+    modules = [
+        name_of(path).removesuffix(".py").replace("/", ".")
+        for path in (ROOT / "evaluation" / "commands").glob("*.py")
+    ]
+    program = (
+        "import sys, importlib\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", LOADABLE, ids=name_of)

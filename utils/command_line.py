@@ -3,13 +3,14 @@
 What a command's own flags leave over is read by `utils.flags`, as for every script.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from utils.build import nearest_family
-from utils.config import CONFIGS
+from utils.build import nearest, nearest_family
+from utils.config import CONFIGS, fail
 from utils.errors import UserError
 from utils.flags import FLAGS, quoted
 
@@ -17,6 +18,7 @@ TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.
     "--config-file",
     "--config",
 }
+Read = TypeVar("Read")
 
 
 class Option(NamedTuple):
@@ -37,6 +39,31 @@ class Words(NamedTuple):
     places: list[str]  # words that stand for themselves, such as an output folder
     overrides: list[str]  # key=value, and flags that are not the command's, in their order
     notes: list[str]  # what is said of flags that have no effect
+
+
+def read_command(
+    argv: Sequence[str] | None, read: Callable[[list[str]], Read], *, page: str
+) -> Read:
+    """What `read` makes of a command line, that of this process where argv is None.
+
+    --help prints `page` first; `utils.config.parse_config` goes on with the flags of all scripts.
+    A UserError of `read` is one line and exit code 2.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(words):
+        print(page)
+    try:
+        return read(words)
+    except UserError as error:
+        fail(error)
+
+
+def refuse_unknown_flags(argv: Sequence[str], options: Mapping[str, Option]) -> None:
+    """UserError for a flag that is neither of `options` nor of all scripts, with the nearest."""
+    known = {*options, *TAKES_VALUE, "--help", *(name for flag in FLAGS for name in flag.names)}
+    for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if name not in known:
+            raise UserError(f"unknown flag {name}{nearest(name, known)}; --help lists the flags")
 
 
 def read_words(
@@ -98,6 +125,11 @@ def backbone_words(name: str) -> list[str]:
     return [f"backbone={name}"]
 
 
+def spell_model(name: str, value: str) -> list[str] | None:
+    """`spell` of a command whose only flag that is not simply key=value is --model."""
+    return backbone_words(value) if name == "--model" else None
+
+
 def unknown_model(name: str) -> str:
     """That there is no such model, neither of ours nor of timm's, and which ones are like it."""
     import timm
@@ -143,6 +175,13 @@ def meanings(
     """The rows of `help_page` for flags, and for those without an effect."""
     rows = {name: f"{option.help} ({option.key})" for name, option in options.items()}
     return rows | {name: f"accepted: {why}" for name, why in (ignored or {}).items()}
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Print notes on a command line, once where torchrun started several processes with it."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(note)
 
 
 def _override(option: Option, value: str) -> str:

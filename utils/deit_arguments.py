@@ -4,14 +4,13 @@ The flags that are other names of one key, and take what the key takes, are in `
 are those whose values are words of DeiT's, those that go together, and those without an effect.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.build import nearest, plain
-from utils.command_line import TAKES_VALUE, backbone_words, help_page
-from utils.config import CONFIGS, compose_config, fail, parse_config, run_of_model
+from utils.command_line import TAKES_VALUE, backbone_words, help_page, read_command, tell
+from utils.config import CONFIGS, compose_config, parse_config, run_of_model
 from utils.errors import UserError
 from utils.flags import quoted, read_arguments
 
@@ -118,17 +117,11 @@ REFUSED = {
 
 def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config a training's command line asks for; a mistake is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
-        rows = {name: f"{own.help} ({own.key})" for name, own in OPTIONS.items()}
-        print(help_page(rows | {name: f"accepted: {why}" for name, (_, why) in NO_EFFECT.items()}))
-    try:
-        words, notes = read_deit_training(argv)
-    except UserError as error:
-        fail(error)
+    rows = {name: f"{own.help} ({own.key})" for name, own in OPTIONS.items()}
+    page = help_page(rows | {name: f"accepted: {why}" for name, (_, why) in NO_EFFECT.items()})
+    words, notes = read_command(argv, read_deit_training, page=page)
     config = plain(parse_config(DEFAULT, words, runs=RUNS))
-    for note in notes:
-        print(note)
+    tell(notes)
     return config
 
 

@@ -81,7 +81,7 @@ class CopyGroup:
     def __len__(self) -> int:
         return len(self.copies)
 
-    # What reports of equivariance read (`evaluation.equivariance.Group`).
+    # What reports of equivariance read (`evaluation.symmetry.equivariance.Group`).
 
     @property
     def elements(self) -> list[Exact]:

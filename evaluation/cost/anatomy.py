@@ -14,7 +14,7 @@ PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"
 
 
 def show(words: argparse.Namespace) -> None:
-    """Print what a command line (`evaluation.cost.anatomy_arguments`) asks for."""
+    """Print what a command line (`evaluation.commands.anatomy`) asks for."""
     try:
         _show(words)
     except UserError as error:

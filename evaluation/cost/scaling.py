@@ -143,7 +143,7 @@ def measured(processes: Sequence[int]) -> list[list[Any]]:
 
 
 def show(words: argparse.Namespace) -> None:
-    """Print the table that a command line (`evaluation.cost.scaling_arguments`) asks for."""
+    """Print the table that a command line (`evaluation.commands.scaling`) asks for."""
     try:
         _print_measured(words) if words.what == "measure" else _print_model(words)
     except UserError as error:

@@ -37,7 +37,7 @@ ON_A_CPU = (
 
 
 def show(words: argparse.Namespace, began: float) -> int:
-    """Do what a command line (`evaluation.cost.speed_arguments`) asks for; the exit code.
+    """Do what a command line (`evaluation.commands.speed`) asks for; the exit code.
 
     The budget counts from `began`, of the monotonic clock.
     """

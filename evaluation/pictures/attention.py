@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from evaluation.features import evaluating
+from evaluation.features.dataset import evaluating
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
 from utils.symmetry import invert, transform_image

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import class_token, evaluating
-from evaluation.neighbours import Neighbours, find_neighbours
+from evaluation.features.dataset import class_token, evaluating
 from evaluation.pictures.figures import grid, save
+from evaluation.probes.neighbours import Neighbours, find_neighbours
 from evaluation.progress import track
 from utils.data.images import ImageDataset, Subset
 from utils.data.loaders import evaluation_batches

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluation.features import evaluating
+from evaluation.features.dataset import evaluating
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
 from utils.symmetry import invert, transform_image, transform_map

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.features import evaluating
+from evaluation.features.dataset import evaluating
 from evaluation.pictures.figures import grid, save, visible
 from evaluation.progress import say, track
 from evaluation.sample import image_size_of

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import PRECISIONS, evaluating
+from evaluation.features.dataset import PRECISIONS, evaluating
 from evaluation.pictures.segmentation import draw_segmentation
 from evaluation.progress import track
 from evaluation.results import print_table, write_results

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.logistic import fit_logistic
+from evaluation.probes.logistic import fit_logistic
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.patch_logreg import hold_batches, predict

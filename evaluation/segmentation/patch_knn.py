@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.features import full_float32_products
-from evaluation.neighbours import (
+from evaluation.features.dataset import full_float32_products
+from evaluation.probes.neighbours import (
     Neighbours,
     gather_neighbours,
     merge_neighbours,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from evaluation.logistic import LogisticModel, Moments, fit_logistic, measure_moments
+from evaluation.probes.logistic import LogisticModel, Moments, fit_logistic, measure_moments
 from evaluation.progress import say
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import check_finite, device_of, evaluating
+from evaluation.features.dataset import check_finite, device_of, evaluating
 from evaluation.progress import track
 from evaluation.segmentation.dense_transforms import Pair, Pairs
 from evaluation.segmentation.iou import NUM_LABELS

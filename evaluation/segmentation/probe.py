@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from evaluation.features import PRECISIONS, device_of
+from evaluation.features.dataset import PRECISIONS, device_of
 from evaluation.progress import say
 from evaluation.results import write_results
 from evaluation.segmentation.dumps import dump_features, gather_predictions

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import full_float32_products
+from evaluation.features.dataset import full_float32_products
 from utils import distributed
 from utils.errors import UserError
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from evaluation.accuracy import AccuracyProbe
 from evaluation.classifier import judge_classifier
-from evaluation.deit_arguments import parse_deit_evaluation, read_deit_arguments
+from evaluation.commands.eval_deit import parse_deit_evaluation, read_deit_arguments
+from evaluation.probes.accuracy import AccuracyProbe
 from evaluation.published import PUBLISHED, published_figure
 from tests.evaluation.backbones import BACKBONES
 from utils.build import build
@@ -38,7 +38,7 @@ def images(tmp_path_factory):
 
 
 def config(images, folder, backbone, weights=None, **probe):
-    probe = {"_target_": "evaluation.accuracy.AccuracyProbe", **probe}
+    probe = {"_target_": "evaluation.probes.accuracy.AccuracyProbe", **probe}
     data = {"val": {"_target_": "utils.data.images.ImageFolder", "root": str(images)}}
     return {
         "output_dir": str(folder),

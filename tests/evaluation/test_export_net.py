@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from evaluation import export_net as command
-from evaluation.export_arguments import parse_export, read_export_arguments
+from evaluation.commands.export import parse_export, read_export_arguments
 from evaluation.export_net import export_net, has_classes, own_size
 from tests.evaluation.backbones import BACKBONES, any_backbone, make
 from utils.errors import UserError

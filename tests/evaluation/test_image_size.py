@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from evaluation.arguments import parse_evaluation
-from evaluation.extraction import extract
-from evaluation.extraction_arguments import parse_extraction
+from evaluation.commands.eval_dinov2_classification import parse_evaluation
+from evaluation.commands.extract_features import parse_extraction
+from evaluation.features.extraction import extract
 from evaluation.image_size import built_for, settle_sizes
 from evaluation.judge import judge, make_net
 from tests.evaluation.backbones import BACKBONES

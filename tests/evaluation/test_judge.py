@@ -43,7 +43,12 @@ def images(tmp_path_factory):
 
 def config(images, folder, backbone, weights=None):
     data = {"_target_": "utils.data.images.ImageFolder", "root": str(images)}
-    probe = {"_target_": "evaluation.knn.KnnProbe", "ks": [3], "resize_size": 16, "crop_size": 16}
+    probe = {
+        "_target_": "evaluation.probes.knn.KnnProbe",
+        "ks": [3],
+        "resize_size": 16,
+        "crop_size": 16,
+    }
     return {
         "output_dir": str(folder),
         "backbone": backbone,
@@ -188,7 +193,7 @@ def test_an_article_fits_its_name(tmp_path):
 @pytest.mark.parametrize("seed", [None, 7])
 def test_the_record_says_the_runs_seed_and_a_probes_own(seed, images, tmp_path):
     asked = config(images, tmp_path, PLAIN) | {"seed": 3}
-    probe = {"_target_": "evaluation.linear.LinearProbe", "n_last_blocks": [1], "epochs": 1}
+    probe = {"_target_": "evaluation.probes.linear.LinearProbe", "n_last_blocks": [1], "epochs": 1}
     probe |= {"resize_size": 16, "crop_size": 16, "global_batch_size": 4, "seed": seed or 3}
     judge(asked | {"probes": {"linear": probe}})
     stored = json.loads((tmp_path / "results.json").read_text())["linear"]["protocol"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evaluation import reproduce as command
+from evaluation.commands.reproduce import parse_reproduction
 from evaluation.published import PUBLISHED, SWAG, Figure
-from evaluation.reproduce_arguments import parse_reproduction
 from tests.baselines.token_reduction.test_swag import swag_layout
 from utils.config import CONFIGS
 from utils.errors import UserError

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from evaluation.features import autocast_of, evaluating
-from evaluation.probe_training import FrozenFeatures
+from evaluation.features.dataset import autocast_of, evaluating
+from evaluation.probes.training import FrozenFeatures
 from vit.backbone import Features
 
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from evaluation.commands.complexity import parse_complexity
 from evaluation.cost import block_times
-from evaluation.cost.arguments import parse_complexity
 from evaluation.cost.complexity import measure
 from evaluation.cost.models import find_backbone, make_net
 from evaluation.cost.peaks import arithmetic_of, measure_peak

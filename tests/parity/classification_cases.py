@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evaluation.attentive_heads import attend
-from evaluation.class_metrics import AnyMatchCounts, ClassCounts
-from evaluation.linear import LinearProbe
-from evaluation.linear_heads import Input, LinearHeads, make_grid, published_name
-from evaluation.probe_training import HeadTraining
+from evaluation.probes.attentive_heads import attend
+from evaluation.probes.class_metrics import AnyMatchCounts, ClassCounts
+from evaluation.probes.linear import LinearProbe
+from evaluation.probes.linear_heads import Input, LinearHeads, make_grid, published_name
+from evaluation.probes.training import HeadTraining
 from tests.parity.harness import Runner, check, load, strip
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Features

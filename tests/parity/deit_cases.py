@@ -15,7 +15,7 @@ from deit.losses import classification_loss, cosub_loss
 from deit.param_groups import undecayed
 from deit.recipe import DeiT
 from deit.schedules import SHAPES, Schedules
-from evaluation.class_metrics import CorrectCounts
+from evaluation.probes.class_metrics import CorrectCounts
 from tests.parity.harness import NotBuilt, check, load, strip
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
 from utils.schedules import Constant

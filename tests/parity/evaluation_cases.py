@@ -8,8 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evaluation.knn import KnnProbe
-from evaluation.neighbours import Neighbours, choose_rows, find_neighbours, merge_neighbours, vote
+from evaluation.probes.knn import KnnProbe
+from evaluation.probes.neighbours import (
+    Neighbours,
+    choose_rows,
+    find_neighbours,
+    merge_neighbours,
+    vote,
+)
 from tests.parity.harness import NotBuilt, check, load
 from vit.backbone import Features
 

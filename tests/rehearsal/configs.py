@@ -20,8 +20,8 @@ import yaml
 # A fork starts at once because its parent has these.
 import deit.recipe  # noqa: F401
 import dinov2.recipe  # noqa: F401
-import evaluation.accuracy  # noqa: F401
-import evaluation.knn  # noqa: F401
+import evaluation.probes.accuracy  # noqa: F401
+import evaluation.probes.knn  # noqa: F401
 import octic.models  # noqa: F401
 import vit.models  # noqa: F401
 from slurm.launch import launch
@@ -59,7 +59,11 @@ VALUES: list[Any] = [
 TARGETS = [
     *("os.system", "subprocess.run", "builtins.eval", "vit", "vit.models", "vit.models.VIT", "a.b"),
     *("torch.optim.SGD", "torch.optim.LBFGS", "dinov2.recipe.DINOv2", "deit.recipe.DeiT", "", "."),
-    *("octic.models.hybrid_deit_small_patch16", "timm.create_model", "evaluation.knn.KNNProbe"),
+    *(
+        "octic.models.hybrid_deit_small_patch16",
+        "timm.create_model",
+        "evaluation.probes.knn.KNNProbe",
+    ),
 ]
 
 

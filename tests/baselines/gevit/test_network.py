@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from baselines.gevit import GEViT, models
-from evaluation.equivariance import turn_errors
+from evaluation.symmetry.equivariance import turn_errors
 from utils.flops import count_one_image
 from utils.symmetry import SYMMETRIES
 from vit.backbone import Backbone

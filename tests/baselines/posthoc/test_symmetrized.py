@@ -11,7 +11,7 @@ from baselines.gevit import models as gevit
 from baselines.posthoc.aggregators import AGGREGATORS, LEARNED
 from baselines.posthoc.keys import published_name
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
-from evaluation.equivariance import measure, worst_error
+from evaluation.symmetry.equivariance import measure, worst_error
 from tests.baselines.posthoc.toys import CLASSES, KINDS, SMALL, images, make
 from utils.build import build
 from utils.errors import UserError
@@ -134,7 +134,7 @@ def test_outputs_are_what_they_say():
 
 
 def test_a_report_of_equivariance_holds_the_net_to_its_law():
-    """`evaluation.equivariance` finds the group, and every map obeys it."""
+    """`evaluation.symmetry.equivariance` finds the group, and every map obeys it."""
     net = Symmetrized(make("octic"), "D4").eval()
     measured = measure(net, images())
     layers = {name: layer.errors for name, layer in measured.layers.items() if layer.octic}

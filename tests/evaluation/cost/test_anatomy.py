@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from evaluation.cost import anatomy_arguments, block_times, growth
+from evaluation.commands import anatomy as command
+from evaluation.cost import block_times, growth
 from evaluation.cost.blocks import cost_of_block, kept_bytes
 from evaluation.cost.growth import Point
 from evaluation.cost.roofline import BANDWIDTHS, SIZES, layers_of
@@ -113,11 +114,11 @@ def test_times_are_told_and_kept_as_they_come(tmp_path, monkeypatch, capsys):
 )
 def test_mistakes_are_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as left:
-        anatomy_arguments.main(words)
+        command.main(words)
     assert left.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_least_times_are_printed(capsys):
-    assert anatomy_arguments.main(["roofline", "--chip", "H100"]) == 0
+    assert command.main(["roofline", "--chip", "H100"]) == 0
     assert "times" in capsys.readouterr().out

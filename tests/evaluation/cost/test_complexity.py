@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from evaluation.commands.complexity import parse_complexity, read_complexity_arguments
 from evaluation.cost import complexity, settings
-from evaluation.cost.arguments import parse_complexity, read_complexity_arguments
 from evaluation.cost.complexity import measure
 from evaluation.cost.peaks import measure_peak
 from evaluation.cost.timing import INFERENCE, TRAINING, Turn

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from evaluation.commands.complexity import parse_complexity
 from evaluation.cost import published_table
-from evaluation.cost.arguments import parse_complexity
 from evaluation.cost.complexity import measure
 from utils.errors import UserError
 

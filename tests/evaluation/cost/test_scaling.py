@@ -2,8 +2,8 @@
 
 import pytest
 
+from evaluation.commands.scaling import main
 from evaluation.cost.scaling import Cluster, Work, predict
-from evaluation.cost.scaling_arguments import main
 from utils.communication import Part
 
 FAST = Cluster(4, 100.0, 1e9, 1e9, 0.0)

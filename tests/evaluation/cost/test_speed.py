@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.cost import child, machine, speed, speed_arguments
+from evaluation.commands import speed as speed_command
+from evaluation.cost import child, machine, speed
 from evaluation.cost.speed import Session
 from evaluation.cost.speed_figures import tables_of, write_markdown
 from evaluation.cost.speed_list import Measurement, read_list
@@ -247,7 +248,7 @@ def here(monkeypatch):
 
 
 def test_the_list_is_shown_with_states_and_nothing_is_run(tmp_path, here, capsys):
-    assert speed_arguments.main(["--list", "--out", str(tmp_path / "out")]) == 0
+    assert speed_command.main(["--list", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("no CUDA device here") and "at most 20 min; not measured" in out
     command = "complexity.py --models hybrid_deit_base_patch16 --batch-size 8 --steps 20 --rounds 5"
@@ -256,7 +257,7 @@ def test_the_list_is_shown_with_states_and_nothing_is_run(tmp_path, here, capsys
     session = Session(tmp_path / "out", read_list("cpu"), FACTS)
     (tmp_path / "out").mkdir()
     session._note(session.measurements[0], state="done", seconds=12.3)
-    speed_arguments.main(["--list", "--out", str(tmp_path / "out"), "--only", "blocks"])
+    speed_command.main(["--list", "--out", str(tmp_path / "out"), "--only", "blocks"])
     assert "(at most 5 min; done in 12 s)" in capsys.readouterr().out
 
 
@@ -284,7 +285,7 @@ def test_facts_are_asked_of_a_process():
 def test_mistakes_are_one_line(words, said, here, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as left:
-        speed_arguments.main(words)
+        speed_command.main(words)
     assert left.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.cost.anatomy_arguments import make_parser
+from evaluation.commands.anatomy import make_parser
 from evaluation.cost.models import find_backbone, make_groups
 from evaluation.cost.speed_list import DEVICES, choose, read_list, script_of
 from slurm.command import capture

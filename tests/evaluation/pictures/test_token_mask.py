@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from evaluation.classifier import judge_classifier
-from evaluation.deit_arguments import parse_deit_evaluation
-from evaluation.pictures.commands import draw
+from evaluation.commands.draw import parse_drawing
+from evaluation.commands.eval_deit import parse_deit_evaluation
+from evaluation.draw import draw
 from evaluation.pictures.token_mask import TokenMaskProbe, masked, stages
-from evaluation.report_arguments import parse_drawing
 from tests.evaluation.backbones import BACKBONES
 from tests.evaluation.toys import ToyImages
 from utils.build import build

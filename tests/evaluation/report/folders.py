@@ -18,7 +18,7 @@ def make_run(folder: Path, *, name: str = "my_run", steps: int = 60) -> Path:
         "recipe": {"_target_": "deit.recipe.DeiT"},
         "data": {"train": {"_target_": "utils.data.embedded.digits"}},
         "probes": {
-            "accuracy": {"_target_": "evaluation.accuracy.AccuracyProbe", "symmetries": True}
+            "accuracy": {"_target_": "evaluation.probes.accuracy.AccuracyProbe", "symmetries": True}
         },
     }
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML

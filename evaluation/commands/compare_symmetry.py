@@ -1,0 +1,64 @@
+"""The command line of the comparison of symmetric nets: upright and turned trainings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation.commands.compared_runs import RECIPE_OPTIONS, compose_run, in_folders, parse_runs
+from utils.build import nearest
+from utils.command_line import Option
+from utils.errors import UserError
+
+CONFIG = "symmetry_comparison.yaml"
+UPRIGHT, TURNED = "upright", "turned"
+
+OPTIONS = {
+    "--turned": Option(
+        "trained_on", "train each model on turned digits as well", "[upright,turned]"
+    ),
+    "--train-heads": Option("posthoc.trained", "train the head under each aggregator", "head"),
+    "--angle-step": Option("angle_step", "degrees between arbitrary angles", text=False),
+    **RECIPE_OPTIONS,
+}
+
+
+def parse_comparison(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config a command line asks for, each run file composed; a mistake is one line, code 2."""
+    return parse_runs(argv, CONFIG, OPTIONS, with_runs)
+
+
+def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with `runs`: every model's training, or the file it is loaded from.
+
+    UserError for a file that is not there, and for words that a run file does not know.
+    """
+    unknown = set(config["trained_on"]) - {UPRIGHT, TURNED}
+    if unknown or not config["trained_on"]:
+        raise UserError(f"trained_on is a list of {UPRIGHT}, {TURNED}; got {config['trained_on']}")
+    models = {name: source for name, source in config["models"].items() if source}
+    posthoc = config["posthoc"]
+    if posthoc["of"] and posthoc["of"] not in models:
+        raise UserError(
+            f"posthoc.of is {posthoc['of']!r}{nearest(posthoc['of'], models)}; the "
+            f"models are {', '.join(models)}"
+        )
+    runs: dict[str, Any] = {}
+    for trained_on in config["trained_on"]:
+        for name, source in models.items():
+            run = _run(str(source), config, trained_on)
+            if run is not None:
+                runs[name if trained_on == UPRIGHT else f"{name}_{TURNED}"] = run
+    return in_folders(runs, config)
+
+
+def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:
+    """A training's config; a path to load from, which is trained already, and so only upright."""
+    run = compose_run(source, config)
+    if not isinstance(run, dict):
+        return run if trained_on == UPRIGHT else None
+    if trained_on == TURNED:
+        augmentation = run["recipe"]["augmentation"]
+        run["recipe"]["augmentation"] = {
+            "_target_": "utils.data.random_turns.RandomTurn",
+            "augmentation": augmentation,
+        }
+    return run

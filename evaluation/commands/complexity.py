@@ -1,0 +1,76 @@
+"""The flags of the comparison of costs, as overrides of configs/complexity.yaml."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from utils.build import nearest, plain
+from utils.command_line import (
+    Option,
+    help_page,
+    meanings,
+    quoted,
+    read_command,
+    read_words,
+    refuse_unknown_flags,
+)
+from utils.config import CONFIGS, parse_config
+from utils.errors import UserError
+
+CONFIG = "complexity.yaml"
+
+
+OPTIONS = {
+    "--models": Option("models", "names of ours or of timm's, with commas between; all: all ours"),
+    "--table": Option("table", "a published cost table instead, row by row: token_reduction"),
+    "--rows": Option("rows", "of the table: names of methods or models, with commas between"),
+    "--counts": Option("counts", "of the table, what depends on the weights: all, none or auto"),
+    "--amp": Option("amp", "autocast to bfloat16", "true"),
+    "--compile": Option("compile", "torch.compile of each block, as in training", "true"),
+    "--graphs": Option("graphs", "replay each step as a CUDA graph", "true"),
+    "--batch-size": Option("batch_size", "images of a step", text=False),
+    "--size": Option("size", "pixels a side", text=False),
+    "--steps": Option("steps", "timed steps of each net", text=False),
+    "--warmup": Option("warmup", "steps before them", text=False),
+    "--rounds": Option("rounds", "of turns that the timed steps are dealt out over", text=False),
+    "--no-training": Option("passes", "time no training step", "[inference]"),
+    "--no-inference": Option("passes", "time no inference", "['training step']"),
+    "--check": Option("passes", "count parameters and multiply-adds, time nothing", "[]"),
+    "--threads": Option("threads", "of a CPU", text=False),
+    "--operators": Option("operators", "count the operators that run, views aside", "true"),
+    "--fvcore": Option("fvcore", "count by fvcore too, and say what it counts besides", "true"),
+    "--json": Option("json_file", "file for all figures with their protocol"),
+    "--picture": Option("picture_file", "file for a picture: .png, .pdf or .svg"),
+    "--picture-y": Option("picture_y", "what it shows over multiply-adds: throughput, accuracy"),
+}
+
+
+def parse_complexity(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config a command line asks for; a mistake is one line and exit code 2."""
+    words = read_command(argv, read_complexity_arguments, page=help_page(meanings(OPTIONS)))
+    return plain(parse_config(default=CONFIG, argv=words, base="complexity"))
+
+
+def read_complexity_arguments(argv: Sequence[str]) -> list[str]:
+    """Overrides for `[flags] [key=value ...]`; other flags pass as they are."""
+    refuse_unknown_flags(argv, OPTIONS)
+    words = read_words(argv, OPTIONS, spell=_spell).overrides
+    passes = list(dict.fromkeys(word for word in words if word.startswith("passes=")))
+    others = [word for word in words if not word.startswith("passes=")]
+    # Neither pass, by both flags, is a count alone.
+    return others + (["passes=[]"] if len(passes) > 1 else passes)
+
+
+def _spell(name: str, value: str) -> list[str] | None:
+    if name == "--table":
+        known = sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml"))
+        if value not in known:
+            raise UserError(
+                f"no published table {value!r}{nearest(value, known)} ({', '.join(known)})"
+            )
+        return [f"table={value}"]
+    if name != "--models":
+        return None
+    names = [model.strip() for model in value.split(",") if model.strip()]
+    if not names:
+        raise UserError("--models needs names, with commas between them")
+    return [f"models=[{','.join(map(quoted, names))}]"]

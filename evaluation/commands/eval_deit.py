@@ -1,0 +1,88 @@
+"""The flags of DeiT's evaluation, as overrides of configs/eval/deit.yaml."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from utils.build import nearest, plain
+from utils.command_line import (
+    Option,
+    backbone_words,
+    folder_of_model,
+    help_page,
+    meanings,
+    names_backbone,
+    read_command,
+    read_words,
+    tell,
+)
+from utils.config import parse_config
+from utils.deit_arguments import DATA_SETS
+from utils.errors import UserError
+
+CONFIG = "eval/deit.yaml"
+
+
+OPTIONS = {
+    "--model": Option("backbone", "any registered model of ours or of timm's; the one of --eval"),
+    "--eval": Option("weights", "file of weights, or a run folder; every key must fit"),
+    "--data-path": Option("data.root", "folder of the images: ImageNet, unless data=... says what"),
+    "--data-set": Option("data", "DeiT's or DHVT's word: IMNET, CIFAR, INAT, clipart, ..."),
+    "--input-size": Option(
+        "probes.accuracy.input_size", "side of the images; the net's own", text=False
+    ),
+    "--eval-crop-ratio": Option(
+        "probes.accuracy.eval_crop_ratio", "of the central crop", text=False
+    ),
+    "--batch-size": Option("probes.accuracy.batch_size", "images per process", text=False),
+    "--num-workers": Option(
+        "probes.accuracy.num_workers", "processes that read images", text=False
+    ),
+    "--precision": Option("probes.accuracy.precision", "of the net: fp32, bf16 or fp16"),
+    "--rot-eval": Option("probes.accuracy.rot_eval", "images turned at random", "true"),
+    "--flop-eval": Option("probes.accuracy.flop_eval", "images mirrored", "true"),
+    "--symmetries": Option("probes.accuracy.symmetries", "table of all eight symmetries", "true"),
+    "--test-speed": Option("+probe@probes.throughput", "images per second too", "throughput"),
+    "--only-test-speed": Option("+probe@probes.throughput", "nothing else", "throughput"),
+    "--visualize-mask": Option(
+        "+probe@probes.token_mask", "pictures of the patches that EViT keeps", "token_mask"
+    ),
+    "--n-visualization": Option("probes.token_mask.num_images", "of how many images", text=False),
+}
+SAME = {
+    **{"--data_path": "--data-path", "--batch": "--batch-size", "--weights": "--eval"},
+    **{"--num_workers": "--num-workers", "--pretrained-weights": "--eval"},
+    **{"--test_speed": "--test-speed", "--only_test_speed": "--only-test-speed"},
+    **{"--visualize_mask": "--visualize-mask", "--n_visualization": "--n-visualization"},
+}
+SWITCHES = {"--dist-eval": "the images are always shared out over the processes"}
+
+
+def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    page = help_page(meanings(OPTIONS, SWITCHES))
+    words, notes = read_command(argv, read_deit_arguments, page=page)
+    # Several models in a row: none takes the place of another's results.
+    words = [*folder_of_model(words, "eval_deit"), *words]
+    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
+    tell(notes)
+    return config | {"backbone_named": names_backbone(words)}
+
+
+def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides for `[flags] [key=value ...]`, and notes; other flags pass as they are."""
+    found = read_words(argv, OPTIONS, same=SAME, ignored=SWITCHES, spell=_spell)
+    # Both flags together ask for the same probe once.
+    return list(dict.fromkeys(found.overrides)), found.notes
+
+
+def _spell(name: str, value: str) -> list[str] | None:
+    if name == "--model":
+        return backbone_words(value)
+    if name == "--only-test-speed":
+        return [f"{OPTIONS[name].key}={value}", "probes.accuracy=null"]
+    if name == "--data-set":
+        if value not in DATA_SETS:
+            known = ", ".join(DATA_SETS)
+            raise UserError(f"unknown --data-set {value!r}{nearest(value, DATA_SETS)} ({known})")
+        return DATA_SETS[value]
+    return None

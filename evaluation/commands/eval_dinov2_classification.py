@@ -1,0 +1,308 @@
+"""The flags of DINOv2's classification evaluations, as overrides of configs/evaluate.yaml."""
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from utils.build import keywords_of, nearest, plain, resolve
+from utils.command_line import (
+    TAKES_VALUE,
+    backbone_words,
+    help_page,
+    names_backbone,
+    quoted,
+    read_command,
+    tell,
+)
+from utils.config import CONFIGS, compose_config, parse_config
+from utils.errors import UserError
+from utils.flags import read_arguments
+
+
+def dataset(string: str) -> dict[str, str]:
+    """The config node of a data set that is named by a string."""
+    return {"_target_": "utils.data.strings.parse_dataset", "string": string}
+
+
+def optional(word: str) -> str | None:
+    """The word, or None where it says so."""
+    return None if word in ("None", "null") else word
+
+
+def device(word: str) -> str:
+    """Where features are kept: a GPU under any name is the net's device."""
+    return "cpu" if word == "cpu" else "device"
+
+
+class Option(NamedTuple):
+    """A flag of the evaluation: the key it sets, how its words are read, what it means.
+
+    A key `probes.*.x` is x of every probe that has it.
+    """
+
+    key: str
+    kind: Callable[[str], Any]
+    many: bool
+    help: str
+
+
+class Switch(NamedTuple):
+    """A flag without a value: the key it sets, the value, what it means; no key: no effect."""
+
+    key: str
+    value: Any
+    help: str
+
+
+OPTIONS = {
+    "--pretrained-weights": Option("weights", str, False, "file of weights; every key must fit"),
+    "--weights": Option("weights", str, False, "the same"),
+    "--train-dataset": Option("data.train", str, False, "such as ImageNet:split=TRAIN:root=DIR"),
+    "--val-dataset": Option("data.val", str, False, "such as ImageNet:split=VAL:root=DIR"),
+    "--batch-size": Option("probes.*.batch_size", int, False, "images per process"),
+    "--num-workers": Option("probes.*.num_workers", int, False, "processes that read images"),
+    "--input-size": Option("probes.*.crop_size", int, False, "side of the images; the net's own"),
+    "--precision": Option("probes.*.precision", str, False, "of the net: fp32, bf16 or fp16"),
+    "--nb_knn": Option("probes.knn.ks", int, True, "numbers of neighbours"),
+    "--temperature": Option("probes.knn.temperature", float, False, "of the vote"),
+    "--n-per-class-list": Option("probes.knn.n_per_class_list", int, True, "few-shot; -1: all"),
+    "--n-tries": Option("probes.knn.num_tries", int, False, "draws per few-shot setting"),
+    "--epochs": Option("probes.linear.epochs", int, False, "length of the training of heads"),
+    "--epoch-length": Option("probes.linear.epoch_length", int, False, "steps"),
+    "--learning-rates": Option("probes.linear.learning_rates", float, True, "at 256 images a step"),
+    "--eval-period-iterations": Option(
+        "probes.linear.eval_period", int, False, "steps between looks at val; 0: at the end only"
+    ),
+    "--val-metric-type": Option(
+        "probes.linear.val_metric_type", str, False, "mean_accuracy, mean_per_class_accuracy, ..."
+    ),
+    "--test-datasets": Option(
+        "probes.linear.test_datasets", dataset, True, "further data sets, as --val-dataset"
+    ),
+    "--test-metric-types": Option(
+        "probes.linear.test_metric_types", str, True, "one for all, or one each"
+    ),
+    "--val-class-mapping-fpath": Option(
+        "probes.linear.val_class_mapping", optional, False, ".npy of columns of the logits to keep"
+    ),
+    "--test-class-mapping-fpaths": Option(
+        "probes.linear.test_class_mappings", optional, True, "one each, None for none"
+    ),
+    "--classifier-fpath": Option(
+        "probes.linear.classifier", optional, False, "heads to judge, or to train on"
+    ),
+    "--real-labels": Option(
+        "probes.linear.real_labels", str, False, "real.json, for imagenet_real_accuracy"
+    ),
+    "--finetune-dataset-str": Option(
+        "probes.logreg.finetune", dataset, False, "images that choose C, as --val-dataset"
+    ),
+    "--max-train-iters": Option("probes.logreg.max_iter", int, False, "steps for each C"),
+    "--train-dtype": Option("probes.logreg.dtype", str, False, "float64 or float32"),
+    "--train-features-device": Option(
+        "probes.logreg.features_on", device, False, "cpu, or the net's device"
+    ),
+}
+SWITCHES = {
+    "--no-resume": Switch("probes.*.resume", False, "train heads anew where files of them stand"),
+    "--finetune-on-val": Switch("probes.logreg.select_on", "val", "choose C on the images judged"),
+    "--gather-on-cpu": Switch(
+        "", None, "features are always kept in host memory, each process its share"
+    ),
+}
+# Flags with a value that nothing here depends on.
+IGNORED = {
+    "--save-checkpoint-frequency": "heads are saved after each epoch and at the end",
+    "--metric-type": "logistic regression tells top-1 and top-5 over images",
+}
+CHOICE, MODEL = "--probes", "--model"
+PROBES = ("linear", "knn", "logreg", "attentive")
+OFFERED = f"{', '.join(PROBES)} and other files of configs/probe"
+
+
+class Setting(NamedTuple):
+    """What a flag sets of the probes: `probe` is * for each that takes the keyword."""
+
+    flag: str
+    probe: str
+    keyword: str
+    value: str  # in the grammar of overrides
+
+
+class EvaluationArguments(NamedTuple):
+    """What is left for `utils.config.parse_config`, and what the flags say of data and probes."""
+
+    argv: list[str]
+    datasets: dict[str, str]  # "train", "val" -> DINOv2's string
+    settings: list[Setting]
+    notes: list[str]
+
+
+def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
+    """Sort `OUTPUT [flags] [key=value ...]`; flags that are not of the evaluation pass as is."""
+    words, found, output = list(argv), EvaluationArguments([], {}, [], []), ""
+    while words:
+        word = words.pop(0)
+        name, _, inline = word.partition("=")
+        if name == CHOICE:
+            found.argv.extend(_choose_probes(inline or (words.pop(0) if words else "")))
+        elif name == MODEL:
+            value = inline or (words.pop(0) if words else "")
+            if not value:
+                raise UserError(f"{name} needs a value")
+            found.argv.extend(backbone_words(value))
+        elif name in OPTIONS:
+            option = OPTIONS[name]
+            taken = [inline] if inline else _take(words, option)
+            values = _read_values(name, option, taken)
+            _sort(found, name, option.key, values if option.many else values[0])
+        elif word in SWITCHES and SWITCHES[word].key:
+            _sort(found, word, SWITCHES[word].key, SWITCHES[word].value)
+        elif word in SWITCHES:
+            found.notes.append(f"{word} has no effect: {SWITCHES[word].help}")
+        elif name in IGNORED:
+            if not inline and not words:
+                raise UserError(f"{name} needs a value")
+            found.notes.append(f"{name} has no effect: {IGNORED[name]}")
+            del words[: 0 if inline else 1]
+        elif word.startswith("-") or _is_override(word):
+            found.argv.append(word)
+            if word in TAKES_VALUE and words:
+                found.argv.append(words.pop(0))
+        elif output:
+            raise UserError(f"two output folders, {output!r} and {word!r}; key=value sets a key")
+        else:
+            output = word
+    if output:
+        found.argv.append(f"output_dir={_override(output)}")
+    return found
+
+
+def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    found, words = read_command(argv, _read, page=_help())
+    config = plain(parse_config(default="evaluate.yaml", argv=words, base="evaluate"))
+    for split, string in found.datasets.items():
+        config["data"][split] = dataset(string)
+    tell(found.notes)
+    return config | {"backbone_named": names_backbone(words)}
+
+
+def _read(argv: list[str]) -> tuple[EvaluationArguments, list[str]]:
+    """A sorted command line, and its words for `utils.config.parse_config`."""
+    found = read_evaluation_arguments(argv)
+    settings = [] if {"-h", "--help"} & set(argv) else _apply(found)
+    # In front, so that a spelt-out key=value has the last word.
+    return found, [*settings, *found.argv]
+
+
+def _choose_probes(listed: str) -> list[str]:
+    """Overrides that leave the probes of a comma list, and no others."""
+    chosen = [name for name in listed.split(",") if name]
+    known = sorted(path.stem for path in (CONFIGS / "probe").glob("*.yaml"))
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        what = f"{unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "nothing"
+        raise UserError(f"{CHOICE} takes a list of {OFFERED}; got {what}")
+    defaults = plain(compose_config("evaluate.yaml", base="evaluate"))["probes"]
+    dropped = [f"probes.{name}=null" for name in defaults if name not in chosen]
+    added = [f"+probe@probes.{name}={name}" for name in chosen if name not in defaults]
+    return [*added, *dropped]
+
+
+def _sort(found: EvaluationArguments, flag: str, key: str, value: Any) -> None:
+    where, _, keyword = key.rpartition(".")
+    if where == "data":
+        found.datasets[keyword] = str(value)
+    elif where.startswith("probes."):
+        found.settings.append(
+            Setting(flag, where.removeprefix("probes."), keyword, _override(value))
+        )
+    else:
+        found.argv.append(f"{key}={_override(value)}")
+
+
+def _apply(found: EvaluationArguments) -> list[str]:
+    """Overrides of the probes that the command line leaves; a note where there is none."""
+    if not found.settings:
+        return []
+    arguments = read_arguments(found.argv, CONFIGS, "evaluate.yaml", "evaluate")
+    with contextlib.redirect_stderr(io.StringIO()):  # its notes come again with the whole config
+        config = plain(
+            compose_config(
+                arguments.config_file or "evaluate.yaml", arguments.overrides, base="evaluate"
+            )
+        )
+    probes = {name: node for name, node in config["probes"].items() if node}
+    overrides = []
+    for flag, probe, keyword, value in found.settings:
+        chosen = [
+            name
+            for name, node in probes.items()
+            if name == probe or (probe == "*" and _takes(node, keyword))
+        ]
+        overrides += [f"probes.{name}.{keyword}={value}" for name in chosen]
+        if not chosen:
+            missing = f"takes {keyword}" if probe == "*" else f"is called {probe}"
+            found.notes.append(f"{flag} has no effect: no probe of this evaluation {missing}")
+    return overrides
+
+
+def _takes(node: Mapping[str, Any], keyword: str) -> bool:
+    return keyword in keywords_of(resolve(node["_target_"]))
+
+
+def _take(words: list[str], option: Option) -> list[str]:
+    """The values that follow a flag: one, or all up to a word that cannot be one of them."""
+    taken = [words.pop(0)] if words else []
+    while option.many and words and _can_follow(words[0], option.kind):
+        taken.append(words.pop(0))
+    return taken
+
+
+def _can_follow(word: str, kind: Callable[[str], Any]) -> bool:
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            kind(word)
+            return True
+        return False
+    return not word.startswith("-") and not _is_override(word)
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is key=value or ~key; the = of a data set's string comes after a colon."""
+    return word.startswith("~") or ("=" in word and ":" not in word.partition("=")[0])
+
+
+def _read_values(name: str, option: Option, words: list[str]) -> list[Any]:
+    if not words:
+        raise UserError(f"{name} needs a value")
+    try:
+        return [option.kind(word) for word in words]
+    except ValueError:
+        raise UserError(f"{name} takes {option.kind.__name__}, not {' '.join(words)!r}") from None
+
+
+def _override(value: object) -> str:
+    """A value in the grammar of overrides."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_override(part)}" for key, part in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _help() -> str:
+    rows = {CHOICE: f"these alone, such as linear,logreg: of {OFFERED}"}
+    rows |= {name: f"{option.help} ({option.key})" for name, option in OPTIONS.items()}
+    for name, switch in SWITCHES.items():
+        value = _override(switch.value)
+        rows[name] = switch.help + (f" ({switch.key}={value})" if switch.key else ": no effect")
+    rows |= {name: f"{why}: no effect" for name, why in IGNORED.items()}
+    usage = "eval_dinov2_classification.py OUTPUT [flags] [key=value ...]; * is every probe"
+    return help_page(rows, usage=usage)

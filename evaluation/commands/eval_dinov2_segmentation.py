@@ -1,0 +1,319 @@
+"""The command line of the published segmentation evaluation, and ours, as overrides of a config.
+
+Published: `model_path=FILE model_loader_kwargs.KEY=VALUE ... distributed=True KEY=VALUE ...`, where
+other keys are options of sbatch. Ours: `OUTPUT --model NAME --weights FILE --tasks TASK ...`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.build import nearest, plain
+from utils.command_line import (
+    TAKES_VALUE,
+    backbone_words,
+    names_backbone,
+    quoted,
+    read_command,
+    tell,
+)
+from utils.config import CONFIGS, fail, parse_config
+from utils.errors import UserError
+
+CONFIG = "eval/segmentation.yaml"
+EMBEDDED = "seg_scenes"
+LOADER = "dinov2_loader.py"
+# Names of the published loader -> our backbones.
+MODELS = {
+    f"dinov2_{published.format(letter)}": f"{ours}_vit_{size}_patch16"
+    for letter, size in (("l", "large"), ("h", "huge"))
+    for published, ours in (
+        ("vit{}16", "dinov2"),
+        ("hybrid_vit{}16", "hybrid_dinov2"),
+        ("vit{}16_inv_early", "d8_inv_early_dinov2"),
+    )
+}
+# sbatch's options -> our keys.
+SBATCH = {
+    "account": "cluster.account",
+    "partition": "cluster.partition",
+    "qos": "cluster.qos",
+    "constraint": "cluster.constraint",
+    "exclude": "cluster.exclude",
+    "comment": "cluster.comment",
+    "mail_user": "cluster.mail",
+    "cpus_per_task": "cluster.cpus_per_task",
+    "mem": "cluster.mem_gb",
+    "nodes": "launcher.nodes",
+    "ntasks_per_node": "launcher.gpus_per_node",
+    "gpus_per_node": "launcher.gpus_per_node",
+    "time": "launcher.timeout_min",
+    "timeout": "launcher.timeout_min",
+}
+OURS = (
+    *("backbone", "data", "probes", "probe", "launcher", "cluster", "name", "output_dir"),
+    *("weights", "seed", "device"),
+)
+PUBLISHED_TIMEOUT_MIN = 500
+# A data set by a part of its tasks' names: the flag of its folder, the variable that may hold it.
+ROOTS = {"ade20k": ("--ade20k-root", "ADE20K_PATH"), "voc2012": ("--voc-root", "VOC_PATH")}
+OPTIONS = {
+    "--batch-size": "batch_size",
+    "--num-workers": "num_workers",
+    "--precision": "precision",
+    "--resolution": "resolution",
+    "--scratch-dir": "scratch_dir",
+}
+HELP = {
+    "--weights FILE": "every key must fit; also --pretrained-weights",
+    "--tasks TASK ...": "which of configs/probe/seg_*.yaml; by default those with a known folder",
+    "--ade20k-root DIR": "folder that holds ADEChallengeData2016; also ADE20K_PATH",
+    "--voc-root DIR": "folder that holds VOCdevkit/VOC2012; also VOC_PATH",
+    **{f"{flag} X": f"probes.TASK.{key} of every task" for flag, key in OPTIONS.items()},
+    "model_path=FILE": f"published: {LOADER}, or any file with __model_loader__(**arguments)",
+    "model_loader_kwargs.K=V": "published: its arguments",
+    "distributed=True": "published: a Slurm job; options of sbatch as key=value",
+}
+
+
+class _Asked(NamedTuple):
+    """The words of a command line, by kind; filled while they are read."""
+
+    rest: list[str]  # for utils.config
+    tasks: list[str]
+    roots: dict[str, str]  # data set -> folder
+    options: dict[str, str]  # keyword of every task's probe -> value
+    loader: dict[str, str]  # model_loader_kwargs
+    published: dict[str, str]  # model_path, distributed
+    sbatch: dict[str, str]
+    notes: list[str]
+
+
+def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    words, notes = read_command(argv, read_segmentation_arguments, page=_help())
+    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
+    for task, node in config["probes"].items():
+        for data, (flag, variable) in ROOTS.items():
+            if node and task.endswith(data) and not node["train"].get("root", True):
+                fail(f"{task} needs the folder of its images: {flag} DIR, or {variable}=DIR")
+    tell(notes)
+    return config | {"backbone_named": names_backbone(words)}
+
+
+def read_segmentation_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides for the words of a command line, and notes; other flags pass as they are."""
+    asked = _read(list(argv))
+    words = [*_model(asked), *_launcher(asked)]
+    named_file = any(word.split("=")[0] in ("--config-file", "--config") for word in asked.rest)
+    tasks = _tasks(asked, named_file)
+    words += [f"+probe@probes.{task}={task}" for task in tasks]
+    for task in tasks:
+        for key, value in asked.options.items():
+            if task.startswith("seg_linear") and key == "batch_size":
+                key = "batch_size_per_gpu"  # it trains, and keeps the effective batch
+            words.append(f"probes.{task}.{key}={_quoted(value)}")
+        for data, root in asked.roots.items():
+            words += [f"probes.{task}.train.root={_quoted(root)}"] if data in task else []
+    return words + asked.rest, asked.notes
+
+
+def known_tasks() -> list[str]:
+    """The tasks by their config files."""
+    return sorted(path.stem for path in (CONFIGS / "probe").glob("seg_*.yaml"))
+
+
+def _read(words: list[str]) -> _Asked:
+    asked = _Asked([], [], {}, {}, {}, {}, {}, [])
+    roots = {flag: data for data, (flag, _) in ROOTS.items()}
+    output = ""
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        key = name.replace("-", "_")
+        if name == "--tasks":
+            asked.tasks.extend(value.split(",") if equals else _take(words))
+        elif name in ("--weights", "--pretrained-weights"):
+            asked.rest.append(f"weights={_quoted(_value(name, value, words))}")
+        elif name == "--model":
+            asked.rest.extend(backbone_words(_value(name, value, words)))
+        elif name in roots:
+            asked.roots[roots[name]] = _value(name, value, words)
+        elif name in OPTIONS:
+            asked.options[OPTIONS[name]] = _value(name, value, words)
+        elif word.startswith("-"):
+            asked.rest.append(word)
+            if word in TAKES_VALUE and words:
+                asked.rest.append(words.pop(0))
+        elif not equals and not word.startswith("~"):
+            if output:
+                raise UserError(f"two output folders, {output!r} and {word!r}")
+            output = word
+            asked.rest.append(f"output_dir={_quoted(word)}")
+        elif name.startswith("model_loader_kwargs."):
+            asked.loader[name.removeprefix("model_loader_kwargs.")] = value
+        elif name in ("model_path", "distributed"):
+            asked.published[name] = value
+        elif key in SBATCH:
+            asked.sbatch[key] = value
+        elif name == "output_dir":
+            asked.rest.append(f"output_dir={_quoted(value)}")
+        elif re.split(r"[.@]", name.lstrip("+~"))[0] in OURS:
+            asked.rest.append(word)
+        else:
+            raise UserError(_unknown_key(name))
+    return asked
+
+
+def _unknown_key(name: str) -> str:
+    hint = nearest(name.replace("-", "_"), [*SBATCH, *OURS, "model_path", "distributed"])
+    keys = "setup, srun_args, gpu_request, gpu_type, signal_delay_s, max_requeues"
+    return (
+        f"unknown key {name!r}{hint}: of sbatch's options {', '.join(SBATCH)} are understood; what "
+        f"else the cluster needs goes into a file configs/cluster/NAME.yaml ({keys}), chosen by "
+        "cluster=NAME; keys of a probe are probes.TASK.KEY"
+    )
+
+
+def _model(asked: _Asked) -> list[str]:
+    """The backbone and its weights for model_path and model_loader_kwargs."""
+    path, arguments = asked.published.get("model_path"), dict(asked.loader)
+    if path is None:
+        if arguments:
+            raise UserError("model_loader_kwargs without model_path; or use --model and --weights")
+        return []
+    name = arguments.get("model_name", "")
+    if Path(path).name == LOADER and (name in MODELS or not Path(path).is_file()):
+        if name not in MODELS:
+            known = ", ".join(MODELS)
+            raise UserError(
+                f"unknown model_loader_kwargs.model_name {name!r}{nearest(name, MODELS)} ({known})"
+            )
+        unknown = sorted(set(arguments) - {"model_name", "weights", "device"})
+        if unknown:
+            raise UserError(f"{LOADER} takes model_name, weights and device, not {unknown[0]!r}")
+        if "device" in arguments:
+            asked.notes.append("model_loader_kwargs.device has no effect; use device=cpu or cuda")
+        words = [f"backbone={MODELS[name]}"]
+        if "weights" in arguments:
+            words.append(f"weights={_quoted(arguments['weights'])}")
+        return words
+    if not Path(path).is_file():
+        raise UserError(
+            f"model_path={path}: no such file; it is {LOADER} for the published models, or a file "
+            "of yours that defines __model_loader__(**arguments)"
+        )
+    words = ["backbone=file", f"backbone.path={_quoted(str(Path(path).absolute()))}"]
+    return words + [f"+backbone.arguments.{key}={value}" for key, value in arguments.items()]
+
+
+def _launcher(asked: _Asked) -> list[str]:
+    """Where to run: a Slurm job for distributed=True and for options of sbatch, else here."""
+    said = asked.published.get("distributed")
+    if said is not None and said.lower() not in ("true", "false"):
+        raise UserError(f"distributed is True or False, not {said!r}")
+    if said is None and not asked.sbatch:
+        return []
+    named = any(word.startswith("launcher=") for word in asked.rest)
+    if said is not None and said.lower() == "false":
+        if asked.sbatch:
+            given = ", ".join(asked.sbatch)
+            asked.notes.append(f"no job is submitted (distributed=False): {given} have no effect")
+        return [] if named else ["launcher=here"]
+    values: dict[str, str] = {"launcher.timeout_min": str(PUBLISHED_TIMEOUT_MIN)}
+    set_by: dict[str, str] = {}
+    for option, value in asked.sbatch.items():
+        key = SBATCH[option]
+        if key in set_by and values[key] != value:
+            raise UserError(
+                f"{set_by[key]}={values[key]} and {option}={value} disagree: there is one process "
+                "per GPU"
+            )
+        values[key], set_by[key] = _sbatch_value(option, value), option
+    words = [] if named else ["launcher=slurm"]
+    return words + [f"{key}={value}" for key, value in values.items()]
+
+
+def _sbatch_value(option: str, value: str) -> str:
+    if option in ("time", "timeout"):
+        return str(_minutes(option, value))
+    if option == "mem":
+        match = re.fullmatch(r"(\d+)([GM]?)B?", value.upper())
+        if match is None:
+            raise UserError(f"mem={value}: memory per node is written 240G")
+        number = int(match[1])
+        return str(number if match[2] == "G" else -(-number // 1024))
+    if option in ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task"):
+        if not value.isdigit():
+            raise UserError(f"{option}={value}: a whole number is needed")
+        return value
+    return _quoted(value)
+
+
+def _minutes(option: str, text: str) -> int:
+    """sbatch's time: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; seconds round up."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
+        raise UserError(f"{option}={text}: a time is minutes, H:M:S or D-H:M")
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0)
+
+
+def _tasks(asked: _Asked, named_file: bool) -> list[str]:
+    """The tasks asked for: by name, else by their keys or folders, else what needs no folder."""
+    known = known_tasks()
+    for task in asked.tasks:
+        if task not in known:
+            raise UserError(f"unknown task {task!r}{nearest(task, known)} ({', '.join(known)})")
+    if asked.tasks or named_file:
+        return list(dict.fromkeys(asked.tasks))
+    keys = [re.match(r"\+*probes\.(\w+)", word) for word in asked.rest]
+    found = [task for task in known if task in {key[1] for key in keys if key}]
+    for data, (_, variable) in ROOTS.items():
+        if (data in asked.roots or os.environ.get(variable)) and f"seg_{data}" not in found:
+            found.append(f"seg_{data}")
+    if not found:
+        flags = " and ".join(flag for flag, _ in ROOTS.values())
+        asked.notes.append(f"no --tasks, and no folder ({flags}): judging on the embedded scenes")
+    return found or [EMBEDDED]
+
+
+def _take(words: list[str]) -> list[str]:
+    """The word that follows --tasks, and all after it that could be tasks."""
+    if not words or words[0].startswith("-") or "=" in words[0]:
+        raise UserError(f"--tasks needs names: {', '.join(known_tasks())}")
+    taken = [words.pop(0)]
+    while words and words[0].startswith("seg_"):
+        taken.append(words.pop(0))
+    return [task for word in taken for task in word.split(",")]
+
+
+def _value(name: str, inline: str, words: list[str]) -> str:
+    value = inline or (words.pop(0) if words else "")
+    if not value or (not inline and value.startswith("--")):
+        raise UserError(f"{name} needs a value")
+    return value
+
+
+def _quoted(value: str) -> str:
+    """A value in the grammar of overrides; numbers stay numbers."""
+    return value if value.isdigit() else quoted(value)
+
+
+def _help() -> str:
+    lines = [
+        f"{sys.modules['__main__'].__doc__ or ''}",
+        "words of this evaluation (they come before those below of the same name):",
+    ]
+    lines += [f"  {word:<24} {what}" for word, what in HELP.items()]
+    lines.append(f"tasks: {', '.join(known_tasks())}")
+    return "\n".join(lines) + "\n\nall other flags and keys:\n"

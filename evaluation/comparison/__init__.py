@@ -1,0 +1,1 @@
+"""Several nets trained by one recipe and judged side by side."""

@@ -1,0 +1,234 @@
+"""Token reductions on a plain and an octic net: what experiments/compare_reduction.py runs."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.comparison.nets import image_size, load_run, train_then, trainings_of, unfinished
+from evaluation.comparison.reduction_dense import DenseHead, fit_dense_head, mean_iou
+from evaluation.comparison.reduction_pictures import draw_reductions
+from evaluation.cost.counting import check_counted
+from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
+from evaluation.features.dataset import device_of
+from evaluation.judge import make_data
+from evaluation.progress import say, track
+from evaluation.results import print_table, write_results
+from utils.build import build
+from utils.data.images import ImageDataset
+from utils.data.transforms import evaluation_transform
+from utils.errors import UserError
+from utils.flops import count_operations
+
+ROUNDS = 3
+NONE = "unreduced"
+COLUMNS = {
+    "accuracy": "accuracy %",
+    "miou": "mIoU %",
+    "multiply_adds": "multiply-adds",
+    "share": "of the net's own",
+    "tokens": "tokens at the end",
+    "images_per_second": "images/s",
+}
+
+
+class Entry(NamedTuple):
+    """One net of the table: which trained model, which method, how strong."""
+
+    model: str
+    method: str
+    strength: str  # an option and its value
+    net: nn.Module
+
+    @property
+    def name(self) -> str:
+        """Its row in the table."""
+        return (
+            self.model if self.method == NONE else f"{self.model} + {self.method} {self.strength}"
+        )
+
+
+class Images(NamedTuple):
+    """Normalised images [N 3 H H] and their classes [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Train or load every model of `config["runs"]`, reduce it by every method, judge all.
+
+    Reads the keys of configs/reduction_comparison.yaml, `runs` added by its command line. Each
+    training resumes by itself, so the same command picks up what an interrupted one left. Leaves
+    results.json, results.csv and a picture in `output_dir`; every rank must call this.
+    """
+    return train_then(_judge, config, _check)
+
+
+def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
+    runs, folder = config["runs"], Path(config["output_dir"])
+    size, data = image_size(runs), trainings_of(runs)[0]["data"]
+    dataset = make_data(data, "val")
+    nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
+    entries, refused = make_entries(nets, config)
+    for reason in refused:
+        say(reason)
+    dense = config["segmentation"]
+    val = _read(dataset, size)
+    heads: dict[str, DenseHead] = {}
+    if dense["train_images"]:
+        known = _read(make_data(data, "train"), size, dense["train_images"])
+        heads = {
+            name: fit_dense_head(net, *known, settings=dense, batch_size=config["batch_size"])
+            for name, net in nets.items()
+        }
+    figures: dict[str, dict[str, Any]] = {}
+    for entry in track(entries, total=len(entries), label="nets", size=lambda _: 1):
+        figures[entry.name] = _figures(entry, val, heads, config)
+    for row in figures.values():
+        own = next(f for f in figures.values() if f["model"] == row["model"])
+        row["share"] = 100 * row["multiply_adds"] / own["multiply_adds"]
+    for name, speed in _speeds(entries, val.images, config).items():
+        figures[name]["images_per_second"] = speed
+    _report(config, folder, figures, device)
+    if config["pictures"]:
+        say(f"picture: {draw_reductions(figures, folder / 'reductions.png')}")
+    return figures
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError, before anything is trained, for methods that fit none of the models."""
+    runs = config["runs"]
+    dataset = make_data(trainings_of(runs)[0]["data"], "val")
+    make_entries(dict(unfinished(runs, dataset, image_size(runs))), config)
+
+
+def make_entries(
+    nets: Mapping[str, nn.Module], config: Mapping[str, Any]
+) -> tuple[list[Entry], list[str]]:
+    """Every net as it is and under every method at every strength; and what was refused, why.
+
+    Reduced nets share the weights of the net. A net may refuse a method that another one takes, as
+    a hybrid refuses to be reduced in its octic half; UserError where all refuse.
+    """
+    entries: list[Entry] = []
+    refused: list[str] = []
+    methods = config["methods"]
+    for model, net in nets.items():
+        entries.append(Entry(model, NONE, "", net))
+        for label, entry in methods.items():
+            for value in entry["values"]:
+                options = {**(entry.get("options") or {}), entry["over"]: value}
+                node = {**config["wrapper"], "method": entry["method"], "options": options}
+                if entry.get("form"):
+                    node["form"] = entry["form"]
+                strength = f"{entry.get('short', entry['over'])}={_short(value)}"
+                try:
+                    wrapped = build(node, backbone=net).eval()
+                except UserError as error:
+                    refused.append(f"{model} + {label} {strength}: {error}")
+                    continue
+                entries.append(Entry(model, label, strength, wrapped))
+    taken = {entry.method for entry in entries}
+    for label in methods:
+        if label not in taken:
+            reason = next(line for line in refused if f" + {label} " in line)
+            raise UserError(f"methods.{label} fits none of the models; {reason}")
+    return entries, refused
+
+
+@torch.inference_mode()
+def _figures(
+    entry: Entry, val: Images, heads: Mapping[str, DenseHead], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    net, device, batch = entry.net, device_of(entry.net), config["batch_size"]
+    logits = torch.cat([net(part.to(device)).cpu() for part in val.images.split(batch)])
+    right = logits.argmax(dim=1) == val.labels
+    first = val.images[:1].to(device)
+    operations = count_operations(net, first, backward=False)
+    check_counted(entry.name, operations)
+    found: dict[str, Any] = {
+        "model": entry.model,
+        "method": entry.method,
+        "strength": entry.strength,
+        "accuracy": 100 * float(right.double().mean()),
+        "multiply_adds": operations.forward // 2,
+    }
+    if hasattr(net, "inspect"):
+        found["tokens"] = int(net.inspect(first).tokens.shape[1])
+    if entry.model in heads:
+        found["miou"] = mean_iou(
+            net, heads[entry.model], *val, config["segmentation"]["threshold"], batch
+        )
+    return found
+
+
+def _read(dataset: ImageDataset, size: int, count: int | None = None) -> Images:
+    """Images as the trainings judge them; `count` of them, spread over all."""
+    transform = evaluation_transform(resize_size=size, crop_size=size)
+    # Data sets are ordered by class.
+    chosen = torch.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset))).long()
+    images = torch.stack([transform(dataset.read(int(index))) for index in chosen])
+    return Images(images, torch.tensor([dataset.label(int(index)) for index in chosen]))
+
+
+def _speeds(entries: list[Entry], images: Tensor, config: Mapping[str, Any]) -> dict[str, float]:
+    """Images per second of every net, measured in turn."""
+    steps = config["speed_steps"]
+    if not steps:
+        return {}
+    batch = images[: config["speed_batch"]].to(device_of(entries[0].net))
+    contestants = {entry.name: Contestant(entry.net, batch) for entry in entries}
+    turns, _ = measure_in_turn(
+        contestants, INFERENCE, steps=max(steps, ROUNDS), rounds=ROUNDS, warmup=0
+    )
+    return {name: speed_of(own, len(batch)).images_per_second for name, own in turns.items()}
+
+
+def _report(
+    config: Mapping[str, Any],
+    folder: Path,
+    figures: Mapping[str, dict[str, Any]],
+    device: torch.device,
+) -> None:
+    dense = config["segmentation"]
+    print_table(
+        "reduced nets: accuracy, segmentation, cost",
+        ("", *COLUMNS.values()),
+        [(name, *(_written(key, row) for key in COLUMNS)) for name, row in figures.items()],
+        protocol=f"{config['epochs']} epochs, {config['words']}; nothing is trained after the "
+        "reduction; data.val; mIoU: of background and classes, a linear head of the unreduced "
+        f"net's patches ({dense['train_images']} images) on the patches handed back; "
+        "multiply-adds of the first image, products alone; "
+        f"images/s: batch {config['speed_batch']}, nets in turn, "
+        f"{torch.get_num_threads()} threads of {device.type}",
+    )
+    keys = ("epochs", "words", "models", "methods", "segmentation", "speed_batch", "seed")
+    protocol = {key: config[key] for key in keys}
+    protocol |= {"device": device.type, "threads": torch.get_num_threads()}
+    paths = [write_results(folder, "reduction", protocol=protocol, figures=figures)]
+    paths.append(folder / "results.csv")
+    with paths[-1].open("w", newline="") as file:
+        writer = csv.writer(file)
+        columns = ("model", "method", "strength", *COLUMNS)
+        writer.writerow(columns)
+        writer.writerows([row.get(key) for key in columns] for row in figures.values())
+    say(f"written: {', '.join(map(str, paths))}")
+
+
+def _written(key: str, row: Mapping[str, Any]) -> str | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if key == "multiply_adds":
+        return f"{value / 1e6:.2f} M"
+    if key == "share":
+        return f"{value:.0f} %"
+    return f"{value:.0f}" if key in ("tokens", "images_per_second") else f"{value:.1f}"
+
+
+def _short(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)

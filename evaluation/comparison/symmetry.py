@@ -1,0 +1,206 @@
+"""Nets with and without symmetry under one recipe: what experiments/compare_symmetry.py runs."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.comparison.nets import image_size, load_run, train_then, trainings_of, unfinished
+from evaluation.comparison.symmetry_pictures import draw_comparison
+from evaluation.comparison.symmetry_views import Judged, judge_views
+from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
+from evaluation.judge import make_data
+from evaluation.progress import say
+from evaluation.results import print_table, write_results
+from evaluation.symmetry.angles import angles_of
+from evaluation.symmetry.posthoc import make_wrapped, split_data, wrap_all
+from utils.build import build
+from utils.data.transforms import evaluation_transform
+from utils.flops import multiply_adds
+
+ROUNDS = 3
+SPEED_IMAGES = 16  # of a timed step
+COLUMNS = {
+    "upright": "upright",
+    "mean_of_eight": "mean of 8",
+    "worst_element": "worst of 8",
+    "any_angle": "any angle (control)",
+    "equivariance_error": "error",
+    "parameters": "parameters",
+    "multiply_adds": "multiply-adds",
+    "images_per_second": "images/s",
+}
+Figures = dict[str, dict[str, float]]
+
+
+class Field(NamedTuple):
+    """The nets of a comparison, and the images they are judged on."""
+
+    nets: dict[str, Any]
+    shared: list[str]  # those around one backbone
+    images: Tensor  # [N 3 H H] normalised
+    labels: Tensor  # [N]
+    class_names: list[str]
+
+
+def compare(config: Mapping[str, Any]) -> Figures:
+    """Train or load every model of `config["runs"]`, make one of them invariant, judge all.
+
+    Reads the keys of configs/symmetry_comparison.yaml, `runs` added by its command line. Each
+    training resumes by itself, so the same command picks up what an interrupted one left. Leaves
+    results.json, results.csv and pictures in `output_dir`; every rank must call this.
+    """
+    return train_then(_judge, config, _check)
+
+
+def _judge(config: dict[str, Any], device: torch.device) -> Figures:
+    folder = Path(config["output_dir"])
+    field = _make_field(config, device)
+    groups = [field.shared, [name for name in field.nets if name not in field.shared]]
+    judged: dict[str, Judged] = {}
+    for group in groups:
+        nets = {name: field.nets[name] for name in group}
+        if nets:
+            judged |= judge_views(
+                nets,
+                field.images,
+                field.labels,
+                angles_of(config["angle_step"]),
+                shared=field.shared,
+                batch_size=config["batch_size"],
+            )
+    judged = {name: judged[name] for name in field.nets}
+    speeds = _speeds(field.nets, field.images, config["speed_steps"])
+    figures: Figures = {}
+    for name, net in field.nets.items():
+        figures[name] = judged[name].figures | {
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "multiply_adds": multiply_adds(net, field.images.shape[-1]),
+        }
+        if name in speeds:
+            figures[name]["images_per_second"] = speeds[name]
+    _report(config, folder, figures, judged, device)
+    if config["pictures"]:
+        digit = config["picture_digit"]
+        for what, path in draw_comparison(
+            field.nets, field.images[_first(field.labels, digit)], judged, folder, field.class_names
+        ).items():
+            say(f"picture: {what}: {path}")
+    return figures
+
+
+def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
+    runs = config["runs"]
+    size, dataset = image_size(runs), make_data(trainings_of(runs)[0]["data"], "val")
+    transform = evaluation_transform(resize_size=size, crop_size=size)
+    images = torch.stack([transform(dataset.read(index)) for index in range(len(dataset))])
+    labels = torch.tensor([dataset.label(index) for index in range(len(dataset))])
+    nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
+    shared: list[str] = []
+    posthoc = config["posthoc"]
+    for of in [name for name in nets if posthoc["of"] and _is_of(name, posthoc["of"])]:
+        wanted = _posthoc(config)
+        wrapped, _ = make_wrapped(nets[of], wanted, split_data(wanted), transform)
+        named = {f"{of} + {aggregator}": net for aggregator, net in wrapped.items()}
+        nets |= named
+        shared += named if of == posthoc["of"] else ()
+    return Field(nets, shared, images, labels, list(dataset.class_names))
+
+
+def _posthoc(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of configs/posthoc.yaml that making and training the wrapped nets reads."""
+    data = trainings_of(config["runs"])[0]["data"]
+    return {**config["posthoc"], "data": data, "seed": config["seed"], "classes": None}
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError, before anything is trained, for what the judging would refuse."""
+    angles_of(config["angle_step"])
+    runs, size = config["runs"], image_size(config["runs"])
+    dataset, posthoc = make_data(trainings_of(runs)[0]["data"], "val"), config["posthoc"]
+    for name, net in unfinished(runs, dataset, size):
+        if posthoc["of"] and _is_of(name, posthoc["of"]):
+            wanted = _posthoc(config)
+            split_data(wanted)
+            build(wanted["training"])
+            wrap_all(net, wanted)
+
+
+def _is_of(name: str, of: str) -> bool:
+    return name in (of, f"{of}_turned")
+
+
+def _first(labels: Tensor, digit: int) -> int:
+    found = (labels == digit).nonzero()
+    return int(found[0]) if len(found) else 0
+
+
+def _speeds(nets: Mapping[str, nn.Module], images: Tensor, steps: int) -> dict[str, float]:
+    """Images per second of every net, measured in turn."""
+    if not steps:
+        return {}
+    device = next(next(iter(nets.values())).parameters()).device
+    batch = images[:SPEED_IMAGES].to(device)
+    contestants = {name: Contestant(net, batch) for name, net in nets.items()}
+    turns, _ = measure_in_turn(
+        contestants, INFERENCE, steps=max(steps, ROUNDS), rounds=ROUNDS, warmup=0
+    )
+    return {name: speed_of(own, len(batch)).images_per_second for name, own in turns.items()}
+
+
+def _report(
+    config: Mapping[str, Any],
+    folder: Path,
+    figures: Figures,
+    judged: Mapping[str, Judged],
+    device: torch.device,
+) -> None:
+    rows = [(name, *(_written(key, row) for key in COLUMNS)) for name, row in figures.items()]
+    protocol = {
+        "epochs": config["epochs"],
+        "words": config["words"],
+        "models": config["models"],
+        "posthoc": config["posthoc"],
+        "angle_step": config["angle_step"],
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "seed": config["seed"],
+    }
+    print_table(
+        "digits in all positions: accuracy %, error of invariance, cost",
+        ("", *COLUMNS.values()),
+        rows,
+        protocol=f"{config['epochs']} epochs, {config['words']}; data.val; mean and worst of the "
+        f"square's eight symmetries; any angle: every {config['angle_step']:g} degrees but quarter "
+        "turns, bilinear, black comes in; control: turned there and back, interpolation alone; "
+        "error: largest |f(g x) - f(x)| / |f(x)| of the logits over the eight; "
+        f"{torch.get_num_threads()} threads of {device.type}",
+    )
+    whole = {
+        name: row | {key: part for key, part in judged[name]._asdict().items()}
+        for name, row in figures.items()
+    }
+    paths = [write_results(folder, "symmetry", protocol=protocol, figures=whole)]
+    paths.append(folder / "results.csv")
+    with paths[-1].open("w", newline="") as file:
+        keys = ["upright", *(key for key in next(iter(figures.values())) if key != "upright")]
+        writer = csv.writer(file)
+        writer.writerow(["model", *keys])
+        writer.writerows([name, *(row.get(key) for key in keys)] for name, row in figures.items())
+    say(f"written: {', '.join(map(str, paths))}")
+
+
+def _written(key: str, row: Mapping[str, float]) -> str | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if key == "any_angle":
+        return f"{value:.1f} ({row['any_angle_control']:.1f})"
+    if key in ("parameters", "multiply_adds"):
+        return f"{value / 1e6:.2f} M"
+    if key == "equivariance_error":
+        return f"{value:.1e}"
+    return f"{value:.0f}" if key == "images_per_second" else f"{value:.1f}"

@@ -1,0 +1,233 @@
+"""Class tokens that several probes, and later runs, share: extracted once, kept on disk.
+
+What is stored are the tokens as the net gives them, in float32; each probe takes from them what it
+needs. Whether a folder holds what a probe asks for is decided by `identity`.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.features.dataset import (
+    FeatureSet,
+    allocate_features,
+    extract_features,
+    normalize_rows,
+    walk_features,
+)
+from evaluation.features.files import (
+    FeatureWriter,
+    StoredFeatures,
+    differences,
+    is_features,
+    open_features,
+)
+from evaluation.progress import say
+from utils import distributed
+from utils.data.images import ImageDataset
+from utils.errors import UserError
+from vit.backbone import Backbone
+
+CLASS_TOKEN = "class token of the last block after the final norm"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of an object that has none of its own
+
+
+def class_tokens(
+    net: Backbone,
+    dataset: ImageDataset,
+    split: str,
+    *,
+    features_dir: str | Path | None,
+    transform: Callable,
+    transform_words: str,
+    normalized: bool,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    on_error: str = "raise",
+) -> FeatureSet:
+    """This rank's class tokens of one split, on the host; every rank must call this.
+
+    With `features_dir` they are read from a folder below it where one holds these very features,
+    and stored there where none does; a transform without a repr of its own, which nothing tells
+    from another, reads and stores none. Normalising is done after reading.
+    """
+    if features_dir is not None and _ADDRESS.search(transform_words):
+        if distributed.is_main():
+            say(
+                f"{split} features: not kept in {features_dir}, as {transform_words} has no repr "
+                "that tells its settings"
+            )
+        features_dir = None
+    options: dict[str, Any] = {
+        "transform": transform,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "precision": precision,
+        "on_error": on_error,
+        "label": f"{split} features",
+    }
+    if features_dir is None:
+        return extract_features(net, dataset, dtype=dtype, normalized=normalized, **options)
+    asked = identity(
+        net,
+        dataset,
+        transform=transform_words,
+        feature=CLASS_TOKEN,
+        precision=precision,
+        on_error=on_error,
+    )
+    place = distributed.broadcast_object(
+        _find(Path(features_dir), split, asked) if distributed.is_main() else None
+    )
+    if place.problem:
+        raise UserError(place.problem)
+    if place.note and distributed.is_main():
+        say(place.note)
+    if not place.holds_them:
+        store_features(net, dataset, place.folder, asked, **options)
+    return read_share(open_features(place.folder), normalized=normalized, dtype=dtype)
+
+
+def store_features(
+    net: Backbone,
+    dataset: ImageDataset,
+    folder: Path,
+    meta: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Extract to a folder, with the options of `walk_features`; every rank must call this."""
+    writer = FeatureWriter(folder, dtype=meta["dtype"])
+    try:
+        walk_features(net, dataset, writer.add, **options)
+        writer.finish(dataset, meta)
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def transform_in_words(
+    transform: Callable | None, resize_size: int | None, crop_size: int | None
+) -> str:
+    """How images become tensors, for a protocol: one line, the same for the same transform.
+
+    A size of None is the net's own, which `settle_sizes` tells.
+    """
+    if transform is not None:
+        return " ".join(str(transform).split())
+    if crop_size is None:
+        return "resize and centre crop to the net's own size, bicubic"
+    return f"resize {resize_size or 'in proportion'}, centre crop {crop_size}, bicubic"
+
+
+def identity(
+    net: Backbone,
+    dataset: ImageDataset,
+    *,
+    transform: str,
+    feature: str,
+    precision: str,
+    normalized: bool = False,
+    dtype: str = "float32",
+    on_error: str = "raise",
+) -> dict[str, Any]:
+    """What stored features depend on, as meta.json holds it; every rank must call this."""
+    return {
+        "net": type(net).__name__,
+        "net_fingerprint": net_fingerprint(net),
+        "data": _without_addresses(repr(dataset)),
+        "data_fingerprint": distributed.broadcast_object(
+            _data_fingerprint(dataset) if distributed.is_main() else None
+        ),
+        "images": len(dataset),
+        "feature": feature,
+        "transform": transform,
+        "normalized": normalized,
+        "precision": precision,
+        "dtype": dtype,
+        "on_error": on_error,
+    }
+
+
+def net_fingerprint(net: Backbone) -> str:
+    """A hash of the net's modules, parameters and buffers; every rank must call this."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(_without_addresses(f"{type(net).__qualname__} {net!r}").encode())
+    if isinstance(net, nn.Module):
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            # A sharded parameter is gathered by all ranks.
+            whole: Tensor = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
+            whole = whole.detach().cpu().contiguous()
+            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return distributed.broadcast_object(digest.hexdigest())
+
+
+def read_share(
+    stored: StoredFeatures, *, normalized: bool, dtype: torch.dtype = torch.float32
+) -> FeatureSet:
+    """This rank's rows, a block of neighbours, read into memory once."""
+    world, rank, count = distributed.world_size(), distributed.rank(), len(stored.labels)
+    start, stop = count * rank // world, count * (rank + 1) // world
+    part = allocate_features(stop - start, stored.features.shape[1], dtype)
+    for first, rows in stored.blocks(start, stop):
+        rows = normalize_rows(rows.float()) if normalized else rows
+        part.features[first - start : first - start + len(rows)] = rows.to(dtype)
+    part.labels.copy_(torch.from_numpy(stored.labels[start:stop]))
+    part.indices.copy_(torch.from_numpy(stored.images[start:stop]))
+    return part
+
+
+class _Place(NamedTuple):
+    """Where features of one split are, or are to be."""
+
+    folder: Path
+    holds_them: bool
+    note: str = ""
+    problem: str = ""
+
+
+def _find(root: Path, split: str, asked: Mapping[str, Any]) -> _Place:
+    """The folder to read from or to write to.
+
+    `root`/`split` is what experiments/extract_features.py writes. Probes write beside it, to a
+    folder per transform, because two probes that resize differently would else take turns in
+    replacing each other's.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "_", asked["transform"].lower()).strip("_")
+    if len(slug) > 60:
+        slug = f"{slug[:50]}_{hashlib.sha256(slug.encode()).hexdigest()[:8]}"
+    own = root / f"{split}_{slug}"
+    note = ""
+    for folder in (root / split, own):
+        if not is_features(folder):
+            continue
+        try:
+            wrong = differences(open_features(folder).meta, asked)
+        except UserError as error:
+            wrong = [str(error)]
+        if not wrong:
+            return _Place(folder, True, f"{split} features: read from {folder}")
+        note = f"{folder} holds other features, so they are extracted again: {'; '.join(wrong)}"
+    if own.exists() and not is_features(own) and any(own.iterdir()):
+        return _Place(own, False, problem=f"{own} is no folder of features: not overwritten")
+    return _Place(own, False, note)
+
+
+def _data_fingerprint(dataset: ImageDataset) -> str:
+    """A hash of all paths and labels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(len(dataset)):
+        line = f"{dataset.path(index)}\0{dataset.label(index)}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _without_addresses(text: str) -> str:
+    return _ADDRESS.sub("", " ".join(text.split()))

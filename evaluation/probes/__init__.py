@@ -1,0 +1,1 @@
+"""Probes of a frozen net on labelled images: kNN, linear, logistic regression, attentive."""

@@ -1,0 +1,197 @@
+"""The attentive probe of capi (Darcet et al. 2025): linear and attentive heads on frozen features.
+
+What differs from the linear probe: heads also attend to all patches, AdamW trains them with weight
+decay, and the head of each representation is chosen on a held-out tenth of the training images.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.features.dataset import evaluating, full_float32_products
+from evaluation.probes.attentive_heads import REPRESENTATIONS, AttentiveHeads, make_grid
+from evaluation.probes.exams import Exam, TestSet, count_classes, prepare_exam
+from evaluation.probes.files import ProbeFiles, checksum
+from evaluation.probes.head_results import by_head, print_heads
+from evaluation.probes.run import HeadRun
+from evaluation.probes.training import HeadTraining, best_head, check_list
+from evaluation.results import write_results
+from utils import distributed
+from utils.data.images import ImageDataset, Subset
+from utils.errors import UserError
+from utils.schedules import Cosine, scale_lr
+from vit.backbone import Backbone
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+WEIGHT_DECAYS = (5e-4, 1e-3, 5e-2)
+SPLIT_SEED = 42
+
+
+class AttentiveProbe:
+    """Judge data.val by the best head of each representation; callable as a probe.
+
+    representations, all of the last block after the final norm: "cls" the class token and
+    "avg_patch" the mean patch, both with linear heads, "patch" all patches with attentive heads.
+    Base rates count at 256 images a step; `warmup_epochs` of a linear warm-up come before half a
+    cosine to 0.
+    Departs from capi: the images of a step are the same on any number of processes, and there is no
+    fourth representation that its code adds by mistake.
+    """
+
+    needs_labels = True
+
+    def __init__(
+        self,
+        *,
+        representations: Sequence[str] = REPRESENTATIONS,
+        learning_rates: Sequence[float] = RATES,
+        weight_decays: Sequence[float] = WEIGHT_DECAYS,
+        epochs: int = 10,
+        epoch_length: int | None = None,
+        warmup_epochs: int = 1,
+        global_batch_size: int = 1024,
+        sampler: str = "shuffled",
+        seed: int = 0,
+        resize_size: int | None = 256,
+        crop_size: int | None = 224,
+        transform: Callable | None = None,
+        train_transform: Callable | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        precision: str = "fp32",
+        resume: bool = True,
+        on_error: str = "raise",
+    ) -> None:
+        unknown = [name for name in representations if name not in REPRESENTATIONS]
+        if unknown or not representations:
+            known = ", ".join(REPRESENTATIONS)
+            raise ValueError(f"unknown representations {unknown}; known: {known}")
+        if not 0 <= warmup_epochs <= epochs:
+            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be 0 to epochs={epochs}")
+        self.representations = [name for name in REPRESENTATIONS if name in representations]
+        self.learning_rates = check_list("learning_rates", learning_rates, above=0)
+        self.weight_decays = check_list("weight_decays", weight_decays, above=-1e-12)
+        self.warmup_epochs, self.resume = warmup_epochs, resume
+        self.given = HeadTraining(
+            epochs=epochs,
+            epoch_length=epoch_length,
+            global_batch_size=global_batch_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+            sampler=sampler,
+            seed=seed,
+            resize_size=resize_size,
+            crop_size=crop_size,
+            transform=transform,
+            train_transform=train_transform,
+            on_error=on_error,
+        )
+        self.training = self.given  # until the data and a net say what is left open
+
+    def __call__(
+        self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
+    ) -> dict[str, float]:
+        """Percentages by flat name; every rank must call this. Writes `results.json` and heads."""
+        folder, num_classes = Path(output_dir), count_classes(data["train"])
+        val = prepare_exam(
+            TestSet("val", data["val"], "mean_accuracy", None),
+            trained_on=data["train"],
+            num_classes=num_classes,
+        )
+        self.training = self.given.on(len(data["train"])).sized(net)
+        train_set, held_out = split_off_tenth(data["train"])
+        with evaluating(net) as device, full_float32_products(device):
+            run = self._prepare(net, num_classes, train_set, folder, step, device)
+            for _ in run.train(resume=self.resume):
+                pass
+            return self._report(run, Exam("held-out tenth of train", held_out), val, folder, step)
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What the figures depend on."""
+        return {
+            "probe": "attentive",
+            "feature": f"{', '.join(self.representations)} of the last block after the final norm",
+            "vote": "the best head of each representation on a held-out tenth of train",
+            "learning_rates": self.learning_rates,
+            "weight_decays": self.weight_decays,
+            "optimizer": f"AdamW, betas 0.9 and 0.95, warm-up of {self.warmup_epochs} epochs, half "
+            "cosine to 0",
+            **self.training.protocol(),
+        }
+
+    def _prepare(
+        self,
+        net: Backbone,
+        num_classes: int,
+        train_set: ImageDataset,
+        folder: Path,
+        step: int,
+        device: torch.device,
+    ) -> HeadRun:
+        batch_size = self.training.global_batch_size
+        rates = [scale_lr(rate, "linear_wrt_256", batch_size) for rate in self.learning_rates]
+        heads = AttentiveHeads(
+            make_grid(self.representations, rates, self.weight_decays),
+            embed_dim=net.embed_dim,
+            num_classes=num_classes,
+            generator=torch.Generator().manual_seed(self.training.seed),
+        ).to(device)
+        optimizer = torch.optim.AdamW(heads.param_groups(), betas=(0.9, 0.95))
+        schedule = Cosine(
+            base=1.0,
+            final=0.0,
+            num_steps=self.training.num_steps,
+            warmup_steps=self.warmup_epochs * self.training.steps_per_epoch,
+        )
+        owner = {"net": checksum(net), "step": step}
+        files = ProbeFiles(
+            folder,
+            owner | {"protocol": self.protocol | {"train_images": len(train_set)}},
+            running="running_checkpoint_attentive_eval",
+            final="attentive_model_final",
+            pointer="last_attentive_checkpoint",
+        )
+        return HeadRun(
+            net,
+            heads,
+            optimizer,
+            schedule,
+            train_set,
+            self.training,
+            files,
+            label="attentive probe",
+        )
+
+    def _report(
+        self, run: HeadRun, held_out: Exam, val: Exam, folder: Path, step: int
+    ) -> dict[str, float]:
+        chosen_by, by_k = run.judge(held_out), run.judge(val)
+        names, figures, best = run.heads.names, {}, {}
+        per_representation = len(names) // len(self.representations)
+        for number, representation in enumerate(self.representations):
+            first = number * per_representation
+            index = first + best_head(chosen_by[1][first : first + per_representation])
+            best[representation] = names[index]
+            for k, fractions in by_k.items():
+                figures[f"attentive_{representation}_top{k}"] = 100 * fractions[index].item()
+        if distributed.is_main():
+            heads = by_head(names, {"val": by_k, held_out.name: chosen_by})
+            protocol = self.protocol | {"step": step, "world_size": distributed.world_size()}
+            results = {**figures, "best": best, "heads": heads}
+            write_results(folder, "attentive", protocol=protocol, figures=results)
+            print_heads(names, chosen_by, held_out.name, protocol)
+        return figures
+
+
+def split_off_tenth(dataset: ImageDataset) -> tuple[Subset, Subset]:
+    """All but a tenth, and the tenth: capi's split, the last part of one fixed permutation."""
+    count = len(dataset)
+    if count < 10:
+        raise UserError(f"{dataset!r}: {count} images are too few to set a tenth apart")
+    order = np.random.default_rng(SPLIT_SEED).permutation(count)
+    kept = count - count // 10
+    return Subset(dataset, order[:kept]), Subset(dataset, order[kept:])

@@ -1,0 +1,306 @@
+"""The logistic-regression probe of DINOv2: class tokens as they are, the best of a grid of C."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaluation.features.cache import CLASS_TOKEN, class_tokens, transform_in_words
+from evaluation.features.dataset import PRECISIONS, FeatureSet, check_labelled, device_of, renumber
+from evaluation.image_size import settle_sizes
+from evaluation.probes.class_metrics import ClassCounts
+from evaluation.probes.logistic import LogisticModel, fit_logistic, measure_moments
+from evaluation.progress import say
+from evaluation.results import write_results
+from utils import distributed
+from utils.data.images import ImageDataset
+from utils.data.transforms import evaluation_transform
+from utils.errors import UserError
+from vit.backbone import Backbone
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+SELECT_ON = ("train", "val")
+Fit = Callable[[float, LogisticModel | None], LogisticModel]
+"""(C, where to start) -> fitted model."""
+PUBLISHED_C = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
+
+
+class Trial(NamedTuple):
+    """One value of C in the selection."""
+
+    C: float
+    top1: float  # percent, on the rows the selection is made on
+    steps: int
+    gradient: float
+
+
+class LogregProbe:
+    """Judge a frozen net by logistic regression on its class tokens, not normalised.
+
+    C is the inverse strength of the penalty |W|^2 / 2; the grid is fitted by ascending C, each fit
+    beginning at the one before. The best C by top-1, the smaller among equals, is chosen on
+    select_on: a tenth of the training images ("train"), or the very images judged ("val", which
+    DINOv2 calls finetune-on-val), or on `finetune`, a data set of its own. Unless chosen on val,
+    the classifier is fitted anew on training and selection images together.
+    A size of None is the net's own, without a margin around the crop.
+    dtype: of the products. features_on: "cpu" keeps the rows on the host and moves them chunk by
+    chunk in every pass; "device" keeps them on the net's device.
+    Departs from DINOv2: L-BFGS runs over row shards of all ranks, instead of one rank per C with
+    cuML, so that no rank needs all rows. The optimum is the same.
+    """
+
+    needs_labels = True  # a training on images without any leaves this probe out
+
+    def __init__(
+        self,
+        *,
+        Cs: Sequence[float] = PUBLISHED_C,
+        select_on: str = "train",
+        finetune: ImageDataset | None = None,
+        max_iter: int = 1000,
+        tol: float = 1e-12,
+        dtype: str = "float64",
+        batch_size: int = 256,
+        num_workers: int = 0,
+        resize_size: int | None = 224,
+        crop_size: int | None = 224,
+        transform: Callable | None = None,
+        precision: str = "fp32",
+        chunk_size: int = 16384,
+        features_on: str = "cpu",
+        on_error: str = "raise",
+        features_dir: str | None = None,
+    ) -> None:
+        if not Cs or min(Cs) <= 0:
+            raise ValueError(f"Cs needs values above 0, got {list(Cs)}")
+        for name, value, known in (
+            ("select_on", select_on, SELECT_ON),
+            ("dtype", dtype, tuple(DTYPES)),
+            ("precision", precision, tuple(PRECISIONS)),
+            ("features_on", features_on, ("cpu", "device")),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        if finetune is not None and select_on == "val":
+            raise ValueError("select_on=val and finetune exclude each other: C is chosen on one")
+        if max_iter < 1 or chunk_size < 1:
+            raise ValueError(f"{max_iter=} and {chunk_size=} must be at least 1")
+        self.Cs = sorted(set(Cs))
+        self.select_on, self.finetune = select_on, finetune
+        self.max_iter, self.tol, self.dtype = max_iter, tol, dtype
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.given, self.transform = (resize_size, crop_size), transform
+        self.resize_size, self.crop_size = self.given  # until a net says what is left open
+        self.precision, self.chunk_size, self.features_on = precision, chunk_size, features_on
+        self.on_error, self.features_dir = on_error, features_dir
+
+    def __call__(
+        self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
+    ) -> dict[str, float]:
+        """Extract, choose C, fit, judge; every rank must call this. Returns percentages and C.
+
+        Writes `results_eval_logreg.txt` (DINOv2's lines, appended) and `results.json`.
+        """
+        parts = {split: self.extract(net, data[split], split) for split in ("train", "val")}
+        if self.finetune is not None:
+            parts["finetune"] = self.extract(net, self.finetune, "finetune")
+        device = device_of(net)
+        figures, trials = self.evaluate(parts, device=device)
+        if distributed.is_main():
+            self._write(figures, trials, Path(output_dir), step)
+        return figures
+
+    def extract(self, net: Backbone, dataset: ImageDataset, split: str) -> FeatureSet:
+        """This rank's rows of one split, numbered without gaps; every rank must call this."""
+        resize_size, crop_size = settle_sizes(net, *self.given, margin=False)
+        self.resize_size, self.crop_size = resize_size, crop_size
+        part = class_tokens(
+            net,
+            dataset,
+            split,
+            features_dir=self.features_dir,
+            transform=self.transform
+            or evaluation_transform(resize_size=resize_size, crop_size=crop_size),
+            transform_words=transform_in_words(self.transform, self.resize_size, self.crop_size),
+            normalized=False,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            precision=self.precision,
+            on_error=self.on_error,
+        )
+        check_labelled(part, split, "logistic regression")
+        return renumber(part) if self.on_error == "skip" else part
+
+    def evaluate(
+        self, parts: Mapping[str, FeatureSet], *, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, float], list[Trial]]:
+        """Figures and the grid from this rank's rows of train, val and, if given, finetune.
+
+        Every rank must call this.
+        """
+        if self.features_on == "device":
+            parts = {
+                split: FeatureSet(*(piece.to(device) for piece in part))
+                for split, part in parts.items()
+            }
+        rows = {split: _Rows(part, chunk_size=self.chunk_size) for split, part in parts.items()}
+        everything = [rows["train"]]
+        if "finetune" in rows:
+            fitted, held_out = rows["train"], rows["finetune"]
+            everything.append(held_out)
+        elif self.select_on == "val":
+            fitted, held_out = rows["train"], rows["val"]
+        else:
+            mask = draw_tenth(parts["train"])
+            fitted, held_out = rows["train"].only(~mask), rows["train"].only(mask)
+        labels = [int(part.labels.max()) for part in parts.values() if len(part.labels)]
+        shape: dict[str, Any] = {
+            "num_classes": 1 + max(distributed.gather_objects(max(labels, default=0))),
+            "dim": parts["train"].features.shape[1],
+            "device": torch.device(device),
+            "dtype": DTYPES[self.dtype],
+        }
+        model, trials = self._choose(self._fits([fitted], shape), held_out)
+        C = _best(trials).C
+        if self.select_on != "val":
+            start = time.monotonic()
+            model = self._fits(everything, shape)(C, model)
+            if distributed.is_main():
+                seconds = time.monotonic() - start
+                say(f"logreg: fitted on all training images, {model.steps} steps, {seconds:.1f} s")
+        tops = judge(model, rows["val"])
+        return {"logreg_top1": tops[1], "logreg_top5": tops[5], "logreg_C": C}, trials
+
+    def _fits(self, rows: Sequence["_Rows"], shape: Mapping[str, Any]) -> Fit:
+        """Fits on the same rows for any C, from any start; a collective call."""
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for part in rows:
+                yield from part.chunks()
+
+        moments = measure_moments(batches, **shape)
+        options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "moments": moments}
+        return lambda C, start: fit_logistic(batches, C=C, start=start, **options, **shape)
+
+    def _choose(self, fit: Fit, held_out: "_Rows") -> tuple[LogisticModel, list[Trial]]:
+        """The model of the best C, and what each C gave."""
+        trials: list[Trial] = []
+        model: LogisticModel | None = None
+        best: LogisticModel | None = None
+        begin = time.monotonic()
+        for C in self.Cs:
+            start = time.monotonic()
+            model = fit(C, model)
+            trials.append(Trial(C, judge(model, held_out)[1], model.steps, model.gradient))
+            if _best(trials) is trials[-1]:
+                best = model
+            if distributed.is_main():
+                now, done, count = time.monotonic(), len(trials), len(self.Cs)
+                left = (now - begin) / done * (count - done)
+                say(
+                    f"logreg: {done}/{count}, C = {C:.3g}: top-1 {trials[-1].top1:.2f} %, "
+                    f"{model.steps} steps, {now - start:.1f} s, "
+                    f"{'done' if done == count else f'about {left:.0f} s left'}"
+                )
+        assert best is not None
+        return best, trials
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What the figures depend on."""
+        chosen = {
+            "train": "a tenth of the training images, the classifier then fitted on all",
+            "val": "the images judged",
+        }
+        words = "a data set of its own, the classifier then fitted on train and it"
+        return {
+            "probe": "logreg",
+            "feature": f"{CLASS_TOKEN}, not normalised",
+            "transform": transform_in_words(self.transform, self.resize_size, self.crop_size),
+            "classifier": "multinomial logistic regression, sum of CE + |W|^2 / 2C, intercept free",
+            "C chosen on": chosen[self.select_on] if self.finetune is None else words,
+            "finetune": None if self.finetune is None else repr(self.finetune),
+            "Cs": self.Cs,
+            "max_iter": self.max_iter,
+            "tol": self.tol,
+            "dtype": self.dtype,
+            "precision": self.precision,
+            "world_size": distributed.world_size(),
+        }
+
+    def _write(
+        self, figures: Mapping[str, float], trials: Sequence[Trial], output_dir: Path, step: int
+    ) -> None:
+        lines = (
+            f"Top-1 test accuracy: {figures['logreg_top1']:.1f}",
+            f"Top-5 test accuracy: {figures['logreg_top5']:.1f}",
+            f"obtained for C = {figures['logreg_C']:.6g}",
+        )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with (output_dir / "results_eval_logreg.txt").open("a") as file:
+            for line in lines:
+                say(line)
+                file.write(f"{line}\n")
+        write_results(
+            output_dir,
+            "logreg",
+            protocol=self.protocol | {"step": step},
+            figures={**figures, "selection": [trial._asdict() for trial in trials]},
+        )
+
+
+class _Rows:
+    """This rank's rows of one set, chunk by chunk; those of `mask` alone, without a copy of all."""
+
+    def __init__(self, part: FeatureSet, *, chunk_size: int, mask: Tensor | None = None) -> None:
+        self.part, self.chunk_size, self.mask = part, chunk_size, mask
+
+    def only(self, mask: Tensor) -> "_Rows":
+        """The rows where `mask` is True."""
+        return _Rows(self.part, chunk_size=self.chunk_size, mask=mask)
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features [n, D] and labels [n]."""
+        for start in range(0, len(self.part.labels), self.chunk_size):
+            chunk = slice(start, start + self.chunk_size)
+            features, labels = self.part.features[chunk], self.part.labels[chunk]
+            if self.mask is None:
+                yield features, labels
+            else:
+                mask = self.mask[chunk]
+                yield features[mask.to(features.device)], labels[mask.to(labels.device)]
+
+
+def judge(model: LogisticModel, rows: _Rows) -> dict[int, float]:
+    """Percent correct by 1 and 5 best classes, over all ranks' rows; a collective call."""
+    counts = ClassCounts(1, len(model.bias), device=model.bias.device)
+    for features, labels in rows.chunks():
+        scores = model.scores(features.to(model.bias.device))
+        counts.add(scores[None], labels.to(scores.device))
+    counts.reduce()
+    return {k: float(share) * 100 for k, share in counts.fractions().items()}
+
+
+def draw_tenth(train: FeatureSet) -> Tensor:
+    """Which of this rank's rows [n] belong to the tenth of all ranks' rows that C is chosen on.
+
+    The first n // 10 of a permutation drawn by a generator seeded with 0: DINOv2's. Every rank must
+    call this. Raises UserError where there are fewer than 10 images.
+    """
+    count = sum(distributed.gather_objects(len(train.labels)))
+    if count < 10:
+        raise UserError(
+            f"a tenth of {count} training images is none to choose C on; use select_on=val"
+        )
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 10]
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[drawn] = True
+    return chosen[train.indices.cpu()]
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """The trial with the highest top-1, the first among equals."""
+    return max(trials, key=lambda trial: trial.top1)

@@ -1,0 +1,103 @@
+"""One training of heads on one net: go on where files stand, train, save, judge."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evaluation.probes.exams import Exam
+from evaluation.probes.files import ProbeFiles, StoredHeads, load_classifier
+from evaluation.probes.training import (
+    FrozenFeatures,
+    Heads,
+    HeadTraining,
+    judge_heads,
+    train_heads,
+)
+from evaluation.progress import say
+from utils import distributed
+from utils.data.images import ImageDataset
+from utils.schedules import Schedule
+from vit.backbone import Backbone
+
+
+class TrainableHeads(Heads, StoredHeads, Protocol):
+    """Heads that can be trained, judged and stored."""
+
+
+class HeadRun:
+    """The heads of a probe on a frozen net, from their first step to their judgement.
+
+    `schedule` multiplies the `initial_lr` of each group of the optimiser; `training` is settled.
+    """
+
+    def __init__(
+        self,
+        net: Backbone,
+        heads: TrainableHeads,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        train_set: ImageDataset,
+        training: HeadTraining,
+        files: ProbeFiles,
+        *,
+        label: str,
+    ) -> None:
+        self.heads, self.optimizer, self.schedule = heads, optimizer, schedule
+        self.train_set, self.training, self.files, self.label = train_set, training, files, label
+        self.frozen = FrozenFeatures(net, heads.layers, training.precision)
+        self.num_steps = training.num_steps
+
+    def train(self, *, resume: bool = True, classifier: str | None = None) -> Iterator[int]:
+        """Train, giving each step's number when it is done; every rank must walk through this.
+
+        Saves at the end of each epoch, and at the end, before it gives that step.
+        """
+        first = self._first_step(resume, classifier)
+        if first >= self.num_steps:
+            return
+        length = self.training.in_words(len(self.train_set))
+        self._tell(f"{self.label}: {len(self.heads.names)} heads, {length}")
+        steps_per_epoch = self.training.steps_per_epoch
+        for step in train_heads(
+            self.heads,
+            self.frozen,
+            self.optimizer,
+            self.training.batches(self.train_set, first_step=first),
+            schedule=self.schedule,
+            num_steps=self.num_steps,
+            first_step=first,
+            accumulation=self.training.micro_batches[1],
+            images_per_step=self.training.global_batch_size,
+            label=self.label,
+        ):
+            last = step + 1 == self.num_steps
+            if last or (step + 1) % steps_per_epoch == 0:
+                self.frozen.check()
+            if last:
+                self.files.save(self.files.final, self.heads, self.optimizer, step)
+            elif (step + 1) % steps_per_epoch == 0:
+                self.files.save(self.files.running, self.heads, self.optimizer, step)
+            yield step
+
+    def judge(self, exam: Exam) -> dict[int, Tensor]:
+        """Fractions correct of every head by k; every rank must call this."""
+        found = judge_heads(self.heads, self.frozen, exam, self.training, label=self.label)
+        self.frozen.check()
+        return found
+
+    def _first_step(self, resume: bool, classifier: str | None) -> int:
+        first = self.files.resume(self.heads, self.optimizer) if resume else None
+        if first is not None:
+            self._tell(f"{self.label}: going on after step {first} of {self.num_steps}")
+            return first
+        if classifier is None:
+            return 0
+        first = load_classifier(classifier, self.heads, self.num_steps)
+        self._tell(f"{self.label}: heads of {classifier}, trained for {first} steps")
+        return first
+
+    def _tell(self, line: str) -> None:
+        if distributed.is_main():
+            say(line)

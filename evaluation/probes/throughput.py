@@ -1,0 +1,84 @@
+"""Images per second and multiply-adds of a net as it stands, as a probe.
+
+For one net beside its accuracy (EViT's and DHVT's `--test_speed`); experiments/complexity.py
+compares nets in turn, which is the fairer measurement.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evaluation.cost.peaks import device_name
+from evaluation.cost.timing import INFERENCE, Contestant, Turn, speed_of
+from evaluation.features.dataset import PRECISIONS
+from evaluation.progress import say
+from evaluation.results import write_results
+from evaluation.sample import image_size_of
+from utils import distributed
+from utils.errors import UserError
+from utils.flops import count_one_image
+
+
+class ThroughputProbe:
+    """Random images through the net, without gradients; no images of the data are read.
+
+    batch_size, steps, repeats: of images, of timed batches, and of measurements, of which the first
+    is not counted. input_size: None is the net's own.
+    Departs from EViT: without autograd, and an untimed step goes ahead of each measurement.
+    """
+
+    splits = ()
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        steps: int = 100,
+        repeats: int = 3,
+        input_size: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        if batch_size < 1 or steps < 1 or repeats < 2:
+            raise ValueError("batch_size and steps must be at least 1, repeats at least 2")
+        self.batch_size, self.steps, self.repeats = batch_size, steps, repeats
+        self.input_size, self.precision = input_size, precision
+
+    def __call__(
+        self, net: nn.Module, data: Mapping[str, Any], output_dir: Path, step: int = 0
+    ) -> dict[str, float]:
+        """Images per second and giga multiply-adds; UserError in several processes."""
+        if distributed.world_size() > 1:
+            raise UserError("speed is that of one process; start one, without --ngpus and --nodes")
+        found: list[Turn] = []
+        size, training = self.input_size or image_size_of(net), net.training
+        device = next(net.parameters()).device
+        images = torch.randn(self.batch_size, getattr(net, "in_chans", 3), size, size)
+        timed = Contestant(net, images.to(device), dtype=PRECISIONS[self.precision])
+        try:
+            for _ in range(self.repeats):
+                found.append(timed.turn(INFERENCE, self.steps))
+            macs = count_one_image(net, size, backward=False).forward / 2e9
+        finally:
+            net.train(training)
+        speed = speed_of(found[1:], self.batch_size)
+        count = f"{macs:.3f} G" if macs >= 1e-3 else f"{1e3 * macs:.3f} M"
+        say(
+            f"{speed.images_per_second:.1f} img/s (batch {self.batch_size}, {size} x {size}, "
+            f"{self.precision}, {device_name(device)}), {count} multiply-adds"
+        )
+        results = {"images_per_second": speed.images_per_second, "gmacs": macs}
+        if step:  # an evaluation writes them itself, with the name of the net
+            protocol = self.protocol | {"step": step}
+            write_results(output_dir, "throughput", protocol=protocol, figures=results)
+        return results
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What the figures depend on."""
+        keys = ("batch_size", "steps", "repeats", "precision", "input_size")
+        return {"probe": "throughput", **{key: getattr(self, key) for key in keys}}

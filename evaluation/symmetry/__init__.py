@@ -1,0 +1,1 @@
+"""The law f(g x) = g f(x) measured, and nets made invariant after training."""

@@ -1,0 +1,104 @@
+"""A net under rotations by any angle, which no grid of pixels allows exactly.
+
+An image is cut to its inscribed disc, turned by bilinear interpolation, and cut again. Beside each
+error stands a control: the image turned there and back, which only interpolation has changed, twice
+as against once. What exceeds it by far is the net's own.
+Letters: B images, H side in pixels, h w grid of patches, D channels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from evaluation.features.dataset import evaluating
+from evaluation.progress import track
+from evaluation.symmetry.equivariance import relative_error
+from utils.errors import UserError
+from vit.backbone import Backbone, Features
+
+
+class AngleError(NamedTuple):
+    """Relative distances at one angle, and those of the control."""
+
+    cls: float  # |f(R x) - f(x)| of the class token
+    cls_control: float  # |f(R' R x) - f(x)|, R' the turn back
+    patches: float | None  # |f(R x) - R f(x)| of the map of patches, inside the disc
+    patches_control: float | None  # |R' R f(R' R x) - f(x)|: image and map both interpolated twice
+
+
+def angles_of(step: float) -> list[float]:
+    """Every `step` degrees below 360; none for 0."""
+    if not 0 <= step <= 180:
+        raise UserError(f"angle_step is {step} degrees; it must lie between 0 (none) and 180")
+    return [index * step for index in range(round(360 / step + 0.5 - 1e-9))] if step else []
+
+
+@torch.no_grad()
+def angle_errors(
+    net: Backbone, images: Tensor, angles: Sequence[float], *, shown: bool = False
+) -> dict[float, AngleError]:
+    """Errors of images [B 3 H H] by angle, in degrees counter-clockwise.
+
+    Multiples of 90 degrees need no interpolation and are exact.
+    """
+    errors = {}
+    with evaluating(net) as device:
+        images = _cut(images.to(device))
+        still = net.features(images)[0]
+        for angle in track(angles, total=len(angles), label="angles", size=_one, shown=shown):
+            turned_images = _cut(rotate(images, angle))
+            turned = net.features(turned_images)[0]
+            control = net.features(_cut(rotate(turned_images, -angle)))[0]
+            errors[angle] = _compare(still, turned, control, angle)
+    return errors
+
+
+def rotate(images: Tensor, angle: float) -> Tensor:
+    """Turn images [... H H] counter-clockwise about their centre; zero comes in from outside.
+
+    The whole quarter turns of an angle are exact, only the rest is interpolated (bilinear).
+    """
+    quarters, rest = divmod(angle % 360, 90)
+    turned = images.rot90(int(quarters), dims=(-2, -1))
+    if rest == 0:
+        return turned
+    return functional.rotate(turned, rest, interpolation=InterpolationMode.BILINEAR)
+
+
+def disc(height: int, width: int, margin: float = 0.0, *, like: Tensor) -> Tensor:
+    """1 for cells [h w] whose centre lies at least `margin` cells inside the inscribed circle."""
+    rows, columns = (
+        torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2
+        for size in (height, width)
+    )
+    radius = min(height, width) / 2 - margin
+    return (rows[:, None].square() + columns.square() <= radius**2).to(like.dtype)
+
+
+def _cut(images: Tensor) -> Tensor:
+    """Zero, the mean colour of normalised images, outside the disc."""
+    height, width = images.shape[-2:]
+    return images * disc(height, width, like=images)
+
+
+def _compare(still: Features, turned: Features, control: Features, angle: float) -> AngleError:
+    cls = relative_error(turned.cls, still.cls), relative_error(control.cls, still.cls)
+    if still.patches is None or turned.patches is None or control.patches is None:
+        return AngleError(*cls, None, None)
+    expected, found, there_and_back = (
+        part.movedim(-1, 1) for part in (still.patches, turned.patches, control.patches)
+    )
+    # Cells at the rim are interpolated with what lies outside.
+    height, width = expected.shape[-2:]
+    inside = disc(height, width, 1.0, like=expected)
+    back = rotate(rotate(there_and_back, angle), -angle)
+    patches = relative_error(found * inside, rotate(expected, angle) * inside)
+    return AngleError(*cls, patches, relative_error(back * inside, expected * inside))
+
+
+def _one(angle: float) -> int:
+    return 1

@@ -1,0 +1,255 @@
+"""The equivariance report of one or several nets: what experiments/test_equivariance.py runs."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.features.dataset import full_float32_products
+from evaluation.judge import chosen_backbone, make_net
+from evaluation.progress import say
+from evaluation.results import print_table, write_results
+from evaluation.sample import image_size_of, num_classes_of, sample_images
+from evaluation.symmetry.angles import AngleError, angle_errors, angles_of
+from evaluation.symmetry.equivariance import (
+    Measured,
+    greatest,
+    logit_errors,
+    measure,
+    octic_only,
+    worst_error,
+)
+from evaluation.symmetry.equivariance_pictures import draw_angle_errors, draw_layer_errors
+from utils import distributed
+from utils.build import plain
+from utils.data.embedded import photographs
+from utils.data.images import ImageFolder
+from utils.errors import UserError
+from utils.folders import check_folder
+from utils.symmetry import SYMMETRIES
+
+TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
+NONE = None, None
+
+
+class Report(NamedTuple):
+    """All errors of one net."""
+
+    measured: Measured
+    logits: dict[str, tuple[float, float]]  # empty for a net without a classifier
+    angles: dict[float, AngleError]
+    claimed: float | None  # largest error where the net claims a law; None: it claims none
+    image_size: int
+
+
+def report(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure every net of the config, print tables, write results.json and two pictures.
+
+    Reads the keys of configs/equivariance.yaml. Leaves with code 1 and one line where a net that
+    claims a law breaks it. Every rank may call this; the first one measures.
+    """
+    config = dict(plain(config))
+    figures: dict[str, Any] = {}
+    broken: list[str] = []
+    check_folder(config["output_dir"])
+    with distributed.session(config["device"]) as device:
+        if distributed.is_main():
+            tolerance = _tolerance(config)
+            config["backbone"] = chosen_backbone(config)
+            nodes = config["backbones"] or {_name(config["backbone"]): config["backbone"]}
+            reports = {name: _measure(node, config, device) for name, node in nodes.items()}
+            for name, part in reports.items():
+                _print_layers(name, part, _protocol(config, part.image_size, device))
+            if config["angle_step"]:
+                _print_angles(reports)
+            figures = {name: _figures(part) for name, part in reports.items()}
+            _write(config, reports, figures, device)
+            broken = [
+                line for name in reports if (line := _verdict(name, reports[name], tolerance))
+            ]
+        figures, broken = distributed.broadcast_object((figures, broken))
+    if broken:
+        print(f"error: {'; '.join(broken)}", file=sys.stderr)
+        raise SystemExit(1)
+    return figures
+
+
+def own_images(config: Mapping[str, Any], size: int) -> Tensor:
+    """The images [B 3 size size] that `images` of a config names."""
+    count, source = config["num_images"], str(config["images"])
+    if source == "random":
+        if count < 1:
+            raise UserError(f"num_images is {count}; it must be at least 1")
+        generator = torch.Generator().manual_seed(config["seed"])
+        return torch.randn(count, 3, size, size, generator=generator)
+    dataset = photographs() if source == "photographs" else ImageFolder(source, labels=False)
+    return sample_images(dataset, size=size, count=count)
+
+
+def _measure(node: Mapping[str, Any], config: Mapping[str, Any], device: torch.device) -> Report:
+    weights = None if config["backbones"] else config["weights"]
+    net = make_net(node, weights, seed=config["seed"])
+    _shake(net, config["shake"], config["seed"])
+    own_size = image_size_of(net)
+    size = config["image_size"] or own_size
+    dtype = getattr(torch, config["dtype"])
+    images = own_images(config, size).to(device, dtype)
+    net = net.to(device, dtype)
+    angles = angles_of(config["angle_step"])
+    with _exact(device):
+        measured = measure(net, images, shown=True)
+        # torchvision's classifiers take their own size alone.
+        classifies = num_classes_of(net) > 0 and size == own_size
+        logits = logit_errors(net, images) if classifies else {}
+        by_angle = angle_errors(net, images, angles, shown=True)
+    return Report(measured, logits, by_angle, _claimed(net, measured, logits), size)
+
+
+def _shake(net: nn.Module, deviation: float, seed: int) -> None:
+    if not deviation:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=deviation)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """No TF32 in products and convolutions."""
+    cudnn = torch.backends.cudnn
+    kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with full_float32_products(device), cudnn.flags(cudnn.enabled, allow_tf32=False, **kept):
+        yield
+
+
+def _claimed(
+    net: Any, measured: Measured, logits: Mapping[str, tuple[float, float]]
+) -> float | None:
+    """The worst error of what must hold: octic layers; of an invariant net its end as well."""
+    errors = [worst_error(octic_only(measured.layers))]
+    if getattr(net, "invariant", False):
+        for element in (element.name for element in net.group.elements):
+            errors += [*measured.turns[element], logits.get(element, NONE)[0]]
+    return greatest(errors)
+
+
+def _tolerance(config: Mapping[str, Any]) -> float:
+    if config["dtype"] not in TOLERANCES:
+        raise UserError(f"dtype is {config['dtype']}; known: {', '.join(TOLERANCES)}")
+    given = config["tolerance"]
+    return TOLERANCES[config["dtype"]] if given is None else given
+
+
+def _verdict(name: str, part: Report, tolerance: float) -> str | None:
+    """Say how well the law holds; the complaint where it does not."""
+    if part.claimed is None:
+        say(f"{name}: claims no law")
+        return None
+    # Written so that a NaN is a breach as well.
+    if not part.claimed <= tolerance:
+        return f"{name} breaks its law: relative error {part.claimed:.1e}, allowed {tolerance:.0e}"
+    say(f"{name}: the law holds to {part.claimed:.1e} (allowed {tolerance:.0e})")
+    return None
+
+
+def _rows(part: Report) -> dict[str, dict[str, float | None]]:
+    """Errors by element of every layer, and of what comes out."""
+    rows = {
+        f"{name} ({'octic' if layer.octic else 'plain'})": layer.errors
+        for name, layer in part.measured.layers.items()
+    }
+    turns = part.measured.turns
+    rows["class token, end"] = {element: error.cls for element, error in turns.items()}
+    if any(error.patches is not None for error in turns.values()):
+        rows["patches, end"] = {element: error.patches for element, error in turns.items()}
+    if part.logits:
+        rows["logits"] = {element: error for element, (error, _) in part.logits.items()}
+    return rows
+
+
+def _print_layers(name: str, part: Report, protocol: str) -> None:
+    rows = [
+        (label, *(None if error is None else f"{error:.1e}" for error in by_element.values()))
+        for label, by_element in _rows(part).items()
+    ]
+    if part.logits:
+        same = (f"{100 * share:.0f} %" for _, share in part.logits.values())
+        rows.append(("same class", *same))
+    print_table(
+        f"{name}: relative error |f(g x) - g f(x)| / |f(x)|",
+        ("layer", *SYMMETRIES),
+        rows,
+        protocol=protocol,
+    )
+
+
+def _print_angles(reports: Mapping[str, Report]) -> None:
+    columns = ["angle"]
+    rows: dict[float, list[str]] = {}
+    for name, part in reports.items():
+        has_patches = any(error.patches is not None for error in part.angles.values())
+        columns += [f"{name}: class token", *(["patches"] if has_patches else [])]
+        for angle, error in part.angles.items():
+            row = rows.setdefault(angle, [f"{angle:g}"])
+            row.append(f"{error.cls:.3f} ({error.cls_control:.3f})")
+            if error.patches is not None:
+                row.append(f"{error.patches:.3f} ({error.patches_control:.3f})")
+    print_table(
+        "any angle: relative error (in brackets: turned there and back, interpolation alone)",
+        columns,
+        list(rows.values()),
+        protocol="images in their inscribed disc, turned counter-clockwise, bilinear; quarter "
+        "turns exact; the map of patches turned likewise, compared one cell inside the disc",
+    )
+
+
+def _protocol(config: Mapping[str, Any], size: int, device: torch.device) -> str:
+    source = "random numbers" if config["images"] == "random" else config["images"]
+    weights = config["weights"] if not config["backbones"] else None
+    shaken = f" shaken by {config['shake']:g}" if config["shake"] else ""
+    return (
+        f"{config['num_images']} images of {size} x {size} ({source}); weights: "
+        f"{weights or 'random initialisation'}{shaken}; {config['dtype']} on {device.type}, seed "
+        f"{config['seed']}; octic layers: g mixes channels too; plain: it moves patches alone"
+    )
+
+
+def _figures(part: Report) -> dict[str, Any]:
+    return {
+        "largest error of the law claimed": part.claimed,
+        "image_size": part.image_size,
+        "layers": _rows(part),
+        "same class": {element: share for element, (_, share) in part.logits.items()},
+        "angles": {f"{angle:g}": error._asdict() for angle, error in part.angles.items()},
+    }
+
+
+def _write(
+    config: Mapping[str, Any],
+    reports: Mapping[str, Report],
+    figures: Mapping[str, Any],
+    device: torch.device,
+) -> None:
+    folder = Path(config["output_dir"])
+    keys = ("backbone", "backbones", "weights", "shake", "images", "num_images", "angle_step")
+    protocol = {key: config[key] for key in (*keys, "dtype", "seed")} | {"device": device.type}
+    protocol["tolerance"] = _tolerance(config)
+    if config["backbones"]:
+        del protocol["backbone"], protocol["weights"]
+    paths = [write_results(folder, "equivariance", protocol=protocol, figures=figures)]
+    rows = {name: _rows(part) for name, part in reports.items()}
+    paths.append(draw_layer_errors(rows, folder / "errors_by_layer.png", dtype=config["dtype"]))
+    if config["angle_step"]:
+        by_name = {name: part.angles for name, part in reports.items()}
+        paths.append(draw_angle_errors(by_name, folder / "errors_by_angle.png"))
+    say(f"written: {', '.join(str(path) for path in paths)}")
+
+
+def _name(backbone: Mapping[str, Any]) -> str:
+    return backbone.get("model_name") or backbone["_target_"].split(".")[-1]

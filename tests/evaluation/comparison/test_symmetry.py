@@ -1,0 +1,215 @@
+"""The comparison of symmetric nets: what it trains, how it turns digits, what it leaves behind."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from evaluation.commands.compare_symmetry import parse_comparison
+from evaluation.comparison.nets import load_run
+from evaluation.comparison.symmetry import compare
+from evaluation.comparison.symmetry_pictures import draw_comparison
+from evaluation.comparison.symmetry_views import (
+    black_like,
+    judge_views,
+    shift,
+    turn,
+    turn_and_back,
+)
+from evaluation.judge import make_data
+from evaluation.symmetry.posthoc import answers
+from utils.checkpoint import export_weights
+from utils.data.classes import class_metadata
+from utils.errors import UserError
+from utils.symmetry import transform_image
+from vit.models import deit_small_patch16_LS
+
+ONLY_PLAIN = [
+    f"models.{name}=null" for name in ("octic_hybrid", "octic_invariant", "mirror", "gevit")
+]
+
+
+def normalised(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_model_gets_one_recipe():
+    runs = parse_comparison(["--device", "cpu", "--epochs", "3", "seed=4"])["runs"]
+    assert list(runs) == ["octic_hybrid", "octic_invariant", "mirror", "gevit", "plain"]
+    recipes = [{**run["recipe"], "drop_path_rate": None} for run in runs.values()]
+    assert all(recipe == recipes[0] for recipe in recipes) and recipes[0]["epochs"] == 3
+    assert all(run["seed"] == 4 and run["probes"] == {} for run in runs.values())
+    assert runs["plain"]["output_dir"].endswith("compare_symmetry/plain")
+
+
+def test_a_model_of_the_users_joins():
+    words = [*ONLY_PLAIN, "models.mine='deit/quickstart.yaml backbone.depth=2'", "--device", "cpu"]
+    runs = parse_comparison(words)["runs"]
+    assert list(runs) == ["plain", "mine"] and runs["mine"]["backbone"]["depth"] == 2
+    assert runs["mine"]["recipe"]["epochs"] == runs["plain"]["recipe"]["epochs"]
+
+
+def test_turned_training_is_the_same_recipe_on_turned_digits():
+    runs = parse_comparison(["--turned", "--device", "cpu", *ONLY_PLAIN])["runs"]
+    assert list(runs) == ["plain", "plain_turned"]
+    upright, turned = (runs[name]["recipe"]["augmentation"] for name in runs)
+    assert turned["augmentation"] == upright
+    assert turned["_target_"].endswith("RandomTurn")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["posthoc.of=plian"], "posthoc.of is 'plian'; did you mean 'plain'?"),
+        (["models.plain=deit/quickstart_plan.yaml"], "did you mean"),
+        (["models.mirror=runs/nowhere"], "there is no runs/nowhere"),
+        (["trained_on=[sideways]"], "trained_on is a list of upright, turned"),
+        (["--words", "trainig.log_every=3"], "unknown key 'trainig.log_every'"),
+        (["--wrods", "x"], "unknown flag --wrods"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_comparison([*ONLY_PLAIN, *words])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["posthoc.aggregators=[mean,media]"], "unknown aggregator 'media'"),
+        (["posthoc.validation_share=1.0"], "leave nothing"),
+    ],
+)
+def test_a_mistake_of_the_judging_costs_no_training(words, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.comparison.nets.train", lambda run: pytest.fail("trained"))
+    config = parse_comparison(["--device", "cpu", *ONLY_PLAIN, f"output_dir={tmp_path}", *words])
+    with pytest.raises(UserError, match=said):
+        compare(config)
+
+
+def test_what_is_loaded_must_know_the_classes_and_the_size(tmp_path: Path):
+    """A net of other digits, or for other images, would be judged as if it knew nothing."""
+    keywords = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    node = {"_target_": "vit.models.deit_small_patch16_LS", "num_classes": 10, **keywords}
+    net, path = deit_small_patch16_LS(num_classes=10, **keywords), tmp_path / "net.safetensors"
+    data = parse_comparison(["--device", "cpu", *ONLY_PLAIN])["runs"]["plain"]["data"]
+    dataset = make_data(data, "val")
+    metadata = {"constructor": json.dumps(node)}
+    export_weights(path, net.state_dict(), metadata | class_metadata(dataset))
+    assert load_run(str(path), dataset, 32).num_classes == 10
+    with pytest.raises(UserError, match="for images of 32 pixels; the others have 48"):
+        load_run(str(path), dataset, 48)
+    others = class_metadata(SimpleNamespace(class_names=[*dataset.class_names[::-1]]))
+    export_weights(path, net.state_dict(), metadata | others)
+    with pytest.raises(UserError, match="figures would mean nothing"):
+        load_run(str(path), dataset, 32)
+
+
+def test_turning_is_exact_for_quarter_turns_and_black_comes_in():
+    x = normalised()
+    assert torch.allclose(turn(x, 90), transform_image(x, "r"), atol=1e-6)
+    corner = turn(x, 45)[:, :, 0, 0]
+    torch.testing.assert_close(corner, black_like(x)[None, :, 0, 0].expand(4, 3))
+    torch.testing.assert_close(turn_and_back(x, 120), turn_and_back(x, 30))
+    moved = shift(x, 3)
+    assert torch.equal(moved[..., 3:], x[..., :-3])
+    torch.testing.assert_close(moved[..., :3], black_like(x).expand(4, 3, 32, 3))
+
+
+class Bright(nn.Module):
+    """Tells bright from dark whichever way up, or by a corner: (mean, -mean), or the corner's."""
+
+    def __init__(self, corner: bool) -> None:
+        super().__init__()
+        self.corner, self.scale = corner, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = x[..., :8, :8] if self.corner else x
+        mean = value.mean(dim=(1, 2, 3)) * self.scale
+        return torch.stack([-mean, mean], dim=1)
+
+
+def test_an_invariant_net_has_one_accuracy_and_no_error():
+    x = normalised(16)
+    labels = (x.mean(dim=(1, 2, 3)) > 0).long()
+    nets = {"all": Bright(False), "corner": Bright(True)}
+    judged = judge_views(nets, x, labels, [0.0, 30.0, 90.0], batch_size=5)
+    figures = judged["all"].figures
+    assert figures["upright"] == figures["mean_of_eight"] == figures["worst_element"] == 100
+    assert figures["equivariance_error"] < 1e-5
+    assert judged["corner"].figures["equivariance_error"] > 0.1
+    assert judged["all"].by_angle.keys() == {0.0, 30.0, 90.0}
+    assert judged["all"].there_and_back.keys() == {30.0}
+
+
+def test_nets_of_one_backbone_share_its_embeddings():
+    """One pass for all of them, and the answers of each one alone."""
+
+    class Wrapped(nn.Module):
+        calls = 0
+
+        def __init__(self, gain: float) -> None:
+            super().__init__()
+            self.gain = gain
+
+        def embeddings(self, x):
+            Wrapped.calls += 1
+            return x.mean(dim=(2, 3))[:, None]
+
+        def aggregate(self, z):
+            return self.gain * z[:, 0]
+
+    nets = {"a": Wrapped(1.0), "b": Wrapped(2.0)}
+    found = answers(nets, normalised(), ["a", "b"])
+    assert Wrapped.calls == 1 and torch.equal(found["b"], 2 * found["a"])
+
+
+def test_pictures_are_written(tmp_path: Path):
+    torch.manual_seed(0)
+    keywords = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    nets = {"plain": deit_small_patch16_LS(num_classes=10, **keywords).eval()}
+    judged = judge_views(nets, normalised(), torch.zeros(4).long(), [0.0, 45.0, 90.0])
+    names = [str(digit) for digit in range(10)]
+    found = draw_comparison(nets, normalised(1)[0], judged, tmp_path, names)
+    assert sorted(path.name for path in found.values()) == [
+        "accuracy_by_angle.png",
+        "latent_maps.png",
+        "turning.gif",
+    ]
+    with Image.open(tmp_path / "turning.gif") as film:
+        assert film.n_frames == 36
+
+
+def test_what_a_training_would_refuse_is_said_before_the_first_one(tmp_path: Path, capsys):
+    """The default words have a warm-up of two epochs."""
+    words = ["--device", "cpu", "--epochs", "1", *ONLY_PLAIN, f"output_dir={tmp_path}"]
+    said = r"^plain: recipe.schedules.warmup_epochs 2 is more than the 1 epochs of the run \(words"
+    with pytest.raises(UserError, match=said):
+        compare(parse_comparison(words))
+    assert "training" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_trains_judges_and_goes_on_where_it_stood(tmp_path: Path, capsys):
+    words = ["--device", "cpu", "--epochs", "1", "--no-pictures", *ONLY_PLAIN]
+    words += ["--words", "recipe.mixing=null recipe.schedules.warmup_epochs=0 training.max_steps=2"]
+    words += [f"output_dir={tmp_path}", "posthoc.aggregators=[mean]", "angle_step=90.0"]
+    figures = compare(parse_comparison(words))
+    assert list(figures) == ["plain", "plain + mean"]
+    wrapped = figures["plain + mean"]
+    assert wrapped["equivariance_error"] < 1e-4 < figures["plain"]["equivariance_error"]
+    assert wrapped["multiply_adds"] == pytest.approx(
+        8 * figures["plain"]["multiply_adds"], rel=0.01
+    )
+    written = json.loads((tmp_path / "results.json").read_text())["symmetry"]["figures"]
+    assert written["plain"]["upright"] == figures["plain"]["upright"]
+    assert (tmp_path / "results.csv").read_text().startswith("model,upright,")
+    again = compare(parse_comparison([*words, "speed_steps=0"]))
+    assert again["plain"]["upright"] == figures["plain"]["upright"]
+    assert "images_per_second" not in again["plain"]

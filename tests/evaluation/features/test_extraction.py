@@ -1,0 +1,167 @@
+"""The command that writes features of any folder, with any net, to one array."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation.commands.extract_features import parse_extraction, read_extraction_arguments
+from evaluation.features.extraction import FeatureReader, extract
+from evaluation.probes.knn import KnnProbe
+from tests.evaluation.backbones import EMBED_DIM, IMAGE_SIZE, any_backbone, make
+from tests.evaluation.toys import ToyNet
+from utils.data.images import ImageFolder
+from utils.errors import UserError
+from vit.backbone import Features
+
+
+@pytest.fixture
+def images(tmp_path):
+    root = tmp_path / "images"
+    for colour in ("red", "blue"):
+        (root / colour).mkdir(parents=True)
+        for shade in range(4):
+            image = Image.new("RGB", (36, 40), colour)
+            image.putpixel((shade, shade), (255, 255, 255))
+            image.save(root / colour / f"{shade}.png")
+    return root
+
+
+def config(images, tmp_path, **changes):
+    from utils.build import plain
+    from utils.config import compose_config
+
+    words = [f"data.root='{images}'", f"output_dir='{tmp_path / 'F'}'", "device=cpu"]
+    words += [f"resize_size={IMAGE_SIZE}", f"crop_size={IMAGE_SIZE}", "num_workers=0"]
+    return plain(compose_config("extract.yaml", words, base="extract")) | changes
+
+
+@any_backbone
+def test_any_backbone_and_every_feature(backbone, images, tmp_path, capsys):
+    grid = IMAGE_SIZE // 8
+    shapes = {
+        "cls": (8, EMBED_DIM),
+        "cls_patchmean": (8, 2 * EMBED_DIM),
+        "patches": (8, grid, grid, EMBED_DIM),
+    }
+    arrays = {}
+    for feature, shape in shapes.items():
+        changes = {"backbone": backbone, "feature": feature, "overwrite": True}
+        folder = extract(config(images, tmp_path, **changes))
+        arrays[feature] = np.load(f"{folder}/features.npy", mmap_mode="r").copy()
+        assert arrays[feature].shape == shape
+        assert arrays[feature].dtype == np.float32
+    joined = np.concatenate([arrays["cls"], arrays["patches"].mean((1, 2))], axis=1)
+    np.testing.assert_allclose(arrays["cls_patchmean"], joined, rtol=1e-4, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert "features: 8/8" in printed and "np.load(" in printed
+    lines = list(csv.DictReader(Path(folder, "index.csv").read_text().splitlines()))
+    assert [line["class_name"] for line in lines] == ["blue"] * 4 + ["red"] * 4
+
+
+def test_several_blocks_normalised_in_half_precision(images, tmp_path):
+    changes = {"layers": [-2, -1], "normalized": True, "dtype": "float16", "split": "val"}
+    changes["backbone"] = {"_target_": "vit.models.dinov2_vit_small_patch16", "img_size": 32}
+    settings = config(images, tmp_path, **changes)
+    settings["data"] = {"val": {"_target_": "utils.data.images.ImageFolder", "root": str(images)}}
+    folder = extract(settings)
+    rows = np.load(f"{folder}/features.npy", mmap_mode="r")
+    assert rows.dtype == np.float16
+    assert rows.shape == (8, 2 * 384)
+    np.testing.assert_allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=1e-3)
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    assert meta["feature"] == "class token of blocks -2, -1 after the final norm"
+
+
+def test_images_without_labels(images, tmp_path):
+    settings = config(images, tmp_path)
+    settings["data"]["train"]["labels"] = False
+    folder = extract(settings)
+    assert np.load(f"{folder}/labels.npy").tolist() == [-1] * 8
+    lines = list(csv.DictReader(Path(folder, "index.csv").read_text().splitlines()))
+    assert (lines[0]["label"], lines[0]["class_name"]) == ("", "")
+
+
+def test_what_is_there_is_refused_unless_overwritten(images, tmp_path):
+    extract(config(images, tmp_path))
+    with pytest.raises(UserError, match="it holds these features; --overwrite"):
+        extract(config(images, tmp_path))
+    with pytest.raises(UserError, match="other features .precision is 'fp32' there, 'bf16' here"):
+        extract(config(images, tmp_path, precision="bf16"))
+    extract(config(images, tmp_path, precision="bf16", overwrite=True))
+    (tmp_path / "F" / "train").mkdir()
+    (tmp_path / "F" / "train" / "thesis.txt").write_text("mine")
+    settings = config(images, tmp_path, split="train", overwrite=True)
+    settings["data"]["train"] = {"_target_": "utils.data.images.ImageFolder", "root": str(images)}
+    with pytest.raises(UserError, match="holds no features; give another OUTPUT"):
+        extract(settings)
+
+
+def test_probes_read_what_the_command_wrote(images, tmp_path, capsys):
+    settings = config(images, tmp_path, split="train")
+    settings["data"]["train"] = {"_target_": "utils.data.images.ImageFolder", "root": str(images)}
+    extract(settings)
+    from evaluation.judge import make_net
+
+    net = make_net(settings["backbone"], None)
+    options = {"resize_size": IMAGE_SIZE, "crop_size": IMAGE_SIZE}
+    probe = KnnProbe(ks=[1], features_dir=str(tmp_path / "F"), **options)
+    folder = ImageFolder(images)
+    figures = probe(net, {"train": folder, "val": folder}, tmp_path / "out")
+    assert figures["knn1_top1"] == 100
+    assert f"train features: read from {tmp_path / 'F' / 'train'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature": "token"}, "unknown feature 'token'"),
+        ({"dtype": "half"}, "unknown dtype 'half'.*float32, float16"),
+        ({"layers": []}, "layers names no block"),
+        ({"layers": [40]}, "there is no block 40; the net has"),
+        ({"split": "tset"}, "unknown split 'tset'"),
+        ({"data": {"train": {"_target_": "utils.data.embedded.digits"}}}, "split=all is for"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(changes, message, images, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        extract(config(images, tmp_path, **changes))
+
+
+def test_a_net_that_drops_tokens_has_no_patches():
+    class Dropping(ToyNet):
+        def features(self, images, layers=(-1,)):
+            return [Features(cls=torch.zeros(len(images), 6), patches=None) for _ in layers]
+
+    reader = FeatureReader(kind="patches", layers=[-1], normalized=False)
+    with pytest.raises(UserError, match="the net drops tokens"):
+        reader(Dropping(), torch.zeros(2, 3, 8, 8))
+
+
+def test_command_line():
+    words = ["OUT", "--model", "vit_tiny_patch16_224", "--weights", "w's.pth", "--layers", "-2,-1"]
+    settings = parse_extraction([*words, "--feature=patches", "--overwrite", "data.root=D"])
+    assert settings["output_dir"] == "OUT"
+    assert settings["backbone"]["model_name"] == "vit_tiny_patch16_224"
+    assert (settings["weights"], settings["feature"]) == ("w's.pth", "patches")
+    assert (settings["layers"], settings["overwrite"]) == ([-2, -1], True)
+    assert settings["data"]["train"]["root"] == "D"
+    with pytest.raises(UserError, match="two output folders"):
+        read_extraction_arguments(["a", "b"])
+    with pytest.raises(UserError, match="--weights needs a value"):
+        read_extraction_arguments(["--weights", "--overwrite"])
+
+
+def test_reader_gives_the_class_token_of_the_probes():
+    net = make(
+        {"_target_": "vit.models.dinov2_vit_small_patch16", "img_size": 32, "_partial_": True}
+    )
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        rows = FeatureReader(kind="cls", layers=[-1], normalized=False)(net, pixels)
+        torch.testing.assert_close(rows, net.features(pixels)[0].cls)

@@ -1,0 +1,144 @@
+"""Logistic regression from images to files: alone, in two processes, on any backbone."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from evaluation.features.dataset import FeatureSet, extract_features
+from evaluation.probes.logreg import PUBLISHED_C, LogregProbe, draw_tenth
+from tests.evaluation.backbones import IMAGE_SIZE, any_backbone, make
+from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
+
+CS = [1e-4, 1e-2, 0.3]
+
+
+def judge(train_length: int = 101, output: str | None = None, **options) -> dict[str, float]:
+    """Figures of the toy net; also what the two processes run."""
+    probe = LogregProbe(transform=to_tensor, **{"Cs": CS, "batch_size": 16, **options})
+    data = {"train": ToyImages(train_length, 0), "val": ToyImages(37, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        return probe(ToyNet(), data, Path(output or folder), step=3)
+
+
+def test_figures_are_scikit_learns():
+    """Selection on the tenth of a seeded permutation, refit on all of train, judged on val."""
+    data = {"train": ToyImages(101, 0), "val": ToyImages(37, 1)}
+    train, val = (
+        extract_features(ToyNet(), images, transform=to_tensor, normalized=False, shown=False)
+        for images in data.values()
+    )
+    torch.manual_seed(0)
+    held_out = torch.randperm(101)[:10]
+    rest = torch.ones(101, dtype=torch.bool)
+    rest[held_out] = False
+
+    def fit(C, rows):
+        solver = LogisticRegression(C=C, solver="newton-cg", max_iter=2000)
+        return solver.fit(train.features[rows].double().numpy(), train.labels[rows].numpy())
+
+    def score(model, part, rows=slice(None)):
+        return 100 * model.score(part.features[rows].double().numpy(), part.labels[rows].numpy())
+
+    scores = {C: score(fit(C, rest), train, held_out) for C in CS}
+    best = max(CS, key=scores.get)
+    figures = judge()
+    assert figures["logreg_C"] == best
+    assert figures["logreg_top1"] == pytest.approx(score(fit(best, slice(None)), val))
+    assert figures["logreg_top5"] > figures["logreg_top1"] > 40  # chance: 17
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    alone = judge()
+    assert in_processes(judge, 2, tmp_path) == [alone, alone]
+
+
+def test_the_held_out_tenth_is_that_of_the_published_code():
+    torch.manual_seed(0)
+    expected = torch.randperm(57)[:5].sort().values
+    part = FeatureSet(torch.zeros(57, 2), torch.zeros(57), torch.arange(57))
+    assert torch.equal(draw_tenth(part).nonzero().flatten(), expected)
+
+
+def test_published_grid():
+    assert len(PUBLISHED_C) == 45
+    assert PUBLISHED_C[0] == pytest.approx(1e-6)
+    assert PUBLISHED_C[-1] == pytest.approx(1e5)
+
+
+def test_selection_on_val_and_on_a_data_set_of_its_own():
+    on_val = judge(select_on="val")
+    each = [judge(select_on="val", Cs=[C])["logreg_top1"] for C in CS]
+    assert on_val["logreg_top1"] == max(each)
+    assert on_val["logreg_C"] == CS[each.index(max(each))]
+    own = judge(finetune=ToyImages(30, 7))
+    assert own["logreg_C"] in CS
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 7}, {"features_on": "device"}], ids=str)
+def test_what_only_changes_speed_changes_no_figure(options):
+    assert judge(**options) == judge()
+
+
+def test_files_hold_lines_and_protocol(tmp_path, capsys):
+    figures = judge(output=str(tmp_path), dtype="float32")
+    lines = (tmp_path / "results_eval_logreg.txt").read_text().splitlines()
+    assert lines == [
+        f"Top-1 test accuracy: {figures['logreg_top1']:.1f}",
+        f"Top-5 test accuracy: {figures['logreg_top5']:.1f}",
+        f"obtained for C = {figures['logreg_C']:.6g}",
+    ]
+    results = json.loads((tmp_path / "results.json").read_text())["logreg"]
+    assert results["protocol"]["step"] == 3
+    assert results["protocol"]["dtype"] == "float32"
+    assert [trial["C"] for trial in results["figures"]["selection"]] == CS
+    printed = capsys.readouterr().out
+    assert "logreg: 1/3, C = 0.0001: top-1" in printed and "s left" in printed
+
+
+@any_backbone
+def test_any_backbone(backbone, tmp_path):
+    probe = LogregProbe(Cs=[0.1], resize_size=IMAGE_SIZE, crop_size=IMAGE_SIZE, select_on="val")
+    data = {"train": ToyImages(24, 0, num_classes=2), "val": ToyImages(12, 1, num_classes=2)}
+    figures = probe(make(backbone), data, tmp_path)
+    assert 0 <= figures["logreg_top1"] <= figures["logreg_top5"] == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"Cs": [0.0]}, "values above 0"),
+        ({"Cs": []}, "values above 0"),
+        ({"select_on": "test"}, "unknown select_on 'test'; known: train, val"),
+        ({"dtype": "fp16"}, "unknown dtype 'fp16'; known: float64, float32"),
+        ({"precision": "half"}, "known: fp32, bf16, fp16"),
+        ({"select_on": "val", "finetune": ToyImages(3, 0)}, "exclude each other"),
+    ],
+)
+def test_mistakes_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        LogregProbe(**options)
+
+
+def test_images_it_cannot_use_are_refused(tmp_path):
+    probe = LogregProbe(transform=to_tensor, Cs=CS)
+    data = {"train": ToyImages(30, 0, labelled=False), "val": ToyImages(9, 1)}
+    with pytest.raises(ValueError, match="image 0 of the train set has none"):
+        probe(ToyNet(), data, tmp_path)
+    with pytest.raises(ValueError, match="a tenth of 7 training images is none"):
+        judge(7)
+
+
+def test_config_builds_the_probe():
+    from utils.config import build, compose_config
+
+    words = ["+probe@probes.logreg=logreg", "probes.logreg.Cs=[1,2]"]
+    config = compose_config("evaluate.yaml", words, base="evaluate")
+    probe = build(config.probes.logreg)
+    assert isinstance(probe, LogregProbe)
+    assert (probe.Cs, probe.resize_size, probe.dtype) == ([1, 2], None, "float64")
+    assert probe.protocol["C chosen on"].startswith("a tenth of the training images")
