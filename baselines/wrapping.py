@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from utils.build import nearest
+from utils.config.build import nearest
 
 _UNKNOWN = re.compile(r"(?:takes no|unexpected keyword argument) '(\w+)'")
 

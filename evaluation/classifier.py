@@ -23,7 +23,7 @@ from evaluation.progress import say
 from evaluation.published import published_figure
 from evaluation.results import write_results
 from utils import distributed
-from utils.build import build, plain
+from utils.config.build import build, plain
 from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError

@@ -27,7 +27,7 @@ from evaluation.sample import image_size_of, sample_images, squash_transform
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.probe import SegmentationProbe
 from utils import distributed
-from utils.build import build, plain
+from utils.config.build import build, plain
 from utils.data.images import ImageDataset, Subset
 from utils.data.segmentation import SegmentationDataset
 from utils.data.segmentation_transforms import squash_image, squash_mask

@@ -13,7 +13,7 @@ from evaluation.classifier import complete, count_classes
 from evaluation.judge import brings_weights, load_strictly, name_of, weights_file
 from evaluation.progress import say
 from utils import distributed
-from utils.build import build, plain, resolve
+from utils.config.build import build, plain, resolve
 from utils.data.classes import NAMES
 from utils.data.images import ImageDataset
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD

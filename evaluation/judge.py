@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from evaluation.progress import say
 from evaluation.results import in_words, print_figures, write_results
 from utils import distributed
-from utils.build import build, plain
+from utils.checkpoints.exported import EXPORTED, FORMERLY
+from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.errors import UserError
-from utils.exported import EXPORTED, FORMERLY
 from utils.folders import check_folder
 from vit.weights import load_net, read_metadata, read_state
 

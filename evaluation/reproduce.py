@@ -13,8 +13,8 @@ from evaluation.progress import say
 from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
 from evaluation.results import print_table, write_results
 from utils import distributed
-from utils.build import build, nearest, plain
-from utils.config import CONFIGS
+from utils.config.build import build, nearest, plain
+from utils.config.compose import CONFIGS
 from utils.errors import UserError
 from vit.weights import load_state, read_state
 

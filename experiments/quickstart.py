@@ -6,8 +6,8 @@ key=value words and flags hold for both trainings: recipe.epochs=2, output_dir=D
 from typing import Any
 
 from slurm.command import main
-from utils.build import plain
-from utils.config import parse_config
+from utils.config.build import plain
+from utils.config.compose import parse_config
 
 RUNS = {"octic": "dinov2/quickstart.yaml", "plain": "dinov2/quickstart_plain.yaml"}
 

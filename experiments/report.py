@@ -2,7 +2,7 @@
 
 import sys
 
-from utils.config import fail
+from utils.config.compose import fail
 from utils.errors import UserError
 
 USAGE = "usage: report.py FOLDER [FOLDER ...] [--output FILE]"

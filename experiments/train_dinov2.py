@@ -3,7 +3,7 @@
 from functools import partial
 
 from slurm.command import main
-from utils.config import parse_config
+from utils.config.compose import parse_config
 
 if __name__ == "__main__":
     main("utils.training.train", partial(parse_config, "dinov2/quickstart.yaml"))

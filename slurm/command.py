@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from slurm.checks import check_launch
 from slurm.launch import Task, launch_all
-from utils.build import nearest, plain
-from utils.config import fail
+from utils.checkpoints.exported import EXPORTED
+from utils.config.build import nearest, plain
+from utils.config.compose import fail
 from utils.errors import UserError
-from utils.exported import EXPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 Parse = Callable[[list[str]], Mapping[str, Any] | None]

@@ -19,8 +19,8 @@ from slurm.cluster import check_machine, parameters
 from slurm.job import Function, Job
 from slurm.local import run_apart, run_processes
 from slurm.submission import Submission, with_id
-from utils.build import check_targets, plain
-from utils.config import fail
+from utils.config.build import check_targets, plain
+from utils.config.compose import fail
 from utils.errors import UserError
 from utils.folders import check_run_folder, keeps_records, make_folder
 
@@ -132,7 +132,7 @@ def _check(task: Task, *, joins: bool, submits: bool) -> None:
     check_run_folder(task.config)
     check_targets(task.config)
     if "recipe" in task.config:  # a training
-        from utils.settings import check_settings  # late: it needs torch
+        from utils.config.settings import check_settings  # late: it needs torch
 
         check_settings(task.config)
 
@@ -254,7 +254,7 @@ def _with_id(value: Any, job_id: str) -> Any:
 
 def _build_networks(tasks: Sequence[Task]) -> None:
     """What a constructor refuses is said now, and not by a job next week."""
-    from utils.check import networks
+    from utils.config.check import networks
 
     seen: list[Any] = []
     for task in tasks:

@@ -21,7 +21,7 @@ from slurm import record
 from slurm.cluster import check_executor, facts, parameters, python_command, refusal
 from slurm.job import Function, Job
 from slurm.snapshot import Snapshot
-from utils.build import plain
+from utils.config.build import plain
 from utils.errors import UserError
 from utils.proc import started
 

@@ -9,9 +9,9 @@ import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from utils.config import CONFIGS
+from utils.config.compose import CONFIGS
+from utils.config.flags import FLAGS
 from utils.errors import UserError
-from utils.flags import FLAGS
 
 # Flags whose value may hold a comma that lists no points: nodes, partitions, names.
 _PLAIN = ("cluster.", "launcher.", "output_dir", "name")

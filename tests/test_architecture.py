@@ -56,9 +56,9 @@ WHEEL_NEEDS = imported_names(PROJECT["dependencies"])
 FRAMEWORK_NEEDS = imported_names(EXTRAS["train"])
 # Configuration and launching stay where they belong: a machine without these can still train.
 CONFIG_HOMES = (
-    "utils/config.py",
-    "utils/check.py",
-    "utils/vocabulary.py",
+    "utils/config/compose.py",
+    "utils/config/check.py",
+    "utils/config/vocabulary.py",
     "slurm/",
     "experiments/",
 )

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.build import check_targets, plain
-from utils.check import describe, networks
-from utils.config import CONFIGS, compose_config
+from utils.config.build import check_targets, plain
+from utils.config.check import describe, networks
+from utils.config.compose import CONFIGS, compose_config
 
 RUNS = sorted(
     path

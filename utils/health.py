@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed, parallel
-from utils.checkpoint import Checkpoints
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
 from utils.precision import Precision
 from utils.randomness import preserved_randomness

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils.build import place_of, raised_by_us
+from utils.config.build import place_of, raised_by_us
 from utils.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

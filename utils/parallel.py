@@ -32,7 +32,8 @@ SHARDINGS = ("replicate", "shard", "hybrid")
 # A module may return a part of a larger tensor, as backbones do with their tokens. FSDP2 hangs its
 # gathering of parameters on it, which a change of it in place would lose; nothing of ours makes
 # one, as every recipe's and block's sums are new tensors, and the gradients of several processes
-# are held against those of one (tests/utils/test_training.py, tests/utils/test_sharding.py).
+# are held against those of one (tests/utils/test_training.py, tests/utils/checkpoints/
+# test_sharding.py).
 VIEW_RETURNED = r"FSDP2-wrapped module \(.*\) returned a view tensor"
 
 

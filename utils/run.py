@@ -10,12 +10,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from utils import distributed, parallel, state
-from utils.build import build, place_of, plain, raised_by_us
-from utils.checkpoint import Checkpoints, NotSaved, export_weights
+from utils import distributed, parallel
+from utils.checkpoints import state
+from utils.checkpoints.checkpoint import Checkpoints, NotSaved, export_weights
+from utils.checkpoints.exported import EXPORTED
+from utils.config.build import build, place_of, plain, raised_by_us
+from utils.config.settings import check_max_steps, check_settings
 from utils.data.classes import class_metadata
 from utils.errors import UserError
-from utils.exported import EXPORTED
 from utils.health import Health
 from utils.lock import FolderLock
 from utils.metrics import Metrics
@@ -25,7 +27,6 @@ from utils.probing import Judge
 from utils.randomness import seed_everything
 from utils.recipe import Recipe
 from utils.run_folder import BATCH, describe_code, fingerprint, prepare_folder, refuse_overwriting
-from utils.settings import check_max_steps, check_settings
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
 from utils.start import load_weights, restore

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from utils.checkpoint import Checkpoints, write_text
+from utils.checkpoints.checkpoint import Checkpoints, write_text
 from utils.errors import UserError
 
 # Keys that change where, how fast or how closely watched a run is, but not the weights that come

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import state
-from utils.checkpoint_files import DESCRIPTION, Parts
+from utils.checkpoints import state
+from utils.checkpoints.exported import EXPORTED, FORMERLY
+from utils.checkpoints.files import DESCRIPTION, Parts
 from utils.errors import UserError
-from utils.exported import EXPORTED, FORMERLY
 from utils.precision import Precision
 from utils.run_folder import changed_keys, saved_config
 

@@ -11,9 +11,9 @@ import yaml
 from rich.table import Table
 
 from utils import distributed
-from utils.checkpoint import write_text
+from utils.checkpoints.checkpoint import write_text
+from utils.checkpoints.exported import EXPORTED
 from utils.console import Lines
-from utils.exported import EXPORTED
 from utils.metrics import read_metrics
 
 NAME = "summary.json"

@@ -6,8 +6,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from utils import parallel, state
-from utils.checkpoint import Checkpoints, NotSaved
+from utils import parallel
+from utils.checkpoints import state
+from utils.checkpoints.checkpoint import Checkpoints, NotSaved
 from utils.errors import UserError
 from utils.health import Health, broken_weights, what_remains
 from utils.metrics import Metrics

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from utils.build import plain
-from utils.command_line import (
+from utils.config.build import plain
+from utils.config.command_line import (
     Option,
     help_page,
     meanings,
@@ -12,7 +12,7 @@ from utils.command_line import (
     read_words,
     refuse_unknown_flags,
 )
-from utils.config import parse_config
+from utils.config.compose import parse_config
 
 CONFIG = "bench_data.yaml"
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.build import plain
-from utils.command_line import Option, help_page, meanings, read_command, read_words
-from utils.config import CONFIGS, compose_config, fail, find_file, parse_config
+from utils.config.build import plain
+from utils.config.command_line import Option, help_page, meanings, read_command, read_words
+from utils.config.compose import CONFIGS, compose_config, fail, find_file, parse_config
 from utils.errors import UserError
 
 RUNS = "runs"  # of the finished config: name -> a training's config, or a file of weights

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from utils.build import nearest, plain
-from utils.command_line import (
+from utils.config.build import nearest, plain
+from utils.config.command_line import (
     Option,
     help_page,
     meanings,
@@ -13,7 +13,7 @@ from utils.command_line import (
     read_words,
     refuse_unknown_flags,
 )
-from utils.config import CONFIGS, parse_config
+from utils.config.compose import CONFIGS, parse_config
 from utils.errors import UserError
 
 CONFIG = "complexity.yaml"

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from utils.build import nearest, plain
-from utils.command_line import (
+from utils.config.build import nearest, plain
+from utils.config.command_line import (
     Option,
     help_page,
     meanings,
@@ -16,7 +16,7 @@ from utils.command_line import (
     read_words,
     spell_model,
 )
-from utils.config import CONFIGS, parse_config
+from utils.config.compose import CONFIGS, parse_config
 from utils.errors import UserError
 
 # Images each picture is drawn of where no data=... says so; those of other pictures are their own.

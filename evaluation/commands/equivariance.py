@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from utils.build import plain
-from utils.command_line import (
+from utils.config.build import plain
+from utils.config.command_line import (
     Option,
     folder_of_model,
     help_page,
@@ -14,7 +14,7 @@ from utils.command_line import (
     read_words,
     spell_model,
 )
-from utils.config import parse_config
+from utils.config.compose import parse_config
 
 OPTIONS = {
     "--model": Option("backbone", "any registered model of ours or of timm's"),

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from utils.build import nearest, plain
-from utils.command_line import (
+from utils.config.build import nearest, plain
+from utils.config.command_line import (
     Option,
     backbone_words,
     folder_of_model,
@@ -15,8 +15,8 @@ from utils.command_line import (
     read_words,
     tell,
 )
-from utils.config import parse_config
-from utils.deit_arguments import DATA_SETS
+from utils.config.compose import parse_config
+from utils.config.deit_arguments import DATA_SETS
 from utils.errors import UserError
 
 CONFIG = "eval/deit.yaml"

@@ -5,8 +5,8 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from utils.build import keywords_of, nearest, plain, resolve
-from utils.command_line import (
+from utils.config.build import keywords_of, nearest, plain, resolve
+from utils.config.command_line import (
     TAKES_VALUE,
     backbone_words,
     help_page,
@@ -15,9 +15,9 @@ from utils.command_line import (
     read_command,
     tell,
 )
-from utils.config import CONFIGS, compose_config, parse_config
+from utils.config.compose import CONFIGS, compose_config, parse_config
+from utils.config.flags import read_arguments
 from utils.errors import UserError
-from utils.flags import read_arguments
 
 
 def dataset(string: str) -> dict[str, str]:
@@ -131,7 +131,7 @@ class Setting(NamedTuple):
 
 
 class EvaluationArguments(NamedTuple):
-    """What is left for `utils.config.parse_config`, and what the flags say of data and probes."""
+    """What is left for `parse_config`, and what the flags say of data and probes."""
 
     argv: list[str]
     datasets: dict[str, str]  # "train", "val" -> DINOv2's string
@@ -190,7 +190,7 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _read(argv: list[str]) -> tuple[EvaluationArguments, list[str]]:
-    """A sorted command line, and its words for `utils.config.parse_config`."""
+    """A sorted command line, and its words for `utils.config.compose.parse_config`."""
     found = read_evaluation_arguments(argv)
     settings = [] if {"-h", "--help"} & set(argv) else _apply(found)
     # In front, so that a spelt-out key=value has the last word.

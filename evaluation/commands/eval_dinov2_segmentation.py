@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.build import nearest, plain
-from utils.command_line import (
+from utils.config.build import nearest, plain
+from utils.config.command_line import (
     TAKES_VALUE,
     backbone_words,
     names_backbone,
@@ -20,7 +20,7 @@ from utils.command_line import (
     read_command,
     tell,
 )
-from utils.config import CONFIGS, fail, parse_config
+from utils.config.compose import CONFIGS, fail, parse_config
 from utils.errors import UserError
 
 CONFIG = "eval/segmentation.yaml"
@@ -82,7 +82,7 @@ HELP = {
 class _Asked(NamedTuple):
     """The words of a command line, by kind; filled while they are read."""
 
-    rest: list[str]  # for utils.config
+    rest: list[str]  # for utils.config.compose
     tasks: list[str]
     roots: dict[str, str]  # data set -> folder
     options: dict[str, str]  # keyword of every task's probe -> value

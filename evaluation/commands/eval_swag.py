@@ -12,9 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.build import nearest, plain
-from utils.command_line import Option, help_page, meanings, quoted, read_command, read_words, tell
-from utils.config import parse_config
+from utils.config.build import nearest, plain
+from utils.config.command_line import (
+    Option,
+    help_page,
+    meanings,
+    quoted,
+    read_command,
+    read_words,
+    tell,
+)
+from utils.config.compose import parse_config
 from utils.errors import UserError
 
 CONFIG = "eval/swag.yaml"

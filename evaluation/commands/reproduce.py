@@ -7,9 +7,9 @@ from typing import Any
 from evaluation.progress import say
 from evaluation.published import DINOV2, LAYOUTS, PUBLISHED, Published
 from evaluation.results import print_table
-from utils.build import plain
-from utils.command_line import quoted
-from utils.config import fail, parse_config
+from utils.config.build import plain
+from utils.config.command_line import quoted
+from utils.config.compose import fail, parse_config
 from utils.errors import UserError
 
 TASKS = ("seg_ade20k", "seg_voc2012")

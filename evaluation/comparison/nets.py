@@ -12,14 +12,14 @@ from evaluation.judge import make_net, weights_file
 from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed
-from utils.build import plain
-from utils.check import networks
+from utils.checkpoints.exported import EXPORTED
+from utils.config.build import plain
+from utils.config.check import networks
+from utils.config.settings import check_settings
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError
-from utils.exported import EXPORTED
 from utils.folders import check_folder
-from utils.settings import check_settings
 from utils.training import train
 from vit.weights import read_metadata
 

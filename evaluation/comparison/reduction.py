@@ -17,7 +17,7 @@ from evaluation.features.dataset import device_of
 from evaluation.judge import make_data
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
-from utils.build import build
+from utils.config.build import build
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError

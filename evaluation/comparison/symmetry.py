@@ -17,7 +17,7 @@ from evaluation.progress import say
 from evaluation.results import print_table, write_results
 from evaluation.symmetry.angles import angles_of
 from evaluation.symmetry.posthoc import make_wrapped, split_data, wrap_all
-from utils.build import build
+from utils.config.build import build
 from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
 

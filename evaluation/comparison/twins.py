@@ -16,10 +16,10 @@ from evaluation.report.page import write_report
 from evaluation.results import in_words, print_table, write_results
 from evaluation.symmetry.equivariance import layer_errors, worst_error
 from utils import distributed
-from utils.build import build, plain
+from utils.checkpoints.exported import EXPORTED
+from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
-from utils.exported import EXPORTED
 from utils.flops import multiply_adds
 from utils.folders import check_folder
 from utils.metrics import read_metrics

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from evaluation.cost import block_times, blocks, growth, roofline
-from utils.config import fail
+from utils.config.compose import fail
 from utils.errors import UserError
 
 BLOCKS = "hybrid_deit_small_patch16,hybrid_deit_base_patch16,hybrid_deit_large_patch16"

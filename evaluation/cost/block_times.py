@@ -21,7 +21,7 @@ from evaluation.cost.graphs import record
 from evaluation.cost.models import find_backbone, make_net
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.checkpoint import write_text
+from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
 from utils.parallel import allow_variants
 

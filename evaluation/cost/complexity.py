@@ -32,7 +32,7 @@ from evaluation.cost.timing import (
 )
 from evaluation.progress import say
 from utils import distributed
-from utils.build import plain
+from utils.config.build import plain
 from utils.errors import UserError
 from utils.flops import count_operations
 from utils.parallel import allow_variants

@@ -25,8 +25,8 @@ from evaluation.cost.peaks import device_name, synchronize
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils import distributed
-from utils.build import build, plain
-from utils.checkpoint import write_text
+from utils.checkpoints.checkpoint import write_text
+from utils.config.build import build, plain
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder, read_image
 from utils.data.sources import seed_everything

@@ -7,9 +7,9 @@ import torch
 import yaml
 from torch import nn
 
-from utils.build import build
-from utils.command_line import unknown_model
-from utils.config import CONFIGS
+from utils.config.build import build
+from utils.config.command_line import unknown_model
+from utils.config.compose import CONFIGS
 from utils.errors import UserError
 
 Node = dict[str, Any]

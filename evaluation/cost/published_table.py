@@ -16,8 +16,8 @@ from evaluation.cost.settings import Settings
 from evaluation.cost.timing import INFERENCE, Contestant, free_memory, measure_in_turn, speed_of
 from evaluation.progress import say, track
 from evaluation.results import print_table
-from utils.build import build, nearest
-from utils.checkpoint import write_text
+from utils.checkpoints.checkpoint import write_text
+from utils.config.build import build, nearest
 from utils.errors import UserError
 
 COUNTS = ("auto", "all", "none")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from evaluation.cost import traffic
 from evaluation.results import print_table
-from utils.build import plain
-from utils.check import networks
 from utils.communication import Part, sent_bytes, step_payload
-from utils.config import compose_config, fail
+from utils.config.build import plain
+from utils.config.check import networks
+from utils.config.compose import compose_config, fail
 from utils.errors import UserError
 from utils.flops import count_one_image
 

@@ -20,9 +20,9 @@ from evaluation.cost.speed_figures import Table, print_tables, tables_of, write_
 from evaluation.cost.speed_list import DEVICES, Measurement, choose, read_list, script_of
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.build import nearest
-from utils.checkpoint import write_text
-from utils.config import fail
+from utils.checkpoints.checkpoint import write_text
+from utils.config.build import nearest
+from utils.config.compose import fail
 from utils.errors import UserError
 from utils.lock import FolderLock
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from utils.build import nearest
+from utils.config.build import nearest
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from evaluation.cost.peaks import Peak
 from evaluation.cost.settings import Settings
 from evaluation.cost.timing import INFERENCE, Ratio, Speed
 from evaluation.results import print_table
-from utils.checkpoint import write_text
+from utils.checkpoints.checkpoint import write_text
 from utils.flops import Operations
 
 COUNTED = "forward"

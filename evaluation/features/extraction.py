@@ -24,7 +24,7 @@ from evaluation.image_size import settle_sizes
 from evaluation.judge import chosen_backbone, make_data, make_net
 from evaluation.progress import say
 from utils import distributed
-from utils.build import build, nearest, plain
+from utils.config.build import build, nearest, plain
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evaluation.progress import say
 from utils import distributed
-from utils.checkpoint import write_text
+from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
 from vit.weights import read_pickle
 

@@ -43,7 +43,7 @@ def measure(probe: str, plan: Plan) -> Measured:
     """Run a probe at this size in a process of its own; UserError for what cannot be measured."""
     if plan.processes > 1 or plan.device != "cpu":
         raise UserError("--measure runs one process on the CPU; add --processes 1 --device cpu")
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, probe, json.dumps(plan._asdict())],
         cwd=root,

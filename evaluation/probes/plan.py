@@ -8,8 +8,8 @@ from typing import NoReturn
 from evaluation.probes.costs import MODELS, SEARCH_BYTES, Plan, Rates
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.build import nearest
-from utils.config import fail
+from utils.config.build import nearest
+from utils.config.compose import fail
 from utils.errors import UserError
 
 

@@ -22,7 +22,7 @@ from evaluation.segmentation.dense_head import (
 )
 from evaluation.segmentation.dense_transforms import IGNORED, ClassTable, Pairs, TrainingCrop
 from utils import distributed
-from utils.checkpoint import Checkpoints
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.data.loaders import training_batches
 from utils.data.segmentation import SegmentationDataset
 from utils.effective_batch import shared_batches

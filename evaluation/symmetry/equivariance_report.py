@@ -25,7 +25,7 @@ from evaluation.symmetry.equivariance import (
 )
 from evaluation.symmetry.equivariance_pictures import draw_angle_errors, draw_layer_errors
 from utils import distributed
-from utils.build import plain
+from utils.config.build import plain
 from utils.data.embedded import photographs
 from utils.data.images import ImageFolder
 from utils.errors import UserError

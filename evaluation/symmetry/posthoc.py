@@ -23,8 +23,8 @@ from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
 from evaluation.sample import image_size_of
 from utils import distributed
-from utils.build import build, plain
-from utils.checkpoint import export_weights
+from utils.checkpoints.checkpoint import export_weights
+from utils.config.build import build, plain
 from utils.data.classes import class_metadata, mismatch
 from utils.data.images import ImageDataset, Subset
 from utils.data.loaders import evaluation_batches

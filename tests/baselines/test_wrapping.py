@@ -6,7 +6,7 @@ from torch import nn
 from baselines.posthoc.symmetrized import symmetrized
 from baselines.token_reduction.reduced import reduced
 from baselines.wrapping import make_backbone
-from utils.build import build
+from utils.config.build import build
 from utils.errors import UserError
 
 WRAPPERS = {

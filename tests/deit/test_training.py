@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from utils.build import plain
-from utils.checkpoint_files import Parts
-from utils.config import compose_config
+from utils.checkpoints.files import Parts
+from utils.config.build import plain
+from utils.config.compose import compose_config
 from utils.metrics import read_metrics
 from utils.training import train
 

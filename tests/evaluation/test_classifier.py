@@ -13,7 +13,7 @@ from evaluation.commands.eval_deit import parse_deit_evaluation, read_deit_argum
 from evaluation.probes.accuracy import AccuracyProbe
 from evaluation.published import PUBLISHED, published_figure
 from tests.evaluation.backbones import BACKBONES
-from utils.build import build
+from utils.config.build import build
 from utils.data.classes import class_metadata
 from utils.data.images import ImageFolder
 from utils.errors import UserError

@@ -10,8 +10,8 @@ from evaluation.features.extraction import extract
 from evaluation.image_size import built_for, settle_sizes
 from evaluation.judge import judge, make_net
 from tests.evaluation.backbones import BACKBONES
-from utils.build import build
-from utils.config import compose_config
+from utils.config.build import build
+from utils.config.compose import compose_config
 
 PROBES = ("knn", "linear", "logreg", "attentive")
 PLAIN = {"_target_": "vit.models.deit_small_patch16_LS", "_partial_": True}

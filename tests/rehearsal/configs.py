@@ -27,8 +27,8 @@ import vit.models  # noqa: F401
 from slurm.launch import launch
 from tests.rehearsal.forks import Child, Outcome, say
 from utils import metrics
-from utils.build import plain
-from utils.config import compose_config, parse_config
+from utils.config.build import plain
+from utils.config.compose import compose_config, parse_config
 
 MEMORY = 12 * 2**30  # bytes a child may map: a net of a thousand layers is refused, not swapped
 PATIENCE_S = 120.0

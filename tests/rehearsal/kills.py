@@ -20,9 +20,9 @@ import octic.models  # noqa: F401
 from slurm.launch import launch
 from tests.rehearsal.forks import Child, Outcome, say
 from utils import metrics
-from utils.build import plain
-from utils.checkpoint_files import Parts
-from utils.config import compose_config
+from utils.checkpoints.files import Parts
+from utils.config.build import plain
+from utils.config.compose import compose_config
 from utils.metrics import read_metrics
 
 STEPS = 24

@@ -11,7 +11,7 @@ from typing import Any
 
 from slurm import record
 from slurm.command import capture, main
-from utils.config import parse_config
+from utils.config.compose import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # mysqld and munged, which are not root, must get at it: pytest's own folders are for one user.

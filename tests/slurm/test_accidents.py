@@ -145,7 +145,7 @@ def test_a_sweep_is_a_job_array_and_what_follows_a_failure_is_cancelled(
     script.write_text(
         "from functools import partial\n"
         "from slurm.command import main\n"
-        "from utils.config import parse_config\n"
+        "from utils.config.compose import parse_config\n"
         "parse = partial(parse_config, 'dinov2/quickstart.yaml')\n"
         "main('tests.slurm.work.mark', parse)\n"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from slurm.command import main
-from utils.config import parse_config
+from utils.config.compose import parse_config
 
 parse = partial(parse_config, "dinov2/quickstart.yaml")
 SLURM = "launcher=slurm"

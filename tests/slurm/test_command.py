@@ -10,8 +10,8 @@ import pytest
 from slurm import record
 from slurm.command import ROOT, capture, main
 from slurm.launch import Task
-from utils.build import plain
-from utils.config import parse_config
+from utils.config.build import plain
+from utils.config.compose import parse_config
 
 parse = partial(parse_config, "dinov2/quickstart.yaml")
 MARK = "tests.slurm.work.mark"
@@ -23,7 +23,7 @@ def judge(tmp_path: Path) -> Path:
     script.write_text(
         "from functools import partial\n"
         "from slurm.command import main\n"
-        "from utils.config import parse_config\n"
+        "from utils.config.compose import parse_config\n"
         "main('tests.slurm.work.mark', partial(parse_config, 'evaluate.yaml', base='evaluate'))\n"
     )
     return script

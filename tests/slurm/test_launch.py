@@ -12,8 +12,8 @@ import pytest
 
 from slurm.job import Job
 from slurm.launch import launch, parameters, submit
-from utils.build import plain
-from utils.config import compose_config
+from utils.config.build import plain
+from utils.config.compose import compose_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_torchrun_joins_whatever_the_launcher_says(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "from slurm.launch import launch\n"
-        "from utils.config import parse_config\n"
+        "from utils.config.compose import parse_config\n"
         f"launch('{WORK}.report', parse_config('train.yaml'))\n"
     )
     words = ["--nproc-per-node", "2", str(program), "--ngpus", "8", "--output-dir", str(tmp_path)]

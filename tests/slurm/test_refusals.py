@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from slurm.launch import Task, launch_all
-from utils.build import plain
-from utils.config import compose_config
+from utils.config.build import plain
+from utils.config.compose import compose_config
 
 SMALL = ["backbone.depth=2", "backbone.embed_dim=16", "backbone.num_heads=2"]
 

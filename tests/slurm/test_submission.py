@@ -9,8 +9,8 @@ import pytest
 
 from slurm.cluster import python_command
 from slurm.submission import Submission
-from utils.build import plain
-from utils.config import compose_config
+from utils.config.build import plain
+from utils.config.compose import compose_config
 from utils.errors import UserError
 
 

@@ -14,8 +14,8 @@ from slurm.jobs import list_runs, main
 from slurm.launch import submit
 from slurm.processes import started
 from slurm.runs import describe
-from utils.build import plain
-from utils.config import compose_config
+from utils.config.build import plain
+from utils.config.compose import compose_config
 
 
 def run_of(folder: Path, *lines: str) -> Path:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed, metrics
-from utils.checkpoint_files import Parts
+from utils.checkpoints.files import Parts
 from utils.parallel import local
 from utils.run import run_built
 from utils.signals import StopSignal

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.utils.loop_case import train_tiny, train_together
-from utils.checkpoint import Checkpoints
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
 from utils.health import Health
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.config import compose_config
+from utils.config.compose import compose_config
 from utils.errors import UserError
 from utils.training import train
 

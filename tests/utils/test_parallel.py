@@ -13,7 +13,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from tests.utils.loop_case import Net, TinyRecipe
 from utils import parallel
-from utils.build import resolve
+from utils.config.build import resolve
 from utils.errors import UserError
 from utils.optimizers import (
     apply_schedules,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.build import build, plain
-from utils.check import describe
-from utils.config import compose_config
+from utils.config.build import build, plain
+from utils.config.check import describe
+from utils.config.compose import compose_config
 from utils.errors import UserError
 from utils.ranges import OutOfRange, check_count, check_order, check_range, check_share
 

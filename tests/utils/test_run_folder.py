@@ -11,7 +11,7 @@ import timm.optim
 import torch
 
 from tests.utils.loop_case import train_tiny
-from utils.checkpoint import Checkpoints
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
 from utils.run_folder import changed_plan
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.utils.loop_case import TinyRecipe, make_config, parts_of, train_tiny
+from utils.checkpoints.exported import EXPORTED
 from utils.errors import UserError
-from utils.exported import EXPORTED
 from utils.run import run_built
 from utils.signals import StopSignal
 from utils.start import load_weights

@@ -192,7 +192,7 @@ def test_a_last_save_that_fails_leaves_the_network_if_it_fits(tmp_path, monkeypa
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.shards.save_file", full)
+    monkeypatch.setattr("utils.checkpoints.shards.save_file", full)
     if not fits:
         monkeypatch.setattr("utils.run.export_weights", full)
     with pytest.raises(UserError, match="^checkpoint of step 12 not written") as caught:

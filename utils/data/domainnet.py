@@ -9,7 +9,7 @@ Source: Peng et al. 2019, "Moment Matching for Multi-Source Domain Adaptation".
 import os
 from pathlib import Path
 
-from utils.build import nearest
+from utils.config.build import nearest
 from utils.data.images import ImageFolder, class_folders, existing_folder
 from utils.errors import UserError
 

@@ -13,7 +13,7 @@ from baselines.posthoc.keys import published_name
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
 from evaluation.symmetry.equivariance import measure, worst_error
 from tests.baselines.posthoc.toys import CLASSES, KINDS, SMALL, images, make
-from utils.build import build
+from utils.config.build import build
 from utils.errors import UserError
 from utils.symmetry import transform_image, transform_map
 from vit.weights import load_state, load_weights

@@ -8,7 +8,7 @@ from baselines.token_reduction.presets import METHODS, make_reducer
 from baselines.token_reduction.reduced import reduced as build_reduced
 from baselines.token_reduction.reducer import Facts
 from tests.baselines.token_reduction.toys import DEPTH, reduced, timm_net
-from utils.build import build
+from utils.config.build import build
 from utils.errors import UserError
 from utils.ranges import check_count
 

@@ -23,7 +23,7 @@ from tests.baselines.token_reduction.toys import (
     reducer,
     timm_net,
 )
-from utils.build import build
+from utils.config.build import build
 from utils.symmetry import SYMMETRIES, transform_image
 from vit.backbone import Backbone
 from vit.vision_transformer import VisionTransformer

@@ -11,7 +11,7 @@ from evaluation.commands.eval_dinov2_classification import (
     parse_evaluation,
     read_evaluation_arguments,
 )
-from utils.config import CONFIGS, compose_config
+from utils.config.compose import CONFIGS, compose_config
 from utils.errors import UserError
 
 PUBLISHED = [

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from evaluation.comparison.twins import compare
-from utils.build import plain
-from utils.config import compose_config
+from utils.config.build import plain
+from utils.config.compose import compose_config
 
 TINY = [
     "backbone.patch_size=16",

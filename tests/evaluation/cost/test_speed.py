@@ -16,7 +16,7 @@ from evaluation.cost.speed import Session
 from evaluation.cost.speed_figures import tables_of, write_markdown
 from evaluation.cost.speed_list import Measurement, read_list
 from slurm.command import capture
-from utils.build import plain
+from utils.config.build import plain
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

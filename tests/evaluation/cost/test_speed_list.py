@@ -8,8 +8,8 @@ from evaluation.commands.anatomy import make_parser
 from evaluation.cost.models import find_backbone, make_groups
 from evaluation.cost.speed_list import DEVICES, choose, read_list, script_of
 from slurm.command import capture
-from utils.build import check_targets, plain
-from utils.check import networks
+from utils.config.build import check_targets, plain
+from utils.config.check import networks
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

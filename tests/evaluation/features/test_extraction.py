@@ -32,8 +32,8 @@ def images(tmp_path):
 
 
 def config(images, tmp_path, **changes):
-    from utils.build import plain
-    from utils.config import compose_config
+    from utils.config.build import plain
+    from utils.config.compose import compose_config
 
     words = [f"data.root='{images}'", f"output_dir='{tmp_path / 'F'}'", "device=cpu"]
     words += [f"resize_size={IMAGE_SIZE}", f"crop_size={IMAGE_SIZE}", "num_workers=0"]

@@ -11,7 +11,7 @@ from evaluation.draw import draw
 from evaluation.pictures.token_mask import TokenMaskProbe, masked, stages
 from tests.evaluation.backbones import BACKBONES
 from tests.evaluation.toys import ToyImages
-from utils.build import build
+from utils.config.build import build
 from utils.errors import UserError
 
 EVIT = {

@@ -294,7 +294,7 @@ def _epilog(configs: Path) -> str:
 
 
 def _check_word(word: str, known: list[str]) -> None:
-    from utils.build import nearest
+    from utils.config.build import nearest
 
     if word.startswith("-"):
         name = word.split("=")[0]

@@ -12,7 +12,7 @@ import torch
 from tests.utils.sharding_case import MICRO_BATCHES, train
 from utils.communication import Part, sent_bytes, step_payload
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NETS = pytest.mark.parametrize("net", ["plain", "octic"])
 
 

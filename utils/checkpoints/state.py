@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed, parallel
-from utils.checkpoint_files import Parts
-from utils.checkpoint_index import Stored, filled
+from utils.checkpoints.files import Parts
+from utils.checkpoints.index import Stored, filled
 from utils.errors import UserError
 from utils.optimizers import load_optimizer_state, optimizer_state
 from utils.precision import Precision

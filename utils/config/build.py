@@ -29,7 +29,7 @@ ALLOWED = (
     *("octic", "vit", "dinov2", "deit", "baselines", "evaluation", "utils"),
     *("torch.optim", "torchvision.transforms", "timm.optim"),
 )
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _WORDS = {"_target_", "_partial_"}
 _COLLECTIONS = (Sequence, Iterable, Collection)
 _PLAIN = (bool, int, float, str, list, dict, type(None))
@@ -84,7 +84,7 @@ def resolve(target: object, where: str = "") -> Callable[..., Any]:
             raise  # an optional package that the module itself needs
         path = "; its folder belongs on PYTHONPATH" if error.name in own_packages() else ""
         raise UserError(
-            f"{prefix}there is no module {error.name!r} (in {target!r}){path}"
+            f"{prefix}there is no module {error.name!r} (in {target!r}){path or _elsewhere(target)}"
         ) from None
     if not hasattr(module, name):
         public = [word for word in vars(module) if not word.startswith("_")]
@@ -114,6 +114,16 @@ def plain(node: Any) -> Any:
         omegaconf: Any = sys.modules["omegaconf"]  # it is loaded, as the node is its own
         return omegaconf.OmegaConf.to_container(node, resolve=True)
     return node
+
+
+def _elsewhere(target: str) -> str:
+    """A hint at the one module of ours that has this name in another folder."""
+    package, *_, stem, name = target.split(".")
+    found = list((ROOT / package).rglob(f"{stem}.py")) if package in ALLOWED else []
+    if len(found) != 1:
+        return ""
+    module = ".".join(found[0].relative_to(ROOT).with_suffix("").parts)
+    return f"; did you mean {f'{module}.{name}'!r}?"
 
 
 def nearest(word: object, known: Iterable[object]) -> str:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from utils.build import nearest
+from utils.config.build import nearest
 from utils.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def find_file(file: str | Path) -> Path:

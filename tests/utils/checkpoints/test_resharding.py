@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.utils.checkpoints.test_checkpoint import save_as_format_1
 from tests.utils.loop_case import parts_of, train_tiny, train_together
-from tests.utils.test_checkpoint import save_as_format_1
 from utils.metrics import read_metrics
 
 # What does not depend on how many share the work: no dropout, and one clipping for all.

@@ -1,6 +1,6 @@
 """Flags of single commands: each is another name of one key of the command's config.
 
-What a command's own flags leave over is read by `utils.flags`, as for every script.
+What a command's own flags leave over is read by `utils.config.flags`, as for every script.
 """
 
 import os
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from utils.build import nearest, nearest_family
-from utils.config import CONFIGS, fail
+from utils.config.build import nearest, nearest_family
+from utils.config.compose import CONFIGS, fail
+from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError
-from utils.flags import FLAGS, quoted
 
 TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
     "--config-file",
@@ -46,8 +46,8 @@ def read_command(
 ) -> Read:
     """What `read` makes of a command line, that of this process where argv is None.
 
-    --help prints `page` first; `utils.config.parse_config` goes on with the flags of all scripts.
-    A UserError of `read` is one line and exit code 2.
+    --help prints `page` first; `parse_config` goes on with the flags of all scripts. A UserError of
+    `read` is one line and exit code 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(words):

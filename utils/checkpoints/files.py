@@ -1,9 +1,9 @@
 """What a checkpoint's folder holds: is it sound, and what does it say. No file can make us act.
 
 A folder has checkpoint.json: format version, step, world size, config fingerprint, size and hash of
-each file. Beside it lie, in format 2, index.json (`utils/checkpoint_index.py`) and
-<rank>.safetensors (`utils/shards.py`); in format 1, which is read by torch's restricted loader and
-no longer written, <part>.pt with whole tensors.
+each file. Beside it lie, in format 2, index.json (`utils/checkpoints/index.py`) and
+<rank>.safetensors (`utils/checkpoints/shards.py`); in format 1, which is read by torch's restricted
+loader and no longer written, <part>.pt with whole tensors.
 """
 
 import json
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from utils import parallel
-from utils.checkpoint_index import INDEX, Stored, filled, index_fault, pack, stored_in, unpack
+from utils.checkpoints.index import INDEX, Stored, filled, index_fault, pack, stored_in, unpack
+from utils.checkpoints.shards import hash_file, read_into
 from utils.errors import UserError
-from utils.shards import hash_file, read_into
 
 DESCRIPTION = "checkpoint.json"
 FORMAT = 2

@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from baselines.evit.network import EViT
-from utils.build import build, check_targets, keywords_of, resolve
-from utils.config import CONFIGS, compose_config, find_file
+from utils.config.build import build, check_targets, keywords_of, resolve
+from utils.config.compose import CONFIGS, compose_config, find_file
+from utils.config.flags import FLAGS, read_arguments
 from utils.errors import UserError
-from utils.flags import FLAGS, read_arguments
 
 
 def arguments(*words: str):
@@ -116,7 +116,7 @@ def test_a_home_folder_is_known_behind_an_equals_sign(monkeypatch) -> None:
 def test_our_own_folder_may_have_an_apostrophe(tmp_path: Path, monkeypatch) -> None:
     ours = tmp_path / "it's"
     ours.symlink_to(CONFIGS)
-    monkeypatch.setattr("utils.config.CONFIGS", ours)
+    monkeypatch.setattr("utils.config.compose.CONFIGS", ours)
     assert compose_config(CONFIGS / "train.yaml").seed == 0
 
 
@@ -291,12 +291,12 @@ def test_environment_is_read_at_composition(write, monkeypatch) -> None:
         "os.system",
         "builtins.eval",
         "subprocess.Popen",
-        "utils.build.sys.exit",
-        "utils.build.importlib",
-        "utils.build.importlib.import_module",
-        "utils.build.nearest.__globals__",
-        "utils.flags.argparse.ArgumentParser",
-        "utils.config.CONFIGS",
+        "utils.config.build.sys.exit",
+        "utils.config.build.importlib",
+        "utils.config.build.importlib.import_module",
+        "utils.config.build.nearest.__globals__",
+        "utils.config.flags.argparse.ArgumentParser",
+        "utils.config.compose.CONFIGS",
         "utils.metrics.json.loads",
         "timm.models.load_checkpoint",
         "timm.models.load_state_dict",
@@ -366,6 +366,7 @@ def test_build_nests_and_overrides() -> None:
         ("_recursive_", True, "recipe: _recursive_ is not understood"),
         ("_target_", "dinov2.recipe.DINO", "has no 'DINO'; did you mean 'DINOv2'?"),
         ("_target_", "dinov2.recipee.DINOv2", "there is no module 'dinov2.recipee'"),
+        ("_target_", "utils.images.ImageFolder", "did you mean 'utils.data.images.ImageFolder'?"),
     ],
 )
 def test_misspelt_keywords_inside_a_target(key: str, value: object, said: str) -> None:

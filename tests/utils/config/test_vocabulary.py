@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.build import check_targets
-from utils.config import compose_config
+from utils.config.build import check_targets
+from utils.config.compose import compose_config
+from utils.config.vocabulary import TABLE, is_dinov2, translate
 from utils.errors import UserError
-from utils.vocabulary import TABLE, is_dinov2, translate
 
 # Every key of the DINOv2 config with another value than its default, and what it becomes.
 CHANGED = {

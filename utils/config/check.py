@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from utils.build import build, check_targets, plain
+from utils.config.build import build, check_targets, plain
 from utils.effective_batch import micro_batches
 from utils.errors import UserError
 from utils.folders import check_run_folder
@@ -38,8 +38,8 @@ def describe(content: dict[str, Any]) -> list[str]:
 
     Raises `UserError` for what a run of this config would refuse before it reads data.
     """
+    from utils.config.settings import check_settings
     from utils.flops import count_one_image
-    from utils.settings import check_settings
 
     if "recipe" in content:  # of a training
         check_settings(content)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.build import nearest
+from utils.config.build import nearest
 from utils.errors import UserError
 
 # Mappings of names that the user may choose, in whatever file has them.

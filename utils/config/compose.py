@@ -2,8 +2,8 @@
 
 `python experiments/x.py --config-file FILE [flags] [key=value ...]`. FILE may be a run file of ours
 anywhere on disk, the `config.yaml` of a saved run, or a YAML in DINOv2's own words
-(`utils.vocabulary`). Hydra and OmegaConf are imported late, so `--help` answers at once and `build`
-works where they are not installed.
+(`utils.config.vocabulary`). Hydra and OmegaConf are imported late, so `--help` answers at once and
+`build` works where they are not installed.
 """
 
 import os
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils import vocabulary
-from utils.build import build, check_targets, nearest, nearest_family
-from utils.config_files import CONFIGS, find_file, run_of_model
+from utils.config import vocabulary
+from utils.config.build import build, check_targets, nearest, nearest_family
+from utils.config.files import CONFIGS, find_file, run_of_model
+from utils.config.flags import quoted, read_arguments, with_quotes
+from utils.config.schema import compare, nearest_key
 from utils.errors import UserError
-from utils.flags import quoted, read_arguments, with_quotes
-from utils.schema import compare, nearest_key
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -57,7 +57,7 @@ def parse_config(
         config = compose_config(file, arguments.overrides, base=base)
         if not arguments.check:
             return config
-        from utils.check import check
+        from utils.config.check import check
 
         check(config)
     except UserError as error:

@@ -1,6 +1,6 @@
 """Checkpoints as folders that exist whole or not at all, and exported weights.
 
-    checkpoints/<step>/     see `utils/checkpoint_files.py`
+    checkpoints/<step>/     see `utils/checkpoints/files.py`
     checkpoints/last        the name of the folder to resume from
 
 A save copies this rank's tensors to the CPU and returns; a thread lets
@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from utils import distributed, parallel
-from utils.checkpoint_files import (
+from utils.checkpoints.files import (
     DESCRIPTION,
     FORMAT,
     Parts,
@@ -33,10 +33,10 @@ from utils.checkpoint_files import (
     reason,
     weights_fault,
 )
-from utils.checkpoint_index import INDEX, pack
+from utils.checkpoints.index import INDEX, pack
+from utils.checkpoints.shards import ShardWriter, set_usual_mode, write_json
 from utils.errors import UserError
 from utils.ranges import OutOfRange, check_count
-from utils.shards import ShardWriter, set_usual_mode, write_json
 
 
 class NotSaved(UserError):

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from utils.build import plain
-from utils.command_line import Option, read_words
-from utils.config import CONFIGS, compose_config
-from utils.deit_arguments import (
+from utils.config.build import plain
+from utils.config.command_line import Option, read_words
+from utils.config.compose import CONFIGS, compose_config
+from utils.config.deit_arguments import (
     NO_EFFECT,
     OPTIONS,
     REFUSED,
     parse_deit_training,
     read_deit_training,
 )
+from utils.config.flags import slurm_minutes
 from utils.errors import UserError
-from utils.flags import slurm_minutes
 
 # The command of DeiT III's README for ViT-B at 192 pixels, and that of its distilled predecessor.
 DEIT3 = (
@@ -144,7 +144,7 @@ def test_cross_entropy_and_randaugment_are_meant_where_nothing_else_can_be():
 
 
 def test_every_flag_of_deit_is_known():
-    from utils.flags import FLAGS
+    from utils.config.flags import FLAGS
 
     known = {name for flag in FLAGS for name in flag.names}
     known |= {*OPTIONS, *NO_EFFECT, *REFUSED, "--num_workers"}

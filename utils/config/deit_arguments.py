@@ -1,6 +1,6 @@
 """The flags of DeiT's training code, as overrides of the run files in configs/deit/.
 
-The flags that are other names of one key, and take what the key takes, are in `utils.flags`; here
+The flags that are other names of one key, and take what the key takes, are in `config.flags`; here
 are those whose values are words of DeiT's, those that go together, and those without an effect.
 """
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.build import nearest, plain
-from utils.command_line import TAKES_VALUE, backbone_words, help_page, read_command, tell
-from utils.config import CONFIGS, compose_config, parse_config, run_of_model
+from utils.config.build import nearest, plain
+from utils.config.command_line import TAKES_VALUE, backbone_words, help_page, read_command, tell
+from utils.config.compose import CONFIGS, compose_config, parse_config, run_of_model
+from utils.config.flags import quoted, read_arguments
 from utils.errors import UserError
-from utils.flags import quoted, read_arguments
 
 DEFAULT, RUNS = "deit/imagenet.yaml", "deit"
 LAMB = ["optimizer._target_='timm.optim.Lamb'"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.build import build, resolve
+from utils.config.build import build, resolve
 from utils.errors import UserError
 
 

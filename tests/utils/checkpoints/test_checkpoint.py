@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from utils import shards
-from utils.checkpoint import Checkpoints, export_weights
-from utils.checkpoint_files import Parts
+from utils.checkpoints import shards
+from utils.checkpoints.checkpoint import Checkpoints, export_weights
+from utils.checkpoints.files import Parts
 from utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARD = "00000.safetensors"
 
 
@@ -186,7 +186,7 @@ def test_a_failure_after_the_tensors_leaves_a_sound_checkpoint(tmp_path, monkeyp
 
     name = {"index": "write_json", "rename": "os.rename", "last": "write_text"}[stage]
     with monkeypatch.context() as patch:
-        patch.setattr(f"utils.checkpoint.{name}", fail)
+        patch.setattr(f"utils.checkpoints.checkpoint.{name}", fail)
         problem = checkpoints.save(2, parts(2))
     assert "Input/output error" in problem and "\n" not in problem
     found = Checkpoints(tmp_path).load()
@@ -197,7 +197,7 @@ def test_a_real_full_file_system(tmp_path):
     """The same where the kernel says no: a process that may write only so much per file."""
     code = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from utils.checkpoint import Checkpoints\n"
+        "from utils.checkpoints.checkpoint import Checkpoints\n"
         "c = Checkpoints(Path(sys.argv[1])); c.save(1, {'recipe': {'w': torch.zeros(10)}})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
@@ -213,7 +213,8 @@ def test_a_real_full_file_system(tmp_path):
 @pytest.mark.slow
 def test_killed_in_mid_save_the_last_good_one_stays(tmp_path):
     code = (
-        "import sys, torch; from pathlib import Path; from utils.checkpoint import Checkpoints\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from utils.checkpoints.checkpoint import Checkpoints\n"
         "c = Checkpoints(Path(sys.argv[1]), keep_last=1); step = 0\n"
         "while True:\n"
         "    step += 1; c.save(step, {'recipe': {'weight': torch.full((200000,), float(step))}})\n"

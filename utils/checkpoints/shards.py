@@ -2,7 +2,7 @@
 
 torch's own storage describes its files in a pickle, which whoever can write to the folder can make
 execute anything. Here nothing that is read is a pickle: a rank's shards are one safetensors file,
-and an index in JSON says what is where (`utils/checkpoint_index.py`). torch plans who writes and
+and an index in JSON says what is where (`utils/checkpoints/index.py`). torch plans who writes and
 who reads which piece, so a checkpoint is read on any number of processes and in any sharding.
 """
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.config import compose_config
+from utils.config.compose import compose_config
 from utils.errors import UserError
 
 
