@@ -94,15 +94,13 @@ def _layer_by_place(name: str, backbone: nn.Module, depth: int) -> int:
     if child == "blocks":
         return int(rest.split(".")[0]) + 1
     owner = getattr(backbone, child)
-    if child == "patch_embed" or not isinstance(owner, nn.Module) or _is_list(owner):
+    if child == "patch_embed" or not isinstance(owner, nn.Module):
+        return 0
+    if isinstance(owner, nn.ParameterList):  # an octic model's positions
         return 0
     if child not in ("norm", "head") and hasattr(backbone, "switch"):
         return backbone.switch
     return depth + 1
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ParameterList)
 
 
 def _decays_by_shape(name: str, parameter: nn.Parameter) -> bool:

@@ -45,11 +45,7 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
         # Speed alone needs no images.
         judged_on = "val" in splits_of(probes.values())
         dataset = make_data(config["data"], "val") if judged_on else None
-        path = weights_file(config["weights"])
-        metadata, state = _read(path)
-        wrong = mismatch(metadata, dataset) if dataset is not None else None
-        if wrong:
-            raise UserError(f"{path}: {wrong}; figures would mean nothing")
+        path, metadata, state = read_weights(config["weights"], dataset)
         backbone = complete(chosen_backbone(config), metadata, state, dataset)
         net = make_classifier(backbone, state, path, seed=config["seed"]).to(device)
         if distributed.is_main():
@@ -69,6 +65,26 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
             _say_published(backbone, metadata, path, dataset)
         distributed.barrier()
     return {f"{name}/{key}": value for name, part in results.items() for key, value in part.items()}
+
+
+def read_weights(
+    weights: str | None, dataset: ImageDataset | None
+) -> tuple[str | None, dict[str, str], dict[str, Tensor] | None]:
+    """Path, metadata and weights of a file or run folder; of none, None and nothing.
+
+    UserError for a file that cannot be read, and for one of other classes than the data set's.
+    """
+    path = weights_file(weights)
+    if not path:
+        return path, {}, None
+    try:
+        metadata, state = read_metadata(path), read_state(path)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    wrong = mismatch(metadata, dataset) if dataset is not None else None
+    if wrong:
+        raise UserError(f"{path}: {wrong}; figures would mean nothing")
+    return path, metadata, state
 
 
 def complete(
@@ -122,15 +138,6 @@ def make_classifier(
     if f"{head_of(getattr(net, 'net', net))}.weight" not in getattr(net, "net", net).state_dict():
         raise UserError(f"{name_of(backbone)} has no classifier; probe its features instead")
     return net.eval()
-
-
-def _read(path: str | None) -> tuple[dict[str, str], dict[str, Tensor] | None]:
-    if not path:
-        return {}, None
-    try:
-        return read_metadata(path), read_state(path)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
 
 
 def _say_what_is_judged(

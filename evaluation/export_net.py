@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from evaluation.classifier import complete, count_classes
 from evaluation.judge import brings_weights, load_strictly, name_of, weights_file
 from evaluation.progress import say
+from evaluation.sample import image_size_of
 from utils import distributed
 from utils.config.build import build, plain, resolve
 from utils.data.classes import NAMES
-from utils.data.images import ImageDataset
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
 from utils.folders import check_folder, make_folder
@@ -77,8 +77,7 @@ def _with_classes(
     if state is None or not _takes_classes(backbone):
         return dict(backbone)
     backbone = {"num_classes": count_classes(state) or 0, **backbone}
-    # So no data set is asked for the number of its classes.
-    return complete(backbone, metadata, state, cast(ImageDataset, None))
+    return complete(backbone, metadata, state, None)
 
 
 def _takes_classes(backbone: Mapping[str, Any]) -> bool:
@@ -92,7 +91,7 @@ def _write_program(
     kind = config["format"]
     if kind == "onnx":
         _require(ONNX_PACKAGES)
-    size, output = config["size"] or own_size(net), config["output"]
+    size, output = config["size"] or image_size_of(net), config["output"]
     if output == "auto":
         output = "logits" if has_classes(net) else "features"
     say(f"{name_of(backbone)}, weights: {config['weights']}: {output} at {size} x {size} pixels")
@@ -117,7 +116,7 @@ def _write_for_hub(
     hub.save_to_folder(net, folder, **about)
     weights = (folder / "model.safetensors").stat().st_size / 1e6
     say(f"written: {folder}/: config.json, model.safetensors ({weights:.1f} MB)")
-    side = size or own_size(net)
+    side = size or image_size_of(net)
     batches = [export.example_images(net, side, batch=batch) for batch in (1, 3)]
     how = f'loaded by timm.create_model("local-dir:{folder}", pretrained=True), at batch 1 and 3'
     result = _judged(folder, hub.largest_difference(net, folder, batches), how)
@@ -135,16 +134,6 @@ def _judged(path: Path, difference: float, how: str) -> dict[str, Any]:
         )
     say(f"{how}: largest difference {difference:.1e} of the largest output ({bound:.0e} allowed)")
     return {"path": str(path), "difference": difference}
-
-
-def own_size(net: nn.Module) -> int:
-    """Pixels a side that a net was built for; 224 where it does not say."""
-    inner = getattr(net, "net", net)
-    described = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
-    parts = (net, inner, getattr(inner, "patch_embed", None))
-    sizes = (getattr(part, "img_size", None) for part in parts)
-    size = next((size for size in sizes if size), described[-2:])
-    return int(size if isinstance(size, int) else size[0])
 
 
 def has_classes(net: nn.Module) -> bool:

@@ -33,8 +33,3 @@ def built_for(net: Backbone) -> int:
     if built and (getattr(embed, "strict_img_size", False) or registered[-1] != built[0]):
         return int(built[0])
     return PUBLISHED
-
-
-def in_words(size: int | None) -> str:
-    """A size for a protocol that is told before a net is seen."""
-    return "the net's own size" if size is None else str(size)

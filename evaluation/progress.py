@@ -15,12 +15,12 @@ def track(
     *,
     total: int,
     label: str,
-    size: Callable[[Any], int] = len,
+    size: Callable[[Any], int] = lambda _: 1,
     shown: bool = True,
 ) -> Iterator:
     """Yield `batches` unchanged while showing how many of `total` items have passed.
 
-    `size(batch)` counts the items of a batch.
+    `size(batch)` counts the items of a batch, which is one by default.
     """
     with _display(label, total, shown) as advance:
         for batch in batches:

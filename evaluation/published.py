@@ -41,11 +41,6 @@ class Published(NamedTuple):
     figures: Mapping[str, Figure]
     source: str = "octic-vits"
 
-    @property
-    def layout(self) -> str:
-        """What its file looks like."""
-        return LAYOUTS[self.recipe]
-
     def __str__(self) -> str:
         names = {"accuracy/acc1": "Acc@1", "accuracy/acc5": "Acc@5", "accuracy/loss": "loss"}
         stated = [f"{names.get(key, key)} {figure.value}" for key, figure in self.figures.items()]

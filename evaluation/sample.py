@@ -35,19 +35,17 @@ def num_classes_of(net: object) -> int:
     return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)
 
 
-def sample_images(dataset: ImageDataset, *, size: int, count: int, squash: bool = False) -> Tensor:
+def sample_images(dataset: ImageDataset, *, size: int, count: int) -> Tensor:
     """`count` normalised images [B 3 size size], spread evenly over the data set.
 
-    The shorter side becomes `size` before a central crop; with `squash` the whole image is pressed
-    into the square, as capi does it. A set of fewer images gives other crops of them as well.
+    The shorter side becomes `size` before a central crop. A set of fewer images gives other crops
+    of them as well.
     """
     if count < 1 or size < 1:
         raise UserError(f"{count} images of {size} pixels asked for; both must be at least 1")
     if not len(dataset):
         raise UserError(f"{dataset!r} holds no image")
-    transform = (
-        squash_transform(size) if squash else evaluation_transform(resize_size=size, crop_size=size)
-    )
+    transform = evaluation_transform(resize_size=size, crop_size=size)
     if count <= len(dataset):
         spread = torch.linspace(0, len(dataset) - 1, count).long().tolist()
         return torch.stack([transform(dataset.read(index)) for index in spread])
@@ -56,7 +54,7 @@ def sample_images(dataset: ImageDataset, *, size: int, count: int, squash: bool 
 
 
 def squash_transform(size: int) -> Callable:
-    """PIL image to a normalised tensor [3 size size], its aspect ratio lost."""
+    """PIL image to a normalised tensor [3 size size], pressed into the square as capi does it."""
     resize = v2.Resize((size, size), interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([resize, *to_normalized_tensor()])
 

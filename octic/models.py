@@ -10,9 +10,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from octic.vision_transformer import OcticVisionTransformer
-from vit.models import build, default_cfg, size
+from vit.models import DEIT, build, default_cfg, size
 
-DEIT = {"qkv_bias": True, "init_values": 1e-4}
 # Departs from octic-vits: layer scale starts at 1e-5 as its configs ask, where the released code
 # silently takes 1e-4; init_values=1e-4 is the released behaviour.
 DINOV2 = {

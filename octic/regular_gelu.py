@@ -5,7 +5,7 @@ Made as the norms are (`octic.irrep_norm`, its letters too): a Triton kernel on 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,35 +36,16 @@ def regular_gelu(x: Tensor, transform: Matrix, bias: Tensor | None = None) -> Te
 
 @operator("regular_gelu(Tensor x, Tensor? bias, float[] transform) -> Tensor")
 def _gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
-    arguments = (
-        x.contiguous(),
-        _dense(bias),
-        _matrix(tuple(transform)),
-    )
-    if takes_triton(x):
-        from octic import triton_gelu
-
-        with torch.cuda.device_of(x):
-            return triton_gelu.forward(*arguments)
-    return without_autocast(plain_gelu, *arguments)
+    arguments = (_dense(bias), _matrix(tuple(transform)))
+    return _run("forward", plain_gelu, x.contiguous(), *arguments)
 
 
 @operator("regular_gelu_backward(Tensor grad, Tensor x, Tensor? bias, float[] transform) -> Tensor")
 def _gelu_backward(
     grad: Tensor, x: Tensor, bias: Tensor | None, transform: Sequence[float]
 ) -> Tensor:
-    arguments = (
-        x.contiguous(),
-        _dense(bias),
-        grad.contiguous(),
-        _matrix(tuple(transform)),
-    )
-    if takes_triton(x):
-        from octic import triton_gelu
-
-        with torch.cuda.device_of(x):
-            return triton_gelu.backward(*arguments)
-    return without_autocast(plain_gelu_backward, *arguments)
+    arguments = (_dense(bias), grad.contiguous(), _matrix(tuple(transform)))
+    return _run("backward", plain_gelu_backward, x.contiguous(), *arguments)
 
 
 @torch.library.register_fake("octic::regular_gelu")
@@ -94,6 +75,15 @@ class _GELU(torch.autograd.Function):
 
 
 multiplies_nothing(torch.ops.octic.regular_gelu, torch.ops.octic.regular_gelu_backward)
+
+
+def _run(function: str, plain: Callable, x: Tensor, *arguments: Any) -> Tensor:
+    if takes_triton(x):
+        from octic import triton_gelu
+
+        with torch.cuda.device_of(x):
+            return getattr(triton_gelu, function)(x, *arguments)
+    return without_autocast(plain, x, *arguments)
 
 
 @lru_cache(maxsize=64)

@@ -26,12 +26,11 @@ KINDS = {
 
 
 class Message(NamedTuple):
-    """One collective as this rank saw it: payload in bytes, and over how many ranks."""
+    """One collective as this rank saw it: payload in bytes."""
 
     kind: str
     dtype: torch.dtype
     payload: int
-    ranks: int
 
 
 class Communication(TorchDispatchMode):
@@ -58,10 +57,6 @@ class Communication(TorchDispatchMode):
         """Bytes of all collectives of a kind."""
         return sum(message.payload for message in self.messages if message.kind == kind)
 
-    def sent(self) -> float:
-        """Bytes one rank sends for all of it, by the ring."""
-        return sum(sent_bytes(one.kind, one.payload, one.ranks) for one in self.messages)
-
     def _note(self, kind: str, args: tuple[Any, ...]) -> None:
         groups = [a for a in args if isinstance(a, torch.ScriptObject)]
         ranks = next((size for size in map(_size, groups) if size), 1)
@@ -70,7 +65,7 @@ class Communication(TorchDispatchMode):
         sides = [list(_tensors(a)) for a in args if isinstance(a, Tensor | list)]
         payload = max((sum(t.nbytes for t in side) for side in sides), default=0)
         dtype = next((t.dtype for side in sides for t in side), torch.uint8)
-        self.messages.append(Message(kind, dtype, payload, ranks))
+        self.messages.append(Message(kind, dtype, payload))
 
 
 def sent_bytes(kind: str, payload: float, ranks: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
-from vit.backbone import Features
+from vit.backbone import Features, in_asked_order
 from vit.trunk import take_indices
 
 
@@ -55,12 +55,10 @@ class TimmBackbone(nn.Module):
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Normalised features of the asked blocks; a CNN's class token is its mean feature."""
         indices = take_indices(layers, self.depth)
-        taken = sorted(set(indices))  # timm's order, whatever is asked
         entries = self.net.forward_intermediates(
-            images, indices=taken, intermediates_only=True, **self._wanted
+            images, indices=sorted(set(indices)), intermediates_only=True, **self._wanted
         )
-        found = dict(zip(taken, entries, strict=True))
-        return [self._features(found[index]) for index in indices]
+        return [self._features(entry) for entry in in_asked_order(entries, indices)]
 
     def _features(self, entry: Any) -> Features:
         maps, tokens = entry if self._prefix else (entry, None)

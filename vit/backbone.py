@@ -6,7 +6,7 @@ Letters in shapes: B images, N patches, h w their grid, R registers, T all token
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -37,6 +37,12 @@ class Backbone(Protocol):
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Normalised features of the asked blocks; negative indices count from the end."""
         ...
+
+
+def in_asked_order(entries: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+    """What timm gives of the asked blocks, once each and ascending, for each block as asked."""
+    found = dict(zip(sorted(set(indices)), entries, strict=True))
+    return [found[index] for index in indices]
 
 
 @contextmanager

@@ -25,6 +25,11 @@ class Addend(NamedTuple):
         return x if self.bias is None else x + F.pad(self.bias, (0, x.shape[-1] - len(self.bias)))
 
 
+def added(x: Tensor, addend: Addend | None) -> Tensor:
+    """Tokens with what the block before left to add, if anything."""
+    return x if addend is None else addend.to(x)
+
+
 def terms_of(
     out: Tensor | tuple[Tensor, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Addend | None]:
@@ -93,7 +98,7 @@ class ResidualBlock(nn.Module):
         rate = self.drop_path_rate if self.training else 0.0
         ready = self._prepare(x)
         if rate and self.drop_path_mode == "subset":
-            x = x if addend is None else addend.to(x)
+            x = added(x, addend)
             mix_tokens, mix_channels = (
                 partial(mix, ready=ready) for mix in (self._mix_tokens, self._mix_channels)
             )
@@ -125,7 +130,7 @@ class ResidualBlock(nn.Module):
     def _add_and_norm(
         self, x: Tensor, addend: Addend | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        x = x if addend is None else addend.to(x)
+        x = added(x, addend)
         return x, norm(x)
 
     def _attend(self, normed: Tensor, packing: Packing | None, ready: Any, *, hold: bool) -> Addend:

@@ -130,11 +130,16 @@ def largest_difference(
             ours = asked(images)
             ours = list(ours.values()) if isinstance(ours, dict) else [ours]
             for one, other in zip(ours, theirs, strict=True):
-                if one.shape != other.shape or not bool(other.isfinite().all()):
-                    return float("inf")
-                scale = one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
-                worst = max(worst, float((one - other).abs().max() / scale))
+                worst = max(worst, relative_difference(one, other))
     return worst
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Max |difference| / max |output|; infinite for other shapes, and where any is not finite."""
+    if ours.shape != theirs.shape or not bool((ours - theirs).isfinite().all()):
+        return float("inf")
+    scale = ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny)
+    return float((ours - theirs).abs().max() / scale)
 
 
 _RUNNER = f"""

@@ -119,8 +119,9 @@ def _adapt_positions(
     old, extra = _old_grid(theirs.shape[1], grid, "cls_token" in found or "reg_token" in found)
     wanted = ours.shape[1] - grid[0] * grid[1]
     first, notes = theirs[:, :extra], []
-    resized = resize_positions(theirs[:, extra:], old, grid)
+    patches = theirs[:, extra:]
     if old != grid:
+        patches = resample_grid(patches.unflatten(1, old), grid).flatten(1, 2)  # bicubic, as DeiT's
         notes.append(
             f"{POSITIONS}: resampled from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches"
         )
@@ -130,15 +131,8 @@ def _adapt_positions(
     elif wanted and not extra:
         first = torch.zeros_like(theirs[:, :wanted])
         notes.append(f"{POSITIONS}: the file has none of the class token, it starts at zero")
-    found[POSITIONS] = torch.cat([first[:, :wanted], resized], dim=1)
+    found[POSITIONS] = torch.cat([first[:, :wanted], patches], dim=1)
     return notes
-
-
-def resize_positions(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions of patches [1 h*w D] on another grid, bicubic (DeiT)."""
-    if old == new:
-        return patches
-    return resample_grid(patches.unflatten(1, old), new).flatten(1, 2)
 
 
 def _adapt_slabs(

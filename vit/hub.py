@@ -17,6 +17,7 @@ from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
 from vit.backbone import eval_mode
+from vit.export import relative_difference
 
 # Whose errors on the way to the hub are the network's or the account's, not ours: names begin so.
 NETWORK = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
@@ -90,10 +91,7 @@ def largest_difference(net: nn.Module, folder: Path, images: Sequence[torch.Tens
     for batch in images:
         with eval_mode(net):
             ours, theirs = net(batch), again(batch)
-        if ours.shape != theirs.shape:
-            return float("inf")
-        scale = ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny)
-        worst = max(worst, float((ours - theirs).abs().max() / scale))
+        worst = max(worst, relative_difference(ours, theirs))
     return worst
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit.backbone import Encoded, Features, check_counts
-from vit.block import Addend, ResidualBlock, is_watched, terms_of
+from vit.block import Addend, ResidualBlock, added, is_watched, terms_of
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -157,22 +157,24 @@ class Trunk(nn.Module):
         last = len(self.blocks) - 1 if stop < 0 else stop
         for index, block in enumerate(self.blocks[: last + 1]):
             if index == self.switch:
-                x, addend = self.transition(_added(x, addend)), None
+                x, addend = self.transition(added(x, addend)), None
             holds = _holds(block)
-            arguments = (x, packing, addend, True) if holds else (_added(x, addend), packing)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                out = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                out = block(*arguments)
-            x, addend = terms_of(out)
+            arguments = (x, packing, addend, True) if holds else (added(x, addend), packing)
+            x, addend = terms_of(self._call(block, *arguments))
             if index in taps:
-                x, addend = _added(x, addend), None
+                x, addend = added(x, addend), None
                 # An octic block's output is told in the basis of the plain half.
                 kept[index] = self.transition(x) if index < self.switch else x
-        x = _added(x, addend)
+        x = added(x, addend)
         if last < self.switch:
             x = self.transition(x)
         return x, kept
+
+    def _call(self, block: nn.Module, *arguments: Any) -> Any:
+        """A block's output, its activations kept or, in gradient checkpointing, made again."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def run(
         self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
@@ -321,13 +323,7 @@ class Trunk(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = _checked_pool(global_pool, self.has_class_token)
-        self.head = nn.Identity()
-        if num_classes > 0:
-            reference = next(self.parameters())
-            self.head = nn.Linear(
-                self.embed_dim, num_classes, device=reference.device, dtype=reference.dtype
-            )
-            init_linear(self.head)
+        self.head = fresh_head(self, self.embed_dim, num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -349,10 +345,6 @@ class Trunk(nn.Module):
         }
 
 
-def _added(x: Tensor, addend: Addend | None) -> Tensor:
-    return x if addend is None else addend.to(x)
-
-
 def _holds(block: nn.Module) -> bool:
     """Whether a block takes and leaves sums in their terms; hooks see whole tokens."""
     return isinstance(block, ResidualBlock) and block.holds and not is_watched(block)
@@ -367,6 +359,16 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
     if not taken or any(not 0 <= index < depth for index in taken):
         raise ValueError(f"blocks {indices} asked of a network with blocks 0 to {depth - 1}")
     return taken
+
+
+def fresh_head(net: nn.Module, width: int, num_classes: int) -> nn.Linear | nn.Identity:
+    """A newly drawn classifier beside a net's parameters, in their dtype (0 classes: none)."""
+    if num_classes <= 0:
+        return nn.Identity()
+    like = next(net.parameters())
+    head = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
+    init_linear(head)
+    return head
 
 
 def init_linear(layer: nn.Module) -> None:

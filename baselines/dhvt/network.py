@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
 from baselines.dhvt.norms import check_sync
@@ -129,10 +128,7 @@ class DHVT(TappedTrunk):
         x = self.embed(images)
         last = len(self.blocks) - 1 if stop < 0 else stop
         for index, block in enumerate(self.blocks[: last + 1]):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x = block(x, grid)
+            x = self._call(block, x, grid)
             if index in taps:
                 kept[index] = x
         return x, kept

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from baselines.evit.block import EViTBlock
 from baselines.evit.reorganisation import (
@@ -203,11 +202,6 @@ class EViT(TappedTrunk, VisionTransformer):
         out, indices = self.kept_indices(x, keep_rate, tokens)
         logits = self.forward_head(self.norm(out))
         return (logits, indices) if get_idx else logits
-
-    def _call(self, block: Any, x: Tensor, number: int | None) -> Any:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, number, use_reentrant=False)
-        return block(x, number)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

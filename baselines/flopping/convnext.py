@@ -5,7 +5,8 @@ ConvNet for the 2020s". Features are channels-last throughout, [B h w D] with ch
 so that the pointwise layers are those of `octic`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -72,7 +73,55 @@ class MirrorConvNeXtBlock(nn.Module):
         return x[..., : even.out_features] + self.drop_path(branch)
 
 
-class MirrorConvNeXt(Net):
+class ConvNeXt(Net):
+    """What the mirror-equivariant ConvNeXt and its plain twin share: the stages, the fresh head."""
+
+    entries: nn.ModuleList
+    stages: nn.ModuleList
+
+    def build_stages(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        *,
+        norm: Callable[[int], nn.Module],
+        downsample: Callable[[int, int], nn.Module],
+        block: Callable[..., nn.Module],
+        drop_path_rate: float,
+    ) -> None:
+        """Make entries and blocks; a single stage has no norm before it."""
+        pairs = zip(dims, dims[1:], strict=False)
+        later = (nn.Sequential(norm(old), downsample(old, new)) for old, new in pairs)
+        self.entries = nn.ModuleList([norm(dims[0]) if len(dims) > 1 else nn.Identity(), *later])
+        rates = cast(
+            list[list[float]],
+            calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True),
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(block(dim, drop_path=rate) for rate in of_stage)
+            for dim, of_stage in zip(dims, rates, strict=True)
+        )
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages."""
+        return [block for stage in self.stages.children() for block in stage.children()]
+
+    def path(self) -> list[Stage]:
+        """The stages, each with its norm and downsampling before it."""
+        return [
+            Stage(entry, list(blocks))
+            for entry, blocks in zip(self.entries, self.stages, strict=True)
+        ]
+
+    def scale_head(self, factor: float) -> None:
+        """Multiply a fresh classifier's weight and bias."""
+        if isinstance(self.head, nn.Linear) and factor != 1.0:
+            self.head.weight.data.mul_(factor)
+            self.head.bias.data.mul_(factor)
+
+
+class MirrorConvNeXt(ConvNeXt):
     """ConvNeXt with f(mirrored image) = f(image), for image widths that the reduction divides.
 
     depths, dims: blocks and width of each stage; one stage is the isotropic ConvNeXt, whose stem
@@ -111,10 +160,7 @@ class MirrorConvNeXt(Net):
         allow_odd: bool = False,
     ) -> None:
         check_drop_path(drop_path_rate)
-        check_stages(depths, dims)
-        if downsampling not in DOWNSAMPLING:
-            known = ", ".join(DOWNSAMPLING)
-            raise ValueError(f"unknown downsampling {downsampling!r}; known: {known}")
+        check_stages(depths, dims, downsampling)
         invariantization = make_invariantization(invariant, dims[-1], MIRROR)
         self._allow_odd = allow_odd  # before the base class, which checks img_size
         super().__init__(
@@ -128,38 +174,20 @@ class MirrorConvNeXt(Net):
             drop_rate=drop_rate,
         )
         self.stem = MirrorLift(in_chans, dims[0], patch_size)
-        reduce = DOWNSAMPLING[downsampling]
-        first = OcticLayerNorm(dims[0], eps=EPS, group=MIRROR) if len(dims) > 1 else nn.Identity()
-        self.entries = nn.ModuleList(
-            [
-                first,
-                *(
-                    nn.Sequential(
-                        OcticLayerNorm(old, eps=EPS, group=MIRROR),
-                        reduce(old, new, allow_odd=allow_odd),
-                    )
-                    for old, new in zip(dims, dims[1:], strict=False)
-                ),
-            ]
-        )
-        rates = cast(
-            list[list[float]],
-            calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True),
-        )
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                MirrorConvNeXtBlock(
-                    dim,
-                    mlp_ratio=mlp_ratio,
-                    init_values=init_values,
-                    drop_path=rate,
-                    kernel_size=kernel_size,
-                    depthwise=depthwise,
-                    activation=activation,
-                )
-                for rate in of_stage
-            )
-            for dim, of_stage in zip(dims, rates, strict=True)
+        self.build_stages(
+            depths,
+            dims,
+            norm=partial(OcticLayerNorm, eps=EPS, group=MIRROR),
+            downsample=partial(DOWNSAMPLING[downsampling], allow_odd=allow_odd),
+            block=partial(
+                MirrorConvNeXtBlock,
+                mlp_ratio=mlp_ratio,
+                init_values=init_values,
+                kernel_size=kernel_size,
+                depthwise=depthwise,
+                activation=activation,
+            ),
+            drop_path_rate=drop_path_rate,
         )
         self.invariant, self.invariantization = invariant, invariantization
         self.norm = nn.LayerNorm(invariantization.output_dim, eps=EPS)
@@ -173,12 +201,7 @@ class MirrorConvNeXt(Net):
             nn.init.trunc_normal_(half.weight, std=0.02)
             if half.bias is not None:
                 nn.init.zeros_(half.bias)
-        scale_head(self.head, head_init_scale)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks of all stages."""
-        return [block for stage in self.stages.children() for block in stage.children()]
+        self.scale_head(head_init_scale)
 
     def check_size(self, height: int, width: int) -> None:
         """ValueError for images whose columns a convolution with stride would cut unevenly."""
@@ -188,13 +211,6 @@ class MirrorConvNeXt(Net):
                 f"image size {height} x {width}: the width must be a multiple of "
                 f"{self.patch_size} for the mirror symmetry to be kept"
             )
-
-    def path(self) -> list[Stage]:
-        """The stages, each with its norm and downsampling before it."""
-        return [
-            Stage(entry, list(blocks))
-            for entry, blocks in zip(self.entries, self.stages, strict=True)
-        ]
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to features [B h w D]."""
@@ -223,14 +239,10 @@ class MirrorConvNeXt(Net):
         return mirror_convnext_names(state)
 
 
-def check_stages(depths: Sequence[int], dims: Sequence[int]) -> None:
-    """ValueError where depths and widths are not of the same stages."""
+def check_stages(depths: Sequence[int], dims: Sequence[int], downsampling: str) -> None:
+    """ValueError for depths and widths of other numbers of stages, and an unknown downsampling."""
     if len(depths) != len(dims) or not depths:
         raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} are not of equal length")
-
-
-def scale_head(head: nn.Module, factor: float) -> None:
-    """Multiply a fresh classifier's weight and bias."""
-    if isinstance(head, nn.Linear) and factor != 1.0:
-        head.weight.data.mul_(factor)
-        head.bias.data.mul_(factor)
+    if downsampling not in DOWNSAMPLING:
+        known = ", ".join(DOWNSAMPLING)
+        raise ValueError(f"unknown downsampling {downsampling!r}; known: {known}")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.ranges import check_count, check_range
 from vit.backbone import Features
-from vit.trunk import init_linear, take_indices
+from vit.trunk import fresh_head, init_linear, take_indices
 
 POOLS = ("avg", "")
 
@@ -52,7 +52,6 @@ class Net(nn.Module):
         super().__init__()
         check_count("patch_size", patch_size, 1)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.stem_size = patch_size
         self.patch_size = patch_size * 2 ** (len(depths) - 1)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = num_features
@@ -209,13 +208,7 @@ class Net(nn.Module):
                 raise ValueError(f"unknown global_pool {global_pool!r}; known: 'avg', ''")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            like = next(self.parameters())
-            self.head = nn.Linear(
-                self.num_features, num_classes, device=like.device, dtype=like.dtype
-            )
-            init_linear(self.head)
+        self.head = fresh_head(self, self.num_features, num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

@@ -1,23 +1,23 @@
 """The plain twins of the mirror nets: ResMLP and ConvNeXt of timm's parts, each a Backbone."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.flopping.convnext import EPS, check_stages, scale_head
+from baselines.flopping.convnext import EPS, ConvNeXt, check_stages
 from baselines.flopping.keys import plain_convnext_names, plain_resmlp_names
-from baselines.flopping.net import Net, Stage, check_drop_path
+from baselines.flopping.net import check_drop_path
+from baselines.flopping.resmlp import check_own_size, check_whole_patches
 from utils.ranges import check_count
-from vit.backbone import Features
+from vit.backbone import Features, in_asked_order
 from vit.trunk import init_convolution, init_linear, take_indices
-
-DOWNSAMPLING = ("conv", "mean")
 
 
 class PlainResMlp(MlpMixer):
@@ -40,10 +40,7 @@ class PlainResMlp(MlpMixer):
         check_drop_path(drop_path_rate)
         check_count("patch_size", patch_size, 1)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"image size {height} x {width} is not a multiple of the patch size {patch_size}"
-            )
+        check_whole_patches((height, width), patch_size)
         super().__init__(
             img_size=cast(int, img_size),  # oblong too, whatever its annotation says
             patch_size=patch_size,
@@ -67,22 +64,16 @@ class PlainResMlp(MlpMixer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens [B N D] after the final norm; ValueError for images of another size."""
-        self._check(x)
+        check_own_size(x.shape[-2:], self.img_size)
         return super().forward_features(x)
 
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Normalised features of the asked blocks; the class token is the mean one (Backbone)."""
-        self._check(images)
-        maps = self.forward_intermediates(
-            images, take_indices(layers, self.depth), norm=True, intermediates_only=True
-        )
-        # timm gives them in ascending order.
-        order = sorted(set(take_indices(layers, self.depth)))
-        found: dict[int, Tensor] = dict(zip(order, cast(list[Tensor], maps), strict=True))
-        return [
-            Features(found[i].mean((2, 3)), found[i].permute(0, 2, 3, 1))
-            for i in take_indices(layers, self.depth)
-        ]
+        check_own_size(images.shape[-2:], self.img_size)
+        indices = take_indices(layers, self.depth)
+        found: Any = self.forward_intermediates(images, indices, norm=True, intermediates_only=True)
+        maps = in_asked_order(found, indices)
+        return [Features(x.mean((2, 3)), x.permute(0, 2, 3, 1)) for x in maps]
 
     def no_weight_decay(self) -> set[str]:
         """The affine layers' gains and shifts, which timm stores as [1 1 D].
@@ -94,13 +85,6 @@ class PlainResMlp(MlpMixer):
     def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights in the published spelling under our names; others as they are."""
         return plain_resmlp_names(state)
-
-    def _check(self, images: Tensor) -> None:
-        if tuple(images.shape[-2:]) != self.img_size:
-            raise ValueError(
-                f"image size {images.shape[-2]} x {images.shape[-1]} given to a ResMLP of "
-                f"{self.img_size[0]} x {self.img_size[1]}, whose token matrices are of one size"
-            )
 
 
 class MeanPoolLinear(nn.Module):
@@ -115,7 +99,7 @@ class MeanPoolLinear(nn.Module):
         return self.linear(F.avg_pool2d(x, 2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PlainConvNeXt(Net):
+class PlainConvNeXt(ConvNeXt):
     """ConvNeXt of timm's blocks, hierarchical or, with a single stage, isotropic.
 
     Departs from Flopping for FLOPs: the layer scale is a vector, which no recipe decays, as that of
@@ -141,10 +125,7 @@ class PlainConvNeXt(Net):
         downsampling: str = "conv",
     ) -> None:
         check_drop_path(drop_path_rate)
-        check_stages(depths, dims)
-        if downsampling not in DOWNSAMPLING:
-            known = ", ".join(DOWNSAMPLING)
-            raise ValueError(f"unknown downsampling {downsampling!r}; known: {known}")
+        check_stages(depths, dims, downsampling)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -156,52 +137,23 @@ class PlainConvNeXt(Net):
             drop_rate=drop_rate,
         )
         self.stem = nn.Conv2d(in_chans, dims[0], patch_size, patch_size)
-        first = LayerNorm2d(dims[0], eps=EPS) if len(dims) > 1 else nn.Identity()
-
-        def reduce(old: int, new: int) -> nn.Module:
-            return nn.Conv2d(old, new, 2, 2) if downsampling == "conv" else MeanPoolLinear(old, new)
-
-        self.entries = nn.ModuleList(
-            [
-                first,
-                *(
-                    nn.Sequential(LayerNorm2d(old, eps=EPS), reduce(old, new))
-                    for old, new in zip(dims, dims[1:], strict=False)
-                ),
-            ]
-        )
-        rates = cast(
-            list[list[float]],
-            calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True),
-        )
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                ConvNeXtBlock(
-                    dim,
-                    kernel_size=kernel_size,
-                    mlp_ratio=mlp_ratio,
-                    ls_init_value=init_values or None,
-                    drop_path=rate,
-                )
-                for rate in of_stage
-            )
-            for dim, of_stage in zip(dims, rates, strict=True)
+        by_conv = partial(nn.Conv2d, kernel_size=2, stride=2)
+        self.build_stages(
+            depths,
+            dims,
+            norm=partial(LayerNorm2d, eps=EPS),
+            downsample=by_conv if downsampling == "conv" else MeanPoolLinear,
+            block=partial(
+                ConvNeXtBlock,
+                kernel_size=kernel_size,
+                mlp_ratio=mlp_ratio,
+                ls_init_value=init_values or None,
+            ),
+            drop_path_rate=drop_path_rate,
         )
         self.norm = nn.LayerNorm(dims[-1], eps=EPS)
         self.apply(_init_weights)
-        scale_head(self.head, head_init_scale)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks of all stages."""
-        return [block for stage in self.stages.children() for block in stage.children()]
-
-    def path(self) -> list[Stage]:
-        """The stages, each with its norm and downsampling before it."""
-        return [
-            Stage(entry, list(blocks))
-            for entry, blocks in zip(self.entries, self.stages, strict=True)
-        ]
+        self.scale_head(head_init_scale)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to a map [B D h w]."""

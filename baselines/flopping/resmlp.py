@@ -193,6 +193,23 @@ def from_pairs(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([even + odd, (even - odd).flip(2)], dim=2) * math.sqrt(0.5)
 
 
+def check_whole_patches(size: tuple[int, int], patch_size: int) -> None:
+    """ValueError for images that patches do not divide."""
+    if size[0] % patch_size or size[1] % patch_size:
+        raise ValueError(
+            f"image size {size[0]} x {size[1]} is not a multiple of the patch size {patch_size}"
+        )
+
+
+def check_own_size(size: tuple[int, ...], own: tuple[int, ...]) -> None:
+    """ValueError for images of another size than the network's."""
+    if size != own:
+        raise ValueError(
+            f"image size {size[0]} x {size[1]} given to a ResMLP of {own[0]} x {own[1]}, whose "
+            "token matrices are of one size"
+        )
+
+
 class MirrorResMlp(Net):
     """ResMLP with f(mirrored image) = f(image); grids with an even number of columns.
 
@@ -270,21 +287,13 @@ class MirrorResMlp(Net):
     def check_size(self, height: int, width: int) -> None:
         """ValueError for an image of another size than the model's, or an odd number of columns."""
         super().check_size(height, width)
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image size {height} x {width} is not a multiple of the patch size "
-                f"{self.patch_size}"
-            )
+        check_whole_patches((height, width), self.patch_size)
         if width // self.patch_size % 2:
             raise ValueError(
                 f"image size {height} x {width} makes {width // self.patch_size} columns of "
                 f"patches; a mirror-equivariant ResMLP needs an even number"
             )
-        if (height, width) != self.img_size:
-            raise ValueError(
-                f"image size {height} x {width} given to a ResMLP of "
-                f"{self.img_size[0]} x {self.img_size[1]}, whose token matrices are of one size"
-            )
+        check_own_size((height, width), self.img_size)
 
     def path(self) -> list[Stage]:
         """One stage."""

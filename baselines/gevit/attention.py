@@ -9,6 +9,7 @@ channels of a head (index c N + head: the head changes fastest).
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,15 @@ from utils.ranges import check_count, check_range
 
 
 class _SelfAttention(nn.Module):
-    """What both attentions share: projections, positions, and attention tile by tile."""
+    """What both attentions share: projections, positions, and attention tile by tile.
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    window: side of the neighbourhood, or None for the whole map, whose side is `map_size`.
+    memory_mb: what scores and the like may take at once, though at least one row of queries is
+    attended for. recompute: hold to that in training too, by computing them again in the backward
+    pass; without it, training keeps what is quadratic in |G|, and each window's keys and values.
+    """
+
+    projection: type[nn.Module]  # of images, or of maps on the group
 
     def __init__(
         self,
@@ -42,11 +47,11 @@ class _SelfAttention(nn.Module):
         num_heads: int,
         *,
         position_channels: int,
-        window: int | None,
-        map_size: int | None,
-        attn_drop_rate: float,
-        memory_mb: float,
-        recompute: bool,
+        window: int | None = None,
+        map_size: int | None = None,
+        attn_drop_rate: float = 0.0,
+        memory_mb: float = 64.0,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         check_count("num_heads", num_heads, 1)
@@ -62,7 +67,11 @@ class _SelfAttention(nn.Module):
         self.neighbours = make_neighbours(self.group, window=window, map_size=map_size)
         self.row_embedding = PositionFunction(position_channels)
         self.col_embedding = PositionFunction(position_channels)
-        self.wout = nn.Conv3d(mid_channels * num_heads, out_channels, 1)
+        width = mid_channels * num_heads
+        self.wout = nn.Conv3d(width, out_channels, 1)
+        self.query = self.projection(in_channels, width, 1)
+        self.key = self.projection(in_channels, width, 1)
+        self.value = self.projection(in_channels, width, 1)
 
     def extra_repr(self) -> str:
         return f"group={self.group.name}, heads={self.num_heads}"
@@ -154,9 +163,10 @@ class LiftingSelfAttention(_SelfAttention):
     s_h(i, j) = (q_i k_j + q_i [phi_row(h (j - i)), phi_col(h (j - i))]) / sqrt(C),
     y_h(i) = W sum_j softmax_j(s_h(i, j)) v_j. A symmetry T moves it as y(T x)[g] = T y(x)[g R(T)].
     mid_channels: of a head, even, as half of them meet the rows' positions and half the columns'.
-    window: side of the neighbourhood, or None for the whole map, whose side is `map_size`.
-    memory_mb, recompute: see `GroupSelfAttention`.
+    Other options are those of `_SelfAttention`.
     """
+
+    projection = nn.Conv2d
 
     def __init__(
         self,
@@ -165,12 +175,7 @@ class LiftingSelfAttention(_SelfAttention):
         mid_channels: int,
         out_channels: int,
         num_heads: int,
-        *,
-        window: int | None = None,
-        map_size: int | None = None,
-        attn_drop_rate: float = 0.0,
-        memory_mb: float = 64.0,
-        recompute: bool = True,
+        **options: Any,
     ) -> None:
         if mid_channels < 2 or mid_channels % 2:
             raise ValueError(
@@ -184,16 +189,8 @@ class LiftingSelfAttention(_SelfAttention):
             out_channels,
             num_heads,
             position_channels=mid_channels // 2,
-            window=window,
-            map_size=map_size,
-            attn_drop_rate=attn_drop_rate,
-            memory_mb=memory_mb,
-            recompute=recompute,
+            **options,
         )
-        width = mid_channels * num_heads
-        self.query = nn.Conv2d(in_channels, width, 1)
-        self.key = nn.Conv2d(in_channels, width, 1)
-        self.value = nn.Conv2d(in_channels, width, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Lift images [B C H W]: [B D G H W]."""
@@ -213,11 +210,11 @@ class GroupSelfAttention(_SelfAttention):
     s_v(g, i; m, j) = q_gi (k_mj + [phi_row(v (j - i)), phi_col(v (j - i)), E[table[v, g, m]]])
     / sqrt(C), softmax jointly over (m, j), y_v(i) = W sum_g sum_(m, j) a_v(g, i; m, j) v_mj. The
     law: for x'[g] = T x[g R(T)], y'[g] = T y[g R(T)].
-    group_table: `exact`, or the published one (see `PlaneGroup.relations`).
-    memory_mb: what scores and the like may take at once, though at least one row of queries is
-    attended for. recompute: hold to that in training too, by computing them again in the backward
-    pass; without it, training keeps what is quadratic in |G|, and each window's keys and values.
+    group_table: `exact`, or the published one (see `PlaneGroup.relations`). Other options are those
+    of `_SelfAttention`.
     """
+
+    projection = nn.Conv3d
 
     def __init__(
         self,
@@ -227,12 +224,8 @@ class GroupSelfAttention(_SelfAttention):
         out_channels: int,
         num_heads: int,
         *,
-        window: int | None = None,
-        map_size: int | None = None,
-        attn_drop_rate: float = 0.0,
         group_table: str = "exact",
-        memory_mb: float = 64.0,
-        recompute: bool = True,
+        **options: Any,
     ) -> None:
         if mid_channels < 3:
             raise ValueError(
@@ -246,16 +239,8 @@ class GroupSelfAttention(_SelfAttention):
             out_channels,
             num_heads,
             position_channels=mid_channels // 3,
-            window=window,
-            map_size=map_size,
-            attn_drop_rate=attn_drop_rate,
-            memory_mb=memory_mb,
-            recompute=recompute,
+            **options,
         )
-        width = mid_channels * num_heads
-        self.query = nn.Conv3d(in_channels, width, 1)
-        self.key = nn.Conv3d(in_channels, width, 1)
-        self.value = nn.Conv3d(in_channels, width, 1)
         relations = torch.as_tensor(self.group.relations(group_table))
         self.group_embedding = nn.Embedding(
             self.group.order, mid_channels - 2 * self.position_channels

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from baselines.gevit.network import GEViT
 from baselines.gevit.weights import published_state
+from vit.models import default_cfg
 
 MNIST = {"mean": (0.1307,), "std": (0.3081,)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -25,43 +26,28 @@ ROTMNIST_GROUPS = ("z2", "p4", "p8", "p12", "p16", "mz2", "p4m", "p8m")
 PATCHES = (2, 3, 6, 12, 16)
 
 
-def default_cfg(
+def _cfg(
     size: int, channels: int, num_classes: int, first_conv: str, colours: dict[str, Any]
 ) -> dict[str, Any]:
-    """timm's description of a model: input, normalisation, first and last layer."""
-    return {
-        "url": "",
-        "num_classes": num_classes,
-        "input_size": (channels, size, size),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "first_conv": first_conv,
-        "classifier": "head",
-        "license": "apache-2.0",
-        **colours,
-    }
+    shape = (channels, size, size)
+    return {**default_cfg(first_conv, num_classes), "input_size": shape, **colours}
 
 
 LIFTING = "lifting_self_attention.query"
 default_cfgs = generate_default_cfgs(
     {
+        **{f"gevit_rotmnist_{group}": _cfg(28, 1, 10, LIFTING, MNIST) for group in ROTMNIST_GROUPS},
+        **{f"gevit_cifar10_{g}": _cfg(32, 3, 10, LIFTING, CIFAR10) for g in ("z2", "mz2")},
         **{
-            f"gevit_rotmnist_{group}": default_cfg(28, 1, 10, LIFTING, MNIST)
-            for group in ROTMNIST_GROUPS
-        },
-        **{f"gevit_cifar10_{g}": default_cfg(32, 3, 10, LIFTING, CIFAR10) for g in ("z2", "mz2")},
-        **{
-            f"gevit_pcam_{name}": default_cfg(96, 3, 2, LIFTING, PCAM)
+            f"gevit_pcam_{name}": _cfg(96, 3, 2, LIFTING, PCAM)
             for name in ("p4", "p8", "p4m", "p4_published", "p8_published")
         },
         **{
-            f"modern_gevit_pcam_patch{patch}": default_cfg(96, 3, 2, "stem.project", PCAM)
+            f"modern_gevit_pcam_patch{patch}": _cfg(96, 3, 2, "stem.project", PCAM)
             for patch in PATCHES
         },
-        "gevit_pcam_gcnn_p4m": default_cfg(96, 3, 2, "stem.lift", PCAM),
-        "gevit_digits_p4m": default_cfg(32, 3, 10, "stem.lift", DIGITS),
+        "gevit_pcam_gcnn_p4m": _cfg(96, 3, 2, "stem.lift", PCAM),
+        "gevit_digits_p4m": _cfg(32, 3, 10, "stem.lift", DIGITS),
     }
 )
 

@@ -15,6 +15,8 @@ from baselines.gevit.positions import Offsets, global_offsets, local_offsets
 class Window(nn.Module):
     """A p x p window, p odd; what of it lies outside the map is no key. Maps of any size."""
 
+    copies = True  # every query gets keys and values of its own
+
     def __init__(self, size: int, group: PlaneGroup) -> None:
         super().__init__()
         self.size = size
@@ -23,11 +25,6 @@ class Window(nn.Module):
     def num_keys(self, size: tuple[int, int]) -> int:
         """Positions that a query attends to on a map of that size."""
         return self.size**2
-
-    @property
-    def copies(self) -> bool:
-        """Whether every query gets keys and values of its own."""
-        return True
 
     def prepare(self, x: Tensor) -> Tensor:
         """Keys or values [B N c m H W] with a margin around the map."""
@@ -69,6 +66,8 @@ class Window(nn.Module):
 class WholeMap(nn.Module):
     """All pixels of an M x M map, to which the offsets are scaled."""
 
+    copies = False
+
     def __init__(self, side: int, group: PlaneGroup) -> None:
         super().__init__()
         self.side = side
@@ -82,11 +81,6 @@ class WholeMap(nn.Module):
                 f"{size[0]} x {size[1]}; build the model for this image size, or with a window"
             )
         return self.side**2
-
-    @property
-    def copies(self) -> bool:
-        """Whether every query gets keys and values of its own."""
-        return False
 
     def prepare(self, x: Tensor) -> Tensor:
         """Keys or values [B N c m H W] as [B N c m J]."""

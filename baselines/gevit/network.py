@@ -44,7 +44,7 @@ class GEViT(nn.Module):
         block instead of lifting once more.
     allow_odd: build what is not equivariant because a pool meets an odd extent (published PCam).
     drop_path_rate: 0, since there is no stochastic depth. memory_mb, recompute: see
-        `GroupSelfAttention`.
+        `baselines.gevit.attention`.
     ValueError for settings that cannot be equivariant, unless they are asked for, and for maps
     that vanish. With one channel, RGB images are averaged over theirs.
     """
@@ -277,7 +277,7 @@ class GEViT(nn.Module):
         The mean [B D] is invariant, the map [B h w D] turns with the image. With crops the map is
         that of the middle of the image.
         """
-        maps = self._maps(images, take_indices(layers, self.depth))
+        maps = self.forward_intermediates(images, layers, intermediates_only=True)
         return [Features(cls=x.mean(dim=(2, 3)), patches=x.permute(0, 2, 3, 1)) for x in maps]
 
     def forward_intermediates(
@@ -297,10 +297,6 @@ class GEViT(nn.Module):
         last, kept = self.trace(x, stop)
         maps = [kept[self._ends[index]].mean(dim=2) for index in taken]
         return maps if intermediates_only else (last, maps)
-
-    def _maps(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        kept = self.trace(images, self._ends[max(indices)])[1]
-        return [kept[self._ends[index]].mean(dim=2) for index in indices]
 
     # timm's housekeeping, and weights.
 

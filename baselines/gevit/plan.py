@@ -32,7 +32,6 @@ class Plan(NamedTuple):
 
     stages: list[list[LayerPlan]]
     pools: list[bool]  # after which stage the map is halved
-    size: Size  # of the last map
 
 
 def make_plan(
@@ -80,7 +79,7 @@ def make_plan(
             size, reduction = _halved(size, stage, even_pools), 2 * reduction
         stages.append(blocks)
         pools.append(pooled)
-    return Plan(stages, pools, size)
+    return Plan(stages, pools)
 
 
 class Halve(nn.Module):

@@ -134,7 +134,8 @@ class Symmetrized(nn.Module):
                 f"{type(self.model).__name__} has no features(); build it by vit.adapters."
                 "timm_backbone or evaluation.adapters.torchvision_backbone to have maps of patches"
             )
-        join = self.aggregator if self._joins_tokens() else None
+        joins_tokens = self.aggregator.level == "embedding" and not self.aggregator.learned
+        join = self.aggregator if joins_tokens else None
         with torch.no_grad() if self._frozen() else nullcontext():
             return average_features(self.model, self.group, images, layers, self.chunk, join)
 
@@ -184,7 +185,8 @@ class Symmetrized(nn.Module):
     @property
     def embed_dim(self) -> int:
         """Channels of the features."""
-        return int(self._own("embed_dim") or self._own("num_features") or self._width())
+        own = self._own("embed_dim") or self._own("num_features")
+        return int(own or head_width(self.split, self.model) or 0)
 
     @property
     def patch_size(self) -> int:
@@ -279,9 +281,6 @@ class Symmetrized(nn.Module):
         """Whether nothing in front of the head takes a gradient."""
         return self.trained != "all"
 
-    def _joins_tokens(self) -> bool:
-        return self.aggregator.level == "embedding" and not self.aggregator.learned
-
     def _net(self) -> nn.Module:
         return getattr(self.model, "net", self.model)
 
@@ -292,9 +291,6 @@ class Symmetrized(nn.Module):
 
     def _config(self) -> dict[str, Any]:
         return dict(self._own("pretrained_cfg") or self._own("default_cfg") or {})
-
-    def _width(self) -> int:
-        return head_width(self.split, self.model) or 0
 
 
 def symmetrized(

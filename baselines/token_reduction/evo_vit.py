@@ -120,7 +120,7 @@ class EvoViT(Reducer):
             prefix = torch.arange(first, device=x.device).expand(batch, -1)
             state.move(torch.cat([prefix, places], dim=1), x)
         state.note(f"block{index}.order", order)
-        count = int(state.num_patches * rate)
+        count = self._num_slow(state, index)
         slow, rest = patches[:, :count], patches[:, count:]
         state.memory |= {"attention": attention, "rest": rest}
         parts = [x[:, :first], slow]

@@ -61,8 +61,11 @@ class Host:
         raise NotImplementedError
 
     def classless(self, x: Tensor) -> Tensor:
-        """What stands for the class token of normed tokens [B T D] in a network without one."""
-        raise NotImplementedError
+        """What stands for the class token of normed tokens [B T D] in a network without one.
+
+        Mean of the patches, as `vit.adapters.TimmBackbone` and `vit.trunk.Trunk.features` give it.
+        """
+        return x[:, self.facts.num_prefix :].mean(dim=1)
 
     # The loop.
 
@@ -208,10 +211,6 @@ class TimmHost(Host):
         """Dropout of the block's attention weights, whatever its mode."""
         return block.attn.attn_drop.p
 
-    def classless(self, x: Tensor) -> Tensor:
-        """Mean of the patches, as `vit.adapters.TimmBackbone` gives it."""
-        return x[:, self.facts.num_prefix :].mean(dim=1)
-
 
 class TrunkHost(Host):
     """Our trunks: plain ViTs, DINOv2's with mask token and registers, octic hybrids."""
@@ -280,10 +279,6 @@ class TrunkHost(Host):
     def attn_drop(self, block: Any) -> float:
         """Dropout of the block's attention weights, whatever its mode."""
         return block.attn.attn_drop
-
-    def classless(self, x: Tensor) -> Tensor:
-        """Mean of the patches, as `vit.trunk.Trunk.features` gives it."""
-        return x[:, self.facts.num_prefix :].mean(dim=1)
 
 
 def find_host(model: nn.Module) -> Host:

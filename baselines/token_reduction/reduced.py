@@ -78,7 +78,9 @@ class Reduced(nn.Module):
         """Normalised features of the asked blocks, maps at full resolution (Backbone contract)."""
         indices = take_indices(layers, self.depth)
         grid, first = self.host.grid(images), self.host.facts.num_prefix
-        kept = self._taps(images, indices, stop=max(indices))
+        state = self._start(images, dense=True)
+        embedded = self.host.embed(images)
+        kept = self.host.run(embedded, state, self.reducer, indices, stop=max(indices))[2]
         normed = [self.net.norm(kept[index]) for index in indices]
         has_class = self.host.facts.has_class_token
         return [
@@ -119,13 +121,16 @@ class Reduced(nn.Module):
 
     def kept_patches(self, images: Tensor) -> list[Tensor]:
         """Booleans [B h w] after each block that drops tokens: which patches still have one."""
-        record, stages = self.inspect(images).record, []
-        left = self.host.grid(images)[0] * self.host.grid(images)[1] * len(images)
+        record, grid, stages = self.inspect(images).record, self.host.grid(images), []
+        left = grid[0] * grid[1] * len(images)
         for index in range(self.depth):
             origin = record.get(f"block{index}.origin")
-            if origin is not None and int((origin >= 0).sum()) < left:
-                left = int((origin >= 0).sum())
-                stages.append((origin >= 0).unflatten(1, self.host.grid(images)))
+            if origin is None:
+                continue
+            kept = origin >= 0
+            if int(kept.sum()) < left:
+                left = int(kept.sum())
+                stages.append(kept.unflatten(1, grid))
         return stages
 
     def _run(
@@ -139,10 +144,6 @@ class Reduced(nn.Module):
         state = self._start(images, dense=dense, record=record)
         x, state, _ = self.host.run(self.host.embed(images, masks), state, self.reducer)
         return x, state
-
-    def _taps(self, images: Tensor, indices: Sequence[int], stop: int) -> dict[int, Tensor]:
-        state = self._start(images, dense=True)
-        return self.host.run(self.host.embed(images), state, self.reducer, indices, stop)[2]
 
     def _start(
         self, images: Tensor, *, dense: bool, record: dict[str, Tensor] | None = None

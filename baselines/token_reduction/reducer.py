@@ -89,7 +89,7 @@ class State:
         place = new_place.gather(1, self.origin.clamp(min=0))
         place = torch.where(present, place, -1)
         if self.dense:
-            now = _rows(x, self.origin.clamp(min=0))
+            now = rows_of(x, self.origin.clamp(min=0))
             held = now if self.held is None else self.held.to(now.dtype)
             # Of a patch that stays the value is looked up again when it is asked for.
             self.held = torch.where(present[..., None], now, held)
@@ -144,7 +144,7 @@ class Reducer:
         """
         if state.origin is None:
             return x
-        patches = _rows(x, state.origin.clamp(min=0))
+        patches = rows_of(x, state.origin.clamp(min=0))
         if state.held is not None:
             dropped = (state.origin < 0)[..., None]
             patches = torch.where(dropped, state.held.to(patches.dtype), patches)
@@ -168,10 +168,6 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """Rows index [B M] of x [B T D]: [B M D]."""
-    return _rows(x, index)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 

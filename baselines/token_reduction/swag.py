@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit.backbone import Features
+from vit.backbone import Features, in_asked_order
 from vit.keys import strip_wrappers
-from vit.models import default_cfg, filter_state
+from vit.models import build, default_cfg
 from vit.trunk import take_indices
 
 # name -> constructor keywords
@@ -105,9 +105,9 @@ class SwagVisionTransformer(VisionTransformer):
             stop_early=True,
             intermediates_only=True,
         )
-        # One entry per block, in the order of the blocks; without prefix tokens the map alone.
-        entries = dict(zip(sorted(set(indices)), found, strict=True))
-        return [self._features(*(entries[i] if prefix else (entries[i], None))) for i in indices]
+        # Without prefix tokens an entry is the map alone.
+        entries = in_asked_order(found, indices)
+        return [self._features(*(entry if prefix else (entry, None))) for entry in entries]
 
     def _features(self, maps: Tensor, prefix: Tensor | None) -> Features:
         pooled = prefix is None or not self.has_class_token
@@ -169,14 +169,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(kw["img_size"]) for name, kw in
 
 
 def _make(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    return build_model_with_cfg(
-        SwagVisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=filter_state,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{**SWAG[name], **kwargs},
-    )
+    return build(SwagVisionTransformer, name, pretrained, **{**SWAG[name], **kwargs})
 
 
 @register_model

@@ -231,12 +231,6 @@ class ToMe(Reducer):
         biased = self.proportional and index > self.start_of_bias
         return self.schedule[index] > 0 or biased
 
-    def attend(
-        self, state: State, index: int, q: Tensor, k: Tensor, v: Tensor, normed: Tensor
-    ) -> Attended:
-        """Attention, proportional to the sizes of the keys."""
-        return Attended(self.softmax_attention(state, q, k, v))
-
     def after_attention(
         self, state: State, index: int, x: Tensor, attended: Attended, k: Tensor
     ) -> Tensor:

@@ -13,6 +13,7 @@ from utils.config.command_line import (
     names_backbone,
     quoted,
     read_command,
+    take_value,
     tell,
 )
 from utils.config.compose import CONFIGS, compose_config, parse_config
@@ -36,19 +37,19 @@ def device(word: str) -> str:
 
 
 class Option(NamedTuple):
-    """A flag of the evaluation: the key it sets, how its words are read, what it means.
+    """A flag of the evaluation: the key it sets, what it means, how its words are read.
 
     A key `probes.*.x` is x of every probe that has it.
     """
 
     key: str
-    kind: Callable[[str], Any]
-    many: bool
     help: str
+    kind: Callable[[str], Any] = str
+    many: bool = False
 
 
 class Switch(NamedTuple):
-    """A flag without a value: the key it sets, the value, what it means; no key: no effect."""
+    """A flag without a value: the key it sets, to which value, what it means."""
 
     key: str
     value: Any
@@ -56,62 +57,64 @@ class Switch(NamedTuple):
 
 
 OPTIONS = {
-    "--pretrained-weights": Option("weights", str, False, "file of weights; every key must fit"),
-    "--weights": Option("weights", str, False, "the same"),
-    "--train-dataset": Option("data.train", str, False, "such as ImageNet:split=TRAIN:root=DIR"),
-    "--val-dataset": Option("data.val", str, False, "such as ImageNet:split=VAL:root=DIR"),
-    "--batch-size": Option("probes.*.batch_size", int, False, "images per process"),
-    "--num-workers": Option("probes.*.num_workers", int, False, "processes that read images"),
-    "--input-size": Option("probes.*.crop_size", int, False, "side of the images; the net's own"),
-    "--precision": Option("probes.*.precision", str, False, "of the net: fp32, bf16 or fp16"),
-    "--nb_knn": Option("probes.knn.ks", int, True, "numbers of neighbours"),
-    "--temperature": Option("probes.knn.temperature", float, False, "of the vote"),
-    "--n-per-class-list": Option("probes.knn.n_per_class_list", int, True, "few-shot; -1: all"),
-    "--n-tries": Option("probes.knn.num_tries", int, False, "draws per few-shot setting"),
-    "--epochs": Option("probes.linear.epochs", int, False, "length of the training of heads"),
-    "--epoch-length": Option("probes.linear.epoch_length", int, False, "steps"),
-    "--learning-rates": Option("probes.linear.learning_rates", float, True, "at 256 images a step"),
+    "--pretrained-weights": Option("weights", "file of weights; every key must fit"),
+    "--weights": Option("weights", "the same"),
+    "--train-dataset": Option("data.train", "such as ImageNet:split=TRAIN:root=DIR"),
+    "--val-dataset": Option("data.val", "such as ImageNet:split=VAL:root=DIR"),
+    "--batch-size": Option("probes.*.batch_size", "images per process", int),
+    "--num-workers": Option("probes.*.num_workers", "processes that read images", int),
+    "--input-size": Option("probes.*.crop_size", "side of the images; the net's own", int),
+    "--precision": Option("probes.*.precision", "of the net: fp32, bf16 or fp16"),
+    "--nb_knn": Option("probes.knn.ks", "numbers of neighbours", int, many=True),
+    "--temperature": Option("probes.knn.temperature", "of the vote", float),
+    "--n-per-class-list": Option(
+        "probes.knn.n_per_class_list", "few-shot; -1: all", int, many=True
+    ),
+    "--n-tries": Option("probes.knn.num_tries", "draws per few-shot setting", int),
+    "--epochs": Option("probes.linear.epochs", "length of the training of heads", int),
+    "--epoch-length": Option("probes.linear.epoch_length", "steps", int),
+    "--learning-rates": Option(
+        "probes.linear.learning_rates", "at 256 images a step", float, many=True
+    ),
     "--eval-period-iterations": Option(
-        "probes.linear.eval_period", int, False, "steps between looks at val; 0: at the end only"
+        "probes.linear.eval_period", "steps between looks at val; 0: at the end only", int
     ),
     "--val-metric-type": Option(
-        "probes.linear.val_metric_type", str, False, "mean_accuracy, mean_per_class_accuracy, ..."
+        "probes.linear.val_metric_type", "mean_accuracy, mean_per_class_accuracy, ..."
     ),
     "--test-datasets": Option(
-        "probes.linear.test_datasets", dataset, True, "further data sets, as --val-dataset"
+        "probes.linear.test_datasets", "further data sets, as --val-dataset", dataset, many=True
     ),
     "--test-metric-types": Option(
-        "probes.linear.test_metric_types", str, True, "one for all, or one each"
+        "probes.linear.test_metric_types", "one for all, or one each", many=True
     ),
     "--val-class-mapping-fpath": Option(
-        "probes.linear.val_class_mapping", optional, False, ".npy of columns of the logits to keep"
+        "probes.linear.val_class_mapping", ".npy of columns of the logits to keep", optional
     ),
     "--test-class-mapping-fpaths": Option(
-        "probes.linear.test_class_mappings", optional, True, "one each, None for none"
+        "probes.linear.test_class_mappings", "one each, None for none", optional, many=True
     ),
     "--classifier-fpath": Option(
-        "probes.linear.classifier", optional, False, "heads to judge, or to train on"
+        "probes.linear.classifier", "heads to judge, or to train on", optional
     ),
-    "--real-labels": Option(
-        "probes.linear.real_labels", str, False, "real.json, for imagenet_real_accuracy"
-    ),
+    "--real-labels": Option("probes.linear.real_labels", "real.json, for imagenet_real_accuracy"),
     "--finetune-dataset-str": Option(
-        "probes.logreg.finetune", dataset, False, "images that choose C, as --val-dataset"
+        "probes.logreg.finetune", "images that choose C, as --val-dataset", dataset
     ),
-    "--max-train-iters": Option("probes.logreg.max_iter", int, False, "steps for each C"),
-    "--train-dtype": Option("probes.logreg.dtype", str, False, "float64 or float32"),
+    "--max-train-iters": Option("probes.logreg.max_iter", "steps for each C", int),
+    "--train-dtype": Option("probes.logreg.dtype", "float64 or float32"),
     "--train-features-device": Option(
-        "probes.logreg.features_on", device, False, "cpu, or the net's device"
+        "probes.logreg.features_on", "cpu, or the net's device", device
     ),
 }
 SWITCHES = {
     "--no-resume": Switch("probes.*.resume", False, "train heads anew where files of them stand"),
     "--finetune-on-val": Switch("probes.logreg.select_on", "val", "choose C on the images judged"),
-    "--gather-on-cpu": Switch(
-        "", None, "features are always kept in host memory, each process its share"
-    ),
 }
-# Flags with a value that nothing here depends on.
+# Flags that nothing here depends on: without a value, and with one.
+WITHOUT_VALUE = {
+    "--gather-on-cpu": "features are always kept in host memory, each process its share",
+}
 IGNORED = {
     "--save-checkpoint-frequency": "heads are saved after each epoch and at the end",
     "--metric-type": "logistic regression tells top-1 and top-5 over images",
@@ -148,24 +151,18 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         if name == CHOICE:
             found.argv.extend(_choose_probes(inline or (words.pop(0) if words else "")))
         elif name == MODEL:
-            value = inline or (words.pop(0) if words else "")
-            if not value:
-                raise UserError(f"{name} needs a value")
-            found.argv.extend(backbone_words(value))
+            found.argv.extend(backbone_words(take_value(name, inline, words)))
         elif name in OPTIONS:
             option = OPTIONS[name]
-            taken = [inline] if inline else _take(words, option)
-            values = _read_values(name, option, taken)
+            values = _read_values(name, option, _take(name, option, inline, words))
             _sort(found, name, option.key, values if option.many else values[0])
-        elif word in SWITCHES and SWITCHES[word].key:
-            _sort(found, word, SWITCHES[word].key, SWITCHES[word].value)
         elif word in SWITCHES:
-            found.notes.append(f"{word} has no effect: {SWITCHES[word].help}")
+            _sort(found, word, SWITCHES[word].key, SWITCHES[word].value)
+        elif word in WITHOUT_VALUE:
+            found.notes.append(f"{word} has no effect: {WITHOUT_VALUE[word]}")
         elif name in IGNORED:
-            if not inline and not words:
-                raise UserError(f"{name} needs a value")
+            take_value(name, inline, words)
             found.notes.append(f"{name} has no effect: {IGNORED[name]}")
-            del words[: 0 if inline else 1]
         elif word.startswith("-") or _is_override(word):
             found.argv.append(word)
             if word in TAKES_VALUE and words:
@@ -253,10 +250,10 @@ def _takes(node: Mapping[str, Any], keyword: str) -> bool:
     return keyword in keywords_of(resolve(node["_target_"]))
 
 
-def _take(words: list[str], option: Option) -> list[str]:
-    """The values that follow a flag: one, or all up to a word that cannot be one of them."""
-    taken = [words.pop(0)] if words else []
-    while option.many and words and _can_follow(words[0], option.kind):
+def _take(name: str, option: Option, inline: str, words: list[str]) -> list[str]:
+    """The values of a flag: one, or all up to a word that cannot be one of them."""
+    taken = [take_value(name, inline, words)]
+    while option.many and not inline and words and _can_follow(words[0], option.kind):
         taken.append(words.pop(0))
     return taken
 
@@ -276,8 +273,6 @@ def _is_override(word: str) -> bool:
 
 
 def _read_values(name: str, option: Option, words: list[str]) -> list[Any]:
-    if not words:
-        raise UserError(f"{name} needs a value")
     try:
         return [option.kind(word) for word in words]
     except ValueError:
@@ -300,9 +295,8 @@ def _override(value: object) -> str:
 def _help() -> str:
     rows = {CHOICE: f"these alone, such as linear,logreg: of {OFFERED}"}
     rows |= {name: f"{option.help} ({option.key})" for name, option in OPTIONS.items()}
-    for name, switch in SWITCHES.items():
-        value = _override(switch.value)
-        rows[name] = switch.help + (f" ({switch.key}={value})" if switch.key else ": no effect")
-    rows |= {name: f"{why}: no effect" for name, why in IGNORED.items()}
+    for name, (key, value, help) in SWITCHES.items():
+        rows[name] = f"{help} ({key}={_override(value)})"
+    rows |= {name: f"{why}: no effect" for name, why in (WITHOUT_VALUE | IGNORED).items()}
     usage = "eval_dinov2_classification.py OUTPUT [flags] [key=value ...]; * is every probe"
     return help_page(rows, usage=usage)

@@ -18,6 +18,7 @@ from utils.config.command_line import (
     names_backbone,
     quoted,
     read_command,
+    take_value,
     tell,
 )
 from utils.config.compose import CONFIGS, fail, parse_config
@@ -137,13 +138,13 @@ def _read(words: list[str]) -> _Asked:
         if name == "--tasks":
             asked.tasks.extend(value.split(",") if equals else _take(words))
         elif name in ("--weights", "--pretrained-weights"):
-            asked.rest.append(f"weights={_quoted(_value(name, value, words))}")
+            asked.rest.append(f"weights={_quoted(take_value(name, value, words))}")
         elif name == "--model":
-            asked.rest.extend(backbone_words(_value(name, value, words)))
+            asked.rest.extend(backbone_words(take_value(name, value, words)))
         elif name in roots:
-            asked.roots[roots[name]] = _value(name, value, words)
+            asked.roots[roots[name]] = take_value(name, value, words)
         elif name in OPTIONS:
-            asked.options[OPTIONS[name]] = _value(name, value, words)
+            asked.options[OPTIONS[name]] = take_value(name, value, words)
         elif word.startswith("-"):
             asked.rest.append(word)
             if word in TAKES_VALUE and words:
@@ -295,13 +296,6 @@ def _take(words: list[str]) -> list[str]:
     while words and words[0].startswith("seg_"):
         taken.append(words.pop(0))
     return [task for word in taken for task in word.split(",")]
-
-
-def _value(name: str, inline: str, words: list[str]) -> str:
-    value = inline or (words.pop(0) if words else "")
-    if not value or (not inline and value.startswith("--")):
-        raise UserError(f"{name} needs a value")
-    return value
 
 
 def _quoted(value: str) -> str:

@@ -6,13 +6,13 @@ from typing import Any
 from utils.config.build import plain
 from utils.config.command_line import (
     Option,
-    backbone_words,
     help_page,
     meanings,
     names_backbone,
     quoted,
     read_command,
     read_words,
+    spell_model,
 )
 from utils.config.compose import parse_config
 
@@ -48,6 +48,4 @@ def read_extraction_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def _spell(name: str, value: str) -> list[str] | None:
-    if name == "--layers":
-        return [f"layers=[{value}]"]
-    return backbone_words(value) if name == "--model" else None
+    return [f"layers=[{value}]"] if name == "--layers" else spell_model(name, value)

@@ -8,7 +8,7 @@ from evaluation.progress import say
 from evaluation.published import DINOV2, LAYOUTS, PUBLISHED, Published
 from evaluation.results import print_table
 from utils.config.build import plain
-from utils.config.command_line import quoted
+from utils.config.command_line import quoted, take_value
 from utils.config.compose import fail, parse_config
 from utils.errors import UserError
 
@@ -79,16 +79,15 @@ def _flag(task: str) -> str:
 
 def _take_options(argv: list[str], names: set[str]) -> dict[str, str]:
     """Take `--name VALUE` and `--name=VALUE` out of a command line."""
-    taken = {}
-    for word in [word for word in argv if word.split("=")[0] in names]:
-        name, given, value = word.partition("=")
-        place = argv.index(word)
-        argv.pop(place)
-        if not given:
-            if place >= len(argv):
-                raise UserError(f"{name} needs a value")
-            value = argv.pop(place)
-        taken[name] = value
+    taken, waiting = {}, argv[:]
+    argv.clear()
+    while waiting:
+        word = waiting.pop(0)
+        name, _, inline = word.partition("=")
+        if name in names:
+            taken[name] = take_value(name, inline, waiting)
+        else:
+            argv.append(word)
     return taken
 
 

@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
+from evaluation.features.dataset import device_of
 from evaluation.judge import make_net, weights_file
 from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed
-from utils.checkpoints.exported import EXPORTED
 from utils.config.build import plain
 from utils.config.check import networks
 from utils.config.settings import check_settings
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
+from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
 from utils.training import train
 from vit.weights import read_metadata
+
+ROUNDS = 3  # of turns in which speeds are measured
 
 
 def train_then(
@@ -71,7 +75,7 @@ def load_run(run: Any, dataset: ImageDataset, size: int) -> nn.Module:
     UserError for one of other classes than the data set's, or for images of another size.
     """
     if isinstance(run, dict):
-        return make_net(run["backbone"], f"{run['output_dir']}/{EXPORTED}", seed=run["seed"])
+        return make_net(run["backbone"], run["output_dir"], seed=run["seed"])
     path = Path(weights_file(str(run)) or "")
     metadata = read_metadata(path) if path.is_file() else {}
     if "constructor" not in metadata:
@@ -96,6 +100,30 @@ def unfinished(
             yield name, make_net(run["backbone"], None, seed=run["seed"])
         else:
             yield name, load_run(run, dataset, size)
+
+
+def read_images(
+    dataset: ImageDataset, size: int, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images [N 3 H H] as the trainings judge them, and labels [N]; `count` spread over all."""
+    transform = evaluation_transform(resize_size=size, crop_size=size)
+    # Data sets are ordered by class.
+    count = min(count or len(dataset), len(dataset))
+    chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()
+    images = torch.stack([transform(dataset.read(index)) for index in chosen])
+    return images, torch.tensor([dataset.label(index) for index in chosen])
+
+
+def speeds_of(nets: Mapping[str, nn.Module], images: Tensor, steps: int) -> dict[str, float]:
+    """Images per second of every net on a batch, measured in turn; none for 0 steps."""
+    if not steps:
+        return {}
+    batch = images.to(device_of(next(iter(nets.values()))))
+    contestants = {name: Contestant(net, batch) for name, net in nets.items()}
+    turns, _ = measure_in_turn(
+        contestants, INFERENCE, steps=max(steps, ROUNDS), rounds=ROUNDS, warmup=0
+    )
+    return {name: speed_of(own, len(batch)).images_per_second for name, own in turns.items()}
 
 
 def _check_training(name: str, run: Mapping[str, Any]) -> None:

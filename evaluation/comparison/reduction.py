@@ -8,22 +8,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evaluation.comparison.nets import image_size, load_run, train_then, trainings_of, unfinished
+from evaluation.comparison.nets import (
+    image_size,
+    load_run,
+    read_images,
+    speeds_of,
+    train_then,
+    trainings_of,
+    unfinished,
+)
 from evaluation.comparison.reduction_dense import DenseHead, fit_dense_head, mean_iou
 from evaluation.comparison.reduction_pictures import draw_reductions
 from evaluation.cost.counting import check_counted
-from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.features.dataset import device_of
 from evaluation.judge import make_data
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
 from utils.config.build import build
-from utils.data.images import ImageDataset
-from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.flops import count_operations
 
-ROUNDS = 3
 NONE = "unreduced"
 COLUMNS = {
     "accuracy": "accuracy %",
@@ -77,21 +81,23 @@ def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, 
     for reason in refused:
         say(reason)
     dense = config["segmentation"]
-    val = _read(dataset, size)
+    val = Images(*read_images(dataset, size))
     heads: dict[str, DenseHead] = {}
     if dense["train_images"]:
-        known = _read(make_data(data, "train"), size, dense["train_images"])
+        known = read_images(make_data(data, "train"), size, dense["train_images"])
         heads = {
             name: fit_dense_head(net, *known, settings=dense, batch_size=config["batch_size"])
             for name, net in nets.items()
         }
     figures: dict[str, dict[str, Any]] = {}
-    for entry in track(entries, total=len(entries), label="nets", size=lambda _: 1):
+    for entry in track(entries, total=len(entries), label="nets"):
         figures[entry.name] = _figures(entry, val, heads, config)
     for row in figures.values():
         own = next(f for f in figures.values() if f["model"] == row["model"])
         row["share"] = 100 * row["multiply_adds"] / own["multiply_adds"]
-    for name, speed in _speeds(entries, val.images, config).items():
+    batch = val.images[: config["speed_batch"]]
+    everyone = {entry.name: entry.net for entry in entries}
+    for name, speed in speeds_of(everyone, batch, config["speed_steps"]).items():
         figures[name]["images_per_second"] = speed
     _report(config, folder, figures, device)
     if config["pictures"]:
@@ -164,28 +170,6 @@ def _figures(
             net, heads[entry.model], *val, config["segmentation"]["threshold"], batch
         )
     return found
-
-
-def _read(dataset: ImageDataset, size: int, count: int | None = None) -> Images:
-    """Images as the trainings judge them; `count` of them, spread over all."""
-    transform = evaluation_transform(resize_size=size, crop_size=size)
-    # Data sets are ordered by class.
-    chosen = torch.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset))).long()
-    images = torch.stack([transform(dataset.read(int(index))) for index in chosen])
-    return Images(images, torch.tensor([dataset.label(int(index)) for index in chosen]))
-
-
-def _speeds(entries: list[Entry], images: Tensor, config: Mapping[str, Any]) -> dict[str, float]:
-    """Images per second of every net, measured in turn."""
-    steps = config["speed_steps"]
-    if not steps:
-        return {}
-    batch = images[: config["speed_batch"]].to(device_of(entries[0].net))
-    contestants = {entry.name: Contestant(entry.net, batch) for entry in entries}
-    turns, _ = measure_in_turn(
-        contestants, INFERENCE, steps=max(steps, ROUNDS), rounds=ROUNDS, warmup=0
-    )
-    return {name: speed_of(own, len(batch)).images_per_second for name, own in turns.items()}
 
 
 def _report(

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evaluation.comparison.nets import image_size, load_run, train_then, trainings_of, unfinished
+from evaluation.comparison.nets import (
+    image_size,
+    load_run,
+    read_images,
+    speeds_of,
+    train_then,
+    trainings_of,
+    unfinished,
+)
 from evaluation.comparison.symmetry_pictures import draw_comparison
 from evaluation.comparison.symmetry_views import Judged, judge_views
-from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.judge import make_data
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
@@ -21,7 +28,6 @@ from utils.config.build import build
 from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
 
-ROUNDS = 3
 SPEED_IMAGES = 16  # of a timed step
 COLUMNS = {
     "upright": "upright",
@@ -73,7 +79,7 @@ def _judge(config: dict[str, Any], device: torch.device) -> Figures:
                 batch_size=config["batch_size"],
             )
     judged = {name: judged[name] for name in field.nets}
-    speeds = _speeds(field.nets, field.images, config["speed_steps"])
+    speeds = speeds_of(field.nets, field.images[:SPEED_IMAGES], config["speed_steps"])
     figures: Figures = {}
     for name, net in field.nets.items():
         figures[name] = judged[name].figures | {
@@ -95,9 +101,8 @@ def _judge(config: dict[str, Any], device: torch.device) -> Figures:
 def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     runs = config["runs"]
     size, dataset = image_size(runs), make_data(trainings_of(runs)[0]["data"], "val")
+    images, labels = read_images(dataset, size)
     transform = evaluation_transform(resize_size=size, crop_size=size)
-    images = torch.stack([transform(dataset.read(index)) for index in range(len(dataset))])
-    labels = torch.tensor([dataset.label(index) for index in range(len(dataset))])
     nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
     shared: list[str] = []
     posthoc = config["posthoc"]
@@ -136,19 +141,6 @@ def _is_of(name: str, of: str) -> bool:
 def _first(labels: Tensor, digit: int) -> int:
     found = (labels == digit).nonzero()
     return int(found[0]) if len(found) else 0
-
-
-def _speeds(nets: Mapping[str, nn.Module], images: Tensor, steps: int) -> dict[str, float]:
-    """Images per second of every net, measured in turn."""
-    if not steps:
-        return {}
-    device = next(next(iter(nets.values())).parameters()).device
-    batch = images[:SPEED_IMAGES].to(device)
-    contestants = {name: Contestant(net, batch) for name, net in nets.items()}
-    turns, _ = measure_in_turn(
-        contestants, INFERENCE, steps=max(steps, ROUNDS), rounds=ROUNDS, warmup=0
-    )
-    return {name: speed_of(own, len(batch)).images_per_second for name, own in turns.items()}
 
 
 def _report(

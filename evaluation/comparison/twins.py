@@ -14,9 +14,9 @@ from evaluation.pictures.pca import draw_pca_maps
 from evaluation.progress import say
 from evaluation.report.page import write_report
 from evaluation.results import in_words, print_table, write_results
+from evaluation.sample import sample_images
 from evaluation.symmetry.equivariance import layer_errors, worst_error
 from utils import distributed
-from utils.checkpoints.exported import EXPORTED
 from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
@@ -58,7 +58,7 @@ def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.d
     data = {split: make_data(run["data"], split) for split in ("train", "val")}
     nets = {
         "untrained": make_net(run["backbone"], None, seed=run["seed"]).to(device),
-        "trained": make_net(run["backbone"], _exported(folder)).to(device),
+        "trained": make_net(run["backbone"], str(folder)).to(device),
     }
     figures: Figures = {}
     for name, node in run["probes"].items():
@@ -106,19 +106,20 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
     logs = {name: Path(run["output_dir"]) / "metrics.jsonl" for name, run in runs.items()}
     pictures = {"losses": draw_losses(logs, folder / "losses.png")}
     for name, run in runs.items():
-        net = make_net(run["backbone"], _exported(Path(run["output_dir"]))).to(device)
+        net = make_net(run["backbone"], run["output_dir"]).to(device)
         data = {split: make_data(run["data"], split) for split in ("train", "val")}
         # At twice the size of the training's images there are four times as many patches to see.
         images = _some_images(run, data["val"], count=6, enlarged=2)
         pictures[f"PCA of the patches, {name}"] = draw_pca_maps(
             net, images, folder / f"pca_{name}.png"
         )
+        size = _image_size(run)
         pictures[f"nearest neighbours, {name}"] = draw_neighbours(
             net,
             data["train"],
             data["val"],
             folder / f"neighbours_{name}.png",
-            transform=_transform(run),
+            transform=evaluation_transform(resize_size=size, crop_size=size),
         )
     for what, path in pictures.items():
         say(f"picture: {what}: {path}")
@@ -127,21 +128,15 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
     say(f"all of it as one page: {write_report(folder)}")
 
 
-def _exported(folder: Path) -> str:
-    return str(folder / EXPORTED)
-
-
 def _some_images(
     run: Mapping[str, Any], dataset: ImageDataset, *, count: int = 8, enlarged: int = 1
 ) -> torch.Tensor:
-    spread = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    transform = _transform(run, enlarged)
-    return torch.stack([transform(dataset.read(index)) for index in spread])
+    size = _image_size(run) * enlarged
+    return sample_images(dataset, size=size, count=min(count, len(dataset)))
 
 
-def _transform(run: Mapping[str, Any], enlarged: int = 1) -> torch.nn.Module:
-    size = run["backbone"].get("img_size", 224) * enlarged
-    return evaluation_transform(resize_size=size, crop_size=size)
+def _image_size(run: Mapping[str, Any]) -> int:
+    return run["backbone"].get("img_size", 224)
 
 
 def _label(key: str) -> str:

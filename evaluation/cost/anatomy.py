@@ -6,6 +6,7 @@ import sys
 import torch
 
 from evaluation.cost import block_times, blocks, growth, roofline
+from evaluation.cost.settings import whole_numbers
 from utils.config.compose import fail
 from utils.errors import UserError
 
@@ -32,14 +33,14 @@ def _show(words: argparse.Namespace) -> None:
     for path in filter(None, (words.json, words.picture)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
+    batch = 64 if words.batch_size is None else words.batch_size
     if words.what == "roofline":
-        roofline.show(words.chip, 64 if words.batch_size is None else words.batch_size)
+        roofline.show(words.chip, batch)
     elif words.what == "blocks":
         names = (words.models or BLOCKS).split(",")
         blocks.measure(names, size=words.size, bf16=not words.float32, kernels=words.kernels)
     elif words.what == "times":
         names = (words.models or BLOCKS).split(",")
-        batch = 64 if words.batch_size is None else words.batch_size
         block_times.measure(
             names, size=words.size, batch=batch, listed=words.kernels, json_file=words.json
         )
@@ -54,8 +55,12 @@ def _growth(words: argparse.Namespace) -> None:
     device = words.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    lists = {"size": words.sizes, "batch": words.batches, "depth": words.depths}
-    varied = {name: _numbers(text, f"--{name}s") for name, text in lists.items() if text}
+    lists = {
+        "size": ("--sizes", words.sizes),
+        "batch": ("--batches", words.batches),
+        "depth": ("--depths", words.depths),
+    }
+    varied = {name: whole_numbers(*given) for name, given in lists.items() if given[1]}
     base = growth.Point(words.size, 1 if words.batch_size is None else words.batch_size)
     growth.show(
         *names,
@@ -66,11 +71,3 @@ def _growth(words: argparse.Namespace) -> None:
         json_file=words.json,
         picture_file=words.picture,
     )
-
-
-def _numbers(text: str, flag: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
-    if len(numbers) != len(text.split(",")):
-        flag = {"--batchs": "--batches"}.get(flag, flag)
-        raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")
-    return numbers

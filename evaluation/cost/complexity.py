@@ -122,7 +122,8 @@ def _measure_group(
     shape = (settings.batch_size, 3, settings.size, settings.size)
     images = torch.randn(shape, device=settings.device)
     for name in group.names:
-        net = unless_out_of_memory(partial(_place, name, nodes[name], settings))
+        place = partial(make_net, name, nodes[name], settings.device, seed=settings.seed)
+        net = unless_out_of_memory(place)
         if net is None:
             results[name].lost += settings.passes
             say(f"{name}: not enough memory for its weights")
@@ -152,10 +153,6 @@ def _measure_group(
     if settings.compile:
         torch.compiler.reset()
     free_memory()
-
-
-def _place(name: str, node: Node, settings: Settings) -> nn.Module:
-    return make_net(name, node, settings.device, seed=settings.seed)
 
 
 def _count_as_it_runs(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,17 +112,13 @@ def _reading(files: list[EncodedImage], config: Mapping[str, Any]) -> Iterator[l
 
 
 def _decoders(files: list[EncodedImage]) -> list[Stage]:
-    def by_pillow() -> None:
-        for file in files:
-            read_image(io.BytesIO(file.data), name=file.name)
-
-    def ours() -> None:
-        for file in files:  # another format than JPEG is decoded when the object is made
-            EncodedImage(file.data, file.name).decode()
+    def ours(data: bytes, name: str) -> None:
+        # Another format than JPEG is decoded when the object is made.
+        EncodedImage(data, name).decode()
 
     return [
-        Stage(DECODING, "Pillow", WORKER, len(files), by_pillow),
-        Stage(DECODING, "ours", WORKER, len(files), ours),
+        Stage(DECODING, "Pillow", WORKER, len(files), _for_each(files, _read)),
+        Stage(DECODING, "ours", WORKER, len(files), _for_each(files, ours)),
     ]
 
 
@@ -136,32 +133,30 @@ def _stages(
     stages = []
     for kind, node in pipeline["transforms"].items():
         transform = build(node)
-        work = _worker(transform, files)
-        stages.append(Stage(name, kind, WORKER, len(files), work))
+        stages.append(Stage(name, kind, WORKER, len(files), _worker(transform, files)))
         if getattr(transform, "takes_encoded", False):
             samples = [(transform(files[i % len(files)]), 0) for i in range(batch_size)]
             batch = to_device(collate(samples, Generator().manual_seed(0)), device)
-            stages.append(Stage(name, kind, DEVICE, batch_size, _finisher(transform, batch)))
+            stages.append(Stage(name, kind, DEVICE, batch_size, partial(transform.finish, batch)))
     return stages
 
 
-def _worker(transform: Callable[[Any], Any], files: list[EncodedImage]) -> Callable[[], None]:
-    encoded = getattr(transform, "takes_encoded", False)
-
+def _for_each(files: list[EncodedImage], do: Callable[[bytes, str], object]) -> Callable[[], None]:
     def work() -> None:
         for file in files:
-            image = EncodedImage if encoded else _read
-            transform(image(file.data, file.name))
+            do(file.data, file.name)
 
     return work
 
 
+def _worker(transform: Callable[[Any], Any], files: list[EncodedImage]) -> Callable[[], None]:
+    encoded = getattr(transform, "takes_encoded", False)
+    image: Callable[[bytes, str], Any] = EncodedImage if encoded else _read
+    return _for_each(files, lambda data, name: transform(image(data, name)))
+
+
 def _read(data: bytes, name: str) -> Image.Image:
     return read_image(io.BytesIO(data), name=name)
-
-
-def _finisher(transform: Any, batch: dict[str, Any]) -> Callable[[], object]:
-    return lambda: transform.finish(batch)
 
 
 def _time(stages: list[Stage], rounds: int, device: torch.device) -> list[list[float]]:

@@ -151,7 +151,7 @@ def _count(
     image = torch.rand(1, 3, size, size, generator=generator).to(settings.device)
     label = f"passes of {table.words(rows[0])[1]} that count"
     found = {}
-    for row in track(rows, total=len(rows), label=label, size=lambda _: 1):
+    for row in track(rows, total=len(rows), label=label):
         with torch.inference_mode():
             found[id(row)] = table.measure(row, net, image)
     return found
@@ -267,10 +267,8 @@ def _speed_cells(
 
 
 def _base_of(table: CostTable, lines: list[Line], line: Line) -> Line | None:
-    for other in lines:
-        if other.row.method == table.base and other.row.model == line.row.model:
-            return other
-    return None
+    base = (table.base, line.row.model)
+    return next((other for other in lines if (other.row.method, other.row.model) == base), None)
 
 
 def _difference(cost: Any, row: Any) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from evaluation.cost import traffic
+from evaluation.cost.settings import whole_numbers
 from evaluation.results import print_table
 from utils.communication import Part, sent_bytes, step_payload
 from utils.config.build import plain
@@ -151,7 +152,7 @@ def show(words: argparse.Namespace) -> None:
 
 
 def _print_measured(words: argparse.Namespace) -> None:
-    counts = _numbers(words.processes, "--processes")
+    counts = whole_numbers("--processes", words.processes)
     columns = ["net", "processes", "layout", "collective", "measured\nbytes", "formula\nbytes"]
     protocol = (
         "payload of one optimiser step, gloo on this machine; dinov2/quickstart.yaml with a small "
@@ -161,7 +162,7 @@ def _print_measured(words: argparse.Namespace) -> None:
 
 
 def _print_model(words: argparse.Namespace) -> None:
-    batch, numbers = words.batch, _numbers(words.gpus, "--gpus")
+    batch, numbers = words.batch, whole_numbers("--gpus", words.gpus)
     rates = (words.tflops, words.node_gb_s, words.network_gb_s)
     if min(*rates, words.gpus_per_node, batch) <= 0 or words.latency_us < 0:
         raise UserError("rates, GPUs per node and the batch must be positive")
@@ -199,10 +200,3 @@ def _print_model(words: argparse.Namespace) -> None:
     )
     title = f"model of a step: {words.config_file}"
     print_table(title, columns, rows, protocol=f"assumed: {assumed}; counted: {counted}")
-
-
-def _numbers(text: str, flag: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
-    if len(numbers) != len(text.split(",")):
-        raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")
-    return numbers

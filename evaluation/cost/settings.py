@@ -103,3 +103,11 @@ def check_outputs(config: Mapping[str, Any]) -> None:
     needed = config["picture_file"] and config["picture_y"] == "throughput"
     if needed and not config["passes"]:
         raise UserError("a picture of throughput needs a pass to be measured; picture_y=accuracy")
+
+
+def whole_numbers(flag: str, text: str) -> list[int]:
+    """The numbers of a list such as 2,4, each at least 1; UserError that names the flag."""
+    numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
+    if len(numbers) != len(text.split(",")):
+        raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")
+    return numbers

@@ -9,8 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ MARK = "traffic: "
 def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:
     """Payload of one step of each config in `processes` processes of this machine, on the CPU.
 
-    `payload` by collective in bytes, `sent` in bytes per rank by the ring, `parts` as
-    (parameters, trained). Raises UserError with what a process said if one fails.
+    `payload` by collective in bytes, `parts` as (parameters, trained). Raises UserError with what a
+    process said if one fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "-m", "evaluation.cost.traffic"]
@@ -58,39 +58,35 @@ def _one_step(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         run = config | {"training": training, "output_dir": str(folder / str(steps))}
         with _parts_noted() as parts, Communication() as sent:
             train(run)
-        counts.append((Counter({kind: sent.payload(kind) for kind in COUNTED}), sent.sent()))
-    (first, sent_first), (last, sent_last) = counts
+        counts.append({kind: sent.payload(kind) for kind in COUNTED})
+    first, last = counts
     return {
         "payload": {kind: (last[kind] - first[kind]) / 2 for kind in COUNTED},
-        "sent": (sent_last - sent_first) / 2,
         "parts": parts,
     }
 
 
-class _parts_noted:  # noqa: N801 (a context, used as a function)
+@contextmanager
+def _parts_noted() -> Iterator[list[Part]]:
     """Notes every part that a recipe gives to `wrap`."""
+    made, noted = parallel.make_wrap, list[Part]()
 
-    def __enter__(self) -> list[Part]:
-        self.made, noted = parallel.make_wrap, list[Part]()
+    def make_wrap(*args: Any, **keywords: Any) -> Callable[..., nn.Module]:
+        wrap = made(*args, **keywords)
 
-        def make_wrap(*args: Any, **keywords: Any) -> Callable[..., nn.Module]:
-            wrap = self.made(*args, **keywords)
+        def noting(module: nn.Module, units: Iterable[nn.Module] = (), **more: Any) -> nn.Module:
+            parameters = list(module.parameters())
+            trained = any(p.requires_grad for p in parameters)
+            noted.append(Part(sum(p.numel() for p in parameters), trained))
+            return wrap(module, units=units, **more)
 
-            def noting(
-                module: nn.Module, units: Iterable[nn.Module] = (), **more: Any
-            ) -> nn.Module:
-                parameters = list(module.parameters())
-                trained = any(p.requires_grad for p in parameters)
-                noted.append(Part(sum(p.numel() for p in parameters), trained))
-                return wrap(module, units=units, **more)
+        return noting
 
-            return noting
-
-        parallel.make_wrap = make_wrap
-        return noted
-
-    def __exit__(self, *error: Any) -> None:
-        parallel.make_wrap = self.made
+    parallel.make_wrap = make_wrap
+    try:
+        yield noted
+    finally:
+        parallel.make_wrap = made
 
 
 def _main() -> None:

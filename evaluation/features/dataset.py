@@ -6,7 +6,7 @@ Letters: N images, n images of this rank, D feature width, B batch.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,23 +41,14 @@ def extract_features(
     net: Backbone,
     dataset: ImageDataset,
     *,
-    transform: Callable,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    precision: str = "fp32",
     dtype: torch.dtype = torch.float32,
-    store_on: str = "cpu",
-    read: Callable[[Backbone, Tensor], Tensor] = class_token,
     normalized: bool = True,
-    on_error: str = "raise",
-    label: str = "features",
-    shown: bool = True,
+    **options: Any,
 ) -> FeatureSet:
     """Rows of this rank's share of `dataset`, L2-normalised; every rank must call this.
 
     The store is allocated once and filled batch by batch, so no second copy of it ever exists.
-    With on_error="skip" images that cannot be read have no row.
-    `read` turns a batch of images into rows; `precision` is the autocast of the net.
+    With on_error="skip" images that cannot be read have no row. options: those of `walk_features`.
     """
     capacity = -(-len(dataset) // distributed.world_size())
     store: FeatureSet | None = None
@@ -67,27 +58,15 @@ def extract_features(
         nonlocal store, done
         rows = normalize_rows(rows) if normalized else rows
         if store is None:
-            store = allocate_features(capacity, rows.shape[1], dtype, store_on)
+            store = allocate_features(capacity, rows.shape[1], dtype)
         share = slice(done, done + len(rows))
         store.features[share] = rows.to(store.features)
         store.labels[share], store.indices[share] = labels, indices
         done = share.stop
 
-    walk_features(
-        net,
-        dataset,
-        keep,
-        transform=transform,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        precision=precision,
-        read=read,
-        on_error=on_error,
-        label=label,
-        shown=shown,
-    )
+    walk_features(net, dataset, keep, **options)
     if store is None:
-        return allocate_features(0, net.embed_dim, dtype, store_on)
+        return allocate_features(0, net.embed_dim, dtype)
     return _ordered(FeatureSet(*(part[:done] for part in store)))
 
 
@@ -109,51 +88,73 @@ def walk_features(
     """Hand float32 rows, labels and indices of this rank's share to `keep`, batch by batch.
 
     Every rank must call this. Rows come by ascending index: rank, rank + ranks, and so on.
+    `read` turns a batch of images into rows; `precision` is the autocast of the net.
     """
-    world = distributed.world_size()
-    capacity = -(-len(dataset) // world)
+
+    def call(images: Tensor) -> Tensor:
+        return read(net, images.to(device, non_blocking=True))
+
     with evaluating(net, precision) as device:
-        batches = evaluation_batches(
+        for images, labels, indices in own_batches(
             dataset,
             transform,
             batch_size,
+            call=call,
             num_workers=num_workers,
-            rank=distributed.rank(),
-            world_size=world,
             on_error=on_error,
-        )
-        shown = shown and distributed.is_main()
-        batches = track(batches, total=capacity, label=label, size=_batch_length, shown=shown)
-        calls, images = 0, None
-        for images, labels, indices in batches:
-            calls += 1
-            rows = read(net, images.to(device, non_blocking=True)).float()
+            label=label,
+            shown=shown,
+        ):
+            rows = call(images).float()
             check_finite(rows, indices, dataset)  # waits for the rows, as keeping them does
             keep(rows, labels, indices)
-        missing = -(-capacity // batch_size) - calls
-        for image in even_calls(images, missing, dataset, transform, on_error=on_error):
-            read(net, image.to(device))
 
 
-def even_calls(
-    images: Tensor | None,
-    missing: int,
+def own_batches(
     dataset: ImageDataset,
     transform: Callable,
+    batch_size: int,
     *,
+    call: Callable[[Tensor], object],
+    num_workers: int = 0,
     on_error: str = "raise",
-) -> Iterator[Tensor]:
-    """An image [1 3 H W] for each call that this rank makes less than others.
+    label: str,
+    shown: bool = True,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images [B 3 H W], labels and indices of this rank's share, with a line of progress.
 
-    A sharded net gathers its weights in every call, so all ranks must make the same number. A rank
-    without `images` of its own takes the first of the data set.
+    Every rank must walk through all. A sharded net gathers its weights in every call, so all ranks
+    must make the same number: at the end `call` gets an image [1 3 H W] for each batch that this
+    rank has less than others, the first one of the data set where it has none of its own.
     """
-    if images is None and missing > 0:
+    world = distributed.world_size()
+    share = -(-len(dataset) // world)
+    batches = evaluation_batches(
+        dataset,
+        transform,
+        batch_size,
+        num_workers=num_workers,
+        rank=distributed.rank(),
+        world_size=world,
+        on_error=on_error,
+    )
+    images: Tensor | None = None
+    missing = -(-share // batch_size)
+    for images, labels, indices in track(
+        batches,
+        total=share,
+        label=label,
+        size=lambda batch: len(batch[1]),
+        shown=shown and distributed.is_main(),
+    ):
+        yield images, labels, indices
+        missing -= 1
+    if images is None and missing:
         first = next(evaluation_batches(dataset, transform, 1, on_error=on_error), None)
         images = None if first is None else first[0]
     if images is not None:
         for _ in range(missing):
-            yield images[:1]
+            call(images[:1])
 
 
 def check_finite(rows: Tensor, indices: Tensor, dataset: ImageDataset) -> None:
@@ -170,12 +171,10 @@ def normalize_rows(rows: Tensor) -> Tensor:
     return nn.functional.normalize(rows, dim=-1, eps=1e-12)
 
 
-def allocate_features(
-    rows: int, width: int, dtype: torch.dtype, store_on: torch.device | str = "cpu"
-) -> FeatureSet:
-    """Room for that many rows, to be filled."""
+def allocate_features(rows: int, width: int, dtype: torch.dtype) -> FeatureSet:
+    """Room for that many rows on the host, to be filled."""
     return FeatureSet(
-        torch.empty(rows, width, dtype=dtype, device=store_on),
+        torch.empty(rows, width, dtype=dtype),
         torch.empty(rows, dtype=torch.int64),
         torch.empty(rows, dtype=torch.int64),
     )
@@ -251,10 +250,6 @@ def device_of(net: Backbone) -> torch.device:
     """Device of the first parameter; the CPU for a net without any."""
     parameters = net.parameters() if isinstance(net, nn.Module) else ()
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
-
-
-def _batch_length(batch: tuple) -> int:
-    return len(batch[1])
 
 
 def _ordered(part: FeatureSet) -> FeatureSet:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features.dataset import class_token, evaluating
+from evaluation.features.dataset import class_token, evaluating, normalize_rows
 from evaluation.pictures.figures import grid, save
 from evaluation.probes.neighbours import Neighbours, find_neighbours
 from evaluation.progress import track
@@ -61,16 +61,16 @@ def _class_tokens(
     parts = []
     with evaluating(net) as device:
         batches = evaluation_batches(dataset, transform, batch_size, num_workers=num_workers)
-        for images, _, _ in track(
-            batches, total=len(dataset), label="class tokens", size=_length, shown=shown
-        ):
-            tokens = class_token(net, images.to(device)).float().cpu()
-            parts.append(torch.nn.functional.normalize(tokens, dim=-1, eps=1e-12))
+        batches = track(
+            batches,
+            total=len(dataset),
+            label="class tokens",
+            size=lambda batch: len(batch[1]),
+            shown=shown,
+        )
+        for images, _, _ in batches:
+            parts.append(normalize_rows(class_token(net, images.to(device)).float().cpu()))
     return torch.cat(parts)
-
-
-def _length(batch: tuple) -> int:
-    return len(batch[1])
 
 
 def _draw_rows(

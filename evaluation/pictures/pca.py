@@ -37,9 +37,10 @@ def principal_scores(rows: Tensor, components: int, *, whiten: bool = True) -> T
     return torch.cat([(part.double() - mean) @ directions for part in parts])
 
 
-def skewness(scores: Tensor) -> Tensor:
-    """E[x^3] / E[x^2]^1.5 of each column [n K]: [K]."""
-    return scores.pow(3).mean(dim=0) / scores.square().mean(dim=0).clamp_min(1e-12) ** 1.5
+def signed(scores: Tensor) -> Tensor:
+    """Columns [n K] of the sign that makes their skewness, E[x^3] / E[x^2]^1.5, positive."""
+    skewness = scores.pow(3).mean(dim=0) / scores.square().mean(dim=0).clamp_min(1e-12) ** 1.5
+    return torch.where(skewness < 0, -scores, scores)
 
 
 @torch.no_grad()
@@ -49,8 +50,7 @@ def pca_colours(patches: Tensor, *, components: int = 3) -> Tensor:
     Whitened; each component's sign is the one that makes its skewness positive, so that pictures of
     two runs can be compared.
     """
-    scores = principal_scores(patches.flatten(0, -2), components)
-    scores = torch.where(skewness(scores) < 0, -scores, scores)
+    scores = signed(principal_scores(patches.flatten(0, -2), components))
     colours = (scores / SHOWN_RANGE + 1) / 2
     return colours.clamp(0, 1).float().unflatten(0, patches.shape[:-1])
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.pictures.figures import visible
-from evaluation.pictures.pca import SHOWN_RANGE, principal_scores, skewness
+from evaluation.pictures.pca import SHOWN_RANGE, principal_scores, signed
 from utils.folders import make_folder
 
 SEPARATE, JOINT = 6, 10  # components of a PCA per image, and of one over all images
@@ -34,7 +34,7 @@ def separate_components(features: Tensor, *, whiten: bool = True) -> Tensor:
 def joint_components(features: Tensor, *, whiten: bool = True) -> Tensor:
     """Components of one PCA over all images [B h w D]: [B h w K], K = 10 or what there is."""
     scores = principal_scores(features.flatten(0, -2), JOINT, whiten=whiten)
-    return _scaled(_signed(scores)).unflatten(0, features.shape[:-1])
+    return _scaled(signed(scores)).unflatten(0, features.shape[:-1])
 
 
 def to_rgb(components: Tensor) -> np.ndarray:
@@ -100,15 +100,11 @@ def _write_row(folder: Path, stem: str, photograph: np.ndarray, components: Tens
 
 def _separate(image: Tensor, whiten: bool) -> Tensor:
     scores = principal_scores(image.flatten(0, 1), SEPARATE, whiten=whiten)
-    return _signed(_scaled(scores)).unflatten(0, image.shape[:-1])
+    return signed(_scaled(scores)).unflatten(0, image.shape[:-1])
 
 
 def _scaled(scores: Tensor) -> Tensor:
     return scores / scores[:, 0].std(correction=0).clamp_min(1e-12)
-
-
-def _signed(scores: Tensor) -> Tensor:
-    return torch.where(skewness(scores) < 0, -scores, scores)
 
 
 def _enlarged(

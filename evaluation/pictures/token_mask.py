@@ -141,9 +141,7 @@ class TokenMaskProbe:
         starts = range(0, count, self.batch_size)
         shares: list[Tensor] = []
         main = distributed.is_main()
-        for start in track(
-            starts, total=len(starts), label="mask pictures", size=lambda _: 1, shown=main
-        ):
+        for start in track(starts, total=len(starts), label="mask pictures", shown=main):
             indices = range(start, min(start + self.batch_size, count))
             images = torch.stack([transform(dataset.read(index)) for index in indices])
             kept = stages(net, images)

@@ -3,7 +3,7 @@
 Letters: B batch, C classes, N images, n images of this rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.features.cache import transform_in_words
-from evaluation.features.dataset import PRECISIONS, evaluating, even_calls
-from evaluation.progress import say, track
+from evaluation.features.dataset import PRECISIONS, evaluating, own_batches
+from evaluation.progress import say
 from evaluation.results import print_table, write_results
 from evaluation.sample import image_size_of
 from utils import distributed
 from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset
-from utils.data.loaders import evaluation_batches
 from utils.data.transforms import deit_evaluation_transform
 from utils.errors import UserError
 from utils.symmetry import SYMMETRIES, transform_image
@@ -203,34 +202,19 @@ def judge_images(
 
     The images are shared out over the ranks and read once.
     """
-    world = distributed.world_size()
-    share = -(-len(dataset) // world)
     rows: list[Tensor] = []  # per batch [E B 4]: index, prediction, place, loss as float64
     with evaluating(net, precision) as device:
-        batches: Iterator = evaluation_batches(
-            dataset,
-            transform,
-            batch_size,
-            num_workers=num_workers,
-            rank=distributed.rank(),
-            world_size=world,
-        )
-        batches = track(
-            batches,
-            total=share,
-            label="images",
-            size=lambda batch: len(batch[1]),
-            shown=distributed.is_main(),
-        )
-        images: Tensor | None = None
-        for images, labels, indices in batches:
-            images, labels = images.to(device, non_blocking=True), labels.to(device)
-            views = (net(transform_image(images, element)) for element in elements)
-            judged = [_judge_batch(logits, labels, indices, dataset) for logits in views]
+
+        def views_of(images: Tensor) -> list[Any]:
+            images = images.to(device, non_blocking=True)
+            return [net(transform_image(images, element)) for element in elements]
+
+        for images, labels, indices in own_batches(
+            dataset, transform, batch_size, call=views_of, num_workers=num_workers, label="images"
+        ):
+            labels = labels.to(device)
+            judged = [_judge_batch(view, labels, indices, dataset) for view in views_of(images)]
             rows.append(torch.stack(judged).cpu())
-        missing = (-(-share // batch_size) - len(rows)) * len(elements)
-        for image in even_calls(images, missing, dataset, transform):
-            net(image.to(device))
     mine = torch.cat(rows, dim=1) if rows else torch.empty(len(elements), 0, 4, dtype=torch.float64)
     gathered = distributed.all_gather_variable(mine.transpose(0, 1).contiguous())  # [N E 4]
     gathered = gathered[gathered[:, 0, 0].argsort()]

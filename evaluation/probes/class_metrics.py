@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,24 +27,11 @@ TOP = (1, 5)
 NO_LABEL = -1
 
 
-class Counts(Protocol):
-    """Counts of correct answers, each rank's of its own images, until `reduce` adds them up."""
-
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Count one batch: scores [H B C] and what is right for each image."""
-        ...
-
-    def reduce(self) -> None:
-        """Add up the counts of all ranks; every rank must call this, once."""
-        ...
-
-    def fractions(self, metric: str) -> dict[int, Tensor]:
-        """Fraction correct by k: [H], or [H C] class by class."""
-        ...
-
-
 class ClassCounts:
-    """Correct answers by class and k, of images with one label each; a k above C becomes C."""
+    """Correct answers by class and k, of images with one label each; a k above C becomes C.
+
+    Each rank counts its own images, until `reduce` adds the counts up.
+    """
 
     def __init__(
         self,
@@ -132,34 +118,9 @@ class AnyMatchCounts:
         return {k: counts / self.total.clamp(min=1) for k, counts in self.correct.items()}
 
 
-class CorrectCounts:
-    """Percent of images whose label is among the k best scores of one classifier."""
-
-    def __init__(self, num_classes: int, *, top: Sequence[int] = TOP) -> None:
-        self.top = {k: min(k, num_classes) for k in top}
-        self.correct = dict.fromkeys(top, 0)
-        self.total = 0
-
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Count one batch: scores [B C], labels [B]."""
-        first, best = _best_classes(scores, max(self.top.values()))
-        hits = best == labels[:, None]
-        for k, width in self.top.items():
-            hit = first == labels if width == 1 else hits[:, :width]
-            self.correct[k] += int(hit.sum())
-        self.total += len(labels)
-
-    def percentages(self) -> dict[int, float]:
-        """Percent by k."""
-        return {
-            k: torch.tensor(correct / max(self.total, 1)).item() * 100.0
-            for k, correct in self.correct.items()
-        }
-
-
 def make_counts(
     metric: str, num_heads: int, num_classes: int, *, device: torch.device | str = "cpu"
-) -> Counts:
+) -> ClassCounts | AnyMatchCounts:
     """The counts that a metric of DINOv2's names needs."""
     several = metric == "imagenet_real_accuracy"
     return (AnyMatchCounts if several else ClassCounts)(num_heads, num_classes, device=device)

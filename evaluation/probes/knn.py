@@ -70,12 +70,9 @@ class KnnProbe:
         if not ks or min(ks) < 1:
             raise ValueError(f"kNN needs values of k of at least 1, got {list(ks)}")
         check_range("temperature", temperature, ends="(]")
-        for name, value in (
-            ("num_tries", num_tries),
-            ("batch_size", batch_size),
-            ("chunk_size", chunk_size),
-        ):
-            check_count(name, value, 1)
+        check_count("num_tries", num_tries, 1)
+        check_count("batch_size", batch_size, 1)
+        check_count("chunk_size", chunk_size, 1)
         if search_precision not in SEARCH_DTYPES:
             known = ", ".join(SEARCH_DTYPES)
             raise ValueError(f"unknown search_precision {search_precision!r}; known: {known}")

@@ -60,12 +60,12 @@ def work(probe: str, settings: str) -> None:
     plan = Plan(**json.loads(settings))
     prepare = {"knn": _prepare_knn, "linear": _prepare_linear}[probe]
     _warm_up()
-    base = _forget_peak()
+    base = forget_peak()
     run = prepare(plan)
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    print(json.dumps({"bytes": _peak() - base, "seconds": seconds}))
+    print(json.dumps({"bytes": peak_bytes() - base, "seconds": seconds}))
 
 
 @torch.no_grad()
@@ -178,14 +178,14 @@ def _seconds(run: Callable[[], object], device: torch.device, *, budget_s: float
     return sorted(found[1:])[len(found[1:]) // 2]
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Resident bytes now, from which on the highest counts, where the system lets us say so."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak_bytes()
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     """The highest resident memory of this process, in bytes."""
     # On Linux a child's ru_maxrss begins at its parent's; the kernel's own mark does not.
     status = Path("/proc/self/status")

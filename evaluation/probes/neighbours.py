@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation.features.dataset import full_float32_products
-from evaluation.probes.class_metrics import CorrectCounts
+from evaluation.probes.class_metrics import AnyMatchCounts
 from utils import distributed
 
 SEARCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -146,14 +146,18 @@ def classify(
 ) -> dict[int, dict[int, float]]:
     """Percent correct by k and by 1 or 5 (best classes) of queries with labels `val_labels` [Q]."""
     num_classes = int(train_labels.max()) + 1
-    counts = {k: CorrectCounts(num_classes) for k in ks}
+    device = neighbours.similarities.device
+    # Not `ClassCounts`: a label may lie beyond the training classes, and is then never found.
+    counts = {k: AnyMatchCounts(1, num_classes, device=device) for k in ks}
     for start in range(0, len(val_labels), query_batch):
         block = slice(start, start + query_batch)
         part = Neighbours(neighbours.similarities[block], neighbours.indices[block])
         scores = vote(part, train_labels, ks=ks, temperature=temperature, num_classes=num_classes)
         for k in ks:
-            counts[k].add(scores[k], val_labels[block].to(scores[k].device))
-    return {k: counts[k].percentages() for k in ks}
+            counts[k].add(scores[k][None], val_labels[block, None].to(device))
+    return {
+        k: {top: 100 * share.item() for top, share in counts[k].fractions().items()} for k in ks
+    }
 
 
 def no_neighbours(queries: int, device: torch.device) -> Neighbours:

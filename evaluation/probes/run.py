@@ -52,7 +52,7 @@ class HeadRun:
     def train(self, *, resume: bool = True, classifier: str | None = None) -> Iterator[int]:
         """Train, giving each step's number when it is done; every rank must walk through this.
 
-        Saves at the end of each epoch, and at the end, before it gives that step.
+        Saves at the end of each epoch, before it gives that step.
         """
         first = self._first_step(resume, classifier)
         if first >= self.num_steps:
@@ -72,13 +72,11 @@ class HeadRun:
             images_per_step=self.training.global_batch_size,
             label=self.label,
         ):
-            last = step + 1 == self.num_steps
-            if last or (step + 1) % steps_per_epoch == 0:
+            if (step + 1) % steps_per_epoch == 0:
                 self.frozen.check()
-            if last:
-                self.files.save(self.files.final, self.heads, self.optimizer, step)
-            elif (step + 1) % steps_per_epoch == 0:
-                self.files.save(self.files.running, self.heads, self.optimizer, step)
+                last = step + 1 == self.num_steps
+                name = self.files.final if last else self.files.running
+                self.files.save(name, self.heads, self.optimizer, step)
             yield step
 
     def judge(self, exam: Exam) -> dict[int, Tensor]:

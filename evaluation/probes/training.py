@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.features.cache import transform_in_words
-from evaluation.features.dataset import PRECISIONS, autocast_of, device_of, even_calls
-from evaluation.image_size import in_words, settle_sizes
+from evaluation.features.dataset import PRECISIONS, autocast_of, device_of, own_batches
+from evaluation.image_size import settle_sizes
 from evaluation.probes.class_metrics import make_counts
 from evaluation.probes.exams import Exam
 from evaluation.probes.linear_heads import head_losses
@@ -175,6 +175,7 @@ class HeadTraining:
         settled = self.epoch_length is not None
         steps = self.num_steps if settled else f"{self.epochs} x one pass, {LONGEST_EPOCH} at most"
         seen = self.num_steps * self.global_batch_size if settled else steps
+        crop = self.crop_size or "the net's own size"
         words: dict[str, object] = {
             "iterations": steps,
             "global_batch_size": self.global_batch_size,
@@ -184,10 +185,10 @@ class HeadTraining:
             "sampler": self.sampler,
             "seed": self.seed,
             "precision": self.precision,
-            "train_transform": _words(self.train_transform)
-            or f"random resized crop {in_words(self.crop_size)}, mirrored at random, bicubic",
-            "transform": _words(self.transform)
-            or transform_in_words(None, self.resize_size, self.crop_size),
+            "train_transform": f"random resized crop {crop}, mirrored at random, bicubic"
+            if self.train_transform is None
+            else transform_in_words(self.train_transform, None, None),
+            "transform": transform_in_words(self.transform, self.resize_size, self.crop_size),
             "on_error": self.on_error,
         }
         # In the published orders, which images make a step depends on who shares them.
@@ -280,37 +281,23 @@ def judge_heads(
 
     Every image counts once over all ranks.
     """
-    world, dataset, mapping = distributed.world_size(), exam.dataset, exam.mapping
-    share = -(-len(dataset) // world)
-    batches = track(
-        evaluation_batches(
-            dataset,
-            training.evaluation_transform(),
-            training.batch_size,
-            num_workers=training.num_workers,
-            rank=distributed.rank(),
-            world_size=world,
-            on_error=training.on_error,
-        ),
-        total=share,
-        label=f"{label}, {exam.name}",
-        size=lambda batch: len(batch[1]),
-        shown=distributed.is_main(),
-    )
+    mapping = exam.mapping
     columns = heads.num_classes if mapping is None else len(mapping)
     device = heads.loss_weights.device
     counts = make_counts(exam.metric, len(heads.names), columns, device=device)
-    calls, images = 0, None
-    for images, labels, indices in batches:
+    for images, labels, indices in own_batches(
+        exam.dataset,
+        training.evaluation_transform(),
+        training.batch_size,
+        call=frozen,
+        num_workers=training.num_workers,
+        on_error=training.on_error,
+        label=f"{label}, {exam.name}",
+    ):
         logits = heads(heads.read(frozen(images)))
         logits = logits if mapping is None else logits[..., mapping.to(device)]
         right = labels if exam.answers is None else exam.answers[indices]
         counts.add(logits, right.to(device))
-        calls += 1
-    missing = -(-share // training.batch_size) - calls
-    transform = training.evaluation_transform()
-    for image in even_calls(images, missing, dataset, transform, on_error=training.on_error):
-        frozen(image)
     counts.reduce()
     return {k: fractions.cpu() for k, fractions in counts.fractions(exam.metric).items()}
 
@@ -340,7 +327,3 @@ def _accumulate(heads: Heads, features: list[Features], labels: Tensor, *, share
 def _stack(samples: list[tuple[Tensor, int]], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)
-
-
-def _words(transform: Callable | None) -> str:
-    return "" if transform is None else " ".join(str(transform).split())

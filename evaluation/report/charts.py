@@ -1,8 +1,8 @@
 """Line charts of a run's metrics as inline SVG: axes, ticks, a legend, and a title on hover."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 
 Series = list[tuple[int, float]]
 Panels = dict[str, dict[str, Series]]
@@ -44,7 +44,7 @@ def chart(title: str, series: Mapping[str, Series]) -> str:
     x_range = (min(steps), max(max(steps), min(steps) + 1))
     y_range = (min(min(values), y_ticks[0]), max(max(values), y_ticks[-1]))
     axes = _Axes(x_range, y_range)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_escape(title)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for value in y_ticks:
         y = axes.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
@@ -65,11 +65,11 @@ def chart(title: str, series: Mapping[str, Series]) -> str:
     names = list(shown) if len(shown) > 1 else []
     title = title if names else next(iter(shown))
     legend = "".join(
-        f'<span><i class="c{index}"></i>{_escape(name)}</span>' for index, name in enumerate(names)
+        f'<span><i class="c{index}"></i>{escape(name)}</span>' for index, name in enumerate(names)
     )
     more = len(series) - len(shown)
     legend += f"<span>and {more} more in metrics.jsonl</span>" if more > 0 else ""
-    head = f"<figcaption><b>{_escape(title)}</b> {legend}</figcaption>"
+    head = f"<figcaption><b>{escape(title)}</b> {legend}</figcaption>"
     return f'<figure class="chart">{head}{"".join(parts)}</figure>'
 
 
@@ -126,7 +126,7 @@ def _curve(axes: _Axes, index: int, name: str, points: Series) -> list[str]:
     for step, value in points[:: max(1, len(points) // HOVER_POINTS)]:
         if math.isfinite(value):
             where = f'cx="{axes.x(step)}" cy="{axes.y(value)}"'
-            told = f"<title>{_escape(name)}, step {step}: {value:.5g}</title>"
+            told = f"<title>{escape(name)}, step {step}: {value:.5g}</title>"
             radius = 3 if visible == "dot" else 5
             parts.append(f'<circle class="{visible} s{index}" {where} r="{radius}">{told}</circle>')
     return parts
@@ -152,7 +152,3 @@ def _tick(value: float, all_ticks: Sequence[float]) -> str:
     step = abs(all_ticks[1] - all_ticks[0]) if len(all_ticks) > 1 else largest or 1
     value = 0.0 if abs(value) < step / 2 else value  # never "-0"
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)

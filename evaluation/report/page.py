@@ -287,4 +287,4 @@ def _size(count: float) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(str(value))

@@ -21,12 +21,12 @@ def dump_features(
     The folder must be one that all ranks share. Nothing is held in memory but a chunk: the matrix
     is put together in a file beside, which rank 0 maps while it saves.
     """
-    parts = {name: path.with_suffix(f".{name}.partial") for name in stores}
-    saved = {}
+    partial, saved = [], {}
     for name, store in stores.items():
         rows = standardizer.rotation
         width = store.shape.dim if rows is None else rows.shape[1]
-        files = [Path(f"{parts[name]}{number}") for number in range(2)]
+        files = [path.with_suffix(f".{name}.partial{number}") for number in range(2)]
+        partial += files
         for file in files if distributed.is_main() else ():
             file.touch()
         distributed.barrier()
@@ -44,9 +44,8 @@ def dump_features(
             }
     if distributed.is_main():
         torch.save(saved, path)
-        for partial in parts.values():
-            for number in range(2):
-                Path(f"{partial}{number}").unlink()
+        for file in partial:
+            file.unlink()
 
 
 def gather_predictions(store: PatchStore, own: Tensor) -> Tensor:

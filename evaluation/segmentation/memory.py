@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from evaluation.probes.logistic import fit_logistic
+from evaluation.probes.measure import forget_peak, peak_bytes
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.patch_logreg import hold_batches, predict
@@ -103,16 +104,16 @@ def measure(plan: Plan, scratch: Path | None = None) -> dict[str, dict[str, floa
 
 def _work(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
     """The phases of the probe, one after the other, on synthetic patches."""
-    begin = _resident("VmRSS")
+    begin = forget_peak()
     found: dict[str, dict[str, float]] = {"imports": {"bytes": begin, "seconds": 0}}
     device = torch.device("cpu")
 
     def run(name: str, work: Callable[[], None]) -> None:
-        _forget_peak()
+        forget_peak()
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
-        found[name] = {"bytes": _resident("VmHWM") - begin, "seconds": seconds}
+        found[name] = {"bytes": peak_bytes() - begin, "seconds": seconds}
 
     stores: list[PatchStore] = []
     run("extract", lambda: stores.extend(_fill(plan, folder)))
@@ -165,17 +166,6 @@ def _fill(plan: Plan, folder: Path) -> list[PatchStore]:
             store.write(start, features, labels, majority_labels(labels))
         stores.append(store)
     return stores
-
-
-def _resident(key: str) -> int:
-    """A figure of this process from /proc, in bytes: VmRSS now, VmHWM at the highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _print(plan: Plan, measured: dict[str, dict[str, float]] | None) -> None:

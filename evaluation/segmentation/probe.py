@@ -57,7 +57,6 @@ class SegmentationProbe:
     """
 
     splits = ()  # of the config's data: this probe has its own
-    needs_labels = False
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,24 +20,8 @@ from utils.errors import UserError
 FEATURE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Rows(Protocol):
-    """A matrix [n, D] written once and read in slices."""
-
-    def write(self, start: int, rows: Tensor) -> None:
-        """Put rows, on any device and of any float type, at `start`."""
-        ...
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop on the host, not to be changed."""
-        ...
-
-    def close(self) -> None:
-        """Give memory or disk back."""
-        ...
-
-
 class MemoryRows:
-    """The matrix as one tensor."""
+    """A matrix [n, D] as one tensor, written once and read in slices."""
 
     def __init__(self, count: int, dim: int, dtype: torch.dtype) -> None:
         self.rows = torch.empty(count, dim, dtype=dtype)
@@ -56,7 +40,7 @@ class MemoryRows:
 
 
 class FileRows:
-    """The matrix in a nameless file below `folder`, which goes with the process however it ends.
+    """Such a matrix in a nameless file below `folder`, which goes with the process however it ends.
 
     Reads are positional and copied: a mapped file would count as memory of the process, and several
     readers would move one another's position.
@@ -118,7 +102,7 @@ class PatchStore:
         self.num_rows = self.num_own_images * shape.patches_per_image
         self.labels = torch.empty(self.num_rows, shape.pixels_per_patch, dtype=torch.uint8)
         self.patch_labels = torch.empty(self.num_rows, dtype=torch.uint8)
-        self.rows: Rows = (
+        self.rows: MemoryRows | FileRows = (
             MemoryRows(self.num_rows, shape.dim, dtype)
             if folder is None
             else FileRows(self.num_rows, shape.dim, dtype, folder)

@@ -49,7 +49,7 @@ def angle_errors(
     with evaluating(net) as device:
         images = _cut(images.to(device))
         still = net.features(images)[0]
-        for angle in track(angles, total=len(angles), label="angles", size=_one, shown=shown):
+        for angle in track(angles, total=len(angles), label="angles", shown=shown):
             turned_images = _cut(rotate(images, angle))
             turned = net.features(turned_images)[0]
             control = net.features(_cut(rotate(turned_images, -angle)))[0]
@@ -98,7 +98,3 @@ def _compare(still: Features, turned: Features, control: Features, angle: float)
     back = rotate(rotate(there_and_back, angle), -angle)
     patches = relative_error(found * inside, rotate(expected, angle) * inside)
     return AngleError(*cls, patches, relative_error(back * inside, expected * inside))
-
-
-def _one(angle: float) -> int:
-    return 1

@@ -82,7 +82,6 @@ def measure(
     `features` gives. The entry of the identity is 0: the net is deterministic.
     """
     matrices = _channel_matrices(net, images.dtype)
-    layers: dict[str, LayerError] = {}
     turns: dict[str, TurnError] = {}
     with evaluating(net) as device:
         images = images.to(device)
@@ -90,9 +89,7 @@ def measure(
         grid = _grid(net, images, still.end)
         octic = {name: _obeys_group(net, name) for name in still.stages}
         layers = {name: LayerError(octic[name], {}) for name in still.stages}
-        for element in track(
-            elements, total=len(elements), label="elements", size=_one, shown=shown
-        ):
+        for element in track(elements, total=len(elements), label="elements", shown=shown):
             turned = _run(net, transform_image(images, element))
             for name, tokens in still.stages.items():
                 error = None
@@ -103,13 +100,6 @@ def measure(
                 layers[name].errors[element] = error
             turns[element] = _end_error(turned.end, still.end, element)
     return Measured(layers, turns)
-
-
-def turn_errors(
-    net: Backbone, images: Tensor, *, elements: Sequence[str] = tuple(SYMMETRIES)
-) -> dict[str, TurnError]:
-    """Invariance of the class token and equivariance of the patches of any net, by element."""
-    return measure(net, images, elements=elements).turns
 
 
 def layer_errors(net: Backbone | OcticNet, images: Tensor) -> dict[str, dict[str, float]]:
@@ -258,7 +248,3 @@ def _end_error(turned: Features, still: Features, element: str) -> TurnError:
     if still.patches is not None and turned.patches is not None:
         patches = relative_error(turned.patches, transform_map(still.patches, element))
     return TurnError(relative_error(turned.cls, still.cls), patches)
-
-
-def _one(element: str) -> int:
-    return 1

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from evaluation.classifier import complete, make_classifier, weights_file
+from evaluation.classifier import complete, make_classifier, read_weights
 from evaluation.features.dataset import device_of
 from evaluation.judge import make_data, name_of
 from evaluation.probes.accuracy import UPRIGHT, check_labels
@@ -25,14 +25,13 @@ from evaluation.sample import image_size_of
 from utils import distributed
 from utils.checkpoints.checkpoint import export_weights
 from utils.config.build import build, plain
-from utils.data.classes import class_metadata, mismatch
+from utils.data.classes import class_metadata
 from utils.data.images import ImageDataset, Subset
 from utils.data.loaders import evaluation_batches
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder, make_folder
 from utils.symmetry import SYMMETRIES, transform_image
-from vit.weights import read_metadata, read_state
 
 ALONE = "backbone alone"
 CSV_COLUMNS = ("Model", "Validation Accuracy", "Test Accuracy")
@@ -183,17 +182,7 @@ def load_classifier(
     config: Mapping[str, Any], dataset: ImageDataset
 ) -> tuple[dict[str, Any], nn.Module]:
     """The classifier with its weights, loaded strictly, and the node that describes it."""
-    path = weights_file(config["weights"])
-    metadata: dict[str, str] = {}
-    state = None
-    if path:
-        try:
-            metadata, state = read_metadata(path), read_state(path)
-        except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from None
-    wrong = mismatch(metadata, dataset)
-    if wrong:
-        raise UserError(f"{path}: {wrong}; figures would mean nothing")
+    path, metadata, state = read_weights(config["weights"], dataset)
     node = complete(config["backbone"], metadata, state, dataset)
     return node, make_classifier(node, state, path, seed=config["seed"])
 

@@ -7,7 +7,7 @@ from PIL import Image
 from evaluation.commands.draw import parse_drawing
 from evaluation.draw import draw
 from evaluation.judge import make_net
-from evaluation.sample import image_size_of, sample_images
+from evaluation.sample import image_size_of, sample_images, squash_transform
 from tests.evaluation.backbones import BACKBONES, any_backbone
 from tests.evaluation.toys import ToyImages, in_processes
 from utils.data.segmentation import scenes
@@ -136,7 +136,7 @@ def test_more_crops_than_images_and_sizes_of_nets():
     found = sample_images(images, size=8, count=5)
     assert found.shape == (5, 3, 8, 8)
     assert len({crop.numpy().tobytes() for crop in found}) == 5
-    assert sample_images(images, size=8, count=1, squash=True).shape == (1, 3, 8, 8)
+    assert squash_transform(8)(images.read(0)).shape == (3, 8, 8)
     for backbone in BACKBONES.values():
         assert image_size_of(make_net(backbone, None)) == 32
 

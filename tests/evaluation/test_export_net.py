@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from evaluation import export_net as command
 from evaluation.commands.export import parse_export, read_export_arguments
-from evaluation.export_net import export_net, has_classes, own_size
+from evaluation.export_net import export_net, has_classes
+from evaluation.sample import image_size_of
 from tests.evaluation.backbones import BACKBONES, any_backbone, make
 from utils.errors import UserError
 
@@ -108,7 +109,7 @@ def test_mistakes_are_one_line(run_folder: Path, tmp_path: Path, monkeypatch) ->
 @any_backbone
 def test_a_net_knows_its_size_and_whether_it_has_classes(backbone: dict) -> None:
     net = make(backbone)
-    assert own_size(net) == 32
+    assert image_size_of(net) == 32
     assert has_classes(net) == (backbone is BACKBONES["torchvision"])
 
 

@@ -61,6 +61,7 @@ def test_wrong_and_truncated_files_are_refused(tmp_path, capsys):
         ("other.pth", [], "has the layout of no published checkpoint (hybrid_deit"),
         ("other.pth", ["--model", "dinov2_vit_large_patch16"], "missing: blocks.0"),
         ("other.pth", ["--model", "dinov2_vit_larg"], "did you mean 'dinov2_vit_large_patch16'?"),
+        ("other.pth", ["--model", "--model=dinov2_vit_large_patch16"], "--model needs a value"),
         ("cut.pth", [], "truncated or not a torch file"),
         ("gone.pth", [], "no such weights file"),
     ):

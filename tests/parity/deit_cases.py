@@ -15,7 +15,7 @@ from deit.losses import classification_loss, cosub_loss
 from deit.param_groups import undecayed
 from deit.recipe import DeiT
 from deit.schedules import SHAPES, Schedules
-from evaluation.probes.class_metrics import CorrectCounts
+from evaluation.probes.class_metrics import ClassCounts
 from tests.parity.harness import NotBuilt, check, load, strip
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
 from utils.schedules import Constant
@@ -145,8 +145,9 @@ def run_targets(case: Case, folder: Path) -> None:
         mixed = mixup_target(labels, args["num_classes"], args["lam"], args["smoothing"])
         bce = classification_loss(logits, mixed)
         soft = classification_loss(logits, mixed, loss="ce")
-        counts = CorrectCounts(args["num_classes"])
-        counts.add(logits.detach(), labels)
+        counts = ClassCounts(1, args["num_classes"])
+        counts.add(logits.detach()[None], labels)
+        accuracies = counts.fractions()
         ours = {
             "out.targets_mixed": mixed,
             "out.targets_bce": (mixed > 0).to(dtype),
@@ -158,8 +159,8 @@ def run_targets(case: Case, folder: Path) -> None:
                 logits, labels, loss="ce", smoothing=args["smoothing"]
             ),
             "out.eval_ce": classification_loss(logits, labels, loss="ce"),
-            "out.acc1": counts.percentages()[1],
-            "out.acc5": counts.percentages()[5],
+            "out.acc1": 100 * accuracies[1].item(),
+            "out.acc5": 100 * accuracies[5].item(),
         }
         check_all(case, ours, data)
 

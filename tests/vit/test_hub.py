@@ -114,6 +114,14 @@ def test_a_size_asked_for_is_the_size_that_is_written(tmp_path):
     assert hub.largest_difference(net, tmp_path, [torch.randn(2, 3, 48, 48)]) == 0
 
 
+def test_a_net_whose_outputs_are_not_finite_differs_from_its_folder(tmp_path):
+    net = create("deit_small_patch16_LS", OCTIC)
+    torch.nn.init.constant_(net.head.bias, torch.nan)
+    hub.save_to_folder(net, tmp_path, options=OCTIC)
+    found = hub.largest_difference(net, tmp_path, [torch.randn(2, 3, 32, 32)])
+    assert found == float("inf")
+
+
 def test_what_timm_cannot_build_again_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a Linear is not registered with timm"):
         hub.save_to_folder(torch.nn.Linear(2, 2), tmp_path, options={})

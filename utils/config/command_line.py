@@ -93,9 +93,7 @@ def read_words(
             found.notes.append(f"{name} has no effect: {ignored[name]}")
         elif name in options:
             option = options[name]
-            value = option.value or inline or (words.pop(0) if words else "")
-            if not value or (option.value is None and not inline and value.startswith("--")):
-                raise UserError(f"{name} needs a value: {option.help}")
+            value = option.value or take_value(name, inline, words, f": {option.help}")
             found.overrides.extend(spell(name, value) or [_override(option, value)])
         elif word.startswith(("-", "+", "~")) or "=" in word or not num_places:
             found.overrides.append(word)
@@ -108,6 +106,17 @@ def read_words(
         else:
             found.places.append(word)
     return found
+
+
+def take_value(name: str, inline: str, words: list[str], told: str = "") -> str:
+    """The value of a flag: what stands behind its =, else the next word, taken out of `words`.
+
+    told: what the error of a flag without a value says besides.
+    """
+    value = inline or (words.pop(0) if words else "")
+    if not value or (not inline and value.startswith("--")):
+        raise UserError(f"{name} needs a value{told}")
+    return value
 
 
 def backbone_words(name: str) -> list[str]:

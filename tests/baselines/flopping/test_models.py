@@ -217,7 +217,7 @@ def test_any_width_where_that_is_allowed(make) -> None:
     other = make(allow_odd=True)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(x := images(net)), net(x))
-    x = images(net, width=net.img_size[1] + net.stem_size - 1)
+    x = images(net, width=net.img_size[1] + net.feature_info[0]["reduction"] - 1)
     assert torch.equal(other(x), net(x[..., : net.img_size[1]]))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from baselines.gevit import GEViT, models
-from evaluation.symmetry.equivariance import turn_errors
+from evaluation.symmetry.equivariance import measure
 from utils.flops import count_one_image
 from utils.symmetry import SYMMETRIES
 from vit.backbone import Backbone
@@ -86,7 +86,7 @@ def test_features_are_a_backbones():
 def test_the_equivariance_report_reads_it():
     """The pooled vector of a p4m net stays and its patches turn along, under all eight."""
     net = timm.create_model("gevit_digits_p4m", num_channels=8).double().eval()
-    errors = turn_errors(net, torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    errors = measure(net, torch.randn(1, 3, 32, 32, dtype=torch.float64)).turns
     assert set(errors) == set(SYMMETRIES)
     assert max(max(error.cls, error.patches) for error in errors.values()) < 1e-12
 

@@ -8,6 +8,7 @@ from evaluation.commands.eval_dinov2_classification import (
     IGNORED,
     OPTIONS,
     SWITCHES,
+    WITHOUT_VALUE,
     parse_evaluation,
     read_evaluation_arguments,
 )
@@ -136,6 +137,8 @@ def test_a_model_is_ours_or_timms_and_a_config_file_names_one_too():
         (["--nb_knn", "ten"], "--nb_knn takes int, not 'ten'"),
         (["--temperature"], "--temperature needs a value"),
         (["--model"], "--model needs a value"),
+        (["--pretrained-weights", "--nb_knn", "10"], "--pretrained-weights needs a value"),
+        (["--model", "--nb_knn", "10"], "--model needs a value"),
         (["--model", "swagg"], "--model: there is no model 'swagg', .* one of swag_vit_b16_in1k, "),
         (["--learning-rates", "fast"], "--learning-rates takes float, not 'fast'"),
         (["--save-checkpoint-frequency"], "--save-checkpoint-frequency needs a value"),
@@ -159,7 +162,7 @@ def test_help_names_the_flags(capsys, monkeypatch):
         parse_evaluation()
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    for flag in (*OPTIONS, *SWITCHES, *IGNORED, "--config-file"):
+    for flag in (*OPTIONS, *SWITCHES, *WITHOUT_VALUE, *IGNORED, "--config-file"):
         assert flag in printed
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from evaluation.features.dataset import evaluating, even_calls, extract_features, gather_labels
+from evaluation.features.dataset import evaluating, extract_features, gather_labels, own_batches
 from tests.evaluation.toys import ToyImages, ToyNet, to_tensor
+from utils import distributed
 from utils.errors import UserError
 
 
@@ -53,11 +54,21 @@ def test_features_that_are_not_finite_are_refused_by_the_name_of_the_image():
         extract_features(Overflowing(), ToyImages(9, 0), transform=to_tensor, shown=False)
 
 
-def test_a_rank_without_images_makes_the_calls_of_the_others():
-    data, own = ToyImages(1, 0), torch.rand(4, 3, 8, 8)
-    assert [image.shape for image in even_calls(own, 2, data, to_tensor)] == [(1, 3, 8, 8)] * 2
-    assert torch.equal(*even_calls(None, 2, data, to_tensor))
-    assert not [*even_calls(None, 0, data, to_tensor)]
+@pytest.mark.parametrize(
+    ("count", "rank", "own", "called_with"),
+    [(9, 0, [0, 2, 4, 6, 8], []), (9, 1, [1, 3, 5, 7], [7]), (1, 1, [], [0])],
+)
+def test_a_rank_with_fewer_images_makes_the_calls_of_the_others(
+    count, rank, own, called_with, monkeypatch
+):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    data, calls = ToyImages(count, 0), []
+    batches = own_batches(data, to_tensor, 1, call=calls.append, label="images", shown=False)
+    assert [int(index) for _, _, indices in batches for index in indices] == own
+    assert len(calls) == len(called_with)
+    for images, index in zip(calls, called_with, strict=True):
+        assert torch.equal(images, to_tensor(data.read(index))[None])
 
 
 def test_progress_names_rate_and_end(capsys):

@@ -11,7 +11,6 @@ from evaluation.symmetry.equivariance import (
     logit_errors,
     measure,
     octic_only,
-    turn_errors,
     worst_error,
 )
 from octic.vision_transformer import OcticVisionTransformer
@@ -57,7 +56,7 @@ def test_a_broken_layer_shows():
 
 def test_invariant_net_end_to_end():
     net = shaken(OcticVisionTransformer(**SIZES, invariant=True))
-    errors = turn_errors(net, torch.randn(2, 3, 16, 16).double())
+    errors = measure(net, torch.randn(2, 3, 16, 16).double()).turns
     assert list(errors) == list(SYMMETRIES)
     assert max(error.cls for error in errors.values()) < 1e-12
     assert max(error.patches for error in errors.values()) < 1e-12
@@ -68,7 +67,7 @@ def test_plain_net_has_no_layers_and_no_law():
     images = torch.randn(2, 3, 16, 16).double()
     assert layer_errors(net, images) == {}
     assert worst_error({}) is None
-    errors = turn_errors(net, images)
+    errors = measure(net, images).turns
     assert errors["e"].cls == 0
     assert min(errors[name].cls for name in list(errors)[1:]) > 1e-3
 
