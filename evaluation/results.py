@@ -1,7 +1,6 @@
 """What a probe leaves behind: results.json with the protocol beside each figure, and one table."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from utils.folders import make_folder
+from utils.whole_file import whole_file
 
 RESULTS_FILE = "results.json"
 
@@ -25,9 +25,8 @@ def write_results(
     if (before := _net_of(results.get(probe))) and before != _net_of({"protocol": protocol}):
         print(f"{path}: replaces the {probe} results of {before}", flush=True)
     results[probe] = {"protocol": dict(protocol), "figures": dict(figures)}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n")
     return path
 
 

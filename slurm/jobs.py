@@ -68,7 +68,7 @@ def _check(folders: Sequence[Path], last: int, state: str) -> None:
 def list_runs(places: list[Path]) -> list[Run]:
     """The runs below these folders, with what Slurm knows of their jobs."""
     found = runs.find(places)
-    known = ask_slurm([run.job for run in found if run.job and _by_slurm(run)])
+    known = ask_slurm([run.job for run in found if _by_slurm(run)])
     for run in found:
         if run.job in known and _by_slurm(run):
             judge(run, known[run.job])
@@ -103,9 +103,8 @@ def judge(run: Run, facts: dict[str, str]) -> None:
         "CANCELLED": _cancelled(run, facts),
     }
     fallback = said or f"exit code {facts.get('ExitCode', '')}{log}"
-    why = reasons.get(state, fallback) if state != "FAILED" else fallback
     run.state = state
-    run.why = "; ".join(part for part in (why, restarts) if part)
+    run.why = "; ".join(part for part in (reasons.get(state, fallback), restarts) if part)
 
 
 def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -163,7 +162,7 @@ def show(found: Sequence[Run]) -> None:
     for run in found:
         step = "" if run.step is None else f"{run.step}/{run.total or '?'}"
         took = "" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
-        figures = "\n".join(f"{k} {runs.one_line_of(v)}" for k, v in chosen_figures(run).items())
+        figures = "\n".join(f"{k} {v:.4g}" for k, v in chosen_figures(run).items())
         job = run.job or "-"
         table.add_row(job, run.name, run.state, took, step, figures, run.why, _near(run.folder))
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=180)
@@ -188,20 +187,13 @@ def _near(folder: Path) -> str:
 
 def _cancelled(run: Run, facts: dict[str, str]) -> str:
     after = next((line.get("after") for line in run.lines if line.get("after")), "")
-    if after and facts.get("ElapsedRaw", "0") == "0" and " by " not in facts["State"]:
-        return _never(after)
-    words = facts["State"].split()
-    by = _user(words[2]) if len(words) > 2 else ""
-    if after and facts.get("ElapsedRaw", "0") == "0" and words[-1] == "0":
-        return _never(after)
-    saved = (
-        f", saved at checkpoint {run.step}" if "stopped" in {x["event"] for x in run.lines} else ""
-    )
-    return f"cancelled{f' by {by}' if by else ''}{saved}"
-
-
-def _never(after: str) -> str:
-    return f"did not start: job {after.partition(':')[2]}, which it was to follow, did not succeed"
+    _, _, user = facts["State"].partition(" by ")
+    if after and facts.get("ElapsedRaw", "0") == "0" and user in ("", "0"):  # by Slurm itself
+        before = after.partition(":")[2]
+        return f"did not start: job {before}, which it was to follow, did not succeed"
+    by = f" by {_user(user)}" if user else ""
+    stopped = any(line["event"] == "stopped" for line in run.lines)
+    return f"cancelled{by}{f', saved at checkpoint {run.step}' if stopped else ''}"
 
 
 def _user(number: str) -> str:

@@ -8,14 +8,14 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurm import record
 from slurm.checks import check_cluster, check_launch
-from slurm.cluster import check_machine, parameters
+from slurm.cluster import check_machine
 from slurm.job import Function, Job
 from slurm.local import run_apart, run_processes
 from slurm.submission import Submission, with_id
@@ -26,8 +26,6 @@ from utils.folders import check_run_folder, keeps_records, make_folder
 
 if TYPE_CHECKING:
     import submitit
-
-__all__ = ["Task", "launch", "launch_all", "parameters", "submit"]
 
 
 @dataclass
@@ -91,10 +89,8 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     joins = "TORCHELASTIC_RUN_ID" in os.environ
     several = len(tasks) > 1 or bool(tasks[0].then)
     for task in _all(tasks):
-        try:
+        with _named(task):
             _check(task, joins=joins, submits=not joins and not dry_run)
-        except UserError as error:
-            raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
     folders = [str(task.folder) for task in _all(tasks)]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise UserError(
@@ -123,6 +119,15 @@ def _all(tasks: Sequence[Task]) -> Iterator[Task]:
     for task in tasks:
         yield task
         yield from task.then
+
+
+@contextmanager
+def _named(task: Task) -> Iterator[None]:
+    """A mistake inside says which of several tasks it is in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
 
 
 def _check(task: Task, *, joins: bool, submits: bool) -> None:
@@ -262,10 +267,8 @@ def _build_networks(tasks: Sequence[Task]) -> None:
         if not node["backbone"] or node in seen:
             continue
         seen.append(node)
-        try:
+        with _named(task):
             networks(task.config)
-        except UserError as error:
-            raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
 
 
 def _show_scripts(tasks: Sequence[Task], folder: Path) -> None:

@@ -53,7 +53,7 @@ def _wait(context: Any, folder: str, received: list[int]) -> None:
             raise KeyboardInterrupt from None
         # One that had not yet begun to heed signals was ended by what was passed on.
         if error.exit_code in STOPPED or code - 128 in received:
-            print(f"stopped by {signal.Signals(STOPPED[code]).name}", file=sys.stderr)
+            print(f"stopped by {STOPPED[code].name}", file=sys.stderr)
             raise SystemExit(code) from None
         raise _said(error, folder) from None
     except multiprocessing.ProcessRaisedException as error:

@@ -59,7 +59,7 @@ class Ended(SystemExit):
 
 def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: Any) -> None:
     """Append a line; a folder that cannot be written to loses it, and the run goes on."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     line = {"event": event, "job": job, "attempt": attempt, "time": round(time.time(), 3), **facts}
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,23 +110,21 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
         "pid": os.getpid(),
         "since": started(os.getpid()),
     }
-    is_main, rank = os.environ.get("RANK", "0") == "0", int(os.environ.get("RANK", "0"))
-    earlier = _progress(folder)
+    rank = _rank()
+    is_main, earlier = rank == 0, _progress(folder)
     if is_main:
         note(folder, "began", **who, **facts)
     try:
         yield
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(bool(left.code))
-        if code in STOPPED and is_main:
-            note(folder, "stopped", **who, signal=signal.Signals(STOPPED[code]).name)
-        elif code and code not in STOPPED:
+        if code in STOPPED:
+            if not is_main:  # a code would have srun kill rank 0, which has more to do
+                raise SystemExit(0) from None
+            note(folder, "stopped", **who, signal=STOPPED[code].name)
+        elif code:
             error = getattr(left, "why", f"it left with code {code}")
             note(folder, "failed", **who, rank=rank, error=error)
-        if code in STOPPED and not is_main:
-            raise SystemExit(
-                0
-            ) from None  # a code would have srun kill rank 0, which has more to do
         raise
     except KeyboardInterrupt:
         if is_main:
@@ -136,13 +134,16 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
         event = "lost_peer" if is_lost(error) else "failed"
         mistaken = event == "failed" and isinstance(error, UserError)
         # A training writes it with its first step.
-        refused: dict[str, Any] = (
-            {"refused": True} if mistaken and _progress(folder) == earlier else {}
-        )
-        note(folder, event, **who, rank=rank, error=in_one_line(error), **refused)
+        refused = {"refused": True} if mistaken and _progress(folder) == earlier else {}
+        told: dict[str, Any] = {"rank": rank, "error": in_one_line(error), **refused}
+        note(folder, event, **who, **told)
         raise
     if is_main:
         note(folder, "ended", **who)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _progress(folder: Path) -> int:

@@ -97,11 +97,6 @@ def _described(folder: Path) -> Run:
     return run
 
 
-def one_line_of(value: float) -> str:
-    """A figure in few characters."""
-    return f"{value:.4g}"
-
-
 def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[Path]:
     try:
         if not place.is_dir():
@@ -266,16 +261,16 @@ def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
     found: dict[str, float] = {}
     for line in _tail(folder / "metrics.jsonl"):
         step = int(line.get("step") or step or 0)
-        shown = {k: v for k, v in line.items() if k == "loss" or "/" in k and _is_probe(k)}
-        found |= {k: float(v) for k, v in shown.items() if isinstance(v, int | float)}
+        found |= {
+            key: float(value)
+            for key, value in line.items()
+            if (key == "loss" or "/" in key and not key.startswith("grad_norm/"))
+            and isinstance(value, int | float)
+        }
     for probe, part in _json(folder / "results.json").items():
         figures = part.get("figures", {}) if isinstance(part, dict) else {}
         found |= {f"{probe}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
     return step, found
-
-
-def _is_probe(key: str) -> bool:
-    return not key.startswith("grad_norm/")
 
 
 def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from utils.revision import NOTE, revision
+
 ROOT = Path(__file__).resolve().parent.parent
-REVISION = "REVISION"
 MAX_BYTES = 1_000_000  # of a file: code and configs are smaller
 MANY_BYTES = 30_000_000  # of all files: more than ten times what this repository has
 _LEFT_OUT = {"tests", "docs", "runs", "data", "outputs", "wandb", "checkpoints", "build", "dist"}
@@ -46,7 +47,7 @@ class Snapshot:
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        (partial / REVISION).write_text(_revision(self.root) + "\n")
+        (partial / NOTE).write_text(revision(self.root) + "\n")
         try:
             partial.rename(folder)
         except OSError:  # another submission was faster
@@ -90,7 +91,7 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _is_run(folder: Path) -> bool:
     """Whether it is the folder of a run, or that of a sweep: results, and no code."""
-    if (folder / "launches.jsonl").exists() or any(folder.glob(f"code/*/{REVISION}")):
+    if (folder / "launches.jsonl").exists() or any(folder.glob(f"code/*/{NOTE}")):
         return True
     marks = (".lock", "config.yaml", "metrics.jsonl")
     return (folder / "checkpoints").is_dir() and any((folder / mark).exists() for mark in marks)
@@ -113,14 +114,6 @@ def _found(root: Path) -> list[str]:
         for path in folder.rglob("*")
         if path.suffix in endings and "__pycache__" not in path.parts
     ]
-
-
-def _revision(root: Path) -> str:
-    noted = root / REVISION
-    if noted.is_file():  # a snapshot that submits further jobs
-        return noted.read_text().strip()
-    said = _git(root, "describe", "--always", "--dirty", "--abbrev=40")
-    return (said or "").strip() or "unknown revision"
 
 
 def _git(root: Path, *words: str) -> str | None:

@@ -73,9 +73,9 @@ class Submission:
             self.asked["slurm_additional_parameters"]["kill-on-invalid-dep"] = "yes"
         self.snapshot = Snapshot() if self.cluster["snapshot"] else None
         code = self.logs / "code" / self.snapshot.name if self.snapshot else None
-        setup = self.asked.pop("setup")
-        self.asked["local_setup"] = [*setup, *_code_lines(code)] or None
-        self.asked["slurm_setup"] = [*setup, *_code_lines(code), *self._facts_of_runs()]
+        setup = [*self.asked.pop("setup"), *_code_lines(code)]
+        self.asked["local_setup"] = setup or None
+        self.asked["slurm_setup"] = [*setup, *self._facts_of_runs()]
         self.asked["slurm_teardown"] = AFTER.read_text().splitlines()
 
     def script(self) -> str:
@@ -112,10 +112,6 @@ class Submission:
         self._settle(staged, jobs)
         return jobs
 
-    def run_folder(self, index: int, job_id: str) -> Path:
-        """Where a config's run is, once the job's id is known."""
-        return Path(with_id(self.configs[index]["output_dir"], job_id))
-
     def _slurm_executor(self) -> Any:
         executor = _executor_class()(
             self.logs / "slurm",
@@ -133,18 +129,15 @@ class Submission:
     def _rehearsal(self) -> Any:
         import submitit
 
-        options = {
-            "max_num_timeout": self.cluster["max_requeues"],
-            "python": python_command(self.cluster),
-        }
         executor = submitit.AutoExecutor(
             self.logs / "slurm",
             cluster="local",
-            **{f"local_{key}": value for key, value in options.items()},
+            local_max_num_timeout=self.cluster["max_requeues"],
+            local_python=python_command(self.cluster),
         )
-        common = ("timeout_min", "nodes", "tasks_per_node", "stderr_to_stdout", "gpus_per_node")
-        asked = {key: self.asked[key] for key in common if key in self.asked}
-        asked["gpus_per_node"] = self.asked["tasks_per_node"]
+        common = ("timeout_min", "nodes", "tasks_per_node", "stderr_to_stdout")
+        asked = {key: self.asked[key] for key in common}
+        asked["gpus_per_node"] = asked["tasks_per_node"]
         executor.update_parameters(**asked, slurm_signal_delay_s=self.cluster["signal_delay_s"])
         if self.asked["local_setup"]:
             executor.update_parameters(local_setup=self.asked["local_setup"])
@@ -184,9 +177,9 @@ class Submission:
             code.parent.mkdir(parents=True, exist_ok=True)
             staged.rename(code)
         self._remove_links()
-        for index, (job, config) in enumerate(zip(jobs, self.configs, strict=True)):
+        for job, config in zip(jobs, self.configs, strict=True):
             record.note(
-                self.run_folder(index, first),
+                Path(with_id(config["output_dir"], first)),
                 "submitted",
                 job=str(job.job_id),
                 name=config["name"],

@@ -28,7 +28,6 @@ from slurm.processes import (
     listens,
     lives,
     name_localhost,
-    started,
     stop,
 )
 from slurm.testbed_files import (
@@ -41,6 +40,7 @@ from slurm.testbed_files import (
     SLURMDBD_CONF,
 )
 from utils.errors import UserError
+from utils.proc import started
 
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge"
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")

@@ -5,7 +5,6 @@ multiply-add; elementwise work, norms, softmax and moving of data count nothing,
 Works on any device, on `meta` without memory or time.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -107,10 +106,10 @@ def count_operations(
         recorder.known = counter.flop_registry
         with counter:
             output = run(images)
-            forward, forward_calls = counter.get_total_flops(), recorder.calls()
+            forward, forward_calls = counter.get_total_flops(), recorder.calls
             if backward:
-                _scalar(output, loss).backward()
-            total, calls = counter.get_total_flops(), recorder.calls()
+                (loss(output) if loss else output.float().square().mean()).backward()
+            total, calls = counter.get_total_flops(), recorder.calls
     return Operations(
         forward,
         total - forward,
@@ -144,7 +143,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[Any, Any] = {}
-        self.names: Counter[str] = Counter()
+        self.calls = 0  # of operators that are no views
         self.uncounted: set[str] = set()
 
     def __torch_dispatch__(
@@ -154,13 +153,10 @@ class _Recorder(TorchDispatchMode):
         if packet is None:  # a higher-order operator: its parts run where no mode sees them
             self.uncounted.add(str(func))
         elif not func.is_view:
-            self.names[str(packet)] += 1
+            self.calls += 1
             if packet not in self.known and not _multiplies_nothing(func):
                 self.uncounted.add(str(packet))
         return func(*args, **(kwargs or {}))
-
-    def calls(self) -> int:
-        return self.names.total()
 
 
 @contextmanager
@@ -179,10 +175,6 @@ def _multiplies_nothing(func: Any) -> bool:
         return True
     name = func._schema.name.removeprefix("aten::").strip("_").replace("_backward", "")
     return func.namespace == "aten" and name in UNCOUNTED_BY_CONVENTION
-
-
-def _scalar(output: Tensor, loss: Callable[[Tensor], Tensor] | None) -> Tensor:
-    return loss(output) if loss else output.float().square().mean()
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -213,15 +205,16 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     formulas: dict[str, Callable[..., int]] = dict.fromkeys(names, _attention)
     formulas["_scaled_dot_product_attention_math_for_mps"] = _attention
     formulas |= {f"{name}_backward": _attention_backward for name in names}
-    formulas |= {"mv": _matrix_vector, "addmv": _added_matrix_vector, "dot": _dot, "vdot": _dot}
-    formulas["_addmm_activation"] = _added_product
+    formulas |= {"mv": _with_vector, "dot": _with_vector, "vdot": _with_vector}
+    formulas |= {"addmv": _added_matrix_vector, "_addmm_activation": _added_product}
     formulas["convolution_backward"] = _convolution_backward
     # Of every release of torch, those that it has.
     return {getattr(aten, name): f for name, f in formulas.items() if hasattr(aten, name)}
 
 
-def _matrix_vector(matrix: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(matrix)
+def _with_vector(first: Any, *_: Any, **__: Any) -> int:
+    """A matrix, or a vector, times a vector."""
+    return 2 * prod(first)
 
 
 def _added_matrix_vector(start: Any, matrix: Any, *_: Any, **__: Any) -> int:
@@ -230,7 +223,3 @@ def _added_matrix_vector(start: Any, matrix: Any, *_: Any, **__: Any) -> int:
 
 def _added_product(start: Any, first: Any, second: Any, *_: Any, **__: Any) -> int:
     return 2 * prod(first) * second[-1]
-
-
-def _dot(first: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(first)

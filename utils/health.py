@@ -10,8 +10,11 @@ from utils import distributed, parallel
 from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
 from utils.precision import Precision
-from utils.randomness import preserved_randomness
+from utils.probing import undisturbed
 from utils.signals import StopSignal
+
+# Below this effective rank, or relative standard deviation, features have collapsed.
+MIN_RANK, MIN_STD = 1.5, 1e-3
 
 
 class Health:
@@ -24,10 +27,8 @@ class Health:
     the steps after it tell, so `fault` looks at what would be kept.
     """
 
-    def __init__(
-        self, *, nan_patience: int = 2, min_rank: float = 1.5, min_std: float = 1e-3
-    ) -> None:
-        self.nan_patience, self.min_rank, self.min_std = max(nan_patience, 1), min_rank, min_std
+    def __init__(self, *, nan_patience: int = 2) -> None:
+        self.nan_patience = nan_patience
         self.bad_steps: list[tuple[int, dict[str, float]]] = []
         self.skipped = 0
         self.alarm = ""  # one line when the last examination found the features not well
@@ -144,12 +145,8 @@ class Health:
         images = _images(batch)
         if images is None or not hasattr(net, "features"):
             return {}
-        modes = {part: part.training for part in net.modules()}
-        net.eval()
-        with torch.no_grad(), preserved_randomness():
+        with undisturbed(net):
             features = net.features(images[:128])[-1].cls
-        for part, mode in modes.items():
-            part.training = mode
         features = distributed.all_gather_variable(parallel.whole(features).float()).cpu()
         self._overflows = not features.isfinite().all()
         if self._overflows:  # on every rank, as all have gathered the same
@@ -163,14 +160,12 @@ class Health:
             return {}
         std = relative_std(features)
         rank = effective_rank(features)
-        self.alarm = (
-            ""
-            if rank >= self.min_rank and std >= self.min_std
-            else (
+        self.alarm = ""
+        if not (rank >= MIN_RANK and std >= MIN_STD):
+            self.alarm = (
                 f"ALARM: the features have collapsed (effective rank {rank:.2f}, relative "
                 f"standard deviation {std:.1e}): all images look alike to the network"
             )
-        )
         return {
             "feature_rank": rank,
             "feature_std": features.std(0).mean().item(),

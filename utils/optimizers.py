@@ -1,7 +1,7 @@
 """Parameter groups to optimiser, schedules applied step by step, clipping per part."""
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,24 +19,16 @@ Schedules = Mapping[str, Callable[[int], float]]
 def make_optimizer(
     factory: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], recipe: nn.Module
 ) -> torch.optim.Optimizer:
-    """Build the optimiser of a recipe's `groups` (see `utils.training.Recipe.param_groups`).
+    """Build the optimiser of a recipe's `groups` (see `utils.recipe.Recipe.param_groups`).
 
     torch's Adam and AdamW are fused, on a CPU too, unless they are told `fused` or `foreach`.
     Raises UserError when a trainable parameter of `recipe` is in no group or in two, and for
     options without a meaning.
     """
-    groups = [
-        {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0, **g}
-        for g in groups
-    ]
-    groups = [{**group, "params": list(group["params"])} for group in groups]
-    counts: dict[int, int] = {}
-    for group in groups:
-        for parameter in group["params"]:
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    wrong = [
-        n for n, p in recipe.named_parameters() if p.requires_grad and counts.get(id(p), 0) != 1
-    ]
+    defaults = {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0}
+    groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    wrong = [n for n, p in recipe.named_parameters() if p.requires_grad and counts[id(p)] != 1]
     if wrong:
         raise UserError(
             f"{len(wrong)} trainable parameters are not in exactly one parameter group, "

@@ -37,6 +37,12 @@ SHARDINGS = ("replicate", "shard", "hybrid")
 VIEW_RETURNED = r"FSDP2-wrapped module \(.*\) returned a view tensor"
 
 
+def check_sharding(sharding: str) -> None:
+    """UserError for a name that no way of sharding has."""
+    if sharding not in SHARDINGS:
+        raise UserError(f"training.sharding={sharding} is unknown; choose {', '.join(SHARDINGS)}")
+
+
 def make_wrap(
     device: torch.device,
     precision: Precision,
@@ -123,8 +129,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def make_mesh(device: torch.device, sharding: str) -> DeviceMesh | None:
     """The (replicate, shard) mesh over all ranks, or None in one process."""
     world = distributed.world_size()
-    if sharding not in SHARDINGS:
-        raise UserError(f"training.sharding={sharding} is unknown; choose {', '.join(SHARDINGS)}")
+    check_sharding(sharding)
     if world == 1:
         return None
     own = {"replicate": 1, "shard": world}.get(sharding) or distributed.node_size()
@@ -237,13 +242,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
     """The ranks that together hold a sharded tensor, None if this rank holds all of it."""
-    if not isinstance(tensor, DTensor) or _shard_size(tensor) == 1:
+    if not isinstance(tensor, DTensor) or tensor.device_mesh["shard"].size() == 1:
         return None
     return tensor.device_mesh.get_group("shard")
-
-
-def _shard_size(tensor: DTensor) -> int:
-    return tensor.device_mesh["shard"].size()
 
 
 def _recompute(unit: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The probes of a training: when they are due, and that they leave no trace in it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,19 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.randomness import preserved_randomness
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """A net in evaluation mode, without gradients; nothing of this is left in its training."""
+    modes = {part: part.training for part in net.modules()}
+    net.eval()
+    try:
+        with torch.no_grad(), preserved_randomness():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class Judge:
@@ -41,15 +55,11 @@ class Judge:
         if self._done == step:
             return {}
         self._done = step
-        modes = {part: part.training for part in self.net.modules()}
-        self.net.eval()
         results: dict[str, float] = {}
-        with torch.no_grad(), preserved_randomness():
+        with undisturbed(self.net):
             for name, probe in self.probes.items():
                 values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
                 results |= _numbers(name, values)
-        for part, mode in modes.items():
-            part.training = mode
         self.results |= results
         return results
 

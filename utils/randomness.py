@@ -56,6 +56,18 @@ def preserved_randomness() -> Iterator[None]:
         set_random_state(state)
 
 
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leave the CPU's global generators as they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
 class ShieldedBatches:
     """Batches whose loader cannot disturb the network's random numbers; counts the waiting.
 
@@ -79,15 +91,8 @@ class ShieldedBatches:
     def __next__(self) -> Any:
         """The next batch; the generators of the CPU are as before."""
         start = time.perf_counter()
-        numpy_state, python_state, torch_state = (
-            np.random.get_state(),
-            random.getstate(),
-            torch.get_rng_state(),
-        )
         try:
-            return next(self.batches)
+            with kept_generators():
+                return next(self.batches)
         finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-            torch.set_rng_state(torch_state)
             self.seconds += time.perf_counter() - start

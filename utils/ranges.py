@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 class OutOfRange(ValueError):
-    """A value without a meaning. Its message begins with the keyword; `config.build` adds where."""
+    """A value without a meaning. The message begins with its keyword; `build` adds where."""
 
 
 def check_range(

@@ -173,9 +173,8 @@ def _run_alone(
         metrics.say(checkpoints.news())
         metrics.close()
     signals = [one.name for one in distributed.gather_objects(stop.received) if one]
-    summary = _facts(config, recipe, step, checkpoints)
     stopped_by = MAX_STEPS if step >= last_step else max(signals, default="a signal")
-    summary |= how_it_ended(step, recipe.total_steps, stopped_by)
+    summary = _facts(config, recipe, step, checkpoints, stopped_by)
     summary |= {"skipped_steps": health.skipped, "alarm": health.alarm}
     return leave(folder, summary | metrics.last | {"step": step} | judge.results)
 
@@ -228,8 +227,8 @@ def _judge_again(
         metrics.record(step, judge.final(step))
     finally:
         metrics.close()
-    summary = _facts(config, recipe, step, checkpoints)
-    summary |= how_it_ended(step, total) | {"skipped_steps": history.skipped, "alarm": ""}
+    summary = _facts(config, recipe, step, checkpoints, MAX_STEPS)
+    summary |= {"skipped_steps": history.skipped, "alarm": ""}
     summary |= history.summary or history.logged
     summary |= how_it_ended(step, summary["total_steps"])  # others meant other things by finished
     here = {"name": config["name"], "output_dir": str(folder), "step": step}
@@ -237,15 +236,14 @@ def _judge_again(
 
 
 def _facts(
-    config: Mapping[str, Any], recipe: Recipe, step: int, checkpoints: Checkpoints
+    config: Mapping[str, Any], recipe: Recipe, step: int, checkpoints: Checkpoints, stopped_by: str
 ) -> dict[str, Any]:
     return {
         "name": config["name"],
         "output_dir": str(Path(config["output_dir"])),
         "step": step,
         "total_steps": recipe.total_steps,
-        "finished": False,
-        "stopped_by": "",
+        **how_it_ended(step, recipe.total_steps, stopped_by),
         "seconds": round(checkpoints.seconds, 1),
         "parameters": sum(p.numel() for p in recipe.exported.parameters()),
     }

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,15 @@ import yaml
 
 from utils.checkpoints.checkpoint import Checkpoints, write_text
 from utils.errors import UserError
+from utils.revision import revision
 
 # Keys that change where, how fast or how closely watched a run is, but not the weights that come
 # out; training.weights is read where there is no run to go on with.
 HARMLESS = (
-    *(
-        "name",
-        "output_dir",
-        "device",
-        "launcher",
-        "cluster",
-        "logging",
-        "probes",
-        "probe_every",
-        "checkpoint",
-    ),
-    *("recipe.num_workers", "data.val"),
-    *(
-        f"training.{key}"
-        for key in (
-            *("resume", "weights", "max_steps", "log_every", "hang_timeout_s"),
-            *("compile", "activation_checkpointing"),
-        )
-    ),
+    *("name", "output_dir", "device", "launcher", "cluster", "logging", "probes", "probe_every"),
+    *("checkpoint", "recipe.num_workers", "data.val"),
+    *("training.resume", "training.weights", "training.max_steps", "training.log_every"),
+    *("training.hang_timeout_s", "training.compile", "training.activation_checkpointing"),
 )
 
 BATCH = "images_per_step"
@@ -128,29 +113,8 @@ def changed_plan(config: Mapping[str, Any], checkpoints: Checkpoints) -> list[st
 
 
 def describe_code() -> str:
-    """Git revision of this checkout (with -dirty if changed), and torch's version.
-
-    The copy of the code that a Slurm job runs is no checkout: its file REVISION says what it was.
-    """
-    noted = Path(__file__).resolve().parent.parent / "REVISION"
-    if noted.is_file():
-        return f"{noted.read_text().strip()} torch {torch.__version__}"
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    try:
-        revision = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown revision"
-    return f"{revision} torch {torch.__version__}"
+    """Git revision of this code (with -dirty if changed), and torch's version."""
+    return f"{revision(Path(__file__).resolve().parent.parent)} torch {torch.__version__}"
 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:

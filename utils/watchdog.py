@@ -35,11 +35,9 @@ class Watchdog:
     `watched` is the file whose lines say how far a rank has come: the loop's.
     """
 
-    def __init__(
-        self, folder: Path, *, timeout_s: float, watched: str, answer_s: float | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, timeout_s: float, watched: str) -> None:
         self.folder, self.timeout_s, self.watched = Path(folder), timeout_s, watched
-        self.answer_s = min(30.0, timeout_s / 2) if answer_s is None else answer_s
+        self.answer_s = min(30.0, timeout_s / 2)
         self.step = 0
         self._limit = timeout_s * FIRST_STEP
         self._since = time.monotonic()

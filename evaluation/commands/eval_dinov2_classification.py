@@ -224,7 +224,7 @@ def _apply(found: EvaluationArguments) -> list[str]:
     """Overrides of the probes that the command line leaves; a note where there is none."""
     if not found.settings:
         return []
-    arguments = read_arguments(found.argv, CONFIGS, "evaluate.yaml", "evaluate")
+    arguments = read_arguments(found.argv, "evaluate.yaml", "evaluate")
     with contextlib.redirect_stderr(io.StringIO()):  # its notes come again with the whole config
         config = plain(
             compose_config(

@@ -6,7 +6,6 @@ of the last step done, counted from 0; a text file names the newest file of weig
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from evaluation.progress import say
 from utils import distributed
 from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
+from utils.whole_file import whole_file
 from vit.weights import read_pickle
 
 OWNER = "probe"  # the key that says of which net and which settings the heads are
@@ -62,7 +62,6 @@ class ProbeFiles:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.pth"
-        partial = path.with_name(f".{path.name}.partial")
         content = {
             # The names are views; without a copy each would be written with its whole storage.
             "model": {
@@ -73,8 +72,8 @@ class ProbeFiles:
             "iteration": step,
             OWNER: self.owner,
         }
-        torch.save(content, partial)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            torch.save(content, partial)
         write_text(self.folder / self.pointer, path.name)
 
     def resume(self, heads: StoredHeads, optimizer: torch.optim.Optimizer) -> int | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from slurm.cluster import parameters
 from slurm.job import Job
-from slurm.launch import launch, parameters, submit
+from slurm.launch import launch, submit
 from utils.config.build import plain
 from utils.config.compose import compose_config
 from utils.errors import UserError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm.snapshot import MAX_BYTES, REVISION, ROOT, Snapshot
+from slurm.snapshot import MAX_BYTES, ROOT, Snapshot
+from utils.revision import NOTE
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def test_it_holds_the_code_and_the_configs_and_says_what_they_were(
     assert snapshot.too_large == ["pack/weights.py"]
     assert snapshot.write(folder) and not snapshot.write(folder)
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert found == {"pack/code.py", "pack/new.py", "configs/a.yaml", REVISION}
+    assert found == {"pack/code.py", "pack/new.py", "configs/a.yaml", NOTE}
     assert (folder / "pack" / "code.py").read_text() == "x = 3\n"
-    assert (folder / REVISION).read_text().endswith("-dirty\n")
+    assert (folder / NOTE).read_text().endswith("-dirty\n")
 
 
 def test_its_name_is_its_content(checkout: Path) -> None:
@@ -85,7 +86,7 @@ def test_run_folders_are_left_out_wherever_they_are(checkout: Path) -> None:
     for name in (
         *("mine/a/launches.jsonl", "mine/a/logs/rank1.log"),
         *("mine/b/.lock", "mine/b/checkpoints/4/state", "mine/b/metrics.jsonl"),
-        *(f"mine/1003/code/0123456789ab/{REVISION}", "mine/1003/slurm/1003_0_log.out"),
+        *(f"mine/1003/code/0123456789ab/{NOTE}", "mine/1003/slurm/1003_0_log.out"),
         *("mine/c.py", "mine/checkpoints/code.py"),
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
@@ -108,4 +109,4 @@ def test_python_imports_it_instead_of_the_checkout_it_stands_in(tmp_path: Path) 
         check=True,
     )
     assert done.stdout.startswith(f"{folder}/slurm/job.py ")
-    assert (folder / REVISION).read_text().strip() in done.stdout
+    assert (folder / NOTE).read_text().strip() in done.stdout

@@ -148,11 +148,8 @@ class Checkpoints:
         problem = ""
         if distributed.is_main() and error is not None:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
-            kept = (
-                f"the one of step {self.steps()[-1]} stays"
-                if self.steps()
-                else "there is no earlier one"
-            )
+            steps = self.steps()
+            kept = f"the one of step {steps[-1]} stays" if steps else "there is no earlier one"
             problem = f"checkpoint of step {step} not written to {self.folder} ({reason(error)})"
             problem = f"{problem}: {kept}"
             self._news += [problem] if problem not in self._news else []

@@ -4,7 +4,6 @@ Each rank saves the shards it holds and reads those it needs, so a run may resum
 size or sharding.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,17 +97,15 @@ def _restore_optimizer(parts: Parts, recipe: nn.Module, optimizer: torch.optim.O
     saved, parameters = parts.outline("optimizer"), dict(recipe.named_parameters())
     targets: dict[str, Tensor] = {}
     for name, values in saved["state"].items():
+        parameter = parameters.get(name)
         for one in values.values():
-            if isinstance(one, Stored):
-                parameter = parameters.get(name)
-                alike = parameter is not None and parameter.shape == one.shape
-                targets[one.name] = (
-                    torch.empty_like(parameter, dtype=one.dtype, requires_grad=False)
-                    if alike and parameter is not None
-                    else torch.empty(one.shape, dtype=one.dtype)
-                )
+            if not isinstance(one, Stored):
+                continue
+            if parameter is not None and parameter.shape == one.shape:
+                target = torch.empty_like(parameter, dtype=one.dtype, requires_grad=False)
+            else:
+                target = torch.empty(one.shape, dtype=one.dtype)
+            targets[one.name] = target
     parts.read(targets)
-    state: Mapping[str, Any] = {
-        name: filled(values, targets) for name, values in saved["state"].items()
-    }
-    load_optimizer_state(optimizer, recipe, {"state": dict(state), "groups": saved["groups"]})
+    state = {name: filled(values, targets) for name, values in saved["state"].items()}
+    load_optimizer_state(optimizer, recipe, {"state": state, "groups": saved["groups"]})

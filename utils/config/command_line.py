@@ -157,7 +157,7 @@ def names_backbone(words: Sequence[str]) -> bool:
 def folder_of_model(words: Sequence[str], name: str) -> list[str]:
     """The override that gives the results of a named model a folder of its own below runs/`name`.
 
-    None where the words say where to write, or name no model.
+    Nothing where the words say where to write, or name no model.
     """
     values = dict(word.partition("=")[::2] for word in words)
     model = values.get("backbone.model_name", values.get("backbone", ""))

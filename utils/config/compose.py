@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.config import vocabulary
-from utils.config.build import build, check_targets, nearest, nearest_family
+from utils.config.build import nearest, nearest_family
 from utils.config.files import CONFIGS, find_file, run_of_model
 from utils.config.flags import quoted, read_arguments, with_quotes
 from utils.config.schema import compare, nearest_key
@@ -25,17 +25,6 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-
-__all__ = [
-    "CONFIGS",
-    "build",
-    "check_targets",
-    "compose_config",
-    "fail",
-    "find_file",
-    "parse_config",
-    "run_of_model",
-]
 
 # Mappings whose keys are the user's own: environment variables, options of sbatch.
 _FREE = ("cluster.env", "cluster.sbatch_options")
@@ -52,7 +41,7 @@ def parse_config(
     and leaves.
     """
     try:
-        arguments = read_arguments(argv, CONFIGS, default, base)
+        arguments = read_arguments(argv, default, base)
         file = arguments.config_file or run_of_model(arguments.overrides, runs) or default
         config = compose_config(file, arguments.overrides, base=base)
         if not arguments.check:

@@ -1,7 +1,7 @@
 """The flags of DeiT's training code, as overrides of the run files in configs/deit/.
 
-The flags that are other names of one key, and take what the key takes, are in `config.flags`; here
-are those whose values are words of DeiT's, those that go together, and those without an effect.
+Flags that are other names of one key, and take what it takes, are in `utils.config.flags`; here are
+those whose values are words of DeiT's, those that go together, and those without an effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -320,9 +320,7 @@ def _model_words(model: str, words: Sequence[str], rest: Sequence[str]) -> list[
     """The backbone, and the run's name where no run file of the model gives one."""
     chosen = backbone_words(model)
     every = [*chosen, *words, *rest]
-    named = any(word in ("--name", "--config-file", "--config") for word in rest) or any(
-        word.startswith(("name=", "--name=", "--config")) for word in rest
-    )
+    named = any(w == "--name" or w.startswith(("name=", "--name=", "--config")) for w in rest)
     if not named and not (CONFIGS / RUNS / f"{model}.yaml").is_file():
         chosen.append(f"name={quoted(model)}")
     if chosen[0] != "backbone=timm":
@@ -352,6 +350,6 @@ def _takes_image_size(model: str) -> bool:
 
 def _composed(words: Sequence[str]) -> dict[str, Any]:
     """The config that these words ask for so far."""
-    arguments = read_arguments(list(words), CONFIGS, DEFAULT)
+    arguments = read_arguments(list(words), DEFAULT)
     file = arguments.config_file or run_of_model(arguments.overrides, RUNS) or DEFAULT
     return plain(compose_config(file, arguments.overrides))

@@ -42,9 +42,6 @@ def _found(file: str | Path) -> Path:
         )
     ours = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
     beside = {str(path) for path in given.parent.glob("*.y*ml")} if given.parent.is_dir() else set()
-    hint = nearest(given, beside) or nearest(given, ours) or nearest(given.stem, _by_stem(ours))
+    stems = {Path(file).stem for file in ours}
+    hint = nearest(given, beside) or nearest(given, ours) or nearest(given.stem, stems)
     raise UserError(f"there is no config file {file}{hint}")
-
-
-def _by_stem(files: set[str]) -> set[str]:
-    return {Path(file).stem for file in files}

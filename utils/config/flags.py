@@ -10,6 +10,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from utils.config.build import nearest
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 
@@ -193,15 +195,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def read_arguments(
-    argv: list[str] | None, configs: Path, default: str, base: str = "train"
-) -> Arguments:
+def read_arguments(argv: list[str] | None, default: str, base: str = "train") -> Arguments:
     """Read flags and `key=value` words in any order; `--help` prints and leaves.
 
     Raises `UserError` for an unknown flag, with the nearest one, and for words that are neither.
     """
-    flags = _flags_of(configs / f"{base}.yaml")
-    parser = _parser(configs, default, flags)
+    flags = _flags_of(CONFIGS / f"{base}.yaml")
+    parser = _parser(default, flags)
     values, rest = parser.parse_known_args(argv)
     known = [name for action in parser._actions for name in action.option_strings]
     for word in rest:
@@ -226,12 +226,12 @@ def _flags_of(base: Path) -> list[Flag]:
     return [flag for flag in FLAGS if flag.key.split(".")[0] in {*content, *groups}]
 
 
-def _parser(configs: Path, default: str, flags: list[Flag]) -> _Parser:
+def _parser(default: str, flags: list[Flag]) -> _Parser:
     script = sys.modules["__main__"]
     parser = _Parser(
         usage="%(prog)s [--config-file FILE] [flags] [key=value ...]",
         description=script.__doc__,
-        epilog=_epilog(configs),
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -268,24 +268,20 @@ def _parser(configs: Path, default: str, flags: list[Flag]) -> _Parser:
 
 
 def _help(flag: Flag) -> str:
-    value = (
-        ""
-        if flag.kind
-        else f"={flag.value}".lower()
-        if isinstance(flag.value, bool)
-        else f"={flag.value}"
-    )
-    return f"{flag.help} ({flag.key}{value})"
+    if flag.kind:
+        return f"{flag.help} ({flag.key})"
+    value = str(flag.value).lower() if isinstance(flag.value, bool) else flag.value
+    return f"{flag.help} ({flag.key}={value})"
 
 
 def _dest(flag: Flag) -> str:
     return flag.names[0].lstrip("-").replace("-", "_")
 
 
-def _epilog(configs: Path) -> str:
+def _epilog() -> str:
     """The groups with their options, and the run files, as the folder has them."""
     lines = ["groups, chosen by group=option, and files for --config-file:"]
-    for folder in sorted(path for path in configs.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
         options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         named = textwrap.fill(f"  {folder.name}: {options}", 90, subsequent_indent="    ")
         lines += [named] if options else []
@@ -294,8 +290,6 @@ def _epilog(configs: Path) -> str:
 
 
 def _check_word(word: str, known: list[str]) -> None:
-    from utils.config.build import nearest
-
     if word.startswith("-"):
         name = word.split("=")[0]
         raise UserError(f"unknown flag {name}{nearest(name, known)}; --help lists the flags")
@@ -310,7 +304,7 @@ def _quoted(value: Any, flag: Flag) -> str:
     """A value in Hydra's grammar: names of options stay bare, other text is quoted."""
     if not isinstance(value, str):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    if "." not in flag.key and flag.key in ("backbone", "data", "launcher", "cluster"):
+    if flag.key in ("backbone", "data", "launcher", "cluster"):
         return value
     return quoted(value)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.distributed import check_device
 from utils.errors import UserError
-from utils.parallel import SHARDINGS
+from utils.parallel import check_sharding
 from utils.precision import check_mode
 from utils.ranges import OutOfRange, check_count, check_range
 
@@ -38,10 +38,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_max_steps(training.get("max_steps"))
     check_mode(training["precision"])
     check_device(config.get("device", "auto"))
-    if training["sharding"] not in SHARDINGS:
-        raise UserError(
-            f"training.sharding={training['sharding']} is unknown; choose {', '.join(SHARDINGS)}"
-        )
+    check_sharding(training["sharding"])
 
 
 def _check_parts(config: Mapping[str, Any]) -> None:

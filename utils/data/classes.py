@@ -36,9 +36,7 @@ def mismatch(metadata: Mapping[str, str], dataset: ImageDataset) -> str | None:
     None also where the weights, or the data set, do not say their classes.
     """
     ours = class_list(dataset)
-    if FINGERPRINT not in metadata or not ours:
-        return None
-    if metadata[FINGERPRINT] == class_fingerprint(ours):
+    if not ours or metadata.get(FINGERPRINT) in (None, class_fingerprint(ours)):
         return None
     theirs = json.loads(metadata.get(NAMES, "[]"))
     if len(theirs) != len(ours):

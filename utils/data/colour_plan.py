@@ -18,6 +18,7 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 STRENGTHS = (*JITTER, "greyscale", "blur", "solarize")  # columns of a draw; NaN: does not act
 SLOTS = slice(len(STRENGTHS), len(STRENGTHS) + len(JITTER))  # which comes when, 0 to 3
 WIDTH = SLOTS.stop
+BLUR_RANGE = (0.1, 2.0)  # of its strength
 
 Operator = Callable[[Tensor, Tensor], Tensor]
 OPERATORS: dict[str, Operator] = {
@@ -37,7 +38,6 @@ def draw_colours(
     jitter_probability: float | Sequence[float] = 1.0,
     greyscale_probability: float | Sequence[float] = 0.0,
     blur_probability: float | Sequence[float] = 0.0,
-    blur_range: tuple[float, float] = (0.1, 2.0),
     solarize_probability: float | Sequence[float] = 0.0,
 ) -> np.ndarray:
     """Draws for `count` images, float32 [count WIDTH], from numpy's global generator.
@@ -57,7 +57,7 @@ def draw_colours(
             value = low + (high - low) * draws[:, column]
             rows[:, column] = np.where(acts, value, np.nan)
     rows[:, 4] = np.where(draws[:, 5] < greyscale_probability, 1, np.nan)
-    sigma = blur_range[0] + (blur_range[1] - blur_range[0]) * draws[:, 6]
+    sigma = BLUR_RANGE[0] + (BLUR_RANGE[1] - BLUR_RANGE[0]) * draws[:, 6]
     rows[:, 5] = np.where(draws[:, 7] < blur_probability, sigma, np.nan)
     rows[:, 6] = np.where(draws[:, 8] < solarize_probability, 1, np.nan)
     rows[:, SLOTS] = draws[:, 9:].argsort(1).argsort(1)

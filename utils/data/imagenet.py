@@ -16,13 +16,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from utils.data.images import ImageFolder, class_folders, existing_folder, read_file, read_image
+from utils.data.images import ImageFiles, ImageFolder, class_folders, existing_folder
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 SIZES = {"train": 1_281_167, "val": 50_000, "test": 100_000}
 NO_CLASS = 2**32 - 1  # class_index of an image of the test split
@@ -31,7 +32,7 @@ HINT = "data.root=FOLDER, or the environment variable IMAGENET_PATH"
 logger = logging.getLogger(__name__)
 
 
-class ImageNetTree:
+class ImageNetTree(ImageFiles):
     """A split of an ImageNet tree; images and classes have the same order with and without `extra`.
 
     Without `extra`, or where that folder lacks the files of the split, the tree is listed and its
@@ -53,7 +54,6 @@ class ImageNetTree:
         self._folder: ImageFolder | None = None
         self.class_ids: list[str] = []
         self.class_names: list[str] = []
-        self.labels: np.ndarray | None = None
         if extra is not None and _has_extra(os.path.expanduser(extra), split):
             self._read_extra(os.path.expanduser(extra))
         else:
@@ -69,18 +69,6 @@ class ImageNetTree:
 
     def __repr__(self) -> str:
         return f"ImageNetTree({self.root}, {self.split}: {len(self):,} images)"
-
-    def read(self, index: int) -> Image.Image:
-        """Decoded RGB image."""
-        return read_image(self.path(index))
-
-    def read_bytes(self, index: int) -> bytes:
-        """The image file as stored; `ImageError` names it."""
-        return read_file(self.path(index))
-
-    def label(self, index: int) -> int | None:
-        """Class index; None in the split test."""
-        return None if self.labels is None else int(self.labels[index])
 
     def path(self, index: int) -> str:
         """File of an image; with metadata, rebuilt from class id and number."""
@@ -270,11 +258,9 @@ def _load(extra: str, name: str, split: str, mmap_mode: Literal["r"] | None = No
 
 
 def _save(path: str, array: np.ndarray) -> None:
-    partial = f"{path}.{os.getpid()}.partial"
     try:
-        with open(partial, "wb") as file:
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
             np.save(file, array)
-        os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -113,7 +113,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class ImageFolder:
+class ImageFiles:
+    """What data sets have in common whose images are files: `path` and `labels` are their own."""
+
+    labels: np.ndarray | None = None
+    exif_orientation = False
+
+    def path(self, index: int) -> str:
+        """File of an image."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """Decoded RGB image."""
+        return read_image(self.path(index), exif_orientation=self.exif_orientation)
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image file as stored; `ImageError` names it."""
+        return read_file(self.path(index))
+
+    def label(self, index: int) -> int | None:
+        """Class index, or None without labels."""
+        return None if self.labels is None else int(self.labels[index])
+
+
+class ImageFolder(ImageFiles):
     """Any folder of images, nested as deep as you like, in a fixed order.
 
     The class of an image is the sub-folder of `root` it lies in, however deep; classes are numbered
@@ -141,7 +164,6 @@ class ImageFolder:
         # One array of bytes instead of a list of strings: no growth in forked workers.
         self._files = np.array([os.fsencode(file.path) for file in files])
         self.class_names: list[str] = []
-        self.labels: np.ndarray | None = None
         if labels and any(file.folder for file in files):
             self.class_names = list(classes) if classes is not None else class_folders(self.root)
             self.labels = _folder_labels(self.root, files, self.class_names)
@@ -152,18 +174,6 @@ class ImageFolder:
     def __repr__(self) -> str:
         classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
         return f"{type(self).__name__}({self.root}: {len(self):,} images, {classes})"
-
-    def read(self, index: int) -> Image.Image:
-        """Decoded RGB image."""
-        return read_image(self.path(index), exif_orientation=self.exif_orientation)
-
-    def read_bytes(self, index: int) -> bytes:
-        """The image file as stored; `ImageError` names it."""
-        return read_file(self.path(index))
-
-    def label(self, index: int) -> int | None:
-        """Class index, or None without labels."""
-        return None if self.labels is None else int(self.labels[index])
 
     def path(self, index: int) -> str:
         """File of an image."""

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from utils.data.images import existing_folder, read_file, read_image
+from utils.data.images import ImageFiles, existing_folder
 from utils.errors import UserError
 
 YEARS = (2018, 2019)
@@ -28,7 +27,7 @@ NEEDED = {
 }
 
 
-class INaturalist:
+class INaturalist(ImageFiles):
     """Training or validation images of a year, with one rank of the taxonomy as classes.
 
     category: `name` is the species, a class for each category id in their order; a coarser rank
@@ -74,25 +73,13 @@ class INaturalist:
         )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._files)
 
     def __repr__(self) -> str:
         return (
             f"INaturalist({self.root}, {self.year} {self.split}: {len(self):,} images, "
             f"{len(self.class_names):,} classes)"
         )
-
-    def read(self, index: int) -> Image.Image:
-        """Decoded RGB image."""
-        return read_image(self.path(index))
-
-    def read_bytes(self, index: int) -> bytes:
-        """The image file as stored; `ImageError` names it."""
-        return read_file(self.path(index))
-
-    def label(self, index: int) -> int | None:
-        """Class index."""
-        return int(self.labels[index])
 
     def path(self, index: int) -> str:
         """File of an image."""

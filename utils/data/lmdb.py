@@ -29,6 +29,7 @@ from PIL import Image
 from utils.data.images import ImageError, ImageFolder, read_image
 from utils.data.packing import Packed, RateLines, packed_files, unwritable
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 VERSION = 1
 BATCH = 1000  # images per transaction
@@ -143,24 +144,23 @@ def write_lmdb(
     images, target = ImageFolder(folder, classes=classes), Path(file).expanduser().absolute()
     if target.exists():
         raise UserError(f"{target} exists; choose another file or remove it")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         size = sum(os.path.getsize(images.path(index)) for index in range(len(images)))
         map_size = int(MAP_SLACK * size) + MAP_PER_IMAGE * len(images) + 2**24
         files = packed_files(images, range(len(images)), check=check, num_threads=num_threads)
-        with lmdb.open(
-            os.fspath(partial), subdir=False, map_size=map_size, lock=False
-        ) as environment:
+        with (
+            whole_file(target) as partial,
+            lmdb.open(
+                os.fspath(partial), subdir=False, map_size=map_size, lock=False
+            ) as environment,
+        ):
             _fill(environment, images, files, RateLines(target.name, len(images), shown=shown))
             environment.sync(True)
-        partial.replace(target)
     except lmdb.Error as error:
         raise UserError(f"cannot write {target}: {error}") from None
     except OSError as error:
         raise unwritable(target, error) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return len(images)
 
 

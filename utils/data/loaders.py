@@ -67,11 +67,6 @@ class TrainingBatches:
         _count_failures(self.errors, failures, "the next image takes its place")
         return batch
 
-    @property
-    def dataset_errors(self) -> int:
-        """How often an image was skipped so far."""
-        return self.errors.total()
-
 
 def training_batches(
     dataset: ImageDataset,
@@ -87,7 +82,6 @@ def training_batches(
     world_size: int = 1,
     on_error: str = "raise",
     micro_batches: int = 1,
-    prefetch: int = 2,
 ) -> TrainingBatches:
     """Endless batches of this rank from `first_step` on, `micro_batches` of them per step.
 
@@ -115,7 +109,7 @@ def training_batches(
     )
     requests = _training_requests(indices, batch_size, first_batch, seed, **shard)
     source = TrainingSource(dataset, transform, collate, on_error == "skip")
-    return TrainingBatches(_load(source, requests, num_workers, prefetch))
+    return TrainingBatches(_load(source, requests, num_workers))
 
 
 def evaluation_batches(
@@ -127,7 +121,6 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     on_error: str = "raise",
-    prefetch: int = 2,
 ) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """(images, labels [B] int64, indices [B] int64) of this rank; every image once over all ranks.
 
@@ -139,7 +132,7 @@ def evaluation_batches(
     _check_arguments(dataset, batch_size, num_workers, rank, world_size, on_error)
     requests = _evaluation_requests(range(rank, len(dataset), world_size), batch_size)
     source = EvaluationSource(dataset, transform, on_error == "skip")
-    return _evaluate(_load(source, requests, num_workers, prefetch))
+    return _evaluate(_load(source, requests, num_workers))
 
 
 def _evaluate(batches: Iterator) -> Iterator[tuple[Any, Tensor, Tensor]]:
@@ -167,10 +160,7 @@ def _evaluation_requests(own: range, batch_size: int) -> Iterator[Request]:
 
 
 def _load(
-    source: TrainingSource | EvaluationSource,
-    requests: Iterable[Request],
-    num_workers: int,
-    prefetch: int,
+    source: TrainingSource | EvaluationSource, requests: Iterable[Request], num_workers: int
 ) -> Iterator[tuple[Any, list[Failure]]]:
     """The batches for `requests`, in order; a failure not to be skipped becomes a UserError."""
     # More workers than cores gain nothing, and torch warns; the batches are the same anyway.
@@ -183,7 +173,6 @@ def _load(
         collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_the_process,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=prefetch if num_workers else None,
         generator=Generator(),  # else the loader draws from the global one
     )
     batches = iter(loader)

@@ -14,7 +14,6 @@ Factors of Variation".
 import contextlib
 import hashlib
 import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from PIL import Image
 
 from utils.data.images import existing_folder
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 SIDE = 28
 WIDTH = SIDE * SIDE + 1
@@ -164,12 +164,5 @@ def _row(line: bytes, where: str) -> np.ndarray:
 
 def _keep(path: Path, table: np.ndarray) -> None:
     """Write the bytes whole or not at all; a folder that cannot be written to goes without."""
-    with contextlib.suppress(OSError):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, table)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+    with contextlib.suppress(OSError), whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, table)

@@ -137,13 +137,8 @@ def ade20k(
     """
     _check_split(split, ADE20K_SPLITS, "ADE20K")
     root = _given(root, "ADE20K")
-    marker = f"images/{split}"
-    folder = _find(root, (ADE20K_FOLDER, "."), marker)
-    if folder is None and download:
-        downloads.bring("ade20k", root)
-        folder = _find(root, (ADE20K_FOLDER, "."), marker)
-    if folder is None:
-        raise _absent("ADE20K", f"{ADE20K_FOLDER}/{marker}", root, "ade20k")
+    places = (ADE20K_FOLDER, ".")
+    folder = _folder("ADE20K", "ade20k", root, places, f"images/{split}", download)
     return MaskedImages(
         folder,
         _paired(folder, split),
@@ -168,14 +163,11 @@ def voc2012(
     root = _given(root, "VOC2012")
     places = ("original/VOCdevkit/VOC2012", "VOCdevkit/VOC2012", ".")
     marker = "ImageSets/Segmentation"
-    voc = _find(root, places, marker)
-    if voc is None and download:
-        downloads.bring("voc2012", root)
-        voc = _find(root, places, marker)
-    if voc is None:
-        raise _absent("VOC2012", f"VOCdevkit/VOC2012/{marker}", root, "voc2012")
+    voc = _folder("VOC2012", "voc2012", root, places, marker, download)
     if split.startswith("trainaug"):
-        pairs = _with_sbd(voc, _sbd(root, download), leak=split == "trainaug")
+        sbd_places = ("aug/benchmark_RELEASE/dataset", "benchmark_RELEASE/dataset")
+        sbd = _folder("SBD (for trainaug)", "sbd", root, sbd_places, "cls", download)
+        pairs = _with_sbd(voc, sbd, leak=split == "trainaug")
     else:
         pairs = _voc_pairs(voc, _names(voc / marker / f"{split}.txt"))
     return MaskedImages(voc, pairs, name="VOC2012", class_names=VOC_CLASSES, ignore_labels=(VOID,))
@@ -278,17 +270,6 @@ def _with_sbd(voc: Path, sbd: Path, *, leak: bool) -> list[Pair]:
     return [*_voc_pairs(voc, train), *pairs]
 
 
-def _sbd(root: Path, download: bool) -> Path:
-    places = ("aug/benchmark_RELEASE/dataset", "benchmark_RELEASE/dataset")
-    found = _find(root, places, "cls")
-    if found is None and download:
-        downloads.bring("sbd", root)
-        found = _find(root, places, "cls")
-    if found is None:
-        raise _absent("SBD (for trainaug)", "benchmark_RELEASE/dataset/cls", root, "sbd")
-    return found
-
-
 def _names(path: Path) -> list[str]:
     try:
         names = path.read_text().split()
@@ -299,6 +280,22 @@ def _names(path: Path) -> list[str]:
     return names
 
 
+def _folder(
+    name: str, archive: str, root: Path, places: Sequence[str], marker: str, download: bool
+) -> Path:
+    """The one of `places` below `root` that holds `marker`, its archive downloaded if asked for."""
+    found = _find(root, places, marker)
+    if found is None and download:
+        downloads.bring(archive, root)
+        found = _find(root, places, marker)
+    if found is None:
+        raise UserError(
+            f"{name} is not in {root}: there is no {downloads.ARCHIVES[archive].folder}/{marker}; "
+            f"bring it with `python -m utils.data.download {archive} {root}`, or give download=true"
+        )
+    return found
+
+
 def _find(root: Path, places: Sequence[str], marker: str) -> Path | None:
     return next((root / place for place in places if (root / place / marker).is_dir()), None)
 
@@ -307,13 +304,6 @@ def _given(root: str | os.PathLike | None, name: str) -> Path:
     if root is None or not os.fspath(root):
         raise UserError(f"no folder of {name} was given; say where it is: root=FOLDER")
     return Path(root).expanduser().absolute()
-
-
-def _absent(name: str, what: str, root: Path, command: str) -> UserError:
-    return UserError(
-        f"{name} is not in {root}: there is no {what}; bring it with "
-        f"`python -m utils.data.download {command} {root}`, or give download=true"
-    )
 
 
 def _check_split(split: str, known: Sequence[str], name: str) -> None:

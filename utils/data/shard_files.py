@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -32,8 +33,7 @@ def expand(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise UserError(f"{len(missing)} of {len(files)} shards are missing: {_some(missing)}")
-    twice = sorted({file for file in files if files.count(file) > 1}) if _repeats(files) else []
-    if twice:
+    if twice := sorted(file for file, times in Counter(files).items() if times > 1):
         raise UserError(f"shards are given twice: {_some(twice)}")
     return files
 
@@ -142,10 +142,6 @@ def _gaps(files: Sequence[str]) -> Iterator[str]:
         for number in range(first, max(last, max(numbers)) + 1):
             if number not in numbers:
                 yield f"{start}{number:0{len(texts[0])}d}{end}.tar"
-
-
-def _repeats(files: Sequence[str]) -> bool:
-    return len(set(files)) < len(files)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from utils.data.images import EXTENSIONS, folder_order
 from utils.data.packing import RateLines
 from utils.data.tar_members import Member, tar_members
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 VERSION = 1  # to be raised with every change of what an index holds
 NUM_THREADS = 4  # shards listed at a time: where the file system is slow, it is waited for
@@ -246,10 +247,5 @@ def _load(place: Path, stamps: np.ndarray) -> ShardIndex | None:
 
 
 def _store(place: Path, index: ShardIndex, stamps: np.ndarray) -> None:
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, stamps=stamps, **index._asdict())
-        partial.replace(place)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(place) as partial, partial.open("wb") as file:
+        np.savez(file, stamps=stamps, **index._asdict())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.data.packing import Packed
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 if TYPE_CHECKING:
     from utils.data.images import ImageFolder
@@ -150,12 +151,8 @@ class Plan:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears when it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from utils.data.packing import (
 )
 from utils.data.shard_plan import Plan, Samples, write_text
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 SHARD_MB = 1000.0
 
@@ -164,9 +165,8 @@ def write_splits(
 
 def _write_shard(file: Path, files: Iterator[Packed], samples: Samples, progress: RateLines) -> int:
     """Write one shard, which appears when it is whole; how many images it has."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     length = 0
-    try:
+    with whole_file(file) as partial:
         with partial.open("wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as archive:
                 for packed in files:
@@ -182,9 +182,6 @@ def _write_shard(file: Path, files: Iterator[Packed], samples: Samples, progress
             os.fsync(stream.fileno())
         if not length:
             raise UserError(f"none of the images that {file} was to hold can be read")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return length
 
 

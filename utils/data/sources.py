@@ -1,8 +1,7 @@
 """Inside a loader's worker: requests become batches, with random numbers of their own."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset, default_collate
 from utils.data.encoded import encoded_image
 from utils.data.images import ImageDataset, ImageError
 from utils.data.samplers import derive_seed
+from utils.randomness import kept_generators
 
 MAX_REPLACEMENTS = 1000  # images tried in place of one, before all of them are taken for damaged
 
@@ -52,7 +52,7 @@ class TrainingSource(Dataset):
     def __getitem__(self, request: Request) -> tuple[Any, list[Failure]]:
         failures: list[Failure] = []
         samples = []
-        with own_randomness():
+        with kept_generators():  # without workers, they are those of the training
             for index, seed in zip(request.indices, request.seeds, strict=True):
                 sample = self._sample_or_next(index, seed, failures)
                 if sample is None:
@@ -83,7 +83,7 @@ class EvaluationSource(Dataset):
     def __getitem__(self, request: Request) -> tuple[Any, list[Failure]]:
         failures: list[Failure] = []
         rows = []
-        with own_randomness():
+        with kept_generators():
             for index, seed in zip(request.indices, request.seeds, strict=True):
                 sample = read_sample(self.dataset, self.transform, index, seed, failures)
                 if sample is not None:
@@ -118,15 +118,3 @@ def seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Leave the global generators as they were: without workers, they are those of the training."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])

@@ -134,7 +134,8 @@ def test_images_it_cannot_use_are_refused(tmp_path):
 
 
 def test_config_builds_the_probe():
-    from utils.config.compose import build, compose_config
+    from utils.config.build import build
+    from utils.config.compose import compose_config
 
     words = ["+probe@probes.logreg=logreg", "probes.logreg.Cs=[1,2]"]
     config = compose_config("evaluate.yaml", words, base="evaluate")

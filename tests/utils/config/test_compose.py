@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 
 def arguments(*words: str):
-    return read_arguments(list(words), CONFIGS, "train.yaml")
+    return read_arguments(list(words), "train.yaml")
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_skipped_images_are_counted_and_named_once(
         batches = [next(stream) for _ in range(11)]
     replaced = [[after if n == number else n for n in batch] for batch in before]
     assert [[int(n) for n in batch[0][:, 0]] for batch in batches] == replaced
-    assert stream.dataset_errors == 4
+    assert stream.errors.total() == 4
     assert dict(stream.errors) == {path: 4}
     assert caplog.text.count(path) == 1
 
