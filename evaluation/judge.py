@@ -94,12 +94,15 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None)
 
 def weights_file(weights: str | None) -> str | None:
     """A file of weights; of a run folder, the exported one."""
-    if weights and Path(weights).is_dir():
-        found = [path for name in (EXPORTED, FORMERLY) if (path := Path(weights) / name).is_file()]
-        if not found:
-            raise UserError(f"{weights} is a folder without {EXPORTED}: the run is not finished")
-        return str(found[0])
-    return weights
+    if not weights:
+        return weights
+    given = Path(weights).expanduser()  # no shell does it behind a =
+    if not given.is_dir():
+        return str(given)
+    found = [path for name in (EXPORTED, FORMERLY) if (path := given / name).is_file()]
+    if not found:
+        raise UserError(f"{weights} is a folder without {EXPORTED}: the run is not finished")
+    return str(found[0])
 
 
 def _read(path: str) -> dict[str, Tensor]:

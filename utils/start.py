@@ -49,7 +49,7 @@ def restore(
 
 
 def _load(recipe: nn.Module, path: str) -> list[str]:
-    source = Path(str(path))
+    source = Path(str(path)).expanduser()  # no shell does it behind a =
     if not source.exists():
         raise UserError(f"training.weights: there is no {path}")
     if not source.is_dir():

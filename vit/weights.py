@@ -97,7 +97,7 @@ def read_state(path: str | Path, *, container: str | None = None) -> dict[str, T
     container: top-level key that holds the weights; by default the first of `CONTAINERS` that
     the file has, or the file itself. Raises ValueError where the file is missing or unreadable.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file")
     safe = path.suffix == ".safetensors"
@@ -118,7 +118,7 @@ def read_state(path: str | Path, *, container: str | None = None) -> dict[str, T
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """What a safetensors file says of its weights; nothing for other files."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:

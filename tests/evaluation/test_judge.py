@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evaluation.judge import _report, judge, make_net
+from evaluation.judge import _report, judge, make_net, weights_file
 from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES
+from utils.checkpoints.exported import EXPORTED
 from utils.errors import UserError
 from utils.probing import Judge
+from vit.weights import read_state
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 TINY["init_values"] = 1.0  # else the class token hardly looks at the image before training
@@ -225,3 +227,14 @@ def test_a_probe_that_answers_otherwise_is_named(images, tmp_path):
     )
     with pytest.raises(UserError, match=r"probes\.mine must return numbers .* figure is \[1\]"):
         answers(1)
+
+
+def test_weights_may_lie_at_home(tmp_path, monkeypatch):
+    """`--weights=~/run`: no shell puts the folder in the place of ~ behind a =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exported = tmp_path / "run" / EXPORTED
+    exported.parent.mkdir(parents=True)
+    save_file({"weight": torch.ones(2)}, exported)
+    assert weights_file("~/run") == str(exported)
+    assert weights_file(f"~/run/{EXPORTED}") == str(exported)
+    assert read_state(f"~/run/{EXPORTED}").keys() == {"weight"}
