@@ -239,7 +239,7 @@ def test_training_is_the_same_however_it_is_launched(tmp_path: Path) -> None:
     assert [result["step"] for result in results] == [2, 2]
 
     losses = {
-        path.parent.name: [json.loads(line).get("loss") for line in path.open()]
+        path.parent.name: [json.loads(line).get("loss") for line in path.read_text().splitlines()]
         for path in tmp_path.glob("*/metrics.jsonl")
     }
     assert len(losses) == 3 and losses["torchrun"][0] is not None
