@@ -14,7 +14,7 @@ from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
 from evaluation.results import print_table, write_results
 from utils import distributed
 from utils.config.build import build, nearest, plain
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 from vit.weights import load_state, read_state
 

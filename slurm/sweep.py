@@ -9,7 +9,7 @@ import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.config.flags import FLAGS
 from utils.errors import UserError
 

@@ -134,17 +134,17 @@ def test_import_direction(path: Path) -> None:
         assert not star, f"{where} with a star"
 
 
-@pytest.mark.parametrize("room", EVALUATION_MAY_IMPORT)
-def test_import_direction_within_evaluation(room: str) -> None:
+@pytest.mark.parametrize("folder", EVALUATION_MAY_IMPORT)
+def test_import_direction_within_evaluation(folder: str) -> None:
     """Probes know no pictures, pictures no segmentation, and what is compared no comparison."""
-    allowed = EVALUATION_MAY_IMPORT[room] | {room}
-    for path in (ROOT / "evaluation" / room).rglob("*.py"):
+    allowed = EVALUATION_MAY_IMPORT[folder] | {folder}
+    for path in (ROOT / "evaluation" / folder).rglob("*.py"):
         for module, node in imports(ast.parse(path.read_text())):
             package, _, rest = module.partition(".")
             target = rest.split(".")[0]
             if package == "evaluation" and target in EVALUATION_MAY_IMPORT:
                 where = f"{name_of(path)}:{node.lineno} imports {module}"
-                assert target in allowed, f"{where}; {room} may import {sorted(allowed)}"
+                assert target in allowed, f"{where}; {folder} may import {sorted(allowed)}"
 
 
 def test_every_folder_of_evaluation_has_its_place() -> None:

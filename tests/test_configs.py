@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 
 from utils.config.build import check_targets, plain
 from utils.config.check import describe, networks
-from utils.config.compose import CONFIGS, compose_config
+from utils.config.compose import compose_config
+from utils.config.files import CONFIGS
 
 RUNS = sorted(
     path

@@ -6,7 +6,8 @@ from typing import Any
 
 from utils.config.build import plain
 from utils.config.command_line import Option, help_page, meanings, read_command, read_words
-from utils.config.compose import CONFIGS, compose_config, fail, find_file, parse_config
+from utils.config.compose import compose_config, fail, parse_config
+from utils.config.files import CONFIGS, find_file
 from utils.errors import UserError
 
 RUNS = "runs"  # of the finished config: name -> a training's config, or a file of weights

@@ -13,7 +13,8 @@ from utils.config.command_line import (
     read_words,
     refuse_unknown_flags,
 )
-from utils.config.compose import CONFIGS, parse_config
+from utils.config.compose import parse_config
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 CONFIG = "complexity.yaml"

@@ -16,7 +16,8 @@ from utils.config.command_line import (
     read_words,
     spell_model,
 )
-from utils.config.compose import CONFIGS, parse_config
+from utils.config.compose import parse_config
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 # Images each picture is drawn of where no data=... says so; those of other pictures are their own.

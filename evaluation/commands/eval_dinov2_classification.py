@@ -16,7 +16,8 @@ from utils.config.command_line import (
     take_value,
     tell,
 )
-from utils.config.compose import CONFIGS, compose_config, parse_config
+from utils.config.compose import compose_config, parse_config
+from utils.config.files import CONFIGS
 from utils.config.flags import read_arguments
 from utils.errors import UserError
 

@@ -21,7 +21,8 @@ from utils.config.command_line import (
     take_value,
     tell,
 )
-from utils.config.compose import CONFIGS, fail, parse_config
+from utils.config.compose import fail, parse_config
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 CONFIG = "eval/segmentation.yaml"

@@ -9,7 +9,7 @@ from torch import nn
 
 from utils.config.build import build
 from utils.config.command_line import unknown_model
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 Node = dict[str, Any]

@@ -10,7 +10,7 @@ from evaluation import reproduce as command
 from evaluation.commands.reproduce import parse_reproduction
 from evaluation.published import PUBLISHED, SWAG, Figure
 from tests.baselines.token_reduction.test_swag import swag_layout
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 LAYOUTS = json.loads(

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from utils.config.build import nearest, nearest_family
-from utils.config.compose import CONFIGS, fail
+from utils.config.compose import fail
+from utils.config.files import CONFIGS
 from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError
 

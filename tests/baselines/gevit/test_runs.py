@@ -7,7 +7,8 @@ import pytest
 from baselines.gevit.models import gevit_digits_p4m
 from deit.param_groups import param_groups
 from utils.config.build import build, plain
-from utils.config.compose import CONFIGS, compose_config
+from utils.config.compose import compose_config
+from utils.config.files import CONFIGS
 
 # Run -> peak rate, epochs of the warm-up the published code asked for, epochs, images, batch,
 # weight decay, optimiser.

@@ -12,7 +12,8 @@ from evaluation.commands.eval_dinov2_classification import (
     parse_evaluation,
     read_evaluation_arguments,
 )
-from utils.config.compose import CONFIGS, compose_config
+from utils.config.compose import compose_config
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 PUBLISHED = [

@@ -6,7 +6,7 @@ from evaluation.commands.eval_dinov2_segmentation import (
     parse_segmentation,
     read_segmentation_arguments,
 )
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 PUBLISHED = [

@@ -12,7 +12,7 @@ from evaluation.cost.cross_check import count_with_fvcore, explain_difference
 from evaluation.cost.models import find_backbone, make_net, registered
 from evaluation.published import PUBLISHED
 from tests.evaluation.backbones import IMAGE_SIZE, any_backbone
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 from utils.flops import Operations, count_one_image, count_operations
 

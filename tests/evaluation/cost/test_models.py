@@ -13,7 +13,7 @@ from evaluation.cost.models import (
     registered,
 )
 from evaluation.sample import num_classes_of
-from utils.config.compose import CONFIGS
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 SETTINGS = yaml.safe_load((CONFIGS / "complexity.yaml").read_text())

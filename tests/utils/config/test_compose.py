@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from baselines.evit.network import EViT
 from utils.config.build import build, check_targets, keywords_of, resolve
-from utils.config.compose import CONFIGS, compose_config, find_file
+from utils.config.compose import compose_config
+from utils.config.files import CONFIGS, find_file
 from utils.config.flags import FLAGS, read_arguments
 from utils.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 
 from utils.config.build import plain
 from utils.config.command_line import Option, read_words
-from utils.config.compose import CONFIGS, compose_config
+from utils.config.compose import compose_config
 from utils.config.deit_arguments import (
     NO_EFFECT,
     OPTIONS,
@@ -14,6 +14,7 @@ from utils.config.deit_arguments import (
     parse_deit_training,
     read_deit_training,
 )
+from utils.config.files import CONFIGS
 from utils.config.flags import slurm_minutes
 from utils.errors import UserError
 
