@@ -3,6 +3,8 @@
 Letters in shapes: B sequences, T tokens, H heads, K channels of a head, D = H K.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +90,10 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values."""
+    """Multi-head self-attention with one projection for queries, keys and values.
+
+    qk_scale: factor of the logits; None is (D / H)^-1/2.
+    """
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         attn_drop: float = 0.0,
+        qk_scale: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -105,6 +111,7 @@ class Attention(nn.Module):
         check_backend(backend)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
+        self.qk_scale = qk_scale
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
@@ -112,6 +119,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend within each sequence; x and the result are [B T D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if self.qk_scale is not None:
+            q = q * (self.qk_scale * math.sqrt(q.shape[-1]))  # beside attention's own scale
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
         return self.proj(out.flatten(2))

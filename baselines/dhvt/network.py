@@ -25,7 +25,7 @@ class DHVT(TappedTrunk):
     """Dynamic hybrid vision transformer.
 
     The convolutions of stem and blocks tell places apart, so there are no positions, and any grid
-    runs as it is, oblong ones too.
+    of whole patches runs as it is, oblong ones too.
 
     patch_size: 2, 4 or 16. decay: `exempt` spares class token, positions of head tokens and affine
     scales of the stem weight decay; `published` the class token alone (and, as ever, vectors).

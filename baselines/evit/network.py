@@ -39,7 +39,7 @@ class EViT(TappedTrunk, VisionTransformer):
         (default: those of 3, 6 and 9 that there are; text like "(3, 6, 9)" is read as well).
     fuse_token: dropped tokens become one more token each time, which competes as any other.
     shrink_start_epoch, shrink_epochs: in training the rate is 1 up to the one, and reaches its
-        value along a cosine that lasts the other (`follow_training`).
+        value along a cosine that lasts the other (`follow_training`) and begins at max_keep_rate.
     exact_counts: see `reorganisation.keep_count`; false: as published.
     representation_size: width of a layer with tanh before the head, or none.
 
@@ -59,6 +59,7 @@ class EViT(TappedTrunk, VisionTransformer):
         fuse_token: bool = False,
         shrink_start_epoch: float = 0,
         shrink_epochs: float = 0,
+        max_keep_rate: float = 1.0,
         exact_counts: bool = True,
         representation_size: int | None = None,
         distilled: bool = False,
@@ -91,7 +92,9 @@ class EViT(TappedTrunk, VisionTransformer):
             for rate in self.keep_rates:
                 check_range("keep_rate", rate, 0, 1, ends="(]")
         self.exact_counts = exact_counts
-        self.shrink = Shrink(start_epoch=shrink_start_epoch, epochs=shrink_epochs)
+        self.shrink = Shrink(
+            start_epoch=shrink_start_epoch, epochs=shrink_epochs, highest=max_keep_rate
+        )
         self._training_rates: list[float] | None = None
         self.fuse_token = fuse_token
         for block in self.blocks:
@@ -105,7 +108,8 @@ class EViT(TappedTrunk, VisionTransformer):
         epoch_length: in steps. Returns the lowest rate, to be shown.
         """
         self._training_rates = [
-            self.shrink.rate_at(rate, step, epoch_length) for rate in self.keep_rates
+            self.shrink.rate_at(rate, step, epoch_length) if rate < 1 else 1.0
+            for rate in self.keep_rates
         ]
         return {"keep_rate": min(self._training_rates)}
 

@@ -8,14 +8,19 @@ from utils.ranges import check_range
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink:
-    """1 up to `start_epoch`, then along a cosine to the rate itself, for good, after `epochs`."""
+    """1 up to `start_epoch`, then along a cosine to the rate itself, for good, after `epochs`.
+
+    highest: where the cosine begins.
+    """
 
     start_epoch: float = 0
     epochs: float = 0
+    highest: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("shrink_start_epoch", self.start_epoch)
         check_range("shrink_epochs", self.epochs)
+        check_range("max_keep_rate", self.highest, 0, 1, ends="(]")
 
     def rate_at(self, rate: float, step: int, epoch_length: int) -> float:
         """The rate of a training step for one that ends at `rate`; epoch_length in steps.
@@ -28,4 +33,4 @@ class Shrink:
         if epoch >= self.start_epoch + self.epochs:
             return rate
         passed = (step - epoch_length * self.start_epoch) / (epoch_length * self.epochs)
-        return rate + (1 - rate) * 0.5 * (1 + math.cos(math.pi * passed))
+        return rate + (self.highest - rate) * 0.5 * (1 + math.cos(math.pi * passed))

@@ -51,6 +51,7 @@ class Net(nn.Module):
     ) -> None:
         super().__init__()
         check_count("patch_size", patch_size, 1)
+        check_count("depth of the last stage", depths[-1], 1)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size = patch_size * 2 ** (len(depths) - 1)
         self.in_chans, self.num_classes = in_chans, num_classes

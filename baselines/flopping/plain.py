@@ -21,7 +21,11 @@ from vit.trunk import init_convolution, init_linear, take_indices
 
 
 class PlainResMlp(MlpMixer):
-    """timm's ResMLP with the features that probes read, and published files that load."""
+    """timm's ResMLP with the features that probes read, and published files that load.
+
+    drop_rate: of the dropout before the classifier, as in timm. Departs from Flopping for FLOPs,
+    whose option of that name drops within the MLPs; it is 0 in all its runs.
+    """
 
     def __init__(
         self,

@@ -221,6 +221,7 @@ class MirrorResMlp(Net):
     scaled_stem: tokens enter at the scale of the plain ResMLP, a factor sqrt(1/2) below the
         published ones.
     affine_bias: whether the affine layers add their shifts; see `PairScale`.
+    drop_rate: of the dropout before the classifier, not within the MLPs; see `PlainResMlp`.
     """
 
     # What the report on equivariance reads: which symmetries must leave the features' end alone.

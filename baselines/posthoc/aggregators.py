@@ -75,10 +75,11 @@ class MeanLogits(Aggregator):
 class MostProbable(Aggregator):
     """log p, p the normalised product of the copies' probabilities at temperature T // 2.
 
-    Computed as softmax(sum_t log_softmax(l_t / (T // 2))), so it neither underflows nor divides by
-    zero for T = 1. `published` gives log((p + 1e-8) / (1 - p + 1e-8)), which is the same class, but
-    no logits whose softmax is p. Departs from it: it multiplies probabilities, whose product is 0
-    in float32 for many classes or copies.
+    Computed as softmax(sum_t l_t / (T // 2)), out of which the copies' own normalisers drop, so it
+    neither underflows nor divides by zero for T = 1. `published` gives
+    log((p + 1e-8) / (1 - p + 1e-8)), which is the same class, but no logits whose softmax is p.
+    Departs from it: it multiplies probabilities, whose product is 0 in float32 for many classes or
+    copies.
     """
 
     level = "logit"
@@ -87,7 +88,7 @@ class MostProbable(Aggregator):
     def forward(self, z: Tensor) -> Tensor:
         """Join [B T C] to [B C]."""
         temperature = max(1, z.shape[1] // 2)
-        scores = (z / temperature).log_softmax(dim=-1).sum(dim=1)
+        scores = z.sum(dim=1) / temperature
         if self.form == "sound":
             return scores.log_softmax(dim=-1)
         p = scores.softmax(dim=-1)

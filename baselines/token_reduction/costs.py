@@ -113,18 +113,19 @@ def hourglass(
     iterations: int = 5,
     after_output: bool = False,
 ) -> Cost:
-    """Clustering of the patch tokens before block `location`, or after it."""
+    """Clustering of the patch tokens before block `location`, or after it; at the depth, none."""
     full, few, width = shape.num_tokens, num_clusters + 1, shape.width
+    clusters_at_all = location < shape.depth
     first = location + after_output
     tokens = [full if index < first else few for index in range(shape.depth)]
+    cost = _over(tokens, shape, stem(shape, few if clusters_at_all else full))
+    # Each block of this net adds a copy of its tokens; its input has one operation less.
+    cost += Cost(0, sum(tokens) * width - full * width)
+    if not clusters_at_all or iterations == 0:
+        return cost
     patches, clusters = shape.num_patches, num_clusters
     pairs = clusters * patches
     step = Cost(2 * pairs * width, patches * width + 2 * clusters * width + 10 * pairs)
-    cost = _over(tokens, shape, stem(shape, tokens[-1]))
-    # Each block of this net adds a copy of its tokens; its input has one operation less.
-    cost += Cost(0, sum(tokens) * width - full * width)
-    if first > shape.depth:
-        return cost
     cost += Cost(0, patches + clusters + 3 * pairs)
     return cost + Cost(iterations * step.products, iterations * step.others)
 
@@ -136,12 +137,11 @@ def evit(
     n, cost = shape.num_tokens, Cost()
     for index in range(shape.depth):
         cost += attention(shape, n)
-        if index in drop_blocks:
-            cost += Cost(0, n * n)
-            kept = _ceil(keep_rate * (n - 1))
-            if kept < n - 1:
-                cost += Cost(0, (n - 1 - kept) * shape.width if fuse_token else 0)
-                n = 1 + kept + fuse_token
+        kept = _ceil(keep_rate * (n - 1))
+        if index in drop_blocks and kept < n - 1:
+            fused = (n - 1 - kept) * shape.width if fuse_token else 0
+            cost += Cost(0, n * n + fused)
+            n = 1 + kept + fuse_token
         cost += mlp(shape, n)
     return cost + stem(shape, n)
 
@@ -167,6 +167,8 @@ def tome(shape: Shape, *, schedule: Sequence[int], proportional: bool = True) ->
 def evo_vit(shape: Shape, *, location: int, keep_rate: float) -> Cost:
     """Blocks from `location` on run on the class token and the most attended patch tokens."""
     full, last = shape.num_tokens, shape.depth - 1
+    if keep_rate == 1.0 or location > last:
+        return base(shape)  # nobody reads the class attention
     cost = stem(shape, full)
     for index in range(shape.depth):
         n = int(shape.num_patches * keep_rate) + 1 if index >= location else full

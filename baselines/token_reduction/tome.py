@@ -72,13 +72,13 @@ def match_bipartite(
         )
 
 
-def match_every_kth(metric: Tensor, k: int) -> Matching:
-    """Every k-th token takes in those of the others that are likest to it (k of 2 or more).
+def match_every_kth(metric: Tensor, k: int) -> Matching | None:
+    """Every k-th token takes in those of the others that are likest to it; None for k below 2.
 
     Tokens behind the last multiple of k are lost.
     """
     if k < 2:
-        raise ValueError(f"k is {k}; every k-th token is a target, so it must be 2 or more")
+        return None
     batch, device = metric.shape[0], metric.device
     places = torch.arange(metric.shape[1] // k * k, device=device)
     is_target = places % k == k - 1

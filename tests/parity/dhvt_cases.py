@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from baselines.dhvt.layers import (
@@ -29,12 +29,12 @@ UNREAD = (
 
 def layer(case: dict[str, Any], folder: Path) -> None:
     """One layer, by the published class."""
-    options = {key: value for key, value in case["kwargs"].items() if key not in UNREAD}
-    if "patch_size" in options:
-        options["patch_size"] = _side(options["patch_size"])
     name = case["reference"]["class"]
     if name not in LAYERS:
         raise NotBuilt(f"no layer {name}")
+    read = ("img_size", "in_chans") if name == "PatchEmbed" else ()
+    unread = set(UNREAD) - set(read)
+    options = {key: value for key, value in case["kwargs"].items() if key not in unread}
     module, run = LAYERS[name](options)
     _run(case, folder, module, run)
 
@@ -56,7 +56,8 @@ def _affine(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
 
 
 def _stem(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
-    module = OverlappingPatchEmbed(options.get("patch_size", 16), 3, options.get("embed_dim", 768))
+    side = _side(options.get("patch_size", 16))
+    module = OverlappingPatchEmbed(side, 3, options.get("embed_dim", 768))
     return module, lambda images: module(images).flatten(1, 2)
 
 
@@ -101,6 +102,12 @@ def _plain_mlp(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
     return module, module
 
 
+def _plain_stem(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    module = PatchEmbed(**given, strict_img_size=False)
+    return module, module
+
+
 LAYERS: dict[str, Callable[[dict[str, Any]], tuple[nn.Module, Callable]]] = {
     "Affine": _affine,
     "ConvPatchEmbed": _stem,
@@ -110,6 +117,7 @@ LAYERS: dict[str, Callable[[dict[str, Any]], tuple[nn.Module, Callable]]] = {
     "DHVT_Block": _block,
     "Block": _plain_block,
     "Mlp": _plain_mlp,
+    "PatchEmbed": _plain_stem,
 }
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock
-from timm.models.mlp_mixer import ResBlock
+from timm.models.mlp_mixer import Affine, ResBlock
 from torch import Tensor, nn
 
 from baselines.flopping.activation import RegularActivation
@@ -54,6 +55,7 @@ from tests.parity.flopping_case import (
 )
 from tests.parity.flopping_unused import (
     NormedPairMlp,
+    PairNorm,
     half_conv,
     half_depthwise,
     old_block,
@@ -62,6 +64,7 @@ from tests.parity.flopping_unused import (
     pair_norm,
 )
 from tests.parity.harness import NotBuilt, strip
+from tests.parity.mirror_cases import pair
 
 # ResMLP.
 
@@ -96,9 +99,10 @@ def mlp22(c: Golden) -> nn.Module:
     hidden, out = c.take("hidden_features", dim), c.take("out_features", None)
     c.take("drop", 0.0)
     bias, norm = c.take("bias", True), c.take("norm_layer", None) is not None
+    eps = c.take("norm_eps", 1e-5)
     if norm or not isinstance(bias, bool):
         biases = [bias, bias] if isinstance(bias, bool) else bias
-        return NormedPairMlp(dim, hidden or dim, out or dim, biases, norm)
+        return NormedPairMlp(dim, hidden or dim, out or dim, biases, norm, eps)
     return PairMlp(dim, hidden or dim, out, bias=bias)
 
 
@@ -109,19 +113,21 @@ class PatchEmbed22(nn.Module):
         super().__init__()
         for name in ("img_size", "flatten", "strict_img_size", "dynamic_img_pad", "output_fmt"):
             c.take(name, None)
-        if c.take("norm_layer", None) is not None:
-            raise NotBuilt(f"{c.name}: norm_layer")
         patch = c.take("patch_size", 16)
         patch = tuple(patch) if isinstance(patch, list) else patch
         sides = c.take("in_chans", 3), c.take("embed_dim", 768)
         self.stem = MirrorLift(*sides, patch, bias=c.take("bias", True))
+        normed, eps = c.take("norm_layer", None) is not None, c.take("norm_eps", 1e-5)
+        # The published norm comes before the factor that our stem leaves out.
+        self.norm = PairNorm(sides[1], joint=True, eps=eps) if normed else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        return to_pairs(self.stem(images), 1.0)
+        return self.norm(to_pairs(self.stem(images), 1.0))
 
 
 def embed_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return mirror_resmlp_names({f"patch_embed.{name}": value for name, value in state.items()})
+    found = mirror_resmlp_names({f"patch_embed.{name}": value for name, value in state.items()})
+    return {name.replace("stem.norm.", "norm."): value for name, value in found.items()}
 
 
 def resmlp_block22(c: Golden) -> nn.Module:
@@ -132,13 +138,14 @@ def resmlp_block22(c: Golden) -> nn.Module:
 
 def resmlp_options(c: Golden) -> dict[str, Any]:
     """Keywords that both ResMLPs share, from the published ones."""
-    size, patch = c.take("img_size", 224), c.take("patch_size", 16)
-    c.take("use_fused_attn", False), c.take("use_attn_mixer", False)  # swallowed: no attention
+    size, (patch, width) = c.take("img_size", 224), pair(c.take("patch_size", 16))
+    if patch != width:
+        raise NotBuilt(f"{c.name}: patches of {patch} x {width} in a net")
     options = {
         "img_size": tuple(size) if isinstance(size, list) else size,
         "init_values": c.take("init_scale", 1e-4),
         "embed_dim": c.take("embed_dim", 768),
-        "patch_size": patch[0] if isinstance(patch, list) else patch,  # patches are square
+        "patch_size": patch,
         "depth": c.take("depth", 12),
     }
     for name in ("in_chans", "num_classes", "drop_rate", "drop_path_rate"):
@@ -259,6 +266,17 @@ def plain_resmlp_block(c: Golden) -> nn.Module:
     return ResBlock(c.take("dim", 0), c.take("num_patches", 196))
 
 
+def plain_norm(c: Golden) -> nn.Module:
+    first = c.take("data_format", "channels_last") == "channels_first"
+    return (LayerNorm2d if first else nn.LayerNorm)(
+        c.take("normalized_shape", 0), eps=c.take("eps", 1e-6)
+    )
+
+
+def affine_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[None, None] for name, value in state.items()}
+
+
 class ToPairs(nn.Module):
     """The order and transform of tokens within our stem."""
 
@@ -311,6 +329,8 @@ CLASSES: dict[str, Entry] = {
     "BlockChannelsFirst": (plain_convnext_block, BLOCK_NAMES, one, listed),
     "Block": (plain_convnext_block, BLOCK_NAMES, one, listed),
     "InvariantDownsampleConv2d": (downsample(MeanPoolLinear), REDUCE_NAMES, one, listed),
+    "LayerNorm": (plain_norm, plain_names, one, listed),
+    "Affine": (lambda c: Affine(c.take("dim", 0)), affine_names, one, listed),
     "layers_scale_mlp_blocks": (plain_resmlp_block, RESMLP_NAMES, one, listed),
     "FlattenAndPermuteBCHWGridToFourier": (ToPairs, no_orders, one, lambda x: [*x.unbind(2)]),
 }
@@ -333,7 +353,9 @@ def formatted(c: Golden) -> Entry:
 
 def run(case: dict[str, Any], folder: Path) -> None:
     """Compare one case in float64 and float32."""
-    if case["reference"]["class"] not in {*CLASSES, *EITHER_FORMAT}:
+    published = case["reference"]
+    ours = {*CLASSES, *EITHER_FORMAT}
+    if published["class"] not in ours or published["source"].endswith("deit/models/vit.py"):
         mirror_cases.run(case, folder)
         return
     for dtype in (torch.float64, torch.float32):

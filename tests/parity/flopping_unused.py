@@ -61,11 +61,13 @@ def pair_norm(joint: bool) -> Callable[[Golden], nn.Module]:
 class NormedPairMlp(nn.Module):
     """An MLP of pairs with a bias in either layer, or in none, and a norm between them."""
 
-    def __init__(self, dim: int, hidden: int, out: int, bias: Sequence[bool], norm: bool) -> None:
+    def __init__(
+        self, dim: int, hidden: int, out: int, bias: Sequence[bool], norm: bool, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.fc1 = PairLinear(dim, hidden, bias=bias[0])
         self.act = RegularActivation("quick_gelu", num_signs=2)
-        self.norm = PairNorm(hidden, joint=True) if norm else nn.Identity()
+        self.norm = PairNorm(hidden, joint=True, eps=eps) if norm else nn.Identity()
         self.fc2 = PairLinear(hidden, out, bias=bias[1])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Everything runs in float64 and in float32, to the case's own tolerance.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,9 @@ def pair(value: Any) -> tuple[Any, Any]:
 def mlp(args: Args) -> nn.Module:
     width, hidden = args["in_features"], args.get("hidden_features") or args["in_features"]
     out = args.get("out_features") or width
-    net = OcticMlp(width, hidden, out, norm=args.get("norm_layer") is not None, group=MIRROR)
+    net = OcticMlp(width, hidden, out, group=MIRROR)
+    if args.get("norm_layer") is not None:
+        net.norm = norm({"channels": hidden, "eps": args.get("norm_eps", 1e-5)})
     biases = pair(args.get("bias", True))
     net.fc1 = OcticLinear(width, hidden, bias=biases[0], group=MIRROR)
     net.fc2 = OcticLinear(hidden, out, bias=biases[1], group=MIRROR)
@@ -156,6 +159,16 @@ def attention(args: Args) -> nn.Module:
         qk_scale=None if fused else args.get("qk_scale"),  # which the fused reference ignores
         mixer=args.get("use_attn_mixer", False),
         group=MIRROR,
+    )
+
+
+def plain_attention(args: Args) -> nn.Module:
+    fused = args.get("fused_attn", False)
+    return Attention(
+        args["dim"],
+        num_heads=args.get("num_heads", 8),
+        qkv_bias=args.get("qkv_bias", False),
+        qk_scale=None if fused else args.get("qk_scale"),  # which the fused reference ignores
     )
 
 
@@ -187,7 +200,8 @@ def patch_embed(c: Case) -> None:
         group=MIRROR,
     ).to(c.dtype)
     if args.get("norm_layer") is not None:
-        stem.norm = OcticLayerNorm(args.get("embed_dim", 768), group=MIRROR).to(c.dtype)
+        width, eps = args.get("embed_dim", 768), args.get("norm_eps", 1e-5)
+        stem.norm = norm({"channels": width, "eps": eps}).to(c.dtype)
     stem.load_state_dict(strip(rename_published(c.state)[0], "patch_embed."))
     x = stem(c.input())
     if args.get("norm_layer") is not None:
@@ -213,7 +227,10 @@ def options(args: Args) -> Args:
     """Our keywords for the published ones that every ViT has; patches are square."""
     found = {name: args[name] for name in (*SAME, *RATES) if name in args}
     found["img_size"] = tuple(pair(args.get("img_size", 224)))
-    found["patch_size"] = pair(args.get("patch_size", 16))[0]
+    height, width = pair(args.get("patch_size", 16))
+    if height != width:
+        raise NotBuilt(f"patches of {height} x {width} in a net")
+    found["patch_size"] = height
     found["qkv_bias"] = args.get("qkv_bias", False)
     found["init_values"] = args.get("init_scale", 1e-4)
     found["norm_eps"] = args.get("norm_eps", 1e-6)
@@ -221,12 +238,10 @@ def options(args: Args) -> Args:
 
 
 def scaled(net: nn.Module, args: Args) -> nn.Module:
-    """The net with the factor of the logits that a case asks for; our plain attention has none."""
+    """The net with the factor of the logits that a case asks for."""
     if args.get("qk_scale") is None or args.get("use_fused_attn", False):
         return net
     for block in net.blocks:
-        if not isinstance(block.attn, OcticAttention):
-            raise NotBuilt("qk_scale of a plain block")
         block.attn.qk_scale = args["qk_scale"]
     return net
 
@@ -251,23 +266,16 @@ def half_of_the_blocks(preset: Args) -> Callable[[Args], nn.Module]:
     return make
 
 
-def plain_attention(args: Args) -> nn.Module:
-    if args.get("qk_scale") is not None and not args.get("fused_attn", False):
-        raise NotBuilt("qk_scale of plain attention")
-    heads, bias = args.get("num_heads", 8), args.get("qkv_bias", False)
-    return Attention(args["dim"], num_heads=heads, qkv_bias=bias)
-
-
-def plain_block(args: Args) -> nn.Module:
-    if args.get("qk_scale") is not None and not args.get("use_fused_attn", False):
-        raise NotBuilt("qk_scale of a plain block")
+def plain_block(args: Args, *, layer_scale: bool = True) -> nn.Module:
+    fused = args.get("use_fused_attn", args.get("fused_attn", False))
     return Block(
         args["dim"],
         num_heads=args["num_heads"],
         mlp_ratio=args.get("mlp_ratio", 4.0),
         qkv_bias=args.get("qkv_bias", False),
-        init_values=args.get("init_values", 1e-4),
+        init_values=args.get("init_values", 1e-4) if layer_scale else None,
         norm_eps=args.get("norm_eps", 1e-5),
+        qk_scale=None if fused else args.get("qk_scale"),
     )
 
 
@@ -287,6 +295,7 @@ LAYERS: dict[str, Callable[[Case], None]] = {
     "Layer_scale_init_Block2": layer(block),
     "Attention": layer(plain_attention),
     "Layer_scale_init_Block": layer(plain_block),
+    "Block": layer(partial(plain_block, layer_scale=False)),
     "PatchEmbed2": patch_embed,
     "FlattenAndPermuteBCHWGrid": flatten_and_permute,
     "d2_vit_models": layer(mirror_vit(EQUIVARIANT)),

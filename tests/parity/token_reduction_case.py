@@ -10,6 +10,34 @@ from baselines.token_reduction.reducer import Reducer
 
 Builder = Callable[[dict[str, Any], dict[str, Tensor]], Reducer]
 
+# What the published constructors take for an argument that a case leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "hourglass": {
+        **{"clustering_location": 0, "num_cluster": 256, "cluster_iters": 5},
+        **{"cluster_temperture": 1.0, "cluster_window_size": 5, "cluster_after_output": True},
+    },
+    "evit": {"fuse_token": False},
+    "tome": {"r": 0, "prop_attn": True},
+    "evo": {"prune_ratio": 1.0, "prune_location": 3, "tradeoff": 0.5},
+    "ats": {"ats_blocks": [], "drop_tokens": False},
+    "act": {
+        **{"act_plug_in_index": 0, "act_plug_out_index": -1},
+        **{"act_group_q": True, "act_group_k": False, "act_q_hashes": 32, "act_k_hashes": 32},
+    },
+    "smyrf": {
+        **{"smyrf_plug_in_index": 0, "smyrf_plug_out_index": -1, "smyrf_n_hashes": 32},
+        **{"smyrf_q_cluster_size": 64, "smyrf_k_cluster_size": 64},
+    },
+}
+
+
+def build(
+    method: str, arguments: dict[str, Any], depth: int, tensors: dict[str, Tensor]
+) -> Reducer:
+    """The reducer of a case, for a network of so many blocks."""
+    given = DEFAULTS[method.removesuffix("_upstream")] | arguments | {"depth": depth}
+    return REDUCERS[method](given, tensors)
+
 
 def hourglass(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
     """Expedit; a location that is no block clusters nowhere: ours behind the blocks."""
@@ -37,61 +65,65 @@ def evit_upstream(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
 
 
 def evit_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of ours."""
+    """Keywords of ours: a rate for every block, or one rate at some, negative ones from the end."""
+    if "keep_rate" in given:
+        return {"keep_rates": given["keep_rate"], "fuse_token": given["fuse_token"]}
     return {
         "keep_rate": given["base_keep_rate"],
-        "locations": given["drop_loc"],
+        "locations": [range(given["depth"])[block] for block in given["drop_loc"]],
         "fuse_token": given["fuse_token"],
     }
 
 
 def tome(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
-    """ToMe; a schedule pair is {"tuple": [r, inflection]}, a list may be longer than the depth."""
+    """ToMe; a schedule pair is {"tuple": [r, inflection]}, a list may be longer than the depth.
+
+    A number below 0 merges nothing.
+    """
     r, inflection = given["r"], 0.0
     if isinstance(r, dict):
         r, inflection = r["tuple"]
-    if isinstance(r, list):
-        r = r[: given["depth"]]
+    listed = [max(count, 0) for count in (r if isinstance(r, list) else [r])]
     return make_reducer(
         "tome",
         form="published",
-        r=r,
+        r=listed[: given["depth"]] if isinstance(r, list) else listed[0],
         inflection=inflection,
-        proportional=given.get("prop_attn", True),
+        proportional=given["prop_attn"],
         trace_source=True,
     )
 
 
 def evo(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
-    """Evo-ViT; a list of ratios stands for location and ratio."""
-    listed = isinstance(given["prune_ratio"], list)
+    """Evo-ViT; a list of ratios stands for location and ratio, and may be longer than the depth."""
+    depth, location = given["depth"], min(given["prune_location"], given["depth"])
+    ratio, tradeoff = (
+        value[:depth] if isinstance(value, list) else value
+        for value in (given["prune_ratio"], given["tradeoff"])
+    )
     return make_reducer(
         "evo_vit",
         form="published",
-        location=None if listed else given["prune_location"],
-        keep_rate=given["prune_ratio"],
-        tradeoff=given["tradeoff"],
+        location=None if isinstance(ratio, list) else location,
+        keep_rate=ratio,
+        tradeoff=tradeoff,
     )
 
 
 def ats(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
     """ATS as Expedit-SWAG has it; its `num_tokens` changes nothing."""
-    return make_reducer(
-        "ats",
-        form="published",
-        locations=given["ats_blocks"],
-        drop_tokens=given["drop_tokens"],
-    )
+    return make_reducer("ats", form="published", **ats_options(given))
 
 
 def ats_upstream(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
     """ATS with the block's input as residual; padding is attended to as in the cases' code."""
-    return make_reducer(
-        "ats",
-        locations=given["ats_blocks"],
-        drop_tokens=given["drop_tokens"],
-        mask_padding=False,
-    )
+    return make_reducer("ats", mask_padding=False, **ats_options(given))
+
+
+def ats_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of ours; numbers that no block has are overlooked."""
+    blocks = [block for block in given["ats_blocks"] if 0 <= block < given["depth"]]
+    return {"locations": blocks, "drop_tokens": given["drop_tokens"]}
 
 
 def plugged(given: dict[str, Any], name: str) -> dict[str, int]:

@@ -30,6 +30,17 @@ def test_equals_timm() -> None:
     torch.testing.assert_close(ours(x), timms(x))
 
 
+def test_a_scale_of_the_logits_takes_the_place_of_the_usual_one() -> None:
+    """It is as if queries were so much longer."""
+    usual, own = Attention(32, num_heads=4), Attention(32, num_heads=4, qk_scale=0.5)
+    own.load_state_dict(usual.state_dict())
+    with torch.no_grad():
+        usual.qkv.weight[:32] *= 0.5 * 8**0.5
+        usual.qkv.bias[:32] *= 0.5 * 8**0.5
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(own(x), usual(x))
+
+
 def test_varlen_refuses_what_it_cannot_do() -> None:
     """Dropout, and tensors that its kernel does not take; nothing is left out in silence."""
     x, packing = pack([torch.randn(1, 4, 2, 8), torch.randn(1, 2, 2, 8)])

@@ -183,12 +183,20 @@ def test_the_shrinking_rate_holds_until_the_next_step_and_is_forgotten_by_copies
     assert model.token_counts(16) == net().token_counts(16) == [16, 8, 8, 4]
 
 
+def test_the_cosine_may_begin_below_1_where_tokens_are_dropped():
+    model = net(keep_rate=[1, 0.5, 1, 0.5], shrink_epochs=2, max_keep_rate=0.75)
+    assert model.follow_training(0, 4) == {"keep_rate": 0.75}
+    assert model.current_rates == [1, 0.75, 1, 0.75]
+    assert model.follow_training(4, 4) == {"keep_rate": 0.625}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"distilled": True}, "no distilled form"),
         ({"keep_rate": 0.0}, r"keep_rate must lie in \(0, 1\], not 0.0"),
         ({"keep_rate": "half"}, "keep_rate must be a number, not 'half'"),
+        ({"max_keep_rate": 0}, r"max_keep_rate must lie in \(0, 1\], not 0"),
         ({"keep_rate": None, "base_keep_rate": "half"}, "base_keep_rate must be a number"),
         ({"keep_rate": None, "base_keep_rate": 2}, r"base_keep_rate must lie in \(0, 1\], not 2"),
         ({"attn_drop_rate": 1.5}, r"attn_drop_rate must lie in \[0, 1\), not 1.5"),

@@ -112,6 +112,10 @@ def test_published_schedule(step, rate):
     shrink = Shrink(start_epoch=2, epochs=4)
     assert shrink.rate_at(0.3, step, 3) == pytest.approx(rate, abs=1e-12)
     assert Shrink().rate_at(0.5, 0, 5) == 0.5
+    lower = Shrink(start_epoch=2, epochs=4, highest=0.8)
+    assert [lower.rate_at(0.3, number, 3) for number in (5, 6, 12, 18)] == pytest.approx(
+        [1, 0.8, 0.55, 0.3], abs=1e-12
+    )
     with pytest.raises(ValueError, match="at least 0"):
         Shrink(epochs=-1)
     with pytest.raises(ValueError, match="shrink_start_epoch must be a number, not 'late'"):

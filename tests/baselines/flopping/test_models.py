@@ -266,6 +266,8 @@ def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
         (lambda: resmlp(patch_size=0), "patch_size must be a whole number from 1, not 0"),
         (lambda: convnext(patch_size=0), "patch_size must be a whole number from 1, not 0"),
         (lambda: PlainResMlp(**{**RESMLP, "patch_size": 0}), "patch_size must be a whole number"),
+        (lambda: resmlp(depth=0), "depth of the last stage must be a whole number from 1, not 0"),
+        (lambda: isotropic(depths=(0,)), "depth of the last stage must be a whole number from 1"),
         (lambda: isotropic(img_size=30), "width must be a multiple of 4"),
         (lambda: isotropic(patch_size=5, img_size=40), "even number of columns"),
         (lambda: PlainResMlp(**{**RESMLP, "img_size": 30}), "not a multiple of the patch size"),

@@ -72,6 +72,36 @@ def test_counts_of_the_published_counter(name):
     assert form().total == pytest.approx(counted, rel=tolerance)
 
 
+@pytest.mark.parametrize(
+    "idle",
+    [
+        costs.evit(PA, keep_rate=1.0, drop_blocks=[1, 3]),
+        costs.evit(PA, keep_rate=0.99, drop_blocks=[1, 3], fuse_token=True),
+        costs.evo_vit(PA, location=3, keep_rate=1.0),
+        costs.evo_vit(PA, location=6, keep_rate=0.5),
+        costs.tome(PA, schedule=[0] * 6),
+    ],
+)
+def test_what_leaves_all_tokens_costs_what_the_net_does(idle):
+    """Scores that nobody reads are no part of the published graph."""
+    assert idle == costs.base(PA)
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({"location": 6, "iterations": 3}, 10_760_659),
+        ({"location": 6, "iterations": 3, "after_output": True}, 10_760_659),
+        ({"location": 5, "iterations": 3, "after_output": True}, 11_094_055),
+        ({"location": 2, "iterations": 0, "num_clusters": 9}, 4_517_063),
+    ],
+)
+def test_clustering_at_the_edges(options, counted):
+    """Nowhere, behind the last block, and pooling alone, by the published counter on torch 2.14."""
+    ours = costs.hourglass(PA, **{"num_clusters": 16, **options})
+    assert ours.total == pytest.approx(counted, rel=3e-5)
+
+
 def test_the_rows_are_46_and_every_fixed_one_is_within_a_tenth_of_a_percent():
     fixed = [row for row in ROWS if row.free is None]
     assert (len(ROWS), len(fixed)) == (46, 32)
