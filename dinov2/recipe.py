@@ -270,6 +270,8 @@ class DINOv2(nn.Module):
         """Loss of the global and of the local crops: together the mean over all pairs of crops.
 
         logits: of the 2B global, then the nB local crops.
+        Departs from DINOv2: without local crops the global pairs are all that is averaged; there
+        one pair more is counted than there are (and its collation fails before that).
         """
         if not self.dino_loss_weight:
             return logits.new_zeros(()), logits.new_zeros(())

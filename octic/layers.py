@@ -20,7 +20,7 @@ from octic.matrices import Matrices, Sources, stack_matrices
 from octic.operators import takes_triton
 from octic.precision import autocast_dtype
 from octic.regular_gelu import regular_gelu
-from vit.attention import attend, check_backend
+from vit.attention import attend, check_backend, check_dropout
 from vit.block import is_watched
 from vit.packing import Packing
 
@@ -327,6 +327,7 @@ class OcticAttention(nn.Module):
                 f"(width {dim} / {self.group.order} elements of {self.group.name})"
             )
         check_backend(backend)
+        check_dropout(attn_drop)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.qk_scale = qk_scale

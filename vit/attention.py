@@ -109,6 +109,7 @@ class Attention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         check_backend(backend)
+        check_dropout(attn_drop)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.qk_scale = qk_scale
@@ -130,6 +131,12 @@ def check_heads(dim: int, num_heads: int) -> None:
     """Refuse a width that the heads do not divide."""
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+
+
+def check_dropout(attn_drop: float) -> None:
+    """Refuse a share of attention weights to drop that is none: training alone would find out."""
+    if not 0 <= attn_drop <= 1:
+        raise ValueError(f"attn_drop {attn_drop} is not in [0, 1]")
 
 
 def check_backend(backend: str) -> None:

@@ -6,7 +6,7 @@ Letters in shapes: n tokens with a position, h w a grid, D channels, C classes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ POSITIONS = "pos_embed"
 # Of self-supervised training; a classifier has no use for it.
 UNUSED = "mask_token"
 DISTILLED = "head_dist."
+# What may stand before the patches: none with a position of its own, the first alone, or all.
+PREFIXES = ("cls_token", "reg_token", "dist_token")
 
 
 def load_adapted(model: nn.Module, path: str | Path) -> list[str]:
@@ -68,12 +70,7 @@ def head_of(model: nn.Module) -> str:
 
 
 def _adapt_head(found: dict[str, Tensor], own: Mapping[str, Tensor], head: str) -> list[str]:
-    ours = {name: own[name] for name in (f"{head}.weight", f"{head}.bias") if name in own}
-    theirs = {
-        name: found[name]
-        for name in list(found)
-        if name in (f"{head}.weight", f"{head}.bias") or name.startswith(DISTILLED)
-    }
+    ours, theirs = _heads_of(own, head), _heads_of(found, head)
     shapes = {name: tensor.shape for name, tensor in ours.items()}
     if shapes == {name: tensor.shape for name, tensor in theirs.items()}:
         return []
@@ -92,6 +89,12 @@ def _adapt_head(found: dict[str, Tensor], own: Mapping[str, Tensor], head: str) 
     if not fresh:
         return [f"{DISTILLED[:-1]}: dropped, the model has one classifier"]
     return [f"{head}: {count} classes in the file, {len(ours[weight])} here; it starts afresh"]
+
+
+def _heads_of(state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Weights of the classifier, and of the one that speaks for a distillation token."""
+    names = (f"{head}.weight", f"{head}.bias")
+    return {n: tensor for n, tensor in state.items() if n in names or n.startswith(DISTILLED)}
 
 
 def _adapt_unused(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -116,7 +119,8 @@ def _adapt_positions(
     if theirs.shape == ours.shape:
         return []
     grid = _grid_of(model)
-    old, extra = _old_grid(theirs.shape[1], grid, "cls_token" in found or "reg_token" in found)
+    before = [found[n].shape[1] for n in PREFIXES if n in found and found[n].ndim == 3]
+    old, extra = _old_grid(theirs.shape[1], grid, (0, *before[:1], sum(before)))
     wanted = ours.shape[1] - grid[0] * grid[1]
     first, notes = theirs[:, :extra], []
     patches = theirs[:, extra:]
@@ -126,7 +130,7 @@ def _adapt_positions(
             f"{POSITIONS}: resampled from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches"
         )
     if extra and not wanted and "cls_token" in found:
-        found["cls_token"] = found["cls_token"] + first
+        found["cls_token"] = found["cls_token"] + first[:, :1]
         notes.append(f"{POSITIONS}: that of the class token is added to the class token itself")
     elif wanted and not extra:
         first = torch.zeros_like(theirs[:, :wanted])
@@ -161,19 +165,20 @@ def _grid_of(model: nn.Module) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def _old_grid(count: int, own: tuple[int, int], prefixed: bool) -> tuple[tuple[int, int], int]:
-    """The grid of a file's `count` positions, and how many (0 or 1) are not patches'.
+def _old_grid(
+    count: int, own: tuple[int, int], extras: Collection[int]
+) -> tuple[tuple[int, int], int]:
+    """The grid of a file's `count` positions, and how many are not patches': one of `extras`.
 
-    The model's own grid, if it has as many cells; else a square. Without a token before its patches
-    (`prefixed`) a file has positions of these alone.
+    The model's own grid, if it has as many cells; else a square.
     """
     extra = count - own[0] * own[1]
-    if extra in (0, int(prefixed)):
+    if extra in extras:
         return own, extra
-    side = math.isqrt(count)
-    extra = count - side * side
-    if extra > prefixed:
-        raise ValueError(
-            f"{POSITIONS} of the file has {count} positions, which is no square grid of patches"
-        )
-    return (side, side), extra
+    for extra in extras:
+        side = math.isqrt(max(count - extra, 0))
+        if side and side * side == count - extra:
+            return (side, side), extra
+    raise ValueError(
+        f"{POSITIONS} of the file has {count} positions, which is no square grid of patches"
+    )

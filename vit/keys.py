@@ -139,7 +139,10 @@ def to_published(name: str, *, octic: bool = True, deit: bool = False) -> str:
     if octic and name in TOKENS:
         return f"{name}.0"
     if deit:
-        return re.sub(r"(^|\.)ls([12])(\.gamma)?", r"\1gamma_\2", name)
+        name = re.sub(
+            r"(^|\.)ls([12])1(?=\.|$)", r"\1ls\2_1", name
+        )  # the twin of parallel branches
+        return re.sub(r"(^|\.)ls([12](?:_1)?)(\.gamma)?(?=\.|$)", r"\1gamma_\2", name)
     return name
 
 

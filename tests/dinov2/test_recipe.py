@@ -163,6 +163,15 @@ def test_no_local_crops():
     assert losses["dino_local_crops_loss"] == 0 and losses["loss"].isfinite()
 
 
+def test_the_mean_is_over_the_pairs_that_there_are():
+    """Of 2 global and 2 local crops a global one makes 3 pairs with a teacher's, alone 1."""
+    recipe = make_recipe(local_crops_number=2).double()
+    batch = to_double(make_batch(recipe))
+    alone = {name: value for name, value in batch.items() if name != "local_crops"}
+    both, single = (recipe.losses(b, 0)["dino_global_crops_loss"] for b in (batch, alone))
+    torch.testing.assert_close(single, 3 * both)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("which", ["dino", "ibot", "koleo"])
 def test_each_loss_can_be_switched_off(which, separate):

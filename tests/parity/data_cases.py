@@ -35,6 +35,7 @@ PUBLISHED_CLASSES = {
     "InfiniteSampler": "infinite",
     "EpochSampler": "epoch",
     "RASampler": "repeated_augmentation",
+    "DistributedSampler": "distributed",  # torch's, without repeated augmentation
 }
 SHUFFLED = ("repeated_augmentation", "distributed")  # where the published class is not told
 

@@ -231,8 +231,9 @@ def train_steps(
     ).to(dtype)
     recipe.schedules["lr"] = Constant(args["lr"])
     state = from_published(strip(data, "state."), recipe.model)
+    average = recipe.model if recipe.ema is None else recipe.ema  # one and the same at decay 0
     recipe.model.load_state_dict(state)
-    recipe.ema.load_state_dict(state)
+    average.load_state_dict(state)
     optimizer = make_optimizer(
         lambda groups: Lamb(groups, eps=args["opt_eps"]), recipe.param_groups(), recipe
     )
@@ -266,7 +267,7 @@ def train_steps(
         optimizer.step()
         recipe.after_step(step)
     ours |= {f"out.lamb.after.{n}": p for n, p in named(recipe.model).items()}
-    ours |= {f"out.lamb.ema_after.{n}": p for n, p in named(recipe.ema).items()}
+    ours |= {f"out.lamb.ema_after.{n}": p for n, p in named(average).items()}
     return ours
 
 

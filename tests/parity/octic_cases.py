@@ -36,6 +36,7 @@ from tests.parity.octic_case import (
 from tests.parity.octic_models import deit, dino
 from vit.block import Block
 from vit.packing import pack, unpack
+from vit.parallel import ParallelBlock
 from vit.vision_transformer import resample_grid
 
 # Group, transforms, actions.
@@ -164,8 +165,12 @@ def patch_embed(c: Case) -> None:
         embed_dim=args.get("embed_dim", 768),
         bias=args.get("bias", True),
     )
+    normed = bool(args.get("norm_layer"))
+    if normed:  # which the published embedding takes in and no published net asks for
+        layer.norm = OcticLayerNorm(args.get("embed_dim", 768))
     layer = c.loaded(layer)
     y = layer(c.leaf("img")).flatten(1, 2)
+    y = layer.norm(y) if normed else y
     c.check_packed("out.y", y)
     c.check_gradients(loss_of(*split_packed(y)), layer)
 
@@ -232,7 +237,8 @@ def octic_block(c: Case) -> None:
 
 def plain_block(c: Case) -> None:
     """One sequence of tokens, or a list of them by name."""
-    block = c.loaded(Block(**block_keywords(c)))
+    kind = ParallelBlock if c.reference.endswith("paralx2") else Block
+    block = c.loaded(kind(**block_keywords(c)))
     if c.has("in.x"):
         y = block(c.leaf("x"))
         c.check("out.y", y)
@@ -314,6 +320,7 @@ BY_REFERENCE: dict[str, Callable[[Case], None]] = {
     ),
     **dict.fromkeys(("Layer_scale_init_BlockD8", "BlockD8", "NestedTensorBlockD8"), octic_block),
     **dict.fromkeys(("Layer_scale_init_Block", "Block", "NestedTensorBlock"), plain_block),
+    **dict.fromkeys(("Layer_scale_init_Block_paralx2", "Block_paralx2"), plain_block),
     "invariant_head_factory": invariant_head,
     **dict.fromkeys(INVARIANTS, invariant),
     "OcticVisionTransformer": deit,

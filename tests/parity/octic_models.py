@@ -28,7 +28,9 @@ def model(c: Case, more: tuple[str, ...] = (), **extra: Any) -> nn.Module:
 
 def deit(c: Case) -> None:
     args = c.args
-    pooled = args.get("global_pool", False)
+    pooled, scale = args.get("global_pool", False), args.get("init_scale", 1e-4)
+    if "Layer_scale" in str(args.get("octic_block_layers")):
+        scale = scale or 1e-4  # those blocks scale even by 0; the stored scale is loaded
     net = model(
         c,
         ("in_chans", "octic_equi_break_layer"),
@@ -36,7 +38,7 @@ def deit(c: Case) -> None:
         qkv_bias=args.get("qkv_bias", False),
         class_token=not pooled,
         global_pool="avg" if pooled else "token",
-        init_values=args.get("init_scale", 1e-4),
+        init_values=scale,
     )
     for size in [key for key in c.tensors if key.startswith("out.logits_")]:
         c.check(size, net(c.tensor("in.img_" + size.removeprefix("out.logits_"))))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from octic.layers import OcticAttention
 from vit.attention import Attention, attend
 from vit.packing import pack, unpack
 
@@ -49,6 +51,15 @@ def test_varlen_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match='has no dropout, and 0.1 is asked for; backend "auto"'):
         attend(x, x, x, packing, backend="varlen", dropout=0.1)
     assert attend(x, x, x, packing, backend="auto", dropout=0.1).shape == x.shape
+
+
+@pytest.mark.parametrize("kind", [Attention, OcticAttention])
+def test_a_dropout_that_cannot_be_is_refused_before_training(kind: type[nn.Module]) -> None:
+    """In evaluation nothing is dropped, so that a wrong share would show at the first step."""
+    for share in (-0.1, 2.0):
+        with pytest.raises(ValueError, match=f"attn_drop {share} is not in"):
+            kind(64, num_heads=2, attn_drop=share)
+    assert kind(64, num_heads=2, attn_drop=1.0).attn_drop == 1.0
 
 
 def test_unknown_backend_and_missing_package() -> None:

@@ -14,7 +14,7 @@ from octic.patch_embed import Unfold
 from octic.vision_transformer import OcticVisionTransformer
 from vit.adapters import timm_backbone
 from vit.finetune import adapt_state, load_adapted
-from vit.vision_transformer import VisionTransformer
+from vit.vision_transformer import VisionTransformer, resample_grid
 
 GROUPS = ("D4", "C4", "V4", "mirror", "half_turn")
 TINY: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -163,6 +163,40 @@ def test_timm_weights_go_into_ours_and_into_timm(tmp_path):
     assert load_adapted(
         timm_backbone("vit_tiny_patch16_224", img_size=48, **options), exported
     ) == ["head: 4 classes in the file, dropped: the model has no classifier"]
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])
+def test_every_prefix_token_keeps_its_position(name):
+    """Of class and distillation token, and of timm's registers; each of two heads starts afresh."""
+    options = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    if "distilled" not in name:
+        options["reg_tokens"] = 3
+    old, new, same = (
+        timm.create_model(name, img_size=size, num_classes=count, **options)
+        for size, count in ((16, 3), (24, 5), (16, 3))
+    )
+    assert adapt_state(old.state_dict(), same)[1] == []
+    state, notes = adapt_state(old.state_dict(), new)
+    assert notes == [
+        "head: 3 classes in the file, 5 here; it starts afresh",
+        "pos_embed: resampled from 4 x 4 to 6 x 6 patches",
+    ]
+    first = new.num_prefix_tokens
+    assert torch.equal(state["pos_embed"][:, :first], old.pos_embed[:, :first])
+    grid = resample_grid(old.pos_embed[:, first:].unflatten(1, (4, 4)), (6, 6))
+    assert torch.equal(state["pos_embed"][:, first:], grid.flatten(1, 2))
+    for part in (part for part in state if part.startswith("head")):
+        assert torch.equal(state[part], new.state_dict()[part])
+    new.load_state_dict(state)
+
+
+def test_registers_without_positions_of_their_own_are_no_patches():
+    """As in DINOv2 with registers: the class token alone has one."""
+    options = TINY | {"num_register_tokens": 3, "class_position": True}
+    old, new = (VisionTransformer(img_size=size, **options) for size in (16, 24))
+    state, notes = adapt_state(old.state_dict(), new)
+    assert notes == ["pos_embed: resampled from 4 x 4 to 6 x 6 patches"]
+    new.load_state_dict(state)
 
 
 def test_timm_names_are_not_taken_for_published_spellings():
