@@ -102,6 +102,9 @@ OPTIONS = {
     "--finetune-dataset-str": Option(
         "probes.logreg.finetune", "images that choose C, as --val-dataset", dataset
     ),
+    "--metric-type": Option(
+        "probes.logreg.metric_type", "mean_accuracy or mean_per_class_accuracy"
+    ),
     "--max-train-iters": Option("probes.logreg.max_iter", "steps for each C", int),
     "--train-dtype": Option("probes.logreg.dtype", "float64 or float32"),
     "--train-features-device": Option(
@@ -114,11 +117,11 @@ SWITCHES = {
 }
 # Flags that nothing here depends on: without a value, and with one.
 WITHOUT_VALUE = {
+    "--opts": "key=value sets a key without it",
     "--gather-on-cpu": "features are always kept in host memory, each process its share",
 }
 IGNORED = {
     "--save-checkpoint-frequency": "heads are saved after each epoch and at the end",
-    "--metric-type": "logistic regression tells top-1 and top-5 over images",
 }
 CHOICE, MODEL = "--probes", "--model"
 PROBES = ("linear", "knn", "logreg", "attentive")

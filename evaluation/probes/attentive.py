@@ -35,7 +35,7 @@ class AttentiveProbe:
     representations, all of the last block after the final norm: "cls" the class token and
     "avg_patch" the mean patch, both with linear heads, "patch" all patches with attentive heads.
     Base rates count at 256 images a step; `warmup_epochs` of a linear warm-up come before half a
-    cosine to 0.
+    cosine, which is 0 at the last step.
     Departs from capi: the images of a step are the same on any number of processes, and there is no
     fourth representation that its code adds by mistake.
     """
@@ -141,11 +141,9 @@ class AttentiveProbe:
             generator=torch.Generator().manual_seed(self.training.seed),
         ).to(device)
         optimizer = torch.optim.AdamW(heads.param_groups(), betas=(0.9, 0.95))
-        schedule = Cosine(
-            base=1.0,
-            final=0.0,
-            num_steps=self.training.num_steps,
-            warmup_steps=self.warmup_epochs * self.training.steps_per_epoch,
+        training = self.training
+        schedule = warm_cosine(
+            training.num_steps, warmup_steps=self.warmup_epochs * training.steps_per_epoch
         )
         owner = {"net": checksum(net), "step": step}
         files = ProbeFiles(
@@ -187,11 +185,23 @@ class AttentiveProbe:
         return figures
 
 
+def warm_cosine(num_steps: int, *, warmup_steps: int) -> Cosine:
+    """capi's share of the rate: 0 at the first step, 1 after the warm-up, 0 at the last step.
+
+    A lone step after the warm-up is at 1.
+    """
+    end = max(num_steps - 1, warmup_steps + 1)  # where the cosine is 0; `Cosine` comes one later
+    return Cosine(base=1.0, final=0.0, num_steps=end, warmup_steps=warmup_steps)
+
+
 def split_off_tenth(dataset: ImageDataset) -> tuple[Subset, Subset]:
-    """All but a tenth, and the tenth: capi's split, the last part of one fixed permutation."""
+    """All but a tenth, and the tenth: capi's split, the last part of one fixed permutation.
+
+    Nine tenths are rounded to the nearest number, the even one where two are equally near.
+    """
     count = len(dataset)
     if count < 10:
         raise UserError(f"{dataset!r}: {count} images are too few to set a tenth apart")
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
-    kept = count - count // 10
+    kept = round(0.9 * count)
     return Subset(dataset, order[:kept]), Subset(dataset, order[kept:])

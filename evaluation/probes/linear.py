@@ -123,8 +123,8 @@ class LinearProbe:
     ) -> dict[str, float]:
         """Percentages of the chosen head by flat name; every rank must call this.
 
-        Writes `results_eval_linear.json` (DINOv2's lines, appended), `results.json` with all heads,
-        and the heads.
+        Writes `results_eval_linear.json` (DINOv2's lines, appended: of val, then of each test set),
+        `results.json` with all heads, and the heads.
         """
         folder = Path(output_dir)
         self.training = self.given.on(len(data["train"])).sized(net)
@@ -139,7 +139,8 @@ class LinearProbe:
                     top1 = run.judge(selection)[1]
                     best = best_head(top1)
                     if distributed.is_main():
-                        _write_best(folder, done, run.heads.names[best], top1[best])
+                        name, accuracy = run.heads.names[best], top1[best].item()
+                        _write_best(folder, done, name, accuracy, judged_on=selection.name)
             return self._report(run, selection, exams, folder, step)
 
     def rates(self) -> list[float]:
@@ -245,7 +246,9 @@ class LinearProbe:
             for k, fractions in result.items()
         }
         if distributed.is_main():
-            _write_best(folder, run.num_steps, names[best], by_k[1][best])
+            for exam, result in zip(exams, judged.values(), strict=True):
+                accuracy = _mean(result[1][best], exam)
+                _write_best(folder, run.num_steps, names[best], accuracy, judged_on=exam.name)
             columns = {"val": by_k} | ({} if val is selection else {selection.name: chosen_by})
             results: dict[str, Any] = {
                 **figures,
@@ -274,10 +277,12 @@ def _mean(fractions: Tensor, exam: Exam) -> float:
     return fractions.item()
 
 
-def _write_best(folder: Path, iteration: int, name: str, accuracy: Tensor) -> None:
+def _write_best(
+    folder: Path, iteration: int, name: str, accuracy: float, *, judged_on: str
+) -> None:
     """Append the published lines, and print them."""
-    found = {"name": name, "accuracy": accuracy.item()}
+    found = {"name": name, "accuracy": accuracy}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / RESULTS_FILE).open("a") as file:
         file.write(f"iter: {iteration}\n{json.dumps({'best_classifier': found})}\n\n")
-    say(f"iter: {iteration}, best classifier: {found}")
+    say(f"iter: {iteration}, {judged_on}: best classifier: {found}")

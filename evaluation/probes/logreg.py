@@ -11,7 +11,7 @@ from torch import Tensor
 from evaluation.features.cache import CLASS_TOKEN, class_tokens, transform_in_words
 from evaluation.features.dataset import PRECISIONS, FeatureSet, check_labelled, device_of, renumber
 from evaluation.image_size import settle_sizes
-from evaluation.probes.class_metrics import ClassCounts
+from evaluation.probes.class_metrics import ClassCounts, check_metric
 from evaluation.probes.logistic import LogisticModel, fit_logistic, measure_moments
 from evaluation.progress import say
 from evaluation.results import write_results
@@ -23,6 +23,7 @@ from vit.backbone import Backbone
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 SELECT_ON = ("train", "val")
+METRICS = ("mean_accuracy", "mean_per_class_accuracy")  # one number each, to choose C by
 Fit = Callable[[float, LogisticModel | None], LogisticModel]
 """(C, where to start) -> fitted model."""
 PUBLISHED_C = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
@@ -32,7 +33,7 @@ class Trial(NamedTuple):
     """One value of C in the selection."""
 
     C: float
-    top1: float  # percent, on the rows the selection is made on
+    top1: float  # percent by the probe's metric, on the rows the selection is made on
     steps: int
     gradient: float
 
@@ -45,6 +46,7 @@ class LogregProbe:
     select_on: a tenth of the training images ("train"), or the very images judged ("val", which
     DINOv2 calls finetune-on-val), or on `finetune`, a data set of its own. Unless chosen on val,
     the classifier is fitted anew on training and selection images together.
+    metric_type: mean over images, or over classes of the mean over their images; C is chosen by it.
     A size of None is the net's own, without a margin around the crop.
     dtype: of the products. features_on: "cpu" keeps the rows on the host and moves them chunk by
     chunk in every pass; "device" keeps them on the net's device.
@@ -60,6 +62,7 @@ class LogregProbe:
         Cs: Sequence[float] = PUBLISHED_C,
         select_on: str = "train",
         finetune: ImageDataset | None = None,
+        metric_type: str = "mean_accuracy",
         max_iter: int = 1000,
         tol: float = 1e-12,
         dtype: str = "float64",
@@ -90,6 +93,7 @@ class LogregProbe:
             raise ValueError(f"{max_iter=} and {chunk_size=} must be at least 1")
         self.Cs = sorted(set(Cs))
         self.select_on, self.finetune = select_on, finetune
+        self.metric_type = check_metric(metric_type, METRICS)
         self.max_iter, self.tol, self.dtype = max_iter, tol, dtype
         self.batch_size, self.num_workers = batch_size, num_workers
         self.given, self.transform = (resize_size, crop_size), transform
@@ -171,7 +175,7 @@ class LogregProbe:
             if distributed.is_main():
                 seconds = time.monotonic() - start
                 say(f"logreg: fitted on all training images, {model.steps} steps, {seconds:.1f} s")
-        tops = judge(model, rows["val"])
+        tops = judge(model, rows["val"], self.metric_type)
         return {"logreg_top1": tops[1], "logreg_top5": tops[5], "logreg_C": C}, trials
 
     def _fits(self, rows: Sequence["_Rows"], shape: Mapping[str, Any]) -> Fit:
@@ -194,7 +198,8 @@ class LogregProbe:
         for C in self.Cs:
             start = time.monotonic()
             model = fit(C, model)
-            trials.append(Trial(C, judge(model, held_out)[1], model.steps, model.gradient))
+            top1 = judge(model, held_out, self.metric_type)[1]
+            trials.append(Trial(C, top1, model.steps, model.gradient))
             if _best(trials) is trials[-1]:
                 best = model
             if distributed.is_main():
@@ -223,6 +228,7 @@ class LogregProbe:
             "classifier": "multinomial logistic regression, sum of CE + |W|^2 / 2C, intercept free",
             "C chosen on": chosen[self.select_on] if self.finetune is None else words,
             "finetune": None if self.finetune is None else repr(self.finetune),
+            "metric_type": self.metric_type,
             "Cs": self.Cs,
             "max_iter": self.max_iter,
             "tol": self.tol,
@@ -274,14 +280,14 @@ class _Rows:
                 yield features[mask.to(features.device)], labels[mask.to(labels.device)]
 
 
-def judge(model: LogisticModel, rows: _Rows) -> dict[int, float]:
+def judge(model: LogisticModel, rows: _Rows, metric: str) -> dict[int, float]:
     """Percent correct by 1 and 5 best classes, over all ranks' rows; a collective call."""
     counts = ClassCounts(1, len(model.bias), device=model.bias.device)
     for features, labels in rows.chunks():
         scores = model.scores(features.to(model.bias.device))
         counts.add(scores[None], labels.to(scores.device))
     counts.reduce()
-    return {k: float(share) * 100 for k, share in counts.fractions().items()}
+    return {k: float(share) * 100 for k, share in counts.fractions(metric).items()}
 
 
 def draw_tenth(train: FeatureSet) -> Tensor:

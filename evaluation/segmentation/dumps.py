@@ -16,12 +16,13 @@ from utils import distributed
 def dump_features(
     path: Path, stores: Mapping[str, PatchStore], standardizer: Standardizer, *, chunk_size: int
 ) -> None:
-    """Write {split: {"features": float32 [N, D], "labels": uint8 [N, p^2]}}; a collective call.
+    """Write {"features": {split: float32 [N, D]}, "labels": {split: uint8 [N, p^2]}}; collective.
 
     The folder must be one that all ranks share. Nothing is held in memory but a chunk: the matrix
     is put together in a file beside, which rank 0 maps while it saves.
     """
-    partial, saved = [], {}
+    partial: list[Path] = []
+    saved: dict[str, dict[str, Tensor]] = {"features": {}, "labels": {}}
     for name, store in stores.items():
         rows = standardizer.rotation
         width = store.shape.dim if rows is None else rows.shape[1]
@@ -38,10 +39,9 @@ def dump_features(
         distributed.barrier()
         if distributed.is_main():
             count = store.total_rows
-            saved[name] = {
-                "features": _map(files[0], count, width, torch.float32),
-                "labels": _map(files[1], count, store.shape.pixels_per_patch, torch.uint8),
-            }
+            pixels = store.shape.pixels_per_patch
+            saved["features"][name] = _map(files[0], count, width, torch.float32)
+            saved["labels"][name] = _map(files[1], count, pixels, torch.uint8)
     if distributed.is_main():
         torch.save(saved, path)
         for file in partial:

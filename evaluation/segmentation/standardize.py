@@ -121,11 +121,16 @@ def _scale(moments: _Moments) -> Tensor:
 
 
 def _rotation(moments: _Moments, *, whiten: bool) -> Tensor:
-    """Principal axes as columns, largest first; at most as many as rows, as scikit-learn does."""
+    """Principal axes as columns, largest first; at most as many as rows, as scikit-learn does.
+
+    The largest entry of an axis is positive, there too: which of the two signs `eigh` gives is the
+    device's choice.
+    """
     assert moments.covariance is not None
     variances, axes = torch.linalg.eigh(moments.covariance)
     kept = min(moments.num_rows, len(variances))
     variances, axes = variances.flip(0)[:kept], axes.flip(1)[:, :kept]
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     if not whiten:
         return axes
     unbiased = variances * moments.num_rows / max(moments.num_rows - 1, 1)

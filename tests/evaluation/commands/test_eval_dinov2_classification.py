@@ -23,6 +23,7 @@ PUBLISHED = [
     *("--val-dataset", "ImageNet:split=VAL:root=a"),
     *("--nb_knn", "5", "50", "--temperature", "0.1", "--batch-size", "32"),
     *("--n-per-class-list", "-1", "5", "--n-tries", "3"),
+    *("--opts", "backbone.img_size=98"),
 ]
 
 
@@ -32,6 +33,7 @@ def test_published_command():
     assert config["output_dir"] == "OUT"
     assert config["weights"] == "w's.pth"
     assert config["backbone"]["_target_"] == "octic.models.hybrid_dinov2_vit_huge_patch16"
+    assert config["backbone"]["img_size"] == 98
     assert (knn["ks"], knn["temperature"], knn["batch_size"]) == ([5, 50], 0.1, 32)
     assert (knn["n_per_class_list"], knn["num_tries"]) == ([-1, 5], 3)
     assert config["data"]["val"] == {
@@ -99,6 +101,9 @@ def test_flags_of_logistic_regression():
     logreg = parse_evaluation(with_probe("logreg", words))["probes"]["logreg"]
     assert (logreg["select_on"], logreg["max_iter"]) == ("val", 50)
     assert logreg["features_on"] == "device"
+    words = ["--metric-type", "mean_per_class_accuracy"]
+    logreg = parse_evaluation(with_probe("logreg", words))["probes"]["logreg"]
+    assert logreg["metric_type"] == "mean_per_class_accuracy"
 
 
 def test_our_own_style(capsys):

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from evaluation.probes.attentive import RATES, WEIGHT_DECAYS, AttentiveProbe, split_off_tenth
+from evaluation.probes.attentive import (
+    RATES,
+    WEIGHT_DECAYS,
+    AttentiveProbe,
+    split_off_tenth,
+    warm_cosine,
+)
 from evaluation.probes.attentive_heads import AttentiveHeads, attend, make_grid, num_attention_heads
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
@@ -134,10 +140,21 @@ def test_a_finished_probe_is_judged_again_and_a_stopped_one_goes_on(tmp_path, ca
 def test_the_split_is_the_published_one():
     kept, held_out = split_off_tenth(ToyImages(57, 0))
     order = np.random.default_rng(42).permutation(57)
-    assert held_out.indices.tolist() == order[-5:].tolist()
+    assert held_out.indices.tolist() == order[-6:].tolist()  # 51.3 images are kept
     assert sorted([*kept.indices, *held_out.indices]) == list(range(57))
+    assert [len(split_off_tenth(ToyImages(n, 0))[0]) for n in (10, 15, 25)] == [9, 14, 22]
     with pytest.raises(UserError, match="9 images are too few"):
         split_off_tenth(ToyImages(9, 0))
+
+
+@pytest.mark.parametrize("steps, warmup", [(40, 4), (17, 0), (9, 1), (6, 5), (3, 3), (1, 0)])
+def test_rates_begin_and_end_at_zero(steps, warmup):
+    """A line over the warm-up and half a cosine over the rest, both with their two ends."""
+    line = np.linspace(0, 1, warmup)
+    cosine = (1 + np.cos(np.linspace(0, np.pi, steps - warmup))) / 2
+    schedule = warm_cosine(steps, warmup_steps=warmup)
+    expected = pytest.approx([*line, *cosine], abs=1e-12)
+    assert [schedule(step) for step in range(steps)] == expected
 
 
 def test_a_net_without_patches(tmp_path):

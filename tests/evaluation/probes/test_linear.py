@@ -226,6 +226,12 @@ def test_further_test_sets_judge_the_chosen_head(tmp_path):
     assert len(found) == 5  # one class has no image, which is no mistake
     assert figures["other_top1"] == pytest.approx(sum(found) / 5)
     assert figures["two_top5"] == 100
+    # DINOv2 appends the lines of each set to one file, after val's.
+    blocks = (tmp_path / "results_eval_linear.json").read_text().strip().split("\n\n")[-4:]
+    best = [json.loads(block.removeprefix("iter: 24\n"))["best_classifier"] for block in blocks]
+    assert {found["name"] for found in best} == {result["best_classifier"]}
+    tops = [figures[f"{name}_top1"] for name in ("linear", "other", "two", "same")]
+    assert [100 * found["accuracy"] for found in best] == pytest.approx(tops)
     # Of two columns the right one is the better more often than of six.
     plain = make_probe(test_datasets=[two])(ToyNet(), data, tmp_path / "plain")
     assert plain["test1_top1"] <= figures["two_top1"]

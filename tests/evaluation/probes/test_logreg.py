@@ -84,6 +84,22 @@ def test_what_only_changes_speed_changes_no_figure(options):
     assert judge(**options) == judge()
 
 
+def test_the_mean_over_classes_judges_and_chooses():
+    """A class with many images weighs as much as one with few: another C is the best."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    features = torch.randn(100, 3, generator=generator)
+    features[labels == 1, 0] += 1.5
+    rows = FeatureSet(features, labels, torch.arange(100))
+    # The strong penalty leaves but the common class.
+    for metric, C, top1 in (("mean_accuracy", 1e-3, 90), ("mean_per_class_accuracy", 1.0, 53.9)):
+        probe = LogregProbe(Cs=[1e-3, 1.0], select_on="val", metric_type=metric)
+        figures, trials = probe.evaluate({"train": rows, "val": rows})
+        assert figures["logreg_C"] == C
+        assert figures["logreg_top1"] == pytest.approx(top1, abs=0.1)
+        assert max(trial.top1 for trial in trials) == figures["logreg_top1"]
+
+
 def test_files_hold_lines_and_protocol(tmp_path, capsys):
     figures = judge(output=str(tmp_path), dtype="float32")
     lines = (tmp_path / "results_eval_logreg.txt").read_text().splitlines()
@@ -114,6 +130,7 @@ def test_any_backbone(backbone, tmp_path):
         ({"Cs": [0.0]}, "values above 0"),
         ({"Cs": []}, "values above 0"),
         ({"select_on": "test"}, "unknown select_on 'test'; known: train, val"),
+        ({"metric_type": "per_class_accuracy"}, "known: mean_accuracy, mean_per_class_accuracy"),
         ({"dtype": "fp16"}, "unknown dtype 'fp16'; known: float64, float32"),
         ({"precision": "half"}, "known: fp32, bf16, fp16"),
         ({"select_on": "val", "finetune": ToyImages(3, 0)}, "exclude each other"),

@@ -122,11 +122,13 @@ def test_processes_judge_the_same(tmp_path):
     names = ["classifier.pth", "features.pth", "preds_knn.pth", "preds_logreg.pth"]
     one, two = ([torch.load(tmp_path / n / name) for name in names] for n in ("one", "two"))
     assert sorted(path.name for path in (tmp_path / "two").glob("*.p*")) == names
-    for split, part in one[1].items():
-        torch.testing.assert_close(part["features"], two[1][split]["features"])
-        assert torch.equal(part["labels"], two[1][split]["labels"])
-    assert one[1]["train"]["features"].shape == (21 * 16, 6)
-    assert abs(one[1]["train"]["features"].std(0, unbiased=False) - 1).max() < 1e-4
+    assert list(one[1]) == ["features", "labels"]  # by split within, as published
+    for split, features in one[1]["features"].items():
+        torch.testing.assert_close(features, two[1]["features"][split])
+        assert torch.equal(one[1]["labels"][split], two[1]["labels"][split])
+    train = one[1]["features"]["train"]
+    assert train.shape == (21 * 16, 6)
+    assert abs(train.std(0, unbiased=False) - 1).max() < 1e-4
     assert one[2].shape == (7 * 16, 16)
     for place in (2, 3):
         assert (one[place] == two[place]).float().mean() > 0.99

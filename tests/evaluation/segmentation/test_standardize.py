@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sklearn import preprocessing
+from sklearn.decomposition import PCA
 
 from evaluation.segmentation import standardize
 from evaluation.segmentation.standardize import METHODS, fit_standardizer
@@ -36,6 +37,17 @@ def test_chunks_do_not_matter(method):
     # Whitening blows the rounding of the constant column up.
     columns = slice(0, 4) if method == "pca_whiten" else slice(None)
     torch.testing.assert_close(found[0][:, columns], found[1][:, columns], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_axes_point_where_sklearns_do(whiten):
+    mixed = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))).Q
+    matrix = rows()[:, :4] @ mixed
+    found = fit_standardizer("pca_whiten" if whiten else "pca", lambda: matrix.split(9), dim=4)
+    theirs = PCA(whiten=whiten).fit_transform(matrix.double().numpy())
+    torch.testing.assert_close(
+        found(matrix), torch.from_numpy(theirs).float(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_pca_whitens():
