@@ -96,7 +96,7 @@ class MultiCrop(CropOptions):
                 T.RandomApply([jitter], self.color_jitter_probability),
                 T.RandomGrayscale(self.grayscale_probability),
                 T.RandomApply([T.GaussianBlur(self.blur_kernel_size, sigma=(0.1, 2.0))], blur),
-                T.RandomSolarize(128, solarize),
+                *[T.RandomSolarize(128, solarize)] * bool(solarize),
                 T.ToTensor(),
                 T.Normalize(tuple(self.mean), tuple(self.std)),
             ]

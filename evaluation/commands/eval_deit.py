@@ -1,6 +1,7 @@
 """The flags of DeiT's evaluation, as overrides of configs/eval/deit.yaml."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from utils.config.build import nearest, plain
@@ -16,7 +17,7 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import parse_config
-from utils.config.deit_arguments import DATA_SETS
+from utils.config.deit_arguments import DATA_SETS, NO_EFFECT
 from utils.errors import UserError
 
 CONFIG = "eval/deit.yaml"
@@ -38,6 +39,11 @@ OPTIONS = {
         "probes.accuracy.num_workers", "processes that read images", text=False
     ),
     "--precision": Option("probes.accuracy.precision", "of the net: fp32, bf16 or fp16"),
+    "--use-amp": Option("probes.accuracy.precision", "as --precision fp16", "fp16"),
+    "--no-use-amp": Option("probes.accuracy.precision", "as --precision fp32", "fp32"),
+    "--inat-category": Option("data.category", "rank that is told apart"),
+    "--symmetrized-asym-feats": Option("backbone.invariant", "of mirror nets", "power_spectrum"),
+    "--attn-mixer": Option("backbone.attention_mixer", "of mirror nets", "true"),
     "--rot-eval": Option("probes.accuracy.rot_eval", "images turned at random", "true"),
     "--flop-eval": Option("probes.accuracy.flop_eval", "images mirrored", "true"),
     "--symmetries": Option("probes.accuracy.symmetries", "table of all eight symmetries", "true"),
@@ -49,12 +55,22 @@ OPTIONS = {
     "--n-visualization": Option("probes.token_mask.num_images", "of how many images", text=False),
 }
 SAME = {
-    **{"--data_path": "--data-path", "--batch": "--batch-size", "--weights": "--eval"},
-    **{"--num_workers": "--num-workers", "--pretrained-weights": "--eval"},
+    **{"--data_path": "--data-path", "--batch": "--batch-size", "--num_workers": "--num-workers"},
+    **dict.fromkeys(("--weights", "--pretrained-weights", "--resume"), "--eval"),
     **{"--test_speed": "--test-speed", "--only_test_speed": "--only-test-speed"},
     **{"--visualize_mask": "--visualize-mask", "--n_visualization": "--n-visualization"},
 }
-SWITCHES = {"--dist-eval": "the images are always shared out over the processes"}
+# Of DeiT's and its kin's one command for training and judging, those that change no figure.
+SWITCHES = {
+    name: NO_EFFECT[name][1]
+    for name in (
+        *("--dist-eval", "--pin-mem", "--no-pin-mem", "--fused-attn", "--no-fused-attn"),
+        *("--no-symmetrized-asym-feats", "--no-attn-mixer", "--no-zip-dataloader"),
+    )
+} | {
+    "--compile": "judging compiles nothing",
+    "--high-precision-matmul": "--precision says in what the net computes",
+}
 
 
 def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -70,9 +86,22 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides for `[flags] [key=value ...]`, and notes; other flags pass as they are."""
-    found = read_words(argv, OPTIONS, same=SAME, ignored=SWITCHES, spell=_spell)
+    found = read_words(_named_once(argv), OPTIONS, same=SAME, ignored=SWITCHES, spell=_spell)
     # Both flags together ask for the same probe once.
-    return list(dict.fromkeys(found.overrides)), found.notes
+    words = dict.fromkeys(found.overrides)
+    if not {"--use-lmdb", "--use_lmdb"}.isdisjoint(words):
+        words.pop("data=imagenet", None)  # the same images, packed
+    return list(words), found.notes
+
+
+def _named_once(argv: Sequence[str]) -> list[str]:
+    """The words without the bare --eval that goes with DeiT's --resume FILE."""
+    resumed = any(word.partition("=")[0] == "--resume" for word in argv)
+    return [
+        word
+        for word, after in pairwise([*argv, "--"])
+        if not (resumed and word == "--eval" and (after.startswith("--") or "=" in after))
+    ]
 
 
 def _spell(name: str, value: str) -> list[str] | None:

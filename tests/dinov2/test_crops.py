@@ -81,6 +81,38 @@ def test_crops_follow_torchs_seed():
     assert not torch.equal(draw(1), draw(2))
 
 
+def test_crops_draw_in_the_published_order():
+    """A seed gives the crops that torchvision's operators give one after another."""
+    size, first, second, local = 12, 0.0, 0.9, 0.5
+    crops = MultiCrop(
+        global_crops_size=size,
+        local_crops_size=size,
+        local_crops_number=2,
+        local_crops_scale=(0.32, 1.0),
+        blur_probabilities=(first, second, local),
+    )
+
+    def pipeline(blur: float, *last: torch.nn.Module) -> T.Compose:
+        jitter = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+        steps = [
+            T.RandomResizedCrop(size, (0.32, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([jitter], 0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], blur),
+        ]
+        return T.Compose([*steps, *last, T.ToTensor(), crops.local.transforms[-1]])
+
+    image = Noise(1).read(0)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ours = crops(image)
+        torch.manual_seed(seed)
+        expected = [pipeline(first)(image), pipeline(second, T.RandomSolarize(128, 0.2))(image)]
+        assert torch.equal(ours["global_crops"], torch.stack(expected))
+        assert torch.equal(ours["local_crops"][1], [pipeline(local)(image) for _ in range(2)][1])
+
+
 def test_scale_is_the_share_of_the_area():
     """Seen on a ramp: the range of values in a crop tells how wide it was."""
     ramp = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (256, 1, 3))

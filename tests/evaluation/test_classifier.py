@@ -176,6 +176,31 @@ def test_published_command(monkeypatch):
     assert config["probes"]["knn"] is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--eval --resume w.pth --model deit_small_patch16_LS",
+        "--model deit_small_patch16_LS --resume w.pth --data-path in --eval",
+        "--model deit_small_patch16_LS --resume=w.pth --eval device=cpu",
+        "--eval w.pth --model deit_small_patch16_LS --fused-attn --compile",
+    ],
+)
+def test_the_weights_are_named_as_either_code_names_them(words):
+    config = parse_deit_evaluation(words.split())
+    assert config["weights"] == "w.pth" and config["backbone_named"]
+
+
+def test_flags_of_training_and_judging():
+    words = "--no-use-amp --symmetrized-asym-feats --attn-mixer --data-set IMNET --use-lmdb"
+    config = parse_deit_evaluation(f"--model d2_deit_tiny_patch16_LS {words}".split())
+    assert config["probes"]["accuracy"]["precision"] == "fp32"
+    assert config["backbone"]["invariant"] == "power_spectrum"
+    assert config["backbone"]["attention_mixer"] is True
+    assert config["data"]["val"]["_target_"] == "utils.data.lmdb.LmdbImages"
+    config = parse_deit_evaluation(["--data-set", "INAT", "--inat-category", "family"])
+    assert config["data"]["val"]["category"] == "family"
+
+
 def test_every_model_has_a_folder_of_its_own():
     named = ["--model", "deit_small_patch16_LS"]
     found = [
@@ -196,6 +221,7 @@ def test_timm_models_and_other_data():
     [
         (["--eval"], "--eval needs a value: file of weights"),
         (["--eval", "--rot-eval"], "--eval needs a value"),
+        (["--resume", "--eval"], "--eval needs a value"),
         (["--data-set", "INET"], "unknown --data-set 'INET'; did you mean 'IMNET'?"),
     ],
 )

@@ -103,7 +103,10 @@ def _parse(words: list[str]) -> list["Override"]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            raise UserError(f"cannot read {word!r}: {with_quotes(word)}") from None
+            key, _, value = word.partition("=")
+            if not vocabulary.is_text(key):
+                raise UserError(f"cannot read {word!r}: {with_quotes(word)}") from None
+            override = OverridesParser.create().parse_override(f"{key}={quoted(value)}")
         if override.is_sweep_override():
             raise UserError(
                 f"{word!r} gives several values: -m tries one after another; a list is "

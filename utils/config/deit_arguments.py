@@ -37,6 +37,7 @@ DATA_SETS = {
 CLASSES = {"IMNET": 1000, "CIFAR": 100, "CIFAR-10": 10, "INAT": 8142, "INAT19": 1010}
 CLASSES |= dict.fromkeys(DOMAINS, 345)
 DISTILLATIONS = ("none", "soft", "hard")
+CATEGORY = "--inat-category"
 
 
 class Own(NamedTuple):
@@ -89,6 +90,8 @@ SAME = {
     "--num_workers": "--num-workers",
     "--data_path": "--data-path",
     "--job_dir": "--output-dir",
+    "--dr": "--decay-rate",
+    "--use_volta32": "--use-volta32",
 }
 # Flag -> how many words follow it, and why nothing depends on it.
 NO_EFFECT = {
@@ -97,11 +100,15 @@ NO_EFFECT = {
     "--model-ema": (0, "the average is kept unless recipe.ema_decay is 0"),
     "--model-ema-force-cpu": (0, "the average stays where the model is"),
     "--dist-eval": (0, "the images judged are always shared out over the processes"),
-    "--fused-attn": (0, "attention is fused wherever it can be"),
+    **dict.fromkeys(
+        ("--fused-attn", "--no-fused-attn"), (0, "attention is fused wherever it can be")
+    ),
+    **dict.fromkeys(("--no-symmetrized-asym-feats", "--no-attn-mixer"), (0, "that is the default")),
     "--no-zip-dataloader": (0, "archives are not read; data=shards and data=lmdb are"),
     "--high-precision-matmul": (0, "TF32 goes with every training.precision but fp32"),
     **dict.fromkeys(("--pin-mem", "--no-pin-mem"), (0, "memory is pinned where there is a GPU")),
-    **dict.fromkeys(("--world_size", "--dist_url"), (1, "the launcher knows")),
+    "--distributed": (0, "the launcher knows"),
+    **dict.fromkeys(("--world_size", "--dist_url", "--local_rank"), (1, "the launcher knows")),
     "--start_epoch": (1, "the run folder knows"),
     **dict.fromkeys(("--cooldown-epochs", "--patience-epochs"), (1, "neither in DeiT")),
 }
@@ -109,6 +116,10 @@ REFUSED = {
     **dict.fromkeys(
         ("--eval", "--rot-eval", "--flop-eval"),
         "judging is experiments/eval_deit.py --model NAME --eval FILE",
+    ),
+    **dict.fromkeys(
+        ("--test_speed", "--only_test_speed", "--visualize_mask", "--n_visualization"),
+        "experiments/eval_deit.py does that, with the same flags",
     ),
     **dict.fromkeys(("--lr-noise", "--lr-noise-pct", "--lr-noise-std"), "noise is not offered"),
     "--resplit": "split augmentation is not offered",
@@ -134,7 +145,7 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     given, rest, notes = _sort(argv)
     words = [
-        *_data_words(given),
+        *_data_words(given, rest, notes),
         *_optimizer_words(given),
         *_mixing_words(given),
         *_distillation_words(given),
@@ -145,6 +156,7 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words += [word for name, values in given.items() for word in _words(name, values)]
     if model:
         words = [*_model_words(model, words, rest), *words]
+        notes += _other_recipe(model, rest)
     if augmentation:
         target = _composed([*words, *rest])["recipe"]["augmentation"]["_target_"]
         three = str(target).endswith("ThreeAugment")
@@ -242,13 +254,21 @@ def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> 
     return value
 
 
-def _data_words(given: dict[str, list[str]]) -> list[str]:
-    if "--data-set" not in given:
+def _data_words(given: dict[str, list[str]], rest: Sequence[str], notes: list[str]) -> list[str]:
+    """The data and, but for ranks above the species, the number of their classes."""
+    said = given.pop("--data-set", None)
+    name = _one_of("--data-set", said[0], DATA_SETS) if said else ""
+    elsewhere = any(w.startswith(("data=", "--data=", "--config")) or w == "--data" for w in rest)
+    ranked = name.startswith("INAT") or (not name and elsewhere)
+    if CATEGORY in given and not ranked:
+        del given[CATEGORY]
+        notes.append(f"{CATEGORY} has no effect: only INAT and INAT19 have such ranks")
+    if not name:
         return []
-    name = _one_of("--data-set", given.pop("--data-set")[0], DATA_SETS)
-    if "--inat-category" in given:
+    if given.get(CATEGORY, ["name"]) != ["name"]:
         return DATA_SETS[name]
-    return [*DATA_SETS[name], f"backbone.num_classes={CLASSES[name]}"]
+    packed = name == "IMNET" and not {"--use-lmdb", "--use_lmdb"}.isdisjoint(rest)
+    return [*DATA_SETS[name] * (not packed), f"backbone.num_classes={CLASSES[name]}"]
 
 
 def _optimizer_words(given: dict[str, list[str]]) -> list[str]:
@@ -332,6 +352,24 @@ def _model_words(model: str, words: Sequence[str], rest: Sequence[str]) -> list[
     if "img_size" in backbone and not _takes_image_size(model):
         chosen.append("~backbone.img_size")
     return chosen
+
+
+def _other_recipe(model: str, rest: Sequence[str]) -> list[str]:
+    """A note where the run of a model is by another recipe than the one that is taken."""
+    chosen = ("--config", "recipe=", "name=", "--name")
+    if any(word.startswith(chosen) for word in rest):
+        return []
+    files = [
+        str(path.relative_to(CONFIGS.parent))
+        for path in sorted(CONFIGS.glob("*/*.yaml"))
+        if f"- override /backbone: {model}\n" in path.read_text()
+    ]
+    if not files or any(file.startswith(f"configs/{RUNS}/") for file in files):
+        return []
+    return [
+        f"{model}: its own recipe is --config-file {' or '.join(files)}; what is not given here is "
+        f"that of configs/{DEFAULT}"
+    ]
 
 
 def _takes_image_size(model: str) -> bool:

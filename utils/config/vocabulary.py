@@ -142,6 +142,11 @@ def is_theirs(key: str) -> bool:
     return key.split(".")[0] in _SECTIONS
 
 
+def is_text(key: str) -> bool:
+    """Whether a key of DINOv2's takes any text, which its command line leaves without quotes."""
+    return key in TABLE and isinstance(TABLE[key].default, str)
+
+
 def is_dinov2(content: Mapping[str, Any]) -> bool:
     """Whether a file is written in DINOv2's words: some section of theirs, none of ours."""
     theirs = [str(key) for key in content if is_theirs(str(key))]

@@ -172,12 +172,54 @@ def test_every_flag_of_deit_is_known():
             "--model hybrid_deit_tiny_patch16_LS",
             "backbone=hybrid_deit_tiny_patch16_LS name='hybrid_deit_tiny_patch16_LS'",
         ),
+        (
+            "--data-set INAT --inat-category name",
+            "data=inaturalist data.year=2018 backbone.num_classes=8142 data.category='name'",
+        ),
+        ("--data-set IMNET --use-lmdb", "backbone.num_classes=1000 --use-lmdb"),
+        ("--dr 0.2", "recipe.schedules.decay_rate=0.2"),
+        ("--use_volta32", "--use-volta32"),
         ("--distillation-type none", "recipe.distillation=null"),
         ("--drop 0.0 --num_workers 3", "--num-workers 3"),
     ],
 )
 def test_flags_become_keys(words, expected):
     assert read_deit_training(words.split()) == (expected.split(" "), [])
+
+
+@pytest.mark.parametrize(
+    ("words", "left", "said"),
+    [
+        ("--inat-category name", [], "only INAT"),
+        ("--data-set IMNET --inat-category name", ["data=imagenet"], "only INAT"),
+        ("--no-fused-attn", [], "attention is fused"),
+        ("--no-attn-mixer", [], "the default"),
+        ("--no-symmetrized-asym-feats", [], "the default"),
+        ("--distributed", [], "the launcher knows"),
+        ("--local_rank 0", [], "the launcher knows"),
+        (
+            "--model deit_small_patch16_shrink_base",
+            ["backbone=deit_small_patch16_shrink_base"],
+            "--config-file configs/evit/evit_small.yaml;",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(words, left, said):
+    found, notes = read_deit_training(words.split())
+    assert found[:1] == left[:1] and len(notes) == 1 and said in notes[0]
+
+
+def test_a_rank_is_told_apart_in_data_that_is_chosen_elsewhere():
+    words = ["data=inaturalist", "--inat-category", "order"]
+    assert read_deit_training(words) == (["data.category='order'", words[0]], [])
+    files = ["--config-file", "configs/evit/evit_small.yaml"]
+    assert not read_deit_training(["--model", "deit_small_patch16_shrink_base", *files])[1]
+
+
+def test_packed_images_are_read_for_the_data_set_they_were_made_of():
+    for words in ("--use-lmdb --data-set IMNET", "--data-set IMNET --use-lmdb --data-path x"):
+        data = parse(words)["data"]["train"]
+        assert data["_target_"] == "utils.data.lmdb.LmdbImages"
 
 
 def test_flags_that_go_together():
@@ -241,6 +283,7 @@ def test_resume_names_a_run_folder(tmp_path: Path, capsys):
         ("--distillation-alpha 0.3", "there is no teacher without --distillation-type"),
         ("--distillation-type warm", "none, soft, hard"),
         ("--lr-noise 0.4", "noise is not offered"),
+        ("--visualize_mask", "experiments/eval_deit.py"),
         ("--use-amp=true", "--use-amp takes no value, got 'true'"),
         ("--model-ema=false", "--model-ema takes no value, got 'false'"),
         ("--model resnet1888", "there is no model 'resnet1888'"),

@@ -200,6 +200,18 @@ def test_overrides_in_both_vocabularies_and_other_data(tmp_path: Path) -> None:
     check_targets(config)
 
 
+def test_text_needs_no_quotes_on_dinov2s_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("student: {arch: vit_large}\n")
+    string = "ImageNet22k:root=/a b:extra=/it's"
+    config = compose_config(path, [f"train.dataset_path={string}"])
+    assert config.data.train.string == string
+    with pytest.raises(UserError, match="must be a whole number"):
+        compose_config(path, ["optim.epochs='a:b'"])
+    with pytest.raises(UserError, match="quotes of its own"):
+        compose_config(path, ["optim.epochs=a b:c={"])
+
+
 def test_data_path_from_the_environment(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("student: {arch: vit_large}\n")
