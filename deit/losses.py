@@ -59,7 +59,7 @@ def cosub_loss(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
 class Distillation(nn.Module):
     """A frozen teacher that the classifier learns from beside the labels (Touvron et al. 2021).
 
-    teacher: makes the teacher; called without arguments. weights: file that it is loaded from,
+    teacher: the teacher, or what makes it without arguments. weights: file that it is loaded from,
     which must fit to the last key; None for a teacher that brings its own. kind: `hard`, the
     teacher's best class by cross entropy, or `soft`, its probabilities at temperature `tau` by KL
     divergence, times tau^2 over the number of logits. alpha: the teacher's share of the loss.
@@ -80,7 +80,8 @@ class Distillation(nn.Module):
         check_share("alpha", alpha)
         check_range("tau", tau, ends="()")
         self.kind, self.alpha, self.tau = kind, alpha, tau
-        self.teacher = teacher().requires_grad_(False).eval()
+        made = teacher if isinstance(teacher, nn.Module) else teacher()
+        self.teacher = made.requires_grad_(False).eval()
         if weights:
             _load(self.teacher, weights)
 

@@ -28,7 +28,7 @@ from deit.schedules import Schedules
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
-from utils.distributed import average_buffers, rank, world_size
+from utils.distributed import average_buffers, is_main, rank, world_size
 from utils.effective_batch import count_steps, micro_batches
 from utils.parallel import blocks_of
 from utils.ranges import check_range
@@ -233,7 +233,7 @@ class DeiT(nn.Module):
         if others and any(not torch.equal(fresh[name], t) for name, t in self._head().items()):
             self.model.load_state_dict(fresh, strict=False)
             notes.append(f"head: {others}; it starts afresh")
-        for note in notes:
+        for note in notes if is_main() else []:
             logger.warning("%s: %s", path, note)
         self._set_out()
 

@@ -114,8 +114,13 @@ def _passed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def _pass_on(number: int, processes: Sequence[Any]) -> None:
-    """Send it to those that run; a Control-C of the terminal has reached them already."""
+    """Send it to those that run.
+
+    An INT becomes a TERM: a Control-C of the terminal has reached them already, and a second INT
+    would interrupt them at once; one by `kill` has not.
+    """
+    number = signal.SIGTERM if number == signal.SIGINT else number
     for process in processes:
-        if number != signal.SIGINT and process.pid and process.exitcode is None:
+        if process.pid and process.exitcode is None:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, number)

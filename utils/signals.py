@@ -61,6 +61,7 @@ class Handlers:
 class StopSignal(Handlers):
     """Catches INT, TERM, USR2 and HUP inside a `with` block; a second INT interrupts at once.
 
+    An INT, by which a person ends a run, is not forgotten over another signal.
     `received` is what this process saw; the loop makes the ranks agree before anyone stops.
     """
 
@@ -80,4 +81,5 @@ class StopSignal(Handlers):
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
             forget_lost_terminal()
-        self.received = signal.Signals(number)
+        if self.received is not signal.SIGINT:
+            self.received = signal.Signals(number)

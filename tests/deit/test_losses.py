@@ -64,6 +64,12 @@ def test_a_teacher_that_agrees_asks_for_nothing_or_for_more_of_the_same(kind):
         torch.testing.assert_close(loss, F.cross_entropy(logits, best))
 
 
+def test_a_teacher_may_be_made_already() -> None:
+    """A node of a config without `_partial_` gives the network itself."""
+    distillation = Distillation(teacher=nn.Identity(), kind="hard")
+    assert isinstance(distillation.teacher, nn.Identity)
+
+
 def test_soft_distillation_by_hand():
     """tau^2 KL(teacher || student) over the number of logits."""
     told = LOGITS.flip(1)

@@ -265,6 +265,17 @@ def test_weights_of_another_resolution_and_other_classes(tmp_path):
         assert torch.equal(value, recipe.model.state_dict()[name])
 
 
+def test_what_was_adapted_is_told_by_one_process(tmp_path, monkeypatch, caplog):
+    source = make_recipe(backbone=make_backbone(num_classes=7, img_size=24), dataset=range(12))
+    save_file(source.model.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setattr("deit.recipe.is_main", lambda: False)
+    make_recipe().load_weights(str(tmp_path / "weights.safetensors"))
+    assert not caplog.records
+    monkeypatch.undo()
+    make_recipe().load_weights(str(tmp_path / "weights.safetensors"))
+    assert "pos_embed: resampled" in caplog.text
+
+
 @pytest.mark.parametrize("family", ["hybrid", "plain"])
 def test_as_many_but_other_classes_start_with_a_fresh_head(tmp_path, family, caplog):
     """A head keeps its meaning alone: the same classes, in the same order."""

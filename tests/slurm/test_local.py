@@ -74,6 +74,17 @@ def test_a_signal_reaches_the_processes_and_is_noted(tmp_path: Path, start: Star
     assert describe(tmp_path).why == f"told to stop by {number.name}; the same command goes on"
 
 
+def test_an_interrupt_of_the_command_alone_reaches_the_processes(
+    tmp_path: Path, start: Start
+) -> None:
+    process = start("until_told")
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in told
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
+    assert [line.get("signal") for line in record.read(tmp_path)] == [None, "SIGINT"]
+
+
 def test_what_heeds_no_signal_yet_is_stopped_all_the_same(tmp_path: Path, start: Start) -> None:
     process = start("sleep_on")
     process.send_signal(signal.SIGTERM)

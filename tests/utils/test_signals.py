@@ -39,6 +39,15 @@ def test_it_is_noted_and_nothing_ends(number: signal.Signals) -> None:
     assert stop.received is number
 
 
+def test_an_interrupt_is_not_forgotten_and_a_second_one_interrupts() -> None:
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes it on
+        assert stop.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
