@@ -50,6 +50,8 @@ class DeiT(nn.Module):
     effective_batch_size: images per step over all processes. Where given, it is kept: accumulation
         follows from it, and numbers that do not make it are refused.
     loss, smoothing: see `deit.losses.classification_loss`. mixing: None leaves images apart.
+    augmentation: any callable that makes a tensor [3 S S] of a PIL image; one that has
+        `finish(batch)` ends on the device, one that `takes_encoded` gets the undecoded file.
     ema_decay: of the moving average of parameters and buffers; 0 for none. export: what is saved
         and probed, `model` (as published, where the average was saved but never judged) or `ema`.
     trainable, layerwise_decay: for fine-tuning, see `deit.param_groups`. decay_vectors: biases and
@@ -184,7 +186,8 @@ class DeiT(nn.Module):
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Finish the augmentation on the device, and mix the images."""
-        batch = self.augmentation.finish(batch)
+        if hasattr(self.augmentation, "finish"):
+            batch = self.augmentation.finish(batch)
         return batch if self.mix is None else self.mix(batch)
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

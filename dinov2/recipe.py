@@ -110,9 +110,11 @@ class DINOv2(nn.Module):
         heads = {"dino_head": dino_head or {}}
         if separate_head:
             heads["ibot_head"] = ibot_head or {}
-        student_keywords = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+        told = drop_path_rate is not None
+        student_keywords = {"drop_path_rate": drop_path_rate} if told else {}
         self.student = _make_parts(backbone(**student_keywords), heads)
-        self.teacher = _make_parts(backbone(drop_path_rate=0.0), heads)
+        # A network without stochastic depth takes no rate; another's teacher evaluates anyway.
+        self.teacher = _make_parts(backbone(**({"drop_path_rate": 0.0} if told else {})), heads)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         head = self.student["dino_head"]

@@ -17,6 +17,7 @@ from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.probing import numbers
 from vit.weights import load_net, read_metadata, read_state
 
 IDENTITY = ("_target_", "model_name")  # the keys of a node that say which model it is of
@@ -40,7 +41,7 @@ def judge(config: Mapping[str, Any]) -> dict[str, float]:
             _say_what_is_judged(config, data)
         results = {}
         for name, probe in probes.items():
-            results[name] = probe(net, data, folder / name, 0)
+            results[name] = numbers(name, probe(net, data, folder / name, 0))
             if distributed.is_main():  # at once: a later probe's mishap costs nothing of this one
                 _report(config, folder, name, results[name], probe)
         distributed.barrier()

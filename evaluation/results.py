@@ -89,9 +89,13 @@ def print_figures(title: str, probe: str, figures: Mapping[str, float], *, proto
 
 
 def in_words(protocol: Mapping[str, object]) -> str:
-    """The parts of a protocol that its figures depend on most, as one line."""
+    """The parts of a protocol that its figures depend on most, as one line.
+
+    All of it where it has none of ours, as that of a probe of the user's.
+    """
     keys = ("feature", "classifier", "vote", "transform")
-    return "; ".join(str(protocol[key]) for key in keys if protocol.get(key))
+    known = [str(protocol[key]) for key in keys if protocol.get(key)]
+    return "; ".join(known or [f"{key}: {value}" for key, value in protocol.items()])
 
 
 def _cell(value: object) -> str:

@@ -233,7 +233,7 @@ class OcticVisionTransformer(Trunk):
         return matcher
 
     def init_weights(self) -> None:
-        """Draw all weights anew, as octic-vits draws them."""
+        """Draw linear layers, positions and tokens anew, as octic-vits; filters and scales stay."""
         self.apply(init_linear)
         for parameter in self.pos_embed:
             nn.init.trunc_normal_(parameter, std=self.pos_embed_std)

@@ -59,17 +59,18 @@ class Judge:
         with undisturbed(self.net):
             for name, probe in self.probes.items():
                 values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
-                results |= _numbers(name, values)
+                figures = numbers(name, values)
+                results |= {f"{name}/{key}": float(value) for key, value in figures.items()}
         self.results |= results
         return results
 
 
-def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The figures as `probe/key`; UserError for a probe that returns something else."""
-    found = {}
+def numbers(name: str, values: Any) -> dict[str, float]:
+    """What the probe `name` returned, as figures; UserError for one that returns something else."""
+    found: dict[str, float] = {}
     for key, value in values.items() if isinstance(values, Mapping) else [("it", values)]:
         try:
-            found[f"{name}/{key}"] = float(value)
+            found[str(key)] = value if isinstance(value, int | float) else float(value)
         except (TypeError, ValueError):
             raise UserError(
                 f"probes.{name} must return numbers by name; {key} is {value!r}"

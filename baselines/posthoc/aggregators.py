@@ -7,6 +7,7 @@ invariant. `form` is `sound`, or `published` where the published formula has a f
 Letters in shapes: B images, T copies, D channels of an embedding or a logit, C classes.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -211,12 +212,15 @@ LEARNED = ("learned_score", "learned_attention")
 
 
 def make_aggregator(
-    name: str, dim: int | None = None, *, form: str = "sound", **options: Any
+    name: str | Aggregator, dim: int | None = None, *, form: str = "sound", **options: Any
 ) -> Aggregator:
     """The aggregator of that name; `dim` is the embedding's width, needed where it learns.
 
+    One of the user's, made elsewhere with its options, is copied: no two nets share its weights.
     options: `hidden_dim` of learned_score, `num_heads` and `num_layers` of learned_attention.
     """
+    if isinstance(name, Aggregator):
+        return copy.deepcopy(name)
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}; known: {', '.join(AGGREGATORS)}")
     if name not in LEARNED:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.posthoc.aggregators import make_aggregator
+from baselines.posthoc.aggregators import Aggregator, make_aggregator
 from baselines.posthoc.dense import average_features
 from baselines.posthoc.groups import CopyGroup
 from baselines.posthoc.keys import rename_state
@@ -36,7 +36,8 @@ class Symmetrized(nn.Module):
     group, fill, disc_mask, interpolation, rectangular: see `baselines.posthoc.groups`. Exact for
         the symmetries of the square that the group holds; finer angles interpolate.
     aggregator, form, aggregator_options: see `baselines.posthoc.aggregators`; among the options of
-        a learned one is `dim`, the width of the head's input, where the head does not say it.
+        a learned one is `dim`, the width of the head's input, where the head does not say it. One
+        of yours is an `Aggregator` that has its options already.
     chunk: copies per pass of the backbone, 0 for all: the answer is the same, the memory is not.
     trained: none | aggregator | head (and a learned aggregator) | all. What is frozen stays in
         evaluation mode and takes no gradient, whatever the mode of the whole.
@@ -53,7 +54,7 @@ class Symmetrized(nn.Module):
         self,
         backbone: nn.Module | tuple[Callable[..., Tensor], Callable[..., Tensor]],
         group: str = "D4",
-        aggregator: str = "mean",
+        aggregator: str | Aggregator = "mean",
         *,
         form: str = "sound",
         chunk: int = 0,
@@ -82,7 +83,8 @@ class Symmetrized(nn.Module):
         width = head_width(self.split, self.model) or self._own("embed_dim")
         options = {"dim": width, **(aggregator_options or {})}
         self.aggregator = make_aggregator(aggregator, form=form, **options)
-        self.aggregator_name = aggregator
+        named = isinstance(aggregator, str)
+        self.aggregator_name = aggregator if named else type(aggregator).__name__
         self._born_frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
         self.chunk, self.one_copy, self.output = chunk, one_copy, output
         self.set_trained(trained)
@@ -297,7 +299,7 @@ def symmetrized(
     backbone: Callable[..., nn.Module] | nn.Module,
     *,
     group: str = "D4",
-    aggregator: str = "mean",
+    aggregator: str | Aggregator = "mean",
     form: str = "sound",
     chunk: int = 0,
     trained: str = "all",

@@ -34,13 +34,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def make_reducer(method: str, /, form: str = "sound", **options: Any) -> Reducer:
+def make_reducer(method: str | Reducer, /, form: str = "sound", **options: Any) -> Reducer:
     """The reducer of that name: hourglass, evit, tome, evo_vit, ats, act, smyrf.
+
+    One of the user's, made elsewhere with its options, is taken as it is.
 
     form: "sound", which is the original papers' form without the faults of the code that measured
         them; or "published", what Expedit-SWAG computes and the published rows were measured with.
     options: keywords of the reducer's class, before those of the form.
     """
+    if isinstance(method, Reducer):
+        return method
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if form not in FORMS:

@@ -257,7 +257,7 @@ class Reduced(nn.Module):
 def reduced(
     backbone: Callable[..., nn.Module] | nn.Module,
     *,
-    method: str = "tome",
+    method: str | Reducer = "tome",
     form: str = "sound",
     options: Mapping[str, Any] | None = None,
     **backbone_keywords: Any,

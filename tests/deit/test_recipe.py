@@ -332,3 +332,9 @@ def test_it_learns():
     optimizer, batch = make_training(recipe), make_batch()
     losses = [take_step(recipe, optimizer, 0, batch).item() for _ in range(25)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_any_callable_on_an_image_is_an_augmentation():
+    recipe = make_recipe(augmentation=lambda image: torch.zeros(3, 16, 16))
+    batch = recipe.prepare(next(recipe.batches(0)))
+    assert batch["images"].shape[1:] == (3, 16, 16)

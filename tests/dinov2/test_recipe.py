@@ -378,3 +378,15 @@ def test_a_file_that_does_not_fit_says_why(tmp_path):
     torch.save(content, tmp_path / "more.pth")
     with pytest.raises(ValueError, match="left over: .*extra"):
         make_recipe().load_weights(str(tmp_path / "more.pth"))
+
+
+def test_a_network_without_stochastic_depth_is_told_of_none():
+    told = []
+
+    def backbone(**keywords):
+        told.append(keywords)
+        return make_backbone("plain")(**keywords)
+
+    make_recipe(backbone=backbone, drop_path_rate=None)
+    make_recipe(backbone=backbone, drop_path_rate=0.2)
+    assert told == [{}, {}, {"drop_path_rate": 0.2}, {"drop_path_rate": 0.0}]

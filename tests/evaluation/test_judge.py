@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluation.judge import _report, judge, make_net, weights_file
+from evaluation.results import in_words
 from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES
 from utils.checkpoints.exported import EXPORTED
@@ -227,6 +228,23 @@ def test_a_probe_that_answers_otherwise_is_named(images, tmp_path):
     )
     with pytest.raises(UserError, match=r"probes\.mine must return numbers .* figure is \[1\]"):
         answers(1)
+
+
+class TextProbe:
+    """Answers with a word where a number belongs."""
+
+    def __call__(self, net, data, output_dir, step):
+        return {"figure": "good"}
+
+
+def test_an_answer_in_words_is_one_line_and_a_foreign_protocol_is_shown(images, tmp_path):
+    asked = config(images, tmp_path, OCTIC)
+    asked["probes"] = {"mine": {"_target_": f"{__name__}.TextProbe"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OCTIC_PACKAGES", "tests")
+        with pytest.raises(UserError, match=r"probes\.mine must return numbers .* is 'good'"):
+            judge(asked)
+    assert in_words({"size": 32, "kind": "mine"}) == "size: 32; kind: mine"
 
 
 def test_weights_may_lie_at_home(tmp_path, monkeypatch):

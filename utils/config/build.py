@@ -197,7 +197,7 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
     except Exception as error:  # a value of the right kind that no constructor was made for
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + " ".join(str(error).split())) from error
-        message = _refused_keyword(error) if isinstance(error, TypeError) else None
+        message = _refused_keyword(error, target) if isinstance(error, TypeError) else None
         said = " ".join(str(error).split())[:300]
         unforeseen = f"cannot be built with these values: {type(error).__name__}: {said}"
         raise UserError(prefix + (message or unforeseen + place_of(error))) from error
@@ -232,9 +232,9 @@ def _check_keywords(
     known = keywords_of(target)
     parameters = inspect.signature(target).parameters.values()
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    for key in given:
-        if key not in known and not open_ended:
-            raise UserError(f"{prefix}{_unknown(name, key, known)}")
+    unknown = [] if open_ended else [key for key in given if key not in known]
+    if unknown:
+        raise UserError(f"{prefix}{_unknown(name, unknown[0], known)}{_left_out(unknown, where)}")
     missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
     if missing and not partial:
         raise UserError(f"{prefix}{name} also needs {', '.join(missing)}")
@@ -259,6 +259,12 @@ def _kind(hint: Any) -> str:
 
 def _unknown(name: str, key: str, known: Iterable[str]) -> str:
     return f"{name} takes no {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})"
+
+
+def _left_out(unknown: Sequence[str], where: str) -> str:
+    """What to type where a run file was written for another target, seen by several keywords."""
+    words = " ".join(f"'~{_join(where, key)}'" for key in unknown)
+    return f"; to leave out what the file gives another: {words}" if len(unknown) > 1 else ""
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -297,15 +303,16 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
 
 
-def _refused_keyword(error: TypeError) -> str | None:
-    """The line for an unexpected keyword deep in a constructor, with the keywords it knows."""
+def _refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None:
+    """The line for a keyword that a target, or what it calls, refused, with those it knows."""
     match = re.search(
         r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
     )
     if match is None:
         return None
     name, key = match.groups()
-    frame, found = error.__traceback__, None
+    frame, found = error.__traceback__, getattr(target, "func", target)
+    found = found if found.__name__ == name else None
     while frame is not None:  # the caller knows the class or function under its name
         found = frame.tb_frame.f_globals.get(name, found)
         frame = frame.tb_next

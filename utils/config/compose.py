@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Mappings whose keys are the user's own: environment variables, options of sbatch.
 _FREE = ("cluster.env", "cluster.sbatch_options")
+_OPEN = (*_FREE, "probes")  # a mapping given to these may have new keys
 
 
 def parse_config(
@@ -216,7 +217,8 @@ def _known_key(override: "Override", config: "DictConfig", earlier: dict[str, An
     line, key = override.input_line or "", override.key_or_group
     if override.is_force_add() or override.is_add():
         return line
-    if key in _FREE and isinstance(override.value(), dict):
+    words = override.value()
+    if key in _OPEN and isinstance(words, dict):
         return f"++{line}"  # its keys join those of the files
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
@@ -229,12 +231,22 @@ def _known_key(override: "Override", config: "DictConfig", earlier: dict[str, An
         )
     if isinstance(node, DictConfig):
         if name in node:
-            return line
+            builds = isinstance(words, dict) and (_builds(words) or _builds(node[name]))
+            return f"++{line}" if builds else line  # as below
         if "_target_" in node and not override.is_delete():
             return f"++{line}"  # a keyword the file leaves at its default; its constructor decides
     if parent in _FREE:
         return f"++{line}"
     raise UserError(f"unknown key {key!r}{nearest_key(key, _content(config))}")
+
+
+def _builds(node: Any) -> bool:
+    """Whether a mapping, or one below it, has a target, whose constructor says what it takes."""
+    from omegaconf import DictConfig
+
+    if not isinstance(node, dict | DictConfig):
+        return False
+    return "_target_" in node or any(_builds(node[key]) for key in node)
 
 
 def _is_null(config: "DictConfig", key: str) -> bool:
@@ -351,6 +363,8 @@ def _one_line(path: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         key = getattr(cause, "full_key", None)
         message = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        if key and message.endswith("is not in struct"):
+            raise UserError(f"{path}: unknown key {key!r}") from error
         if group := re.search(r"Could not override '(\w+)'", str(error)):
             others = set(_groups()) - {group[1]}
             message = f"there is no group {group[1]!r} to override{nearest(group[1], others)}"

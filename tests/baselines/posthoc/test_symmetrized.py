@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from baselines.gevit import models as gevit
-from baselines.posthoc.aggregators import AGGREGATORS, LEARNED
+from baselines.posthoc.aggregators import AGGREGATORS, LEARNED, Aggregator
 from baselines.posthoc.keys import published_name
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
 from evaluation.symmetry.equivariance import measure, worst_error
@@ -265,6 +265,24 @@ def test_a_config_node_hands_on_what_is_the_backbones():
         build(node, num_clases=3)
     with pytest.raises(ValueError, match="the backbone is built already"):
         symmetrized(make("timm"), num_classes=3)
+
+
+class Gated(Aggregator):
+    """One of the user's, with weights."""
+
+    def __init__(self, *, dim: int):
+        super().__init__()
+        self.score = nn.Linear(dim, 1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return (self.score(z).sigmoid() * z).mean(dim=1)
+
+
+def test_an_aggregator_of_the_users_is_invariant_and_each_nets_own():
+    gated, x = Gated(dim=32), images()
+    first, second = (Symmetrized(make("timm"), aggregator=gated).eval() for _ in range(2))
+    assert error_of(first, x) < 1e-5 and first.aggregator.learned
+    assert first.aggregator.score.weight is not second.aggregator.score.weight
 
 
 def test_a_fresh_head_is_taken_up():

@@ -335,3 +335,9 @@ def test_published_merging_takes_the_mean_of_what_is_left():
     wrapped = Reduced(net, make_reducer("tome", form="published", r=[0] * 5 + [20])).eval()
     left = wrapped.inspect(images()).tokens
     torch.testing.assert_close(wrapped(images()), net.forward_head(left), rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_of_the_users_is_taken_by_a_config_node():
+    node = {"_target_": "vit.models.deit_small_patch16_LS", "_partial_": True}
+    net = build_reduced(build(node), method=Reducer(), img_size=32, patch_size=8, depth=1)
+    assert type(net.reducer) is Reducer

@@ -30,6 +30,29 @@ def test_a_null_may_be_filled_before_its_keys_are_set() -> None:
     assert config.recipe.mixing.mode == "elem" and config.probes.knn_2
 
 
+def test_a_mapping_brings_what_its_constructor_takes() -> None:
+    words = ["backbone={_target_:octic.models.hybrid_deit_small_patch16,group:C4}"]
+    words += [
+        "probes={mine:{_target_:evaluation.probes.knn.KnnProbe}}",
+        "recipe.mixing={mixup:0.5}",
+    ]
+    config = compose_config("deit/quickstart.yaml", words)
+    assert config.backbone.group == "C4" and config.backbone.patch_size == 8
+    assert config.probes.mine and config.probes.accuracy and config.recipe.mixing.mixup == 0.5
+    with pytest.raises(UserError, match=r"unknown key 'training\.foo'"):
+        compose_config("deit/quickstart.yaml", ["training={foo:1}"])
+
+
+def test_groups_of_the_users_lie_beside_a_run_file(tmp_path: Path) -> None:
+    for group, target in (("data", "train: {_target_: a.B}\nval: null\n"), ("backbone", "x: 1\n")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(target)
+    run = tmp_path / "run.yaml"
+    run.write_text("defaults: [/eval/deit, {override /backbone: mine}, _self_]\n")
+    config = compose_config(run, ["data=mine"], base="evaluate")
+    assert config.data.train._target_ == "a.B" and config.backbone == {"x": 1}
+
+
 def test_a_saved_run_takes_another_probe(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     OmegaConf.save(compose_config("deit/quickstart.yaml"), saved)

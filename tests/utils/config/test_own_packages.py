@@ -22,6 +22,18 @@ def test_what_the_environment_names_is_offered(monkeypatch):
         build({"backbone": {"_target_": "my_nets.Mine", "widht": 16}})
 
 
+def test_what_a_network_does_not_take_is_told_with_what_it_takes(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    node = {"backbone": {"_target_": "my_nets.Mine", "_partial_": True}}
+    with pytest.raises(
+        UserError, match=r"backbone: Mine takes no 'drop_path_rate' \(known: width\)"
+    ):
+        build(node)["backbone"](drop_path_rate=0.1)
+    node["backbone"] |= {"img_size": 32, "depth": 2}
+    with pytest.raises(UserError, match=r"leave out.*: '~backbone.img_size' '~backbone.depth'"):
+        build(node)
+
+
 def test_what_it_does_not_name_is_refused_and_the_way_told(monkeypatch):
     monkeypatch.delenv("OCTIC_PACKAGES", raising=False)
     with pytest.raises(UserError, match="OCTIC_PACKAGES=my_nets in the environment"):
