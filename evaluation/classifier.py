@@ -18,6 +18,7 @@ from evaluation.judge import (
     other_model,
     splits_of,
     weights_file,
+    weights_in_words,
 )
 from evaluation.progress import say
 from evaluation.published import published_figure
@@ -145,7 +146,7 @@ def _say_what_is_judged(
 ) -> None:
     if not path and not brings_weights(backbone):
         say("no weights given (--eval FILE): judging the random initialisation")
-    say(f"{name_of(backbone)}, weights: {path}")
+    say(f"{name_of(backbone)}, weights: {weights_in_words(backbone, path)}")
     if dataset is not None:
         say(f"val: {dataset!r}")
 

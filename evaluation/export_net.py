@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.classifier import complete, count_classes
-from evaluation.judge import brings_weights, load_strictly, name_of, weights_file
+from evaluation.judge import brings_weights, load_strictly, name_of, weights_file, weights_in_words
 from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed
@@ -94,7 +94,8 @@ def _write_program(
     size, output = config["size"] or image_size_of(net), config["output"]
     if output == "auto":
         output = "logits" if has_classes(net) else "features"
-    say(f"{name_of(backbone)}, weights: {config['weights']}: {output} at {size} x {size} pixels")
+    source = weights_in_words(backbone, config["weights"])
+    say(f"{name_of(backbone)}, weights: {source}: {output} at {size} x {size} pixels")
     program = export.trace(net, size=size, output=output)
     mean, std = normalisation(net)
     description = {"model": name_of(backbone), "output": output, "size": size}
@@ -113,7 +114,8 @@ def _write_for_hub(
     config: Mapping[str, Any], net: nn.Module, backbone: Mapping[str, Any], names: list[str]
 ) -> dict[str, Any]:
     folder, size = make_folder(config["output_dir"]), config["size"]
-    say(f"{name_of(backbone)}, weights: {config['weights']}: in the Hugging Face hub's format")
+    source = weights_in_words(backbone, config["weights"])
+    say(f"{name_of(backbone)}, weights: {source}: in the Hugging Face hub's format")
     about: dict[str, Any] = {"options": backbone, "class_names": names, "size": size}
     hub.save_to_folder(net, folder, **about)
     weights = (folder / "model.safetensors").stat().st_size / 1e6

@@ -194,6 +194,13 @@ def brings_weights(backbone: Mapping[str, Any]) -> bool:
     return bool(backbone.get("pretrained") or backbone.get("weights") or named)
 
 
+def weights_in_words(backbone: Mapping[str, Any], path: str | Path | None) -> str:
+    """The file, or what a net has without one."""
+    if path:
+        return str(path)
+    return "its own" if brings_weights(backbone) else "random initialisation"
+
+
 def _report(
     config: Mapping[str, Any],
     folder: Path,
@@ -213,9 +220,8 @@ def _report(
     if protocol.get("seed", config["seed"]) != config["seed"]:  # the probe's was set apart
         judged["probe_seed"] = protocol["seed"]
     path = write_results(folder, name, protocol=protocol | judged, figures=figures)
-    print_figures(
-        f"{backbone}, weights: {config['weights']}", name, figures, protocol=in_words(protocol)
-    )
+    weights = weights_in_words(config["backbone"], config["weights"])
+    print_figures(f"{backbone}, weights: {weights}", name, figures, protocol=in_words(protocol))
     say(f"written: {path}, {folder / name}")
 
 

@@ -15,16 +15,23 @@ PRODUCTS = {
 }
 
 
+def require_fvcore() -> None:
+    """UserError where fvcore is not installed."""
+    try:
+        import fvcore.nn  # noqa: F401
+    except ImportError:
+        raise UserError("--fvcore needs the package fvcore: pip install fvcore") from None
+
+
 def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
     """The same by fvcore, which traces one image: total, parts by operator, what it skips.
 
     Its own rules stand (five operations per element of a layer norm, say); attention and our
     matrix product, for which it has none, are given the products' multiply-adds.
     """
-    try:
-        from fvcore.nn import FlopCountAnalysis
-    except ImportError:
-        raise UserError("--fvcore needs the package fvcore: pip install fvcore") from None
+    require_fvcore()
+    from fvcore.nn import FlopCountAnalysis
+
     device = next(net.parameters()).device
     analysis = FlopCountAnalysis(net.eval(), torch.zeros(1, 3, size, size, device=device))
     analysis.set_op_handle(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evaluation.cost.cross_check import require_fvcore
 from evaluation.cost.peaks import has_bfloat16
 from evaluation.cost.timing import PASSES
 from utils.errors import UserError
@@ -100,9 +101,14 @@ def check_outputs(config: Mapping[str, Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{key}={path}: cannot make its folder: {error.strerror}") from None
+    if config["fvcore"]:
+        require_fvcore()
     needed = config["picture_file"] and config["picture_y"] == "throughput"
     if needed and not config["passes"]:
-        raise UserError("a picture of throughput needs a pass to be measured; picture_y=accuracy")
+        raise UserError(
+            "a picture of throughput needs a pass to be measured; "
+            "--picture-y accuracy draws the published top-1 without one"
+        )
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:

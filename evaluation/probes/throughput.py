@@ -59,6 +59,7 @@ class ThroughputProbe:
         device = next(net.parameters()).device
         images = torch.randn(self.batch_size, getattr(net, "in_chans", 3), size, size)
         timed = Contestant(net, images.to(device), dtype=PRECISIONS[self.precision])
+        say(f"timing {self.repeats} x {self.steps} batches (probes.throughput.steps)")
         try:
             for _ in range(self.repeats):
                 found.append(timed.turn(INFERENCE, self.steps))

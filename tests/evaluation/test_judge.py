@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evaluation.judge import _report, judge, make_net, weights_file
+from evaluation.judge import _report, judge, make_net, weights_file, weights_in_words
 from evaluation.results import in_words
 from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES
@@ -256,3 +256,16 @@ def test_weights_may_lie_at_home(tmp_path, monkeypatch):
     assert weights_file("~/run") == str(exported)
     assert weights_file(f"~/run/{EXPORTED}") == str(exported)
     assert read_state(f"~/run/{EXPORTED}").keys() == {"weight"}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "path", "words"),
+    [
+        (TIMM, "runs/a", "runs/a"),
+        (TIMM, None, "random initialisation"),
+        ({**TIMM, "pretrained": True}, None, "its own"),
+        ({**TIMM, "model_name": "local-dir:runs/hub"}, None, "its own"),
+    ],
+)
+def test_a_title_says_which_weights_were_judged(backbone, path, words):
+    assert weights_in_words(backbone, path) == words

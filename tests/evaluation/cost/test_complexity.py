@@ -140,7 +140,11 @@ def test_accuracy_is_drawn_for_those_that_have_one(tmp_path):
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["passes=[foo]"], "passes are inference, training step, not 'foo'"),
         (["--picture", "a.gif"], "must end in .png, .pdf, .svg"),
-        (["--picture", "a.png", "--check"], "a picture of throughput needs a pass"),
+        (
+            ["--picture", "a.png", "--check"],
+            "needs a pass to be measured; --picture-y accuracy draws",
+        ),
+        (["--fvcore", "--models", "resnet17"], "--fvcore needs the package fvcore"),
         (["--picture-y", "height"], "picture_y is throughput or accuracy, not 'height'"),
         (["--json", "configs"], "is a folder"),
         (["--device", "gpu"], "device is auto, cpu, cuda or mps, not 'gpu'"),
@@ -150,6 +154,7 @@ def test_accuracy_is_drawn_for_those_that_have_one(tmp_path):
 )
 def test_mistakes_are_one_line_before_anything_is_measured(words, message, monkeypatch):
     monkeypatch.setattr(complexity, "measure_in_turn", None)
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
     with pytest.raises(UserError, match=message.replace(".", r"\.")) as caught:
         measure(tiny(*words))
     assert "\n" not in str(caught.value)
