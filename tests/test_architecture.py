@@ -57,6 +57,7 @@ FRAMEWORK_NEEDS = imported_names(EXTRAS["train"])
 # Configuration and launching stay where they belong: a machine without these can still train.
 CONFIG_HOMES = (
     "utils/config/compose.py",
+    "utils/config/overrides.py",
     "utils/config/check.py",
     "utils/config/vocabulary.py",
     "slurm/",

@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from utils.config import vocabulary
 from utils.config.build import nearest, nearest_family
 from utils.config.files import CONFIGS, find_file, run_of_model
-from utils.config.flags import quoted, read_arguments, with_quotes
-from utils.config.schema import compare, nearest_key
+from utils.config.flags import quoted, read_arguments
+from utils.config.overrides import content_of, is_group, known_key, parse_words
+from utils.config.schema import compare
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-
-# Mappings whose keys are the user's own: environment variables, options of sbatch.
-_FREE = ("cluster.env", "cluster.sbatch_options")
-_OPEN = (*_FREE, "probes")  # a mapping given to these may have new keys
 
 
 def parse_config(
@@ -65,7 +62,7 @@ def compose_config(
     """
     from omegaconf import DictConfig, OmegaConf
 
-    path, words = find_file(file), _parse(overrides or [])
+    path, words = find_file(file), parse_words(overrides or [])
     with _one_line(path):
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
@@ -74,7 +71,7 @@ def compose_config(
             words = [word for word in words if not _is_launcher_of(content, word)]
         if vocabulary.is_dinov2(content):
             config = _compose_translated(content, words, path, base)
-        elif "defaults" in content or not any(_is_group(word) for word in words):
+        elif "defaults" in content or not any(is_group(word) for word in words):
             config = _compose(path, words)
         else:
             config = _compose_and_swap(path, words, base)
@@ -95,49 +92,17 @@ def fail(error: object, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _parse(words: list[str]) -> list["Override"]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parsed = []
-    for word in words:
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException:
-            key, _, value = word.partition("=")
-            if not vocabulary.is_text(key):
-                raise UserError(f"cannot read {word!r}: {with_quotes(word)}") from None
-            override = OverridesParser.create().parse_override(f"{key}={quoted(value)}")
-        if override.is_sweep_override():
-            raise UserError(
-                f"{word!r} gives several values: -m tries one after another; a list is "
-                f"key=[a,b]; {with_quotes(word)}"
-            )
-        if override.key_or_group.split(".")[0] == "hydra":
-            raise UserError(f"{word!r}: Hydra's own settings are not for the command line")
-        if override.value() is None and (CONFIGS / override.key_or_group).is_dir():
-            raise UserError(f"{word!r}: the group {override.key_or_group} needs one of its options")
-        parsed.append(override)
-    return parsed
-
-
-def _is_group(override: "Override") -> bool:
-    """Whether `group=option` chooses a file: the group is a folder, and the value a plain word."""
-    value = override.value()
-    return (CONFIGS / override.key_or_group).is_dir() and isinstance(value, (str, int, float, list))
-
-
 def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:
     """Whether `launcher=X` chooses what a saved run has, with keys that the choice would lose."""
     from omegaconf import OmegaConf
 
     kind = OmegaConf.select(saved, "launcher.kind", throw_on_missing=False)
-    return word.key_or_group == "launcher" and _is_group(word) and word.value() == kind
+    return word.key_or_group == "launcher" and is_group(word) and word.value() == kind
 
 
 def _compose(path: Path, words: list["Override"]) -> "DictConfig":
     """Compose with Hydra; keys no file mentions are refused unless they are a target's keywords."""
-    groups = [word for word in words if _is_group(word)]
+    groups = [word for word in words if is_group(word)]
     lines = [word.input_line or "" for word in groups]
     config = _hydra(path, lines)
     _check_chosen(groups, config)
@@ -145,8 +110,8 @@ def _compose(path: Path, words: list["Override"]) -> "DictConfig":
         return config
     earlier: dict[str, Any] = {}
     for word in words:
-        if not _is_group(word):
-            lines.append(_known_key(word, config, earlier))
+        if not is_group(word):
+            lines.append(known_key(word, config, earlier))
         earlier[word.key_or_group] = word.value()
     return _hydra(path, lines)
 
@@ -176,7 +141,7 @@ def _compose_and_swap(path: Path, words: list["Override"], base: str) -> "DictCo
     """A saved run has no defaults list, so no groups to choose: put freshly composed ones in."""
     from omegaconf import OmegaConf
 
-    groups = [word.package or word.key_or_group for word in words if _is_group(word)]
+    groups = [word.package or word.key_or_group for word in words if is_group(word)]
     heads = tuple(f"{group}." for group in groups)
     fresh = [w for w in words if f"{w.package or w.key_or_group}.".startswith(heads)]
     new = _compose(CONFIGS / f"{base}.yaml", fresh)
@@ -195,9 +160,9 @@ def _compose_translated(
     theirs = [word for word in words if vocabulary.is_theirs(word.key_or_group)]
     for word in theirs:
         OmegaConf.update(content, word.key_or_group, word.value(), force_add=True)
-    groups = {word.key_or_group: str(word.value()) for word in words if _is_group(word)}
+    groups = {word.key_or_group: str(word.value()) for word in words if is_group(word)}
     run, notes = vocabulary.translate(
-        _content(content), name=path.stem, source=path, base=base, groups=groups
+        content_of(content), name=path.stem, source=path, base=base, groups=groups
     )
     for note in notes if os.environ.get("RANK", "0") == "0" else []:
         print(f"note: {path.name}: {note}", file=sys.stderr)
@@ -207,56 +172,6 @@ def _compose_translated(
         return _compose(translated, [word for word in words if word not in theirs])
 
 
-def _known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any]) -> str:
-    """The override as Hydra wants it; `UserError` with the nearest key if it does not exist.
-
-    earlier: values of the overrides before this one.
-    """
-    from omegaconf import DictConfig, OmegaConf
-
-    line, key = override.input_line or "", override.key_or_group
-    if override.is_force_add() or override.is_add():
-        return line
-    words = override.value()
-    if key in _OPEN and isinstance(words, dict):
-        return f"++{line}"  # its keys join those of the files
-    parent, _, name = key.rpartition(".")
-    node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
-    if node is None and earlier.get(parent) is not None and not override.is_delete():
-        return f"++{line}"  # of a mapping that was just put in place of null
-    if earlier.get(parent, "") is None or _is_null(config, parent):
-        raise UserError(
-            f"{key!r} has no place: {parent} is null here; first say what it is: "
-            f"{parent}={{_target_: ..., {name}: ...}}"
-        )
-    if isinstance(node, DictConfig):
-        if name in node:
-            builds = isinstance(words, dict) and (_builds(words) or _builds(node[name]))
-            return f"++{line}" if builds else line  # as below
-        if "_target_" in node and not override.is_delete():
-            return f"++{line}"  # a keyword the file leaves at its default; its constructor decides
-    if parent in _FREE:
-        return f"++{line}"
-    raise UserError(f"unknown key {key!r}{nearest_key(key, _content(config))}")
-
-
-def _builds(node: Any) -> bool:
-    """Whether a mapping, or one below it, has a target, whose constructor says what it takes."""
-    from omegaconf import DictConfig
-
-    if not isinstance(node, dict | DictConfig):
-        return False
-    return "_target_" in node or any(_builds(node[key]) for key in node)
-
-
-def _is_null(config: "DictConfig", key: str) -> bool:
-    from omegaconf import DictConfig, OmegaConf
-
-    parent, _, name = key.rpartition(".")
-    node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
-    return isinstance(node, DictConfig) and name in node and node[name] is None
-
-
 def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
     """Refuse keys that `base` and its groups lack, and values of another kind than theirs."""
     from omegaconf import OmegaConf
@@ -264,7 +179,7 @@ def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
     for group in _groups_left_open(base):
         if group not in config:  # Hydra leaves the key of such a group out
             OmegaConf.update(config, group, None, force_add=True)
-    content, schema = _content(config), _schema(base)
+    content, schema = content_of(config), _schema(base)
     lacking = [key for key in schema if key not in content]
     if lacking:
         shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
@@ -293,7 +208,7 @@ def _add_defaults(
         if key not in content[group] and "_target_" not in keys
     ]
     if lacking:
-        defaults = _content(_compose(CONFIGS / f"{base}.yaml", []))
+        defaults = content_of(_compose(CONFIGS / f"{base}.yaml", []))
         for group, key in lacking:
             OmegaConf.update(config, f"{group}.{key}", defaults[group].get(key), force_add=True)
 
@@ -302,7 +217,7 @@ def _groups_left_open(base: str) -> list[str]:
     """The groups for which `configs/<base>.yaml` chooses nothing."""
     from omegaconf import OmegaConf
 
-    entries = _content(OmegaConf.load(CONFIGS / f"{base}.yaml")).get("defaults", [])
+    entries = content_of(OmegaConf.load(CONFIGS / f"{base}.yaml")).get("defaults", [])
     return [
         group
         for entry in entries
@@ -316,7 +231,7 @@ def _schema(base: str) -> dict[str, Any]:
     """The keys of `configs/<base>.yaml`; a group is None (any content) unless fixed."""
     from omegaconf import OmegaConf
 
-    content = _content(OmegaConf.load(CONFIGS / f"{base}.yaml"))
+    content = content_of(OmegaConf.load(CONFIGS / f"{base}.yaml"))
     for entry in content.pop("defaults", []):
         for group in entry if isinstance(entry, dict) else ():
             # Also where the file itself refines the group: its targets answer for their keywords.
@@ -324,20 +239,12 @@ def _schema(base: str) -> dict[str, Any]:
     for group in ("launcher", "cluster", "data"):
         fixed: dict[str, Any] = {}
         for file in sorted((CONFIGS / group).glob("*.yaml")):
-            for key, value in _content(OmegaConf.load(file)).items():
+            for key, value in content_of(OmegaConf.load(file)).items():
                 if key != "defaults" and fixed.get(key) is None:
                     fixed[key] = value
         if group in content:
             content[group] = fixed if group != "data" else dict.fromkeys(fixed)
     return content
-
-
-def _content(config: Any) -> dict[str, Any]:
-    """A config as plain dicts and lists, interpolations as they stand."""
-    from omegaconf import OmegaConf
-
-    content = OmegaConf.to_container(config, resolve=False)
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 @contextmanager
