@@ -89,6 +89,8 @@ class MultiCrop(CropOptions):
     ) -> T.Compose:
         jitter = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
         bicubic = InterpolationMode.BICUBIC
+        # One that never happens draws no random number: a seed gives the published crops.
+        inverted = [T.RandomSolarize(128, solarize)] if solarize else []
         return T.Compose(
             [
                 T.RandomResizedCrop(size, scale=tuple(scale), interpolation=bicubic),
@@ -96,7 +98,7 @@ class MultiCrop(CropOptions):
                 T.RandomApply([jitter], self.color_jitter_probability),
                 T.RandomGrayscale(self.grayscale_probability),
                 T.RandomApply([T.GaussianBlur(self.blur_kernel_size, sigma=(0.1, 2.0))], blur),
-                *[T.RandomSolarize(128, solarize)] * bool(solarize),
+                *inverted,
                 T.ToTensor(),
                 T.Normalize(tuple(self.mean), tuple(self.std)),
             ]

@@ -110,11 +110,13 @@ class DINOv2(nn.Module):
         heads = {"dino_head": dino_head or {}}
         if separate_head:
             heads["ibot_head"] = ibot_head or {}
-        told = drop_path_rate is not None
-        student_keywords = {"drop_path_rate": drop_path_rate} if told else {}
-        self.student = _make_parts(backbone(**student_keywords), heads)
-        # A network without stochastic depth takes no rate; another's teacher evaluates anyway.
-        self.teacher = _make_parts(backbone(**({"drop_path_rate": 0.0} if told else {})), heads)
+
+        def network(rate: float | None) -> nn.Module:
+            # One without stochastic depth takes no rate.
+            return backbone() if drop_path_rate is None else backbone(drop_path_rate=rate)
+
+        self.student = _make_parts(network(drop_path_rate), heads)
+        self.teacher = _make_parts(network(0.0), heads)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         head = self.student["dino_head"]

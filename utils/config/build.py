@@ -312,7 +312,7 @@ def _refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None
         return None
     name, key = match.groups()
     frame, found = error.__traceback__, getattr(target, "func", target)
-    found = found if found.__name__ == name else None
+    found = found if getattr(found, "__name__", "") == name else None
     while frame is not None:  # the caller knows the class or function under its name
         found = frame.tb_frame.f_globals.get(name, found)
         frame = frame.tb_next
