@@ -87,7 +87,5 @@ def _one(rank: int, function: Callable[[], object], count: int, port: int, folde
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    distributed.setup("cpu")
-    result = function()
-    (folder / f"{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    with distributed.session("cpu"):
+        (folder / f"{rank}.json").write_text(json.dumps(function()))
