@@ -61,17 +61,10 @@ class SwagVisionTransformer(VisionTransformer):
 
     Takes timm's keywords. `class_token=False, global_pool="avg", fc_norm=False` is SWAG's
     `classifier="gap"`. Images have the size `img_size` exactly, as published.
-
-    conv_stem_layers: instead of one projection, see `convolutional_stem`; none of the published
-        models has them.
     """
 
-    def __init__(
-        self, *, conv_stem_layers: Sequence[Mapping[str, int]] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if conv_stem_layers is not None:
-            self._take_stem(conv_stem_layers)
         self.depth = len(self.blocks)
         self.patch_size: int = self.patch_embed.patch_size[0]
         self.img_size: tuple[int, int] = self.patch_embed.img_size
@@ -81,16 +74,6 @@ class SwagVisionTransformer(VisionTransformer):
                 f"images of {height} x {width} pixels are no multiple of the patch "
                 f"{self.patch_size}"
             )
-
-    def _take_stem(self, layers: Sequence[Mapping[str, int]]) -> None:
-        patch = self.patch_embed
-        strides = math.prod(layer["stride"] for layer in layers)
-        if not layers or strides != patch.patch_size[0]:
-            raise ValueError(
-                f"conv_stem_layers has strides that multiply to {strides}, which must be the patch "
-                f"size, {patch.patch_size[0]}"
-            )
-        patch.proj = convolutional_stem(patch.proj.in_channels, layers, self.embed_dim)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -130,29 +113,6 @@ class SwagVisionTransformer(VisionTransformer):
         pooled = prefix is None or not self.has_class_token
         cls = maps.mean(dim=(2, 3)) if pooled else prefix[:, 0]  # type: ignore[index]
         return Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
-
-
-def convolutional_stem(
-    channels: int, layers: Sequence[Mapping[str, int]], width: int
-) -> nn.Sequential:
-    """Images [B C H W] to maps [B D g g]: convolutions with batch norm and ReLU, then one of 1 x 1.
-
-    layers: of each the kernel (odd), stride and out_channels. Names of parameters are SWAG's.
-    """
-    stem = nn.Sequential()
-    for index, layer in enumerate(layers):
-        kernel, outputs = layer["kernel"], layer["out_channels"]
-        if kernel % 2 == 0:
-            raise ValueError(f"conv_stem_layers[{index}] has kernel {kernel}, which must be odd")
-        convolution = nn.Conv2d(
-            channels, outputs, kernel, layer["stride"], padding=kernel // 2, bias=False
-        )
-        stem.add_module(f"conv_{index}", convolution)
-        stem.add_module(f"bn_{index}", nn.BatchNorm2d(outputs))
-        stem.add_module(f"relu_{index}", nn.ReLU())
-        channels = outputs
-    stem.add_module(f"conv_{len(layers)}", nn.Conv2d(channels, width, 1))
-    return stem
 
 
 def swag_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import parse_config
-from utils.config.deit_arguments import DATA_SETS, NO_EFFECT
+from utils.config.deit_arguments import DATA_SETS, NO_EFFECT, is_packed
 from utils.errors import UserError
 
 CONFIG = "eval/deit.yaml"
@@ -89,8 +89,8 @@ def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     found = read_words(_named_once(argv), OPTIONS, same=SAME, ignored=SWITCHES, spell=_spell)
     # Both flags together ask for the same probe once.
     words = dict.fromkeys(found.overrides)
-    if not {"--use-lmdb", "--use_lmdb"}.isdisjoint(words):
-        words.pop("data=imagenet", None)  # the same images, packed
+    if is_packed(words):
+        words.pop("data=imagenet", None)
     return list(words), found.notes
 
 

@@ -44,7 +44,6 @@ class Loaded:
         state = strip(self.tensors, case.get("state_prefix", "state."))
         renamed = rename(state) if rename else published_state(state, self.module)
         self.module.load_state_dict(renamed, strict=True)
-        take_tables(self.module, state)
         self.x = self.tensors["in.x"].requires_grad_("grad.x" in self.tensors)
 
     def check(self, name: str, value: Tensor) -> None:
@@ -62,26 +61,6 @@ class Loaded:
         check_gradients({"x": self.x.grad, **found}, stored, self.tolerance)
         without = {name for name, parameter in ours.items() if parameter.grad is not None}
         assert not without, f"no stored gradient for {sorted(without)}"
-
-
-def take_tables(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Compare the tables of positions with the stored ones, and go on with these.
-
-    They were rounded to float32, which a gradient that is nearly zero shows.
-    """
-    for name, layer in module.named_modules():
-        if not isinstance(layer, LiftingSelfAttention | GroupSelfAttention):
-            continue
-        for kind in ("row", "col"):
-            table = f"{name}.{kind}_indices".removeprefix(".")
-            stored = state.get(table, state.get(f"gevit.{table}"))
-            if stored is None:
-                continue
-            ours = getattr(layer.neighbours.offsets, f"{kind}s")
-            side = getattr(layer.neighbours, "side", None)
-            place = slice(None) if side is None else places_of_pairs(side).flatten()
-            check(table, ours[:, place], stored.flatten(1), 1e-6, "absolute")
-            ours[:, place] = stored.flatten(1)
 
 
 def _published(name: str, module: nn.Module) -> str:

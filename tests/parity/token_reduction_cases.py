@@ -180,11 +180,8 @@ def smyrf_attention(case: dict[str, Any], folder: Path) -> None:
 def swag(case: dict[str, Any], folder: Path, dtype: torch.dtype) -> nn.Module:
     """The case's SWAG ViT with its weights, which come in SWAG's own names."""
     made = case["model"]["constructor"]
-    names = ("kernel", "stride", "out_channels")
-    stem = [
-        layer if isinstance(layer, dict) else dict(zip(names, layer, strict=True))
-        for layer in made.get("conv_stem_layers") or []
-    ]
+    if made.get("conv_stem_layers"):
+        raise NotBuilt("SWAG's ViT with a stem of convolutions")
     has_class = made.get("classifier", "token") == "token"
     pooled = {} if has_class else {"class_token": False, "global_pool": "avg", "fc_norm": False}
     net = SwagVisionTransformer(
@@ -196,7 +193,6 @@ def swag(case: dict[str, Any], folder: Path, dtype: torch.dtype) -> nn.Module:
         # Timm rounds width times ratio down: from a little above, it finds the number given.
         mlp_ratio=(made["mlp_dim"] + 0.5) / made["hidden_dim"],
         num_classes=made.get("num_classes") or 0,
-        conv_stem_layers=stem or None,
         **pooled,
     )
     weights = load_file(folder / case["model"]["weights_file"])

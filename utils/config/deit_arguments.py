@@ -4,7 +4,7 @@ Flags that are other names of one key, and take what it takes, are in `utils.con
 those whose values are words of DeiT's, those that go together, and those without an effect.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,8 +267,13 @@ def _data_words(given: dict[str, list[str]], rest: Sequence[str], notes: list[st
         return []
     if given.get(CATEGORY, ["name"]) != ["name"]:
         return DATA_SETS[name]
-    packed = name == "IMNET" and not {"--use-lmdb", "--use_lmdb"}.isdisjoint(rest)
+    packed = name == "IMNET" and is_packed(rest)
     return [*DATA_SETS[name] * (not packed), f"backbone.num_classes={CLASSES[name]}"]
+
+
+def is_packed(words: Iterable[str]) -> bool:
+    """Whether EViT's flag asks for ImageNet's images in two files, in the place of its tree."""
+    return not {"--use-lmdb", "--use_lmdb"}.isdisjoint(words)
 
 
 def _optimizer_words(given: dict[str, list[str]]) -> list[str]:

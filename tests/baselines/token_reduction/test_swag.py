@@ -64,51 +64,6 @@ def swag_layout(net: SwagVisionTransformer, *, torchvision: bool = False, old: b
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-STEM = [
-    {"kernel": 3, "stride": 2, "out_channels": 6},
-    {"kernel": 5, "stride": 2, "out_channels": 8},
-    {"kernel": 1, "stride": 1, "out_channels": 10},
-]
-
-
-def test_a_stem_of_convolutions_gives_the_same_grid_and_reads_swag_names():
-    net = tiny(conv_stem_layers=STEM)
-    state = swag_layout(net)
-    assert state["conv_proj.conv_1.weight"].shape == (8, 6, 5, 5)
-    assert state["conv_proj.bn_2.running_var"].shape == (10,)
-    assert state["conv_proj.conv_3.weight"].shape == (24, 10, 1, 1)
-    images = torch.randn(2, 3, 16, 16)
-    expected = net(images)
-    fresh = timm.create_model("swag_vit_l16_in1k", **TINY, conv_stem_layers=STEM).eval()
-    load_state(fresh, state)
-    assert torch.equal(fresh(images), expected)
-    # By hand: each convolution without bias, batch norm in evaluation mode, ReLU.
-    maps = images
-    for index in range(3):
-        weight = state[f"conv_proj.conv_{index}.weight"]
-        maps = F.conv2d(
-            maps, weight, stride=STEM[index]["stride"], padding=STEM[index]["kernel"] // 2
-        )
-        norm = (state[f"conv_proj.bn_{index}.{part}"] for part in ("weight", "bias"))
-        scale, shift = (tensor[:, None, None] for tensor in norm)
-        maps = F.relu(maps / (1 + 1e-5) ** 0.5 * scale + shift)
-    maps = F.conv2d(maps, state["conv_proj.conv_3.weight"], state["conv_proj.conv_3.bias"])
-    torch.testing.assert_close(fresh.patch_embed(images), maps.flatten(2).transpose(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("layers", "said"),
-    [
-        (STEM[:1], "multiply to 2, which must be the patch size, 4"),
-        ([{"kernel": 4, "stride": 4, "out_channels": 6}], "kernel 4, which must be odd"),
-        ([], "must be the patch size"),
-    ],
-)
-def test_a_stem_that_does_not_fit_the_patch_is_refused(layers, said):
-    with pytest.raises(ValueError, match=said):
-        timm.create_model("swag_vit_l16_in1k", **TINY, conv_stem_layers=layers)
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes(name):
     with torch.device("meta"):
