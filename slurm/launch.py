@@ -23,6 +23,7 @@ from utils.config.build import check_targets, plain
 from utils.config.compose import fail
 from utils.errors import UserError
 from utils.folders import check_run_folder, keeps_records, make_folder
+from utils.online_weights import with_files
 
 if TYPE_CHECKING:
     import submitit
@@ -104,6 +105,9 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     kind = "here" if joins else kinds.pop()
     if several or dry_run:  # one that runs here will say it at once
         _build_networks([task for task in tasks if task.config.get("recipe")])
+    if not dry_run:  # here, as a cluster's nodes may have no network
+        for task in _all(tasks):
+            task.config = with_files(task.config)
     if kind == "slurm":
         return _show_scripts(tasks, folder) if dry_run else _submit(tasks, folder)
     if dry_run:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from octic import (
     irrep_linear,
@@ -44,12 +45,17 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 
 
-def tensor_range(*bounds):
-    """`range` over the interpreter's integers; Triton 3.6's own conversion fails with NumPy 2.4."""
-    return range(*(int(b.handle.data.item()) if hasattr(b, "handle") else b for b in bounds))
+def with_plain_integers(patch):
+    """Bounds of a range are arrays of one value, which Triton 3.6 cannot convert with NumPy 2.4."""
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patched
 
 
-triton_norm.range = triton_weights.range = triton_matrices.range = tensor_range
+interpreter._patch_lang_tensor = with_plain_integers(interpreter._patch_lang_tensor)
 triton_weights.PROGRAMS = 12  # so that tokens are dealt out
 triton_norm.WARPS = 2  # so that a program takes several tokens
 

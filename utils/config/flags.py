@@ -45,7 +45,7 @@ FLAGS = (
     Flag(
         ("--weights", "--pretrained-weights", "--finetune"),
         "training.weights",
-        "start from the weights of this file, or of a run folder",
+        "start from the weights of this file, address or run folder",
         expanduser,
     ),
     Flag(

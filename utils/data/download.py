@@ -8,12 +8,7 @@ A download that was cut goes on where it stopped. Nothing is unpacked before its
 and a folder is there whole or not at all. An archive that lies in ROOT already is not downloaded.
 """
 
-import http
-import http.client
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -23,13 +18,8 @@ from torchvision.datasets.sbd import SBDataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+from utils.download import Unavailable, download
 from utils.errors import UserError
-
-ATTEMPTS = 5  # connections that bring nothing, before giving up
-TIMEOUT_S = 60.0
-PERIOD_S = 10.0  # between two lines of progress
-CHUNK_BYTES = 1 << 20
-MB = 1e6
 
 
 class Archive(NamedTuple):
@@ -88,24 +78,10 @@ def bring(name: str, root: Path, *, archives: dict[str, Archive] = ARCHIVES) -> 
 
 def _download(name: str, archive: Archive, file: Path) -> None:
     part = file.with_name(f"{file.name}.part")
-    failures, reason = 0, "no answer"
-    while failures < ATTEMPTS:
-        before = _size(part)
-        try:
-            if _fetch(archive.url, part, file.name):
-                break
-            reason = "the connection was cut"
-        except urllib.error.HTTPError as error:
-            reason = f"the server says {error.code} {error.reason}"
-            if error.code < 500:
-                failures = ATTEMPTS
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
-            reason = str(getattr(error, "reason", error) or type(error).__name__)
-        except ConnectionError as error:
-            reason = error.strerror or type(error).__name__
-        failures = failures + 1 if _size(part) <= before else 0
-    else:
-        raise UserError(_by_hand(name, archive, file, reason))
+    try:
+        download(archive.url, part, file.name)
+    except Unavailable as error:
+        raise UserError(_by_hand(name, archive, file, str(error))) from None
     print(f"{file.name}: comparing the checksum", flush=True)
     if not check_integrity(part, archive.md5):
         part.unlink()
@@ -114,61 +90,6 @@ def _download(name: str, archive: Archive, file: Path) -> None:
             + f" again, the file at {archive.url} is another one than this code knows"
         )
     part.replace(file)
-
-
-def _fetch(url: str, part: Path, label: str) -> bool:
-    """Append to `part` what it lacks; whether it is complete. A server without Range starts anew.
-
-    One that was complete already is answered by 416 and is for the checksum to judge.
-    """
-    have = _size(part)
-    headers = {"User-Agent": "octic"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S
-        )
-    except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
-            return True
-        raise
-    with answer:
-        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
-        have = have if resumed else 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        progress = _Progress(label, have, total)
-        with part.open("ab" if resumed else "wb") as file:
-            while chunk := answer.read(CHUNK_BYTES):
-                file.write(chunk)
-                progress.add(len(chunk))
-        return total is None or progress.done >= total
-
-
-class _Progress:
-    """A line every few seconds with rate and time left."""
-
-    def __init__(self, label: str, done: int, total: int | None) -> None:
-        self.label, self.done, self.total, self.first = label, done, total, done
-        self.start = self.last = time.monotonic()
-        size = f"{total / MB:,.0f} MB" if total else "a file of unknown size"
-        held = f", {done / MB:,.0f} MB are there" if done else ""
-        print(f"{label}: {size}{held}", flush=True)
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        finished = self.done == self.total
-        if not finished and now - self.last < PERIOD_S:
-            return
-        self.last = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        line = f"{self.label}: {self.done / MB:,.0f}"
-        if self.total is None:
-            line += f" MB, {rate / MB:.1f} MB/s"
-        else:
-            left = "done" if finished else f"{(self.total - self.done) / rate:,.0f} s left"
-            line += f" of {self.total / MB:,.0f} MB, {rate / MB:.1f} MB/s, {left}"
-        print(line, flush=True)
 
 
 def _unpack(archive: Archive, file: Path, target: Path) -> None:
@@ -193,10 +114,6 @@ def _by_hand(name: str, archive: Archive, file: Path, reason: str) -> str:
 
 def _wrong(archive: Archive, file: Path, what_to_do: str) -> str:
     return f"{file} has another checksum than md5 {archive.md5}; {what_to_do}"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def main(argv: list[str]) -> None:

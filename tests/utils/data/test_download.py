@@ -1,7 +1,6 @@
 """Archives arrive whole, once, and go on after a cut; whatever goes wrong is one line."""
 
 import hashlib
-import http.server
 import io
 import threading
 import zipfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.utils.file_server import Server
 from utils.data import download
 from utils.data.download import Archive, bring
 from utils.errors import UserError
@@ -24,45 +24,9 @@ def make_zip() -> bytes:
     return data.getvalue()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one file; `cut` answers are stopped half way, ranges are taken where `ranges`."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.cut, self.ranges, self.asked = data, 0, True, []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/things.zip"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.server.asked.append(asked)
-        first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        first = first if self.server.ranges else 0
-        rest = self.server.data[first:]
-        if first and not rest:
-            self.send_error(416)
-            return
-        self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        if self.server.cut:
-            self.server.cut -= 1
-            rest = rest[: len(rest) // 2]
-        self.wfile.write(rest)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(make_zip()) as running:
+    with Server(make_zip(), "things.zip") as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()

@@ -1,0 +1,102 @@
+"""Bring a file from an address: a download that was cut goes on where it stopped."""
+
+import http
+import http.client
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ATTEMPTS = 5  # connections that bring nothing, before giving up
+TIMEOUT_S = 60.0
+PERIOD_S = 10.0  # between two lines of progress
+CHUNK_BYTES = 1 << 20
+MB = 1e6
+
+
+class Unavailable(Exception):
+    """The message says why an address gives no file."""
+
+
+def download(address: str, part: Path, label: str) -> None:
+    """Append to `part` what it lacks of the file at `address`, with progress below `label`.
+
+    Raises Unavailable where the server refuses, or `ATTEMPTS` connections bring nothing more; what
+    came until then stays in `part`, and the next call goes on from there.
+    """
+    failures, reason = 0, "no answer"
+    while failures < ATTEMPTS:
+        before = _size(part)
+        try:
+            if _fetch(address, part, label):
+                return
+            reason = "the connection was cut"
+        except urllib.error.HTTPError as error:
+            reason = f"the server says {error.code} {error.reason}"
+            if error.code < 500:
+                failures = ATTEMPTS
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
+            reason = str(getattr(error, "reason", error) or type(error).__name__)
+        except ConnectionError as error:
+            reason = error.strerror or type(error).__name__
+        failures = failures + 1 if _size(part) <= before else 0
+    raise Unavailable(reason)
+
+
+def _fetch(address: str, part: Path, label: str) -> bool:
+    """Append to `part` what it lacks; whether it is complete. A server without Range starts anew.
+
+    One that was complete already is answered by 416 and is for a checksum to judge.
+    """
+    have = _size(part)
+    headers = {"User-Agent": "octic"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(
+            urllib.request.Request(address, headers=headers), timeout=TIMEOUT_S
+        )
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            return True
+        raise
+    with answer:
+        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
+        have = have if resumed else 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        progress = _Progress(label, have, total)
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := answer.read(CHUNK_BYTES):
+                file.write(chunk)
+                progress.add(len(chunk))
+        return total is None or progress.done >= total
+
+
+class _Progress:
+    """A line every few seconds with rate and time left."""
+
+    def __init__(self, label: str, done: int, total: int | None) -> None:
+        self.label, self.done, self.total, self.first = label, done, total, done
+        self.start = self.last = time.monotonic()
+        size = f"{total / MB:,.0f} MB" if total else "a file of unknown size"
+        held = f", {done / MB:,.0f} MB are there" if done else ""
+        print(f"{label}: {size}{held}", flush=True)
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        finished = self.done == self.total
+        if not finished and now - self.last < PERIOD_S:
+            return
+        self.last = now
+        rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        line = f"{self.label}: {self.done / MB:,.0f}"
+        if self.total is None:
+            line += f" MB, {rate / MB:.1f} MB/s"
+        else:
+            left = "done" if finished else f"{(self.total - self.done) / rate:,.0f} s left"
+            line += f" of {self.total / MB:,.0f} MB, {rate / MB:.1f} MB/s, {left}"
+        print(line, flush=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

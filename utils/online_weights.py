@@ -1,0 +1,89 @@
+"""Weights at an address become files, before anything starts that may have no network."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from utils.download import Unavailable, download
+from utils.errors import UserError
+
+KEY = "weights"
+# How torch.hub's files tell the beginning of their SHA-256, as in `deit_..._224-b5f2ef4d.pth`.
+CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.[^-]*$")
+
+
+def with_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose `weights`, wherever they stand, are files where they were http addresses.
+
+    A file is downloaded once, by one of the processes that ask for it, into torch.hub's folder.
+    Raises UserError, in one line with the steps by hand, for an address that gives none.
+    """
+    return {key: _with_files(value, key == KEY) for key, value in config.items()}
+
+
+def _with_files(value: Any, inside: bool) -> Any:
+    """inside: below a key `weights`, where every text is a place of some."""
+    if isinstance(value, Mapping):
+        return {key: _with_files(part, inside or key == KEY) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_files(part, inside) for part in value]
+    return str(_file_of(value)) if inside and _is_address(value) else value
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("https://", "http://"))
+
+
+def _file_of(address: str) -> Path:
+    file = _place_of(address)
+    try:
+        if file.is_file():
+            return file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name(f".{file.name}.lock")):
+            if not file.is_file():
+                _bring(address, file)
+    except Unavailable as error:
+        raise UserError(
+            f"cannot download {address}: {error}; run this again to go on, or put the file at "
+            f"{file} by hand"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot keep {address} at {file}: {reason}; TORCH_HOME says where downloads go"
+        ) from None
+    return file
+
+
+def _place_of(address: str) -> Path:
+    """Where a download is kept: by its whole address, as many a file is called `model.pth`."""
+    import torch  # a launcher without such weights does without
+
+    found = urlsplit(address)
+    parts = [part for part in found.path.split("/") if part not in ("", ".", "..")]
+    if not found.netloc or not parts:
+        raise UserError(f"{address} names no file")
+    return Path(torch.hub.get_dir(), "checkpoints", found.netloc, *parts)
+
+
+def _bring(address: str, file: Path) -> None:
+    part = file.with_name(f"{file.name}.part")
+    download(address, part, file.name)
+    told = CHECKSUM.search(file.name)
+    if told and not _sha256(part).startswith(told[1]):
+        part.unlink()
+        raise Unavailable(
+            f"what came has another SHA-256 than its name tells ({told[1]}) and was removed"
+        )
+    part.replace(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
