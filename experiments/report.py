@@ -2,8 +2,7 @@
 
 import sys
 
-from utils.config.compose import fail
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 USAGE = "usage: report.py FOLDER [FOLDER ...] [--output FILE]"
 HELP = "--output FILE: write the page of one FOLDER there, as where FOLDER may not be written to"

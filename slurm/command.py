@@ -22,8 +22,7 @@ from slurm.checks import check_launch
 from slurm.launch import Task, launch_all
 from utils.checkpoints.exported import EXPORTED
 from utils.config.build import nearest, plain
-from utils.config.compose import fail
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 ROOT = Path(__file__).resolve().parent.parent
 Parse = Callable[[list[str]], Mapping[str, Any] | None]

@@ -7,7 +7,7 @@ neither the function nor what the config builds; the cluster's facts come from c
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,7 @@ from slurm.job import Function, Job
 from slurm.local import run_apart, run_processes
 from slurm.submission import Submission, with_id
 from utils.config.build import check_targets, plain
-from utils.config.compose import fail
-from utils.errors import UserError
+from utils.errors import UserError, fail
 from utils.folders import check_run_folder, keeps_records, make_folder
 from utils.online_weights import with_files
 
@@ -162,7 +161,15 @@ def _run(task: Task, kind: str) -> Any:
     with record.attempt(task.folder, **facts) if kept else nullcontext():
         if kind == "local":
             return run_processes(task.function, config)
-        return Job(task.function, config)()
+        job = Job(task.function, config)
+        return _recorded(job)() if "TORCHELASTIC_ERROR_FILE" in os.environ else job()
+
+
+def _recorded(job: Job) -> Callable[[], Any]:
+    """The job, whose traceback is to stand in the report that torchrun ends with."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(job)
 
 
 def _run_in_turn(tasks: Sequence[Task]) -> None:

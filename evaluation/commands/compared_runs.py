@@ -6,9 +6,9 @@ from typing import Any
 
 from utils.config.build import plain
 from utils.config.command_line import Option, help_page, meanings, read_command, read_words
-from utils.config.compose import compose_config, fail, parse_config
+from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, find_file
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 RUNS = "runs"  # of the finished config: name -> a training's config, or a file of weights
 RECIPE_OPTIONS = {

@@ -21,9 +21,9 @@ from utils.config.command_line import (
     take_value,
     tell,
 )
-from utils.config.compose import fail, parse_config
+from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 CONFIG = "eval/segmentation.yaml"
 EMBEDDED = "seg_scenes"

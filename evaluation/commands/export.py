@@ -13,8 +13,8 @@ from utils.config.command_line import (
     read_words,
     spell_model,
 )
-from utils.config.compose import fail, parse_config
-from utils.errors import UserError
+from utils.config.compose import parse_config
+from utils.errors import UserError, fail
 
 OPTIONS = {
     "--model": Option("backbone", "any registered model of ours or of timm's"),

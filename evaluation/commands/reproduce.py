@@ -9,8 +9,8 @@ from evaluation.published import DINOV2, LAYOUTS, PUBLISHED, Published
 from evaluation.results import print_table
 from utils.config.build import plain
 from utils.config.command_line import quoted, take_value
-from utils.config.compose import fail, parse_config
-from utils.errors import UserError
+from utils.config.compose import parse_config
+from utils.errors import UserError, fail
 
 TASKS = ("seg_ade20k", "seg_voc2012")
 USAGE = """usage: reproduce.py [FILE [--model NAME] [--seg-ade20k ROOT] [--seg-voc2012 ROOT] \

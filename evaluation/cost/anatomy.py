@@ -7,8 +7,7 @@ import torch
 
 from evaluation.cost import block_times, blocks, growth, roofline
 from evaluation.cost.settings import whole_numbers
-from utils.config.compose import fail
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 BLOCKS = "hybrid_deit_small_patch16,hybrid_deit_base_patch16,hybrid_deit_large_patch16"
 PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"

@@ -15,8 +15,8 @@ from evaluation.results import print_table
 from utils.communication import Part, sent_bytes, step_payload
 from utils.config.build import plain
 from utils.config.check import networks
-from utils.config.compose import compose_config, fail
-from utils.errors import UserError
+from utils.config.compose import compose_config
+from utils.errors import UserError, fail
 from utils.flops import count_one_image
 
 LAYOUTS = ("replicate", "shard", "hybrid")

@@ -22,8 +22,7 @@ from evaluation.progress import say
 from evaluation.results import print_table
 from utils.checkpoints.checkpoint import write_text
 from utils.config.build import nearest
-from utils.config.compose import fail
-from utils.errors import UserError
+from utils.errors import UserError, fail
 from utils.lock import FolderLock
 
 STATE, TABLE, BEFORE = "state.json", "table.md", "before"

@@ -9,8 +9,7 @@ from evaluation.probes.costs import MODELS, SEARCH_BYTES, Plan, Rates
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils.config.build import nearest
-from utils.config.compose import fail
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 
 class _Parser(argparse.ArgumentParser):

@@ -111,21 +111,41 @@ def test_a_mistake_found_by_the_processes_is_one_line(tmp_path: Path, capsys) ->
 # Torchrun
 
 
-def test_torchrun_joins_whatever_the_launcher_says(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
+def torchrun(folder: Path, function: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two processes that start a function of `work` as an experiment does."""
+    program = folder / "program.py"
     program.write_text(
         "from slurm.launch import launch\n"
         "from utils.config.compose import parse_config\n"
-        f"launch('{WORK}.report', parse_config('train.yaml'))\n"
+        f"launch('{WORK}.{function}', parse_config('train.yaml'))\n"
     )
-    words = ["--nproc-per-node", "2", str(program), "--ngpus", "8", "--output-dir", str(tmp_path)]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [sys.executable, *command, str(program), *words, "--output-dir", str(folder)],
         cwd=ROOT,
-        check=True,
+        capture_output=True,
+        text=True,
         timeout=300,
     )
+
+
+def test_torchrun_joins_whatever_the_launcher_says(tmp_path: Path) -> None:
+    assert torchrun(tmp_path, "report", "--ngpus", "8").returncode == 0
     assert notes(tmp_path) == [{"world_size": 2, "total": 3.0, "seed": 0}] * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("refuse", "the moon is in the wrong phase\n"),
+        ("fail_on_second", "RuntimeError: the second rank has had enough\n"),
+    ],
+)
+def test_torchruns_report_says_what_went_wrong(tmp_path: Path, function: str, said: str) -> None:
+    ended = torchrun(tmp_path, function)
+    report = ended.stderr[ended.stderr.rindex("Root Cause") :]
+    assert ended.returncode == 1 and said in report
+    assert ended.stderr.count(f"error: {said}") <= 1  # by the first process, if it comes to that
 
 
 # Submitit

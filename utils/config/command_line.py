@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from utils.config.build import nearest, nearest_family
-from utils.config.compose import fail
 from utils.config.files import CONFIGS
 from utils.config.flags import FLAGS, quoted
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
     "--config-file",

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from utils.config import vocabulary
 from utils.config.build import nearest, nearest_family
@@ -21,7 +21,7 @@ from utils.config.files import CONFIGS, find_file, run_of_model
 from utils.config.flags import quoted, read_arguments
 from utils.config.overrides import content_of, is_group, known_key, parse_words
 from utils.config.schema import compare
-from utils.errors import UserError
+from utils.errors import UserError, fail
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -84,12 +84,6 @@ def compose_config(
                 raise UserError(f"{key} must be text, got {value!r}")
         OmegaConf.resolve(config)
     return config
-
-
-def fail(error: object, code: int = 2) -> NoReturn:
-    """Print one line and leave."""
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:
