@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octic import composed
-from octic.operators import multiplies_nothing, operator, takes_triton
+from octic.operators import multiplies_nothing, operator, runs_triton
 from octic.plain_kernels import plain_join, plain_split
 
 
@@ -48,7 +48,7 @@ def join_heads(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
 def _split(
     x: Tensor, bias: Tensor | None, heads: int, widths: Sequence[int], parts: int
 ) -> list[Tensor]:
-    if takes_triton(x) and parts <= 3:
+    if runs_triton(x) and parts <= 3:
         from octic import triton_heads
 
         with torch.cuda.device_of(x):
@@ -58,7 +58,7 @@ def _split(
 
 @operator("join_heads(Tensor[] tensors, int[] widths) -> Tensor")
 def _join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
-    if takes_triton(tensors[0]) and len(tensors) <= 3:
+    if runs_triton(tensors[0]) and len(tensors) <= 3:
         from octic import triton_heads
 
         with torch.cuda.device_of(tensors[0]):

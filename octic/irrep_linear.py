@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from octic import composed
-from octic.operators import HAS_TRITON, operator, takes_triton
+from octic.operators import HAS_TRITON, multiplies_tiles, operator, runs_triton
 from octic.precision import autocast_dtype
 
 NARROW = 64  # channels of a copy: products below it are faster in one Triton kernel (an H200)
@@ -97,7 +97,7 @@ def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None)
 
 
 def _add_bias(out: Tensor, first: Tensor, bias: Tensor) -> None:
-    if takes_triton(out):
+    if runs_triton(out):
         from octic import triton_bias
 
         with torch.cuda.device_of(out):
@@ -153,8 +153,10 @@ def _uses_triton(x: Tensor, *, worth: bool) -> bool:
         raise ValueError(
             "OCTIC_LINEAR=triton needs the package triton; OCTIC_LINEAR=products needs nothing"
         )
-    half = x.dtype.itemsize == 2
-    return kernel == "triton" or (kernel == "auto" and worth and half and HAS_TRITON)
+    if kernel == "triton":
+        return True
+    worth = worth and x.dtype.itemsize == 2 and kernel == "auto"
+    return worth and multiplies_tiles(x.device) and runs_triton(x)
 
 
 def _is_narrow(lines: Tensor) -> bool:

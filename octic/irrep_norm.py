@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from octic import composed
-from octic.operators import channels_of_copies, multiplies_nothing, operator, takes_triton
+from octic.operators import channels_of_copies, multiplies_nothing, operator, runs_triton
 from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward, with_bias
 from octic.precision import without_autocast
 
@@ -348,7 +348,7 @@ multiplies_nothing(
 
 
 def _run(function: str, x: Tensor, *arguments: Any) -> Any:
-    if takes_triton(x):
+    if runs_triton(x):
         from octic import triton_norm
 
         with torch.cuda.device_of(x):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from octic.composed import gradients, is_composed, is_differentiated_again
-from octic.operators import multiplies_nothing, operator, takes_triton
+from octic.operators import multiplies_nothing, operator, runs_triton, takes_triton
 
 
 class Sources(NamedTuple):
@@ -136,7 +136,7 @@ def _taken(layer: Sources, found: Iterator[Tensor]) -> Matrices:
 @operator("stack_matrices(Tensor[] tensors, int[] layout, ScalarType dtype) -> Tensor[]")
 def _stack(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     layers = layers_of(tensors, layout)
-    if not takes_triton(tensors[0]):
+    if not runs_triton(tensors[0]):
         found = [part for layer in layers for part in plain_stack(layer, dtype)]
         # An operator may not return what it was given.
         return [part.clone() for part in found if part is not None]
@@ -152,7 +152,7 @@ def _stack_backward(
 ) -> list[Tensor]:
     layers, rest = layers_of(tensors, layout), iter(grads)
     pairs = [(_taken(layer, rest), layer) for layer in layers]
-    if not takes_triton(tensors[0]):
+    if not runs_triton(tensors[0]):
         return [part for own, layer in pairs for part in plain_unstack(own, layer)]
     from octic import triton_matrices
 

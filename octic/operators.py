@@ -5,6 +5,7 @@ another. `torch.library.custom_op` with `register_autograd` costs the host sever
 calls cost here, and an octic block makes seven of them (docs/performance.md has the figures).
 """
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -40,6 +41,27 @@ def takes_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and HAS_TRITON
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Whether one will: what an operator asks that has a plain twin for all else."""
+    return takes_triton(x) and _triton_starts()
+
+
+@lru_cache(maxsize=1)
+def _triton_starts() -> bool:
+    """Whether Triton can launch anything here, for which it compiles a piece of C at first."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # no compiler, no Python.h, no cache that can be written, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        warnings.warn(
+            f"octic layers run without their Triton kernels, slower: {reason}", stacklevel=2
+        )
+        return False
+    return True
+
+
 def multiplies_nothing(*operators: Any) -> None:
     """Tell FLOP counters that operators are elementwise work, counted as torch's own is: 0."""
     register_flop_formula(list(operators))(lambda *shapes, **_: 0)
@@ -55,6 +77,12 @@ def channels_of_copies(x: Tensor, order: int) -> int:
 def ceil_div(count: int, size: int) -> int:
     """Parts of `size` that hold `count`; triton.cdiv, called outside of a kernel, takes 10 us."""
     return -(-count // size)
+
+
+@lru_cache(maxsize=64)
+def multiplies_tiles(device: torch.device) -> bool:
+    """Whether Triton's products reach the matrix units of a CUDA device: from Ampere (8.0) on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octic import composed
-from octic.operators import channels_of_copies, multiplies_nothing, operator, takes_triton
+from octic.operators import channels_of_copies, multiplies_nothing, operator, runs_triton
 from octic.plain_kernels import Matrix, plain_gelu, plain_gelu_backward
 from octic.precision import without_autocast
 
@@ -78,7 +78,7 @@ multiplies_nothing(torch.ops.octic.regular_gelu, torch.ops.octic.regular_gelu_ba
 
 
 def _run(function: str, plain: Callable, x: Tensor, *arguments: Any) -> Tensor:
-    if takes_triton(x):
+    if runs_triton(x):
         from octic import triton_gelu
 
         with torch.cuda.device_of(x):

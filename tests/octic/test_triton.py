@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from octic import operators
+from octic.block import OcticBlock
 from tests.octic.kernel_cases import SEGMENTS, plan_of
+from vit.block import Addend
 
 ROOT = Path(__file__).parents[2]
 OCTIC = SEGMENTS["octic"]
@@ -42,6 +46,26 @@ print(irrep_norm.irrep_norm(torch.ones(2, 4), segments=segments).shape)
     assert result.returncode == 0, result.stderr
 
 
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton starts here")
+def test_blocks_run_where_triton_does_not_start(monkeypatch, recwarn):
+    """As on a node without a C compiler; a line says so, once."""
+    block, x = OcticBlock(64, num_heads=2, init_values=0.1), torch.randn(2, 5, 64)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(block(x).sum(), list(block.parameters())))
+
+    plain = gradients()
+    operators._triton_starts.cache_clear()
+    for module in ("operators", "block", "layers", "matrices"):
+        monkeypatch.setattr(f"octic.{module}.takes_triton", lambda x: True)
+    for _ in range(2):
+        for ours, exact in zip(gradients(), plain, strict=True):
+            torch.testing.assert_close(ours, exact)
+    said = [str(warning.message) for warning in recwarn if "Triton" in str(warning.message)]
+    assert len(said) == 1 and "slower: 0 active drivers" in said[0]
+
+
 @pytest.mark.slow
 @needs_triton
 def test_triton_kernels_equal_the_plain_twins_in_the_interpreter():
@@ -73,12 +97,8 @@ VIEWS = ("view", "transpose", "getitem", "detach", "alias", "slice", "select", "
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_forward_pass_of_a_block_is_fifteen_launches_on_a_gpu(scaled, monkeypatch):
     """By the operators that run on CUDA tensors without data, attention counted as one."""
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-
-    from octic.block import OcticBlock
-    from vit.block import Addend
 
     monkeypatch.setattr("octic.layers.attend", lambda q, k, v, *_, **__: q.clone())
 

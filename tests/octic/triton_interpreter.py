@@ -231,7 +231,7 @@ def test_operators_hand_the_kernels_their_arguments(monkeypatch):
     plain = gradients(function, inputs, grad)
     calls = []
     for module in (irrep_norm, regular_gelu):
-        monkeypatch.setattr(module, "takes_triton", lambda x: calls.append(x) is None)
+        monkeypatch.setattr(module, "runs_triton", lambda x: calls.append(x) is None)
     monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
     for ours, reference in zip(gradients(function, inputs, grad), plain, strict=True):
         assert relative_error(ours, reference) < 1e-5
@@ -313,7 +313,8 @@ def test_matrices_equal_the_twin(lines, rows, given, wanted, scaled, biased):
 
 def test_layers_that_are_not_trained_have_no_gradients(monkeypatch):
     """Beside others that are, whose matrices are made at the same time."""
-    monkeypatch.setattr(matrices, "takes_triton", lambda x: True)
+    for name in ("takes_triton", "runs_triton"):
+        monkeypatch.setattr(matrices, name, lambda x: True)
     monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
     layers = [matrix_sources(scaled=True, biased=True) for _ in range(3)]
     for tensor in layers[1].tensors:
