@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,10 @@ from contextlib import contextmanager
 from utils.config.build import place_of, raised_by_us
 from utils.errors import UserError
 
+LESS_MEMORY = (
+    "smaller batches take less (recipe.accumulation keeps the images of a training's step), and so "
+    "do training.activation_checkpointing=true and training.sharding=shard"
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # A place that the user named, or its owner, is in the way.
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -16,7 +22,8 @@ BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, e
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Turn a ValueError of our own code, a full disk and an unusable path into a UserError.
+    """Turn a ValueError of our own code, a full disk, an unusable path and too little memory for
+    torch into a UserError.
 
     With OCTIC_TRACEBACK=1 in the environment the whole traceback stands above the line, for who
     looks for a mistake in code of his own.
@@ -33,6 +40,25 @@ def mistakes_told() -> Iterator[None]:
             raise
         _show_origin(error)
         raise UserError(told) from None
+    except RuntimeError as error:
+        if not _is_short_of_memory(error):
+            raise
+        _show_origin(error)
+        raise UserError(f"{_first_sentences(error)}; {LESS_MEMORY}") from None
+
+
+def _is_short_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # a launcher does without
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _first_sentences(error: RuntimeError) -> str:
+    """What was asked for and what there is, without advice on the allocator's settings."""
+    words = " ".join(str(error).split())
+    if said := re.search(r"DefaultCPUAllocator: (.*? bytes)\.", words):
+        return said[1]
+    return re.split(r"\.? (?:Including|Of the allocated|If reserved|See documentation)", words)[0]
 
 
 def _told(error: OSError) -> str | None:

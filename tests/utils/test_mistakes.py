@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 from slurm.job import Job
 from utils.errors import UserError
@@ -67,3 +68,28 @@ def test_the_whole_traceback_for_who_asks(asked, monkeypatch, capsys) -> None:
             raise UserError(f"it cannot be built: {error}") from None
     said = capsys.readouterr().err
     assert ("Fraction(1, 0)" in said and "ZeroDivisionError" in said) == asked
+
+
+GPU_FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB of "
+    "which 1.10 GiB is free. Process 4711 has 30.00 GiB memory in use. Including non-PyTorch "
+    "memory, this process has 48.15 GiB memory in use. Of the allocated memory 47.20 GiB is "
+    "allocated by PyTorch, and 120.00 MiB is reserved by PyTorch but unallocated."
+)
+
+
+def test_too_little_memory_is_one_line_that_says_what_takes_less() -> None:
+    with pytest.raises(UserError) as told, mistakes_told():
+        raise torch.OutOfMemoryError(GPU_FULL)
+    what, _, remedy = str(told.value).partition("; ")
+    assert what.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert what.endswith("Process 4711 has 30.00 GiB memory in use") and "accumulation" in remedy
+    said = "can't allocate memory: .* 4611686018427387904 bytes; smaller batches"
+    with pytest.raises(UserError, match=said), mistakes_told():
+        torch.empty(1 << 62, dtype=torch.uint8)
+
+
+def test_another_error_of_torch_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised, mistakes_told():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not isinstance(raised.value, UserError)
