@@ -26,7 +26,7 @@ from octic.operators import ceil_div, processors
 VALUES_PER_THREAD = 8  # twice as many where that saves warps beyond the fourth, which wait in sums
 WARPS = 16  # for each streaming multiprocessor
 AHEAD = 3  # stages of a load, which runs ahead of the arithmetic through shared memory
-AHEAD_VALUES = 4096  # of a row; wider ones would need more shared memory than there is
+AHEAD_VALUES = 2048  # of a row; wider ones would need more shared memory than every GPU has
 
 
 @triton.jit

@@ -50,7 +50,9 @@ def mistakes_told() -> Iterator[None]:
 def _is_short_of_memory(error: RuntimeError) -> bool:
     torch = sys.modules.get("torch")  # a launcher does without
     on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_gpu or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    # A library of CUDA that takes its own memory has no error of that kind.
+    said = ("DefaultCPUAllocator: can't allocate memory", "_STATUS_ALLOC_FAILED")
+    return on_gpu or any(words in str(error) for words in said)
 
 
 def _first_sentences(error: RuntimeError) -> str:

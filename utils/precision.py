@@ -1,6 +1,6 @@
 """In which number format a step computes: fp32, tf32, bf16 or fp16 with a gradient scaler."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,20 +21,22 @@ def check_mode(mode: str) -> None:
 class Precision:
     """Autocast and, for fp16, the gradient scaler (torch's: 2^16, halved on overflow).
 
-    Parameters, gradients and optimiser state stay float32. `auto` is bf16 on CUDA and fp32
-    elsewhere; fp32 means exact float32 products, every other mode lets the remaining float32
-    products use TF32.
+    Parameters, gradients and optimiser state stay float32. `auto` is bf16 on CUDA (fp16 before
+    Ampere, where bf16 is emulated) and fp32 elsewhere; fp32 means exact float32 products and
+    convolutions, every other mode lets those that remain in float32 use TF32.
     """
 
     def __init__(self, mode: str = "auto", device: torch.device | str = "cpu") -> None:
         self.device_type = torch.device(device).type
         check_mode(mode)
         if mode == "auto":
-            mode = "bf16" if self.device_type == "cuda" else "fp32"
+            mode = _fitting(self.device_type)
         self.mode, self.dtype = mode, _MODES[mode]
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=mode == "fp16")
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
+            # Of which cuDNN's convolutions, TF32 by torch's default, know nothing.
+            torch.backends.cudnn.allow_tf32 = mode != "fp32"
 
     @property
     def scales(self) -> bool:
@@ -83,20 +85,41 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
+def _fitting(device_type: str) -> str:
+    if device_type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 @contextmanager
 def float32_products_in(precision: str) -> Iterator[None]:
-    """Float32 products in `highest`, `high` or `medium` (torch.set_float32_matmul_precision)."""
+    """Float32 products in `highest`, `high` or `medium` (torch.set_float32_matmul_precision).
+
+    In `highest` cuDNN's convolutions, which torch lets use TF32 by default, are exact too.
+    """
+    cudnn: Any = torch.backends.cudnn
     newer: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    newer = (*newer, cudnn.conv, cudnn.rnn)
     formats = [backend.fp32_precision for backend in newer]
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # chosen by the newer setting alone
-        before = None
+    before = _unless_mixed(torch.get_float32_matmul_precision)
+    tf32_before = _unless_mixed(lambda: cudnn.allow_tf32)
     torch.set_float32_matmul_precision(precision)
+    if precision == "highest":
+        cudnn.allow_tf32 = False
     try:
         yield
     finally:
         if before is not None:
             torch.set_float32_matmul_precision(before)
+        if tf32_before is not None:
+            cudnn.allow_tf32 = tf32_before
         for backend, own in zip(newer, formats, strict=True):
             backend.fp32_precision = own
+
+
+def _unless_mixed(setting: Callable[[], Any]) -> Any:
+    """An older setting of float32's format; None where the newer ones alone were used."""
+    try:
+        return setting()
+    except RuntimeError:
+        return None

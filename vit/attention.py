@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vit.packing import Packing, unpack
 
 BACKENDS = ("auto", "sdpa", "varlen", "xformers")
+WIDEST_HEAD = 256  # channels that the variable-length kernel takes, in multiples of 8
 
 
 def attend(
@@ -26,9 +27,10 @@ def attend(
     """Attention of q, k, v [B T H K] (packed: B = 1); returns [B T H K].
 
     On a packed input each sequence attends to itself alone, by one of three equal ways: `varlen`
-    (torch's variable-length kernel, CUDA and half precision), `xformers` (its block-diagonal
-    mask), or `sdpa` (one call per group of equal lengths, any device). `auto` takes the first
-    that the tensors allow of varlen and sdpa. ValueError where they do not allow `varlen`.
+    (torch's variable-length kernel: CUDA from Ampere on, half precision, K a multiple of 8 up to
+    256), `xformers` (its block-diagonal mask), or `sdpa` (one call per group of equal lengths, any
+    device). `auto` takes the first that the tensors allow of varlen and sdpa. ValueError where they
+    do not allow `varlen`.
     """
     if packing is None:
         return _sdpa(q, k, v, dropout)
@@ -53,7 +55,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def _takes_varlen(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = q.shape[-1]
+    return width % 8 == 0 and width <= WIDEST_HEAD and _has_flash_attention(q.device)
+
+
+@torch.compiler.assume_constant_result  # a compiler asks the device, which it cannot trace
+def _has_flash_attention(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
@@ -66,8 +76,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -
         )
     if not _takes_varlen(q):
         raise ValueError(
-            f'attention backend "varlen" needs CUDA and half precision, not {q.device.type} and '
-            f'{q.dtype}; backend "auto" takes what the tensors allow'
+            f'attention backend "varlen" needs CUDA (Ampere or newer), half precision and heads of '
+            f"8, 16, ... {WIDEST_HEAD} channels, not {q.device.type}, {q.dtype} and {q.shape[-1]}; "
+            'backend "auto" takes what the tensors allow'
         )
     longest, offsets = packing.longest, packing.offsets
     q, k, v = (x.squeeze(0) for x in (q, k, v))

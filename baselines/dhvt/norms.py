@@ -11,10 +11,10 @@ def batch_norm(channels: int, *, sync: bool = True) -> nn.BatchNorm2d | nn.SyncB
     """Batch norm of maps [B C h w]; names of parameters are alike in either form.
 
     sync: with the statistics of all processes, if the model is built in a process group of several
-    on GPUs; elsewhere torch has no synchronised form, and each process takes its own.
+    that work on GPUs; elsewhere torch has no synchronised form, and each process takes its own.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if sync and several and torch.cuda.is_available():
+    if sync and several and torch.cuda.is_initialized():
         return nn.SyncBatchNorm(channels)
     return nn.BatchNorm2d(channels)
 

@@ -72,7 +72,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was short, on the device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "out of memory" in str(error) or "allocate memory" in str(error)
+    # The last is what CUDA's libraries say, which take memory of their own.
+    said = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
+    return any(words in str(error) for words in said)
 
 
 def _what_broke(error: BaseException) -> tuple[bool, str]:

@@ -11,7 +11,7 @@ import torch
 # Dense FLOP/s x 10^12 of matrix products by NVIDIA's data sheets, of the SXM version unless the
 # name says otherwise, without the sparsity that the sheets' larger figures assume. "tf32": float32
 # in and out. What a device lacks is left out, and measured. The first pattern found in the device's
-# name counts.
+# name counts; a card of a similar name (Ti, D, V100S) is another one.
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bB200\b", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0}),
     (r"\bH200 NVL\b", {"bf16": 835.0, "fp16": 835.0, "tf32": 417.0}),
@@ -25,12 +25,13 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bA40\b", {"bf16": 149.7, "fp16": 149.7, "tf32": 74.8}),
     (r"\bA10\b", {"bf16": 125.0, "fp16": 125.0, "tf32": 62.5}),
     (r"\bRTX A6000\b", {"bf16": 154.8, "fp16": 154.8, "tf32": 77.4}),
-    (r"\bRTX 4090\b", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6}),
-    (r"\bRTX 3090\b", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6}),
-    (r"\bV100.*PCIE\b", {"fp16": 112.0, "fp32": 14.0}),
+    (r"\bRTX 4090$", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6}),
+    (r"\bRTX 3090$", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6}),
+    (r"\bV100-PCIE\b", {"fp16": 112.0, "fp32": 14.0}),
     (r"\bV100\b", {"fp16": 125.0, "fp32": 15.7}),
     (r"\bT4\b", {"fp16": 65.0, "fp32": 8.1}),
 )
+_SLICE = re.compile(r"\bMIG\b")  # the name of a slice begins with that of the whole card
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +49,8 @@ def find_peak(device: torch.device, arithmetic: str) -> Peak:
 
 def known_peak(name: str, arithmetic: str) -> Peak | None:
     """The data sheet's peak of a device by its name; None where there is none for it."""
+    if _SLICE.search(name):
+        return None
     for pattern, peaks in _PEAKS:
         if re.search(pattern, name):
             peak = peaks.get(arithmetic)

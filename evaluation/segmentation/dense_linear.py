@@ -269,7 +269,9 @@ class PixelLinearProbe:
         protocol = self.protocol | {"used": used}
         everything = figures | {"IoU": per_class}
         write_results(folder, NAME, protocol=protocol, figures=everything)
-        torch.save(head.state_dict(), folder / f"{NAME}_head.pt")
+        # On the host: a plain torch.load reads it on a machine without a GPU too.
+        state = {name: value.cpu() for name, value in head.state_dict().items()}
+        torch.save(state, folder / f"{NAME}_head.pt")
         if shown:
             draw_segmentation(
                 [self.test.read(index) for index in shown],

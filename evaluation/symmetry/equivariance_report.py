@@ -1,8 +1,7 @@
 """The equivariance report of one or several nets: what experiments/test_equivariance.py runs."""
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +99,7 @@ def _measure(node: Mapping[str, Any], config: Mapping[str, Any], device: torch.d
     images = own_images(config, size).to(device, dtype)
     net = net.to(device, dtype)
     angles = angles_of(config["angle_step"])
-    with _exact(device):
+    with full_float32_products(device):
         measured = measure(net, images, shown=True)
         # torchvision's classifiers take their own size alone.
         classifies = num_classes_of(net) > 0 and size == own_size
@@ -117,15 +116,6 @@ def _shake(net: nn.Module, deviation: float, seed: int) -> None:
         for parameter in net.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise, alpha=deviation)
-
-
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """No TF32 in products and convolutions."""
-    cudnn = torch.backends.cudnn
-    kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with full_float32_products(device), cudnn.flags(cudnn.enabled, allow_tf32=False, **kept):
-        yield
 
 
 def _claimed(

@@ -77,6 +77,8 @@ GPU_FULL = (
     "allocated by PyTorch, and 120.00 MiB is reserved by PyTorch but unallocated."
 )
 
+CUBLAS_WITHOUT_ROOM = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
 
 def test_too_little_memory_is_one_line_that_says_what_takes_less() -> None:
     with pytest.raises(UserError) as told, mistakes_told():
@@ -84,6 +86,9 @@ def test_too_little_memory_is_one_line_that_says_what_takes_less() -> None:
     what, _, remedy = str(told.value).partition("; ")
     assert what.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     assert what.endswith("Process 4711 has 30.00 GiB memory in use") and "accumulation" in remedy
+    said = "ALLOC_FAILED when calling .*; smaller batches"
+    with pytest.raises(UserError, match=said), mistakes_told():
+        raise RuntimeError(CUBLAS_WITHOUT_ROOM)
     said = "can't allocate memory: .* 4611686018427387904 bytes; smaller batches"
     with pytest.raises(UserError, match=said), mistakes_told():
         torch.empty(1 << 62, dtype=torch.uint8)

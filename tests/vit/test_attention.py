@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octic.layers import OcticAttention
 from vit.attention import Attention, attend
@@ -46,11 +47,47 @@ def test_a_scale_of_the_logits_takes_the_place_of_the_usual_one() -> None:
 def test_varlen_refuses_what_it_cannot_do() -> None:
     """Dropout, and tensors that its kernel does not take; nothing is left out in silence."""
     x, packing = pack([torch.randn(1, 4, 2, 8), torch.randn(1, 2, 2, 8)])
-    with pytest.raises(ValueError, match='needs CUDA and half precision, not cpu .* "auto" takes'):
+    with pytest.raises(
+        ValueError, match='needs CUDA .* half precision .* not cpu, .* "auto" takes'
+    ):
         attend(x, x, x, packing, backend="varlen")
     with pytest.raises(ValueError, match='has no dropout, and 0.1 is asked for; backend "auto"'):
         attend(x, x, x, packing, backend="varlen", dropout=0.1)
     assert attend(x, x, x, packing, backend="auto", dropout=0.1).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "taken"),
+    [
+        ((8, 0), torch.bfloat16, 64, True),
+        ((9, 0), torch.float16, 256, True),
+        ((9, 0), torch.float32, 64, False),
+        ((7, 5), torch.float16, 64, False),
+        ((9, 0), torch.bfloat16, 12, False),
+        ((9, 0), torch.bfloat16, 264, False),
+    ],
+)
+def test_auto_takes_varlen_where_its_kernel_runs(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By tensors without data; elsewhere the kernel would end the training with an error."""
+    found = []
+
+    def varlen(q: Tensor, *_: object) -> Tensor:
+        found.append(q)
+        return q
+
+    monkeypatch.setattr("vit.attention._varlen", varlen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        parts = [torch.empty(2, tokens, 2, width, dtype=dtype, device="cuda") for tokens in (5, 3)]
+        x, packing = pack(parts)
+        out = attend(x, x, x, packing)
+    assert out.shape == (1, 16, 2, width) and bool(found) is taken
 
 
 @pytest.mark.parametrize("kind", [Attention, OcticAttention])

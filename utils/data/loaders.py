@@ -89,7 +89,7 @@ def training_batches(
     generator seeded for the batch; it runs in the worker. An image that cannot be read stops the
     run with a UserError naming it, or with on_error="skip" is replaced by the next one, counted,
     and named once in the log. `sampler` is one of `samplers.SAMPLERS`; batches lie in pinned memory
-    where there is CUDA.
+    where the process works on a GPU.
     """
     _check_arguments(dataset, batch_size, num_workers, rank, world_size, on_error)
     check_loading(sampler=sampler, num_workers=num_workers, on_error=on_error, seed=seed)
@@ -172,7 +172,8 @@ def _load(
         num_workers=num_workers,
         collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_the_process,
-        pin_memory=torch.cuda.is_available(),
+        # Not `is_available`: pinning takes memory of a GPU, which device=cpu leaves alone.
+        pin_memory=torch.cuda.is_initialized(),
         generator=Generator(),  # else the loader draws from the global one
     )
     batches = iter(loader)

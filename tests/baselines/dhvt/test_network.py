@@ -7,6 +7,7 @@ from torch import nn
 
 from baselines.dhvt import DHVT, models
 from baselines.dhvt.layers import HeadInteractedAttention
+from baselines.dhvt.norms import batch_norm
 from deit.param_groups import undecayed
 from utils.flops import multiply_adds
 from vit.finetune import load_adapted
@@ -142,6 +143,16 @@ def test_batch_norms_of_one_process_are_plain():
     """In one process there is nothing to synchronise; names are alike, so weights are shared."""
     norms = [m for m in net(sync_batch_norm="all").modules() if "BatchNorm" in type(m).__name__]
     assert norms and all(type(m) is nn.BatchNorm2d for m in norms)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_batch_norms_are_synchronised_where_the_processes_work_on_gpus(works, monkeypatch):
+    """Not where GPUs are but device=cpu: torch's synchronised form refuses tensors of the host."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: works)
+    assert isinstance(batch_norm(4), nn.SyncBatchNorm if works else nn.BatchNorm2d)
 
 
 def test_other_channels_and_interface():

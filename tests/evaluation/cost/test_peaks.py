@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
         ("NVIDIA A40", "bf16", 149.7),
         ("Tesla V100-SXM2-32GB", "fp16", 125),
         ("Tesla V100-PCIE-16GB", "fp16", 112),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
         ("Tesla T4", "fp16", 65),
     ],
 )
@@ -38,6 +39,12 @@ def test_known_devices(name, arithmetic, tera):
         ("NVIDIA A10G", "bf16"),
         ("NVIDIA L40", "bf16"),
         ("Tesla V100-SXM2-32GB", "bf16"),
+        ("Tesla V100S-PCIE-32GB", "fp16"),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16"),
+        ("NVIDIA GeForce RTX 4090 D", "bf16"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "bf16"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "tf32"),
         ("", "fp32"),
     ],
 )

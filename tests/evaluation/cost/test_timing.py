@@ -54,10 +54,16 @@ def test_turns_alternate_and_steps_are_dealt_out():
     assert [len(turn.seconds) for turn in turns["a"]] == [3, 2] and lost == []
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_out_of_memory_is_one_line_and_the_others_go_on(fails_at, capsys):
+@pytest.mark.parametrize(
+    ("fails_at", "error"),
+    [
+        *((turn, torch.OutOfMemoryError("CUDA out of memory")) for turn in (1, 2, 3)),
+        (1, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+    ],
+)
+def test_out_of_memory_is_one_line_and_the_others_go_on(fails_at, error, capsys):
     log = []
-    nets = {"a": Stub("a", log, fails_at), "b": Stub("b", log)}
+    nets = {"a": Stub("a", log, fails_at, error), "b": Stub("b", log)}
     turns, lost = measure_in_turn(nets, TRAINING, steps=3, rounds=3, warmup=1)
     assert lost == ["a"] and list(turns) == ["b"] and len(turns["b"]) == 3
     said = [line for line in capsys.readouterr().out.splitlines() if "memory" in line]

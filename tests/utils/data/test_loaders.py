@@ -172,6 +172,25 @@ def test_skipped_images_are_counted_and_named_once(
     assert caplog.text.count(path) == 1
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_batches_are_pinned_where_the_process_works_on_a_gpu(
+    works: bool, images: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where there is one that device=cpu leaves alone: pinning would take memory of it."""
+    found = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, pin_memory: bool, **options) -> None:
+            found.append(pin_memory)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("utils.data.loaders.DataLoader", Loader)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: works)
+    next(evaluation_batches(images, np.array, 1))
+    assert found == [works]
+
+
 def test_images_that_are_all_bad_stop_even_when_skipping(images: ImageFolder) -> None:
     for index in range(COUNT):
         _damage(images, index, "empty")
