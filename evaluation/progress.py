@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from utils.console import may_be_lost
+
 
 def track(
     batches: Iterable,
@@ -29,8 +31,9 @@ def track(
 
 
 def say(line: str) -> None:
-    """Print one plain line, unharmed by rich's markup, at once."""
-    print(line, flush=True)
+    """Print one plain line, unharmed by rich's markup, at once; a full disk loses it."""
+    with may_be_lost():
+        print(line, flush=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from utils.console import may_be_lost
 from utils.folders import make_folder
 from utils.whole_file import whole_file
 
@@ -68,9 +69,10 @@ def print_table(
         table.add_row(*(_cell(value) for value in row))
     # A log file has no width of its own: rich would fold the table at 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    print(title)
-    console.print(table)
-    print(f"protocol: {protocol}", flush=True)
+    with may_be_lost():
+        print(title)
+        console.print(table)
+        print(f"protocol: {protocol}", flush=True)
 
 
 def print_figures(title: str, probe: str, figures: Mapping[str, float], *, protocol: str) -> None:

@@ -22,6 +22,7 @@ from slurm.checks import check_launch
 from slurm.launch import Task, launch_all
 from utils.checkpoints.exported import EXPORTED
 from utils.config.build import nearest, plain
+from utils.console import open_closed_streams
 from utils.errors import UserError, fail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +47,12 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
     if (captured := _captured.get()) is not None:
         captured.append((function, parse))
         return None
+    open_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         return parse(words)
     try:
+        _refuse_lost_folder()
         _refuse_clock_times(words)
         parse = _checking(parse)
         asked = _read(words)
@@ -62,6 +65,16 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
     except UserError as error:
         fail(error)
     return launch_all(tasks, folder=folder, dry_run=asked.dry_run) if tasks else None
+
+
+def _refuse_lost_folder() -> None:
+    """Every relative path begins there, and Python's own lines would name one of these."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError(
+            "the working directory is not there any more (removed, or made anew): cd to one that is"
+        ) from None
 
 
 def _refuse_clock_times(words: Sequence[str]) -> None:

@@ -20,8 +20,10 @@ from slurm.job import Function, Job
 from slurm.local import run_apart, run_processes
 from slurm.submission import Submission, with_id
 from utils.config.build import check_targets, plain
+from utils.environment import whole_number
 from utils.errors import UserError, fail
 from utils.folders import check_run_folder, keeps_records, make_folder
+from utils.mistakes import mistakes_told
 from utils.online_weights import with_files
 
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ def launch_all(tasks: Sequence[Task], *, folder: Path | None = None, dry_run: bo
     its own; one that fails does not stop the others. `dry_run` shows what would be started.
     """
     try:
-        return _launch(tasks, folder or tasks[0].folder, dry_run)
+        with mistakes_told():  # in what imports, checks and records as well
+            return _launch(tasks, folder or tasks[0].folder, dry_run)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -154,7 +157,7 @@ def _run(task: Task, kind: str) -> Any:
     processes = config["launcher"]["gpus_per_node"] if kind == "local" else 1
     facts: dict[str, Any] = {
         "kind": kind,
-        "processes": int(os.environ.get("WORLD_SIZE", processes)),
+        "processes": whole_number("WORLD_SIZE", processes),
     }
     if kept:  # every process of torchrun finds out by itself what is wrong with it
         make_folder(task.folder)

@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from utils.environment import whole_number
 from utils.errors import UserError
 from utils.proc import started
 
@@ -143,7 +144,7 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return whole_number("RANK", 0)
 
 
 def _progress(folder: Path) -> int:

@@ -1,30 +1,67 @@
-"""Where lines for people go; a training does not end because nobody reads them any more."""
+"""Where lines for people go; a training does not end because nobody can read them any more."""
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from rich.console import Console
 
 
 class Lines(Console):
-    """A console that falls silent once its output is closed (`... | head`); rich ends the program.
+    """A console that falls silent once its output takes no more; rich ends the program.
 
-    From then on standard output leads nowhere, and so does standard error if it was the same pipe:
-    later lines, whoever prints them, fail no more.
+    That is a pipe whose reader has gone (`... | head`), or a log file on a full disk. From then on
+    standard output leads nowhere, and so does standard error if it was the same: later lines,
+    whoever prints them, fail no more.
     """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does; what cannot be written is lost."""
+        with may_be_lost(self.on_broken_pipe):
+            super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """What rich calls when its output takes no more."""
         self.quiet = True
-        with suppress(OSError, ValueError):  # a stream without a file has no pipe either
-            lost = os.fstat(self.file.fileno())
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr):
-                if _leads_to(stream, lost):
-                    os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        _lead_nowhere(self.file)
+
+
+@contextmanager
+def may_be_lost(silence: Callable[[], None] | None = None) -> Iterator[None]:
+    """What is printed inside may fail: what it told is not worth the work of the command."""
+    try:
+        yield
+    except OSError as error:
+        if silence is None:
+            _lead_nowhere(sys.stdout)
+        else:
+            silence()
+        if not isinstance(error, BrokenPipeError):  # the reader's own doing
+            with suppress(OSError):  # the same disk
+                print(f"standard output takes no more: {error.strerror}", file=sys.stderr)
+
+
+def _lead_nowhere(file: IO[str]) -> None:
+    with suppress(OSError, ValueError):  # a stream without a file has no pipe either
+        lost = os.fstat(file.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            if _leads_to(stream, lost):
+                os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_closed_streams() -> None:
+    """Let a standard stream that the process was started without (`>&-`) lead nowhere.
+
+    Python has None there, and the next file that is opened would take its number and get what C
+    libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as it runs
 
 
 def _leads_to(stream: IO[Any], place: os.stat_result) -> bool:

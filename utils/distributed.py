@@ -9,6 +9,7 @@ import gc
 import os
 import re
 import socket
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.environment import whole_number
 from utils.errors import UserError
 from utils.host_memory import keep_freed_memory
+
+NAMED_WITHIN_S = 60
 
 
 class Process(NamedTuple):
@@ -33,8 +37,20 @@ class Process(NamedTuple):
 
 
 def find_process(env: Mapping[str, str] | None = None) -> Process:
-    """This process's place according to the environment; raises UserError if it is half given."""
-    env = os.environ if env is None else env
+    """This process's place according to the environment.
+
+    Raises UserError if it is half given, or no place among so many processes.
+    """
+    process = _told_process(os.environ if env is None else env)
+    if not 0 <= process.rank < process.world_size:  # it would wait for peers that never come
+        raise UserError(
+            f"the environment says rank {process.rank} of {process.world_size} processes (RANK and "
+            "WORLD_SIZE, or Slurm's); ranks begin at 0 and are below the number of processes"
+        )
+    return process
+
+
+def _told_process(env: Mapping[str, str]) -> Process:
     if "RANK" in env or "WORLD_SIZE" in env:
         needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if name not in env]
@@ -42,19 +58,19 @@ def find_process(env: Mapping[str, str] | None = None) -> Process:
             raise UserError(
                 f"variables of torchrun missing: {', '.join(missing)}; set them or unset the rest"
             )
-        local_rank = int(env.get("LOCAL_RANK", env["RANK"]))
+        rank = whole_number("RANK", env=env)
         return Process(
-            int(env["RANK"]),
-            local_rank,
-            int(env["WORLD_SIZE"]),
+            rank,
+            whole_number("LOCAL_RANK", rank, env),
+            whole_number("WORLD_SIZE", env=env),
             env["MASTER_ADDR"],
-            int(env["MASTER_PORT"]),
+            _port(env, ""),
         )
     if "SUBMITIT_LOCAL_GLOBALID" in env:
         return Process(
-            int(env["SUBMITIT_LOCAL_GLOBALID"]),
-            int(env["SUBMITIT_LOCAL_LOCALID"]),
-            int(env["SUBMITIT_LOCAL_NTASKS"]),
+            whole_number("SUBMITIT_LOCAL_GLOBALID", env=env),
+            whole_number("SUBMITIT_LOCAL_LOCALID", env=env),
+            whole_number("SUBMITIT_LOCAL_NTASKS", env=env),
             "127.0.0.1",
             _port(env, env.get("SUBMITIT_LOCAL_JOB_ID", "")),
         )
@@ -63,9 +79,9 @@ def find_process(env: Mapping[str, str] | None = None) -> Process:
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
         return Process(
-            int(env["SLURM_PROCID"]),
-            int(env.get("SLURM_LOCALID", 0)),
-            int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))),
+            whole_number("SLURM_PROCID", env=env),
+            whole_number("SLURM_LOCALID", 0, env),
+            whole_number("SLURM_STEP_NUM_TASKS", whole_number("SLURM_NTASKS", 1, env), env),
             env.get("MASTER_ADDR", first_host(nodes)),
             _port(env, env.get("SLURM_JOB_ID", "") + "." + env["SLURM_STEP_ID"]),
         )
@@ -108,16 +124,49 @@ def setup(device: str = "auto", *, timeout_min: float = 30) -> torch.device:
     else:
         keep_freed_memory()
     if process.world_size > 1 and not _joined():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            init_method="env://"  # torchrun keeps the store itself
-            if "RANK" in os.environ
-            else f"tcp://{process.address}:{process.port}",
-            rank=process.rank,
-            world_size=process.world_size,
-            timeout=datetime.timedelta(minutes=timeout_min),
-        )
+        with _meeting(process):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+                init_method="env://"  # torchrun keeps the store itself
+                if "RANK" in os.environ
+                else f"tcp://{process.address}:{process.port}",
+                rank=process.rank,
+                world_size=process.world_size,
+                timeout=datetime.timedelta(minutes=timeout_min),
+            )
     return chosen
+
+
+@contextmanager
+def _meeting(process: Process) -> Iterator[None]:
+    """UserError for a place that the user named and where the processes cannot meet."""
+    _wait_for_name(process.address)
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        chosen = "MASTER_PORT" in os.environ and "SUBMITIT_EXECUTOR" not in os.environ
+        if not chosen or "EADDRINUSE" not in str(error):  # a job of ours starts again
+            raise
+        raise UserError(
+            f"port {process.port} of this machine is in use by another program; choose another "
+            "MASTER_PORT (torchrun --master-port)"
+        ) from None
+
+
+def _wait_for_name(address: str) -> None:
+    """A cluster may learn a machine's name as its job starts; torch would ask for half an hour."""
+    until = time.monotonic() + NAMED_WITHIN_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except socket.gaierror as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"there is no machine {address}, where the processes are to meet: "
+                    f"{error.strerror} (MASTER_ADDR)"
+                ) from None
+        time.sleep(1)
 
 
 def check_device(device: str) -> None:
@@ -232,11 +281,11 @@ def _joined() -> bool:
 def _port(env: Mapping[str, str], job: str) -> int:
     # A function of the job, so that all its processes agree without talking; below Linux's
     # ephemeral ports.
-    return (
-        int(env["MASTER_PORT"])
-        if "MASTER_PORT" in env
-        else 20000 + zlib.crc32(job.encode()) % 12000
-    )
+    if "MASTER_PORT" not in env:
+        return 20000 + zlib.crc32(job.encode()) % 12000
+    if not 0 <= (port := whole_number("MASTER_PORT", env=env)) < 2**16:
+        raise UserError(f"MASTER_PORT is {port}; ports are numbers below {2**16}")
+    return port
 
 
 def _choose_device(device: str, process: Process) -> torch.device:

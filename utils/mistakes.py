@@ -15,6 +15,11 @@ LESS_MEMORY = (
     "smaller batches take less (recipe.accumulation keeps the images of a training's step), and so "
     "do training.activation_checkpointing=true and training.sharding=shard"
 )
+NEEDS_COMPILER = (
+    "torch found no compiler for C and C++, which compiling a net needs: install gcc and g++, name "
+    "others in CC and CXX, or do without, training.compile=false"
+)
+_NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # A place that the user named, or its owner, is in the way.
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -22,8 +27,8 @@ BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, e
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Turn a ValueError of our own code, a full disk, an unusable path and too little memory for
-    torch into a UserError.
+    """Turn a ValueError of our own code, a full disk, an unusable path, and too little memory or
+    no compiler for torch into a UserError.
 
     With OCTIC_TRACEBACK=1 in the environment the whole traceback stands above the line, for who
     looks for a mistake in code of his own.
@@ -41,10 +46,14 @@ def mistakes_told() -> Iterator[None]:
         _show_origin(error)
         raise UserError(told) from None
     except RuntimeError as error:
-        if not _is_short_of_memory(error):
+        if _NO_COMPILER.search(str(error)):
+            told = NEEDS_COMPILER
+        elif _is_short_of_memory(error):
+            told = f"{_first_sentences(error)}; {LESS_MEMORY}"
+        else:
             raise
         _show_origin(error)
-        raise UserError(f"{_first_sentences(error)}; {LESS_MEMORY}") from None
+        raise UserError(told) from None
 
 
 def _is_short_of_memory(error: RuntimeError) -> bool:

@@ -124,6 +124,17 @@ def test_mistakes_are_one_line_and_start_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as left:
+        main("utils.training.train", partial(parse_config, "dinov2/quickstart.yaml"), [])
+    monkeypatch.chdir(tmp_path)
+    assert left.value.code == 2
+    assert "the working directory is not there any more" in capsys.readouterr().err
+
+
 def test_torchrun_starts_one_run(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(SystemExit):

@@ -98,3 +98,15 @@ def test_another_error_of_torch_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="cannot be multiplied") as raised, mistakes_told():
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not isinstance(raised.value, UserError)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "InvalidCxxCompiler: No working C++ compiler found in cpp.cxx: (None, 'g++')",
+        "Failed to find C compiler. Please specify via CC environment variable",
+    ],
+)
+def test_a_machine_without_a_compiler_is_one_line(said) -> None:
+    with pytest.raises(UserError, match="no compiler .* training.compile=false"), mistakes_told():
+        raise RuntimeError(said)

@@ -223,7 +223,7 @@ def _unchanged(batch: Any) -> Any:
 def _unreadable(dataset: ImageDataset, failure: Failure) -> UserError:
     return UserError(
         f"cannot read image {failure.number} of {len(dataset):,}, {failure.path}: {failure.reason} "
-        "(recipe.on_error=skip leaves such images out)"
+        "(recipe.on_error=skip leaves such images out of a training)"
     )
 
 
