@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from utils.ranges import check_count
-from vit.trunk import Trunk, init_linear
+from vit.trunk import Trunk, fresh_head, init_linear
 
 SIZES = ("patch_size", "num_heads")
 
@@ -49,9 +49,7 @@ class TappedTrunk(Trunk):
         """Replace the head by a fresh one (0 classes: none)."""
         super().reset_classifier(num_classes, global_pool)
         if num_classes > 0 and self.num_features != self.embed_dim:
-            reference = next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes).to(reference)
-            init_linear(self.head)
+            self.head = fresh_head(self, self.num_features, num_classes)
 
     def _add_pre_logits(self, representation_size: int | None) -> None:
         """A linear layer with tanh before the head, as DeiT's code offers one; None: none."""

@@ -39,7 +39,7 @@ class GaussianBlur:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ThreeOptions:
-    """What 3-Augment (Touvron et al. 2022) is told, checked; ValueError for what cannot be.
+    """Options of 3-Augment (Touvron et al. 2022); ValueError for invalid ones.
 
     crop: `random_resized` (a part of the image's area, from `scale`, in an aspect ratio of 3/4 to
     4/3) or `simple` (smaller side to S, reflected by 4 pixels, S x S cut out). color_jitter: by how
@@ -162,10 +162,10 @@ class TimmAugmentation:
 
 
 def posterize(image: Image, bits: int, **_: Any) -> Image:
-    """The highest bits of every channel: all of 8, none of 0.
+    """Keep the highest `bits` bits of every channel; 0 gives a black image.
 
-    Stands in for timm's, which hands the 0 that its greatest magnitude means on to Pillow: newer
-    ones refuse it, older ones, which published runs had, gave a black image.
+    Replaces timm's, which passes the 0 of its greatest magnitude on to Pillow: new versions refuse
+    it, older ones, which published runs used, return a black image.
     """
     if bits < 1:
         return image.point([0] * 256 * len(image.getbands()))
@@ -173,7 +173,7 @@ def posterize(image: Image, bits: int, **_: Any) -> Image:
 
 
 def _operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:
-    """What timm's RandAugment, AutoAugment or AugMix among some steps chooses from."""
+    """The operations that timm's RandAugment, AutoAugment or AugMix in `steps` choose from."""
     for step in steps:
         for found in (*getattr(step, "ops", ()), *getattr(step, "policy", ())):
             yield from found if isinstance(found, list) else [found]

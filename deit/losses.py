@@ -1,4 +1,4 @@
-"""What a classifier's logits are held against: cross entropies, a teacher, a second look.
+"""Losses of a classifier's logits: cross entropies, distillation, co-training of submodels.
 
 Letters in shapes: B images, C classes.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.precision import at_least_float32
 from utils.ranges import check_range, check_share
 from vit.weights import load_net, read_state
 
@@ -88,7 +89,7 @@ class Distillation(nn.Module):
     def forward(self, images: Tensor, logits: Tensor) -> Tensor:
         """The teacher's part of the loss, for the classifier's logits [B C]."""
         with torch.no_grad():
-            told = wide(self.teacher(images))
+            told = at_least_float32(self.teacher(images))
         if told.shape != logits.shape:
             raise ValueError(
                 f"the teacher tells {told.shape[1]} classes, the classifier {logits.shape[1]}"
@@ -106,8 +107,3 @@ def _load(net: nn.Module, path: str) -> None:
         load_net(net, read_state(path))
     except ValueError as error:
         raise ValueError(f"distillation.weights {path}: {error}") from None
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Half-precision logits in float32, others as they are: losses are not for half precision."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -60,7 +60,7 @@ class Mixing:
 
 
 class Mixer:
-    """Mixes batches where they lie; what is drawn depends on the batch's own seed alone."""
+    """Mixes batches on their device; the random numbers depend on the batch's own seed alone."""
 
     def __init__(self, mix: Mixup) -> None:
         self.mix = mix

@@ -20,7 +20,6 @@ from deit.losses import (
     classification_loss,
     cosub_loss,
     present_classes,
-    wide,
 )
 from deit.mixing import Collate, Mixing
 from deit.param_groups import freeze, param_groups
@@ -31,6 +30,7 @@ from utils.data.loaders import check_loading, training_batches
 from utils.distributed import average_buffers, is_main, rank, world_size
 from utils.effective_batch import count_steps, micro_batches
 from utils.parallel import blocks_of
+from utils.precision import at_least_float32
 from utils.ranges import check_range
 from vit.finetune import head_of, load_adapted
 from vit.weights import read_metadata
@@ -59,8 +59,8 @@ class DeiT(nn.Module):
     train_mode: false trains the classifier in evaluation mode, without dropout and drop path and
         with fixed batch statistics, as DeiT fine-tunes.
 
-    A classifier with `follow_training(step, epoch_length)` is told where the training stands, and
-    what that returns, numbers by name, is shown beside the losses.
+    A classifier with a method `follow_training(step, epoch_length)` has it called at each step; the
+    numbers by name that it returns are shown beside the losses.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class DeiT(nn.Module):
         if distillation is not None and hasattr(self.model, "set_distilled_training"):
             self.model.set_distilled_training(True)  # two heads, as in Touvron et al. 2021
         self.ema: nn.Module | None = None
-        self._set_out()
+        self._start_from_model()
 
         self.schedules = (schedules or Schedules()).build(
             epochs=epochs, epoch_length=self.epoch_length, batch_size=batch_size
@@ -143,7 +143,7 @@ class DeiT(nn.Module):
 
     @property
     def exported(self) -> nn.Module:
-        """The network a run is for."""
+        """The network that is exported and probed."""
         return self.ema if self.export == "ema" and self.ema is not None else self.model
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ class DeiT(nn.Module):
         )
 
     def clipped_parts(self) -> dict[str, nn.Module]:
-        """The classifier as a whole (LAMB clips for itself)."""
+        """The whole classifier; LAMB clips by itself, its configs set training.clip_grad=null."""
         return {"model": self.model}
 
     def parallelize(self, wrap: Callable[..., nn.Module]) -> None:
@@ -170,7 +170,7 @@ class DeiT(nn.Module):
 
     def batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches (see `deit.mixing.Collate`) from a step on, without end."""
-        # A run that is taken up again may have nothing left to do but to judge its last step.
+        # A finished run that is started again has no step left, only the last one to judge.
         self._follow(max(first_step - 1, 0))
         return training_batches(
             self.dataset,
@@ -238,7 +238,7 @@ class DeiT(nn.Module):
             notes.append(f"head: {others}; it starts afresh")
         for note in notes if is_main() else []:
             logger.warning("%s: %s", path, note)
-        self._set_out()
+        self._start_from_model()
 
     def train(self, mode: bool = True) -> "DeiT":
         """Set the classifier's mode; average and teacher always evaluate."""
@@ -253,7 +253,7 @@ class DeiT(nn.Module):
     # Parts of the above.
 
     def _follow(self, step: int) -> dict[str, float]:
-        """Tell classifier and average of a step, where they want to know; what to show of it."""
+        """Call `follow_training` of classifier and average, if any; returns the values to show."""
         shown: dict[str, float] = {}
         for net in (self.ema, self.model):
             inner: Any = getattr(net, "net", net)
@@ -261,10 +261,10 @@ class DeiT(nn.Module):
                 shown = dict(inner.follow_training(step, self.epoch_length) or {})
         return shown
 
-    def _set_out(self) -> None:
-        """What follows from the classifier: what of it trains, and the average, which starts there.
+    def _start_from_model(self) -> None:
+        """Freeze what is not trained and start the moving average from the classifier.
 
-        Called again when other weights came in.
+        Called again after other weights were loaded.
         """
         freeze(self.model, self.trainable)
         if self.ema_decay:
@@ -278,7 +278,7 @@ class DeiT(nn.Module):
         return {n: t for n, t in state.items() if n.startswith((f"{prefix}.", f"{prefix}_dist."))}
 
     def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B C], and those a teacher speaks to: of a second head, or the same."""
+        """Logits [B C], and those that learn from a teacher: of a second head, or the same."""
         found = self.model(images)
         logits, student = found if isinstance(found, tuple) else (found, found)
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
@@ -286,7 +286,7 @@ class DeiT(nn.Module):
                 f"the backbone gives {list(logits.shape[1:])} numbers per image for "
                 f"{self.num_classes} classes; set backbone.num_classes={self.num_classes}"
             )
-        return wide(logits), wide(student)
+        return at_least_float32(logits), at_least_float32(student)
 
 
 def _count_classes(model: nn.Module, dataset: ImageDataset) -> int:

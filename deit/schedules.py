@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.ranges import OutOfRange, check_range
-from utils.schedules import LR_SCALINGS, Constant, Schedule, peak_lr
+from utils.schedules import Constant, Schedule, check_lr_scaling, peak_lr
 
 SHAPES = ("cosine", "step")
 UPDATES = ("every_step", "every_epoch", "one_epoch_late")
@@ -81,9 +81,10 @@ class EpochSteps(EpochSchedule):
 class Schedules:
     """Values and lengths in epochs; `build` turns them into functions of the step.
 
-    lr: at the batch size the rule `lr_scaling` names. shape: of the learning rate, cosine (down to
-    `min_lr`) or step (times `decay_rate` after every `decay_epochs`). update: every_step,
-    every_epoch or one_epoch_late. cosine_after_warmup: see `EpochCosine`.
+    lr: at the batch size that the rule `lr_scaling` is named after
+    (`utils.schedules.scale_lr`). shape: of the learning rate, cosine (down to `min_lr`) or step
+    (times `decay_rate` after every `decay_epochs`). update: every_step, every_epoch or
+    one_epoch_late. cosine_after_warmup: see `EpochCosine`.
 
     Departs from DeiT: there the scheduler is stepped with the number of the epoch that has just
     ended, so that two epochs run at the warm-up's first value and all later ones late; a resume
@@ -105,8 +106,7 @@ class Schedules:
         decay_epochs: float = 30,
         decay_rate: float = 0.1,
     ) -> None:
-        if lr_scaling not in LR_SCALINGS:
-            raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
+        check_lr_scaling(lr_scaling)
         if update not in UPDATES:
             raise ValueError(f"unknown update {update!r}; known: {', '.join(UPDATES)}")
         if shape not in SHAPES:

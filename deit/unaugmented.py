@@ -35,7 +35,7 @@ class Unaugmented:
         return self.steps(image)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.steps})"  # by which stored features tell it
+        return f"{type(self).__name__}({self.steps})"  # stored features are identified by it
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Nothing is left to the device."""

@@ -1,4 +1,4 @@
-"""The teacher's logits to targets: a centre subtracted, or Sinkhorn-Knopp assignment.
+"""Targets from the teacher's logits: softmax after centring, or Sinkhorn-Knopp assignment.
 
 Caron et al. 2021 (centre), Caron et al. 2020 (Sinkhorn-Knopp in SwAV). Both look at the batch of
 all ranks, so every rank must call them, and both work without a process group. Letters in shapes:
@@ -11,8 +11,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from dinov2.losses import at_least_float32
 from utils.distributed import all_reduce_max, all_reduce_mean
+from utils.precision import at_least_float32
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
 PIECE = 2**23  # logits that Sinkhorn-Knopp works on at a time
@@ -33,7 +33,7 @@ class Targets(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
-        """Targets of a batch; with the centre, the batch also waits to move it."""
+        """Targets [B K] of a batch; with centring its mean is also kept for `update`."""
         with torch.autocast(device_type=logits.device.type, enabled=False):
             if self.centering == "sinkhorn_knopp":
                 return sinkhorn_knopp(at_least_float32(logits), temperature, valid=valid)
@@ -49,9 +49,9 @@ class EmaCenter(nn.Module):
     """Moving average of the mean logits over micro-batches and ranks: c <- m c + (1 - m) mean.
 
     The update is lagged: the logits of a step move the centre after the step, so no step sees its
-    own mean. Until then the means wait in two buffers that are empty between steps and not saved.
-    A rank's micro-batch counts once, however many rows are valid in it (none: it does not count),
-    so k micro-batches on one rank move the centre as one on each of k ranks.
+    own mean. Until then the means are summed in two buffers, which are zero between steps and not
+    saved. Every micro-batch with a valid row has the same weight, so k micro-batches on one rank
+    move the centre as one on each of k ranks.
 
     Departs from DINOv2: the moved centre is stored at the end of the step instead of at the next
     use, because a checkpoint between the two would lose it. The centres used are the same.
@@ -69,7 +69,7 @@ class EmaCenter(nn.Module):
         self.register_buffer("num_waiting", torch.zeros(()), persistent=False)
 
     def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
-        """Softmax of [B K] less the centre; what comes in waits to move it."""
+        """Softmax of logits [B K] minus the centre; their mean is kept for `update`."""
         logits = at_least_float32(logits)
         targets = torch.softmax((logits - self.center) / temperature, dim=-1)
         self.keep(logits, valid)
@@ -88,7 +88,7 @@ class EmaCenter(nn.Module):
     def update(self) -> None:
         """Move the centre. Collective: every rank must call this."""
         total = all_reduce_mean(torch.cat([self.waiting, self.num_waiting[None]]))
-        share = total[-1]  # of the ranks' micro-batches, how many had valid rows
+        share = total[-1]  # micro-batches with valid rows, mean over the ranks
         mean = total[:-1] / share.clamp(min=1e-12)
         moved = self.momentum * self.center + (1 - self.momentum) * mean
         self.center.copy_(torch.where(share > 0, moved, self.center))

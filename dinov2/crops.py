@@ -20,7 +20,7 @@ from utils.ranges import check_count, check_order, check_share
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class CropOptions:
-    """What a multi-crop augmentation is told, checked; ValueError for what cannot be.
+    """Options of the multi-crop augmentations; ValueError for invalid ones.
 
     Sizes in pixels, scales as parts of the image's area, probabilities of the blur in the order
     first global crop, second global crop, local crops.
@@ -73,7 +73,7 @@ class MultiCrop(CropOptions):
     Keywords as of `CropOptions`.
 
     Departs from DINOv2: there the wrapper of the blur inverts its probability, so that the intended
-    (1.0, 0.1, 0.5) acts as (0.0, 0.9, 0.5). The published runs are had with the latter.
+    (1.0, 0.1, 0.5) acts as (0.0, 0.9, 0.5). Set the latter to reproduce the published runs.
     """
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class MultiCrop(CropOptions):
     ) -> T.Compose:
         jitter = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
         bicubic = InterpolationMode.BICUBIC
-        # One that never happens draws no random number: a seed gives the published crops.
+        # Left out at probability 0: it would draw a random number and change a seed's crops.
         inverted = [T.RandomSolarize(128, solarize)] if solarize else []
         return T.Compose(
             [

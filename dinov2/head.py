@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinov2.losses import at_least_float32
+from utils.precision import at_least_float32
 
 
 class DINOHead(nn.Module):

@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Widen half precision to float32; leave float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from utils.precision import at_least_float32
 
 
 class _CrossEntropy(torch.autograd.Function):
     """-sum_k teacher log softmax(student / temperature): logits [S B K], teacher [B K] to [S B].
 
-    Of the [S B K] values nothing is kept but the logits themselves, and the gradient is the one
-    tensor of that size that is made: slice by slice, as wide as float32 at least.
+    Saves memory: of size [S B K] only the logits are kept and only their gradient is made. Softmax
+    is computed one slice [B K] at a time, in float32 at least.
     """
 
     @staticmethod
@@ -50,14 +47,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class CrossEntropy(nn.Module):
-    """The same as a module, so that it can be compiled: then in few kernels for all slices."""
+    """`_CrossEntropy` as a module, which can be compiled into few kernels for all slices."""
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Logits [S B K] and targets [B K] to [S B]."""
         if not torch.compiler.is_compiling():
             return _CrossEntropy.apply(student, teacher, temperature)
-        # The compiler makes no wide copy and keeps the logits alone; slices would only make its
-        # graph long.
+        # Compiled, this too makes no float32 copy and keeps only the logits, without the loop.
         scores = at_least_float32(student) / temperature
         return ((scores.logsumexp(dim=-1, keepdim=True) - scores) * teacher).sum(dim=-1)
 

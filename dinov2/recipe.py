@@ -1,4 +1,4 @@
-"""The DINOv2 recipe: a student learns to tell, from parts of an image, what its teacher tells.
+"""The DINOv2 recipe: a student learns to predict, from parts of an image, its teacher's output.
 
 Oquab et al. 2023. The student sees global crops with masked patches and small local crops, the
 teacher (its moving average) sees the global crops whole. Letters in shapes: B images of a
@@ -135,7 +135,7 @@ class DINOv2(nn.Module):
 
     @property
     def exported(self) -> nn.Module:
-        """The network a run is for: the teacher's backbone."""
+        """The network that is exported and probed: the teacher's backbone."""
         return self.teacher["backbone"]
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ class DINOv2(nn.Module):
         for parts in (self.student, self.teacher):
             for name, part in parts.items():
                 parts[name] = wrap(part, units=blocks_of(part))
-        # Nothing to shard here, but passes over all logits and all pixels to compile.
+        # These have nothing to shard, but pass over all logits and pixels: worth compiling.
         loose = [self.cross_entropy, self.dino_targets.ema, self.ibot_targets.ema]
         colours = getattr(self.crops, "colours", None)
         for module in loose if colours is None else [*loose, colours]:

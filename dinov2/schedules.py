@@ -4,15 +4,16 @@ import math
 from collections.abc import Sequence
 
 from utils.ranges import OutOfRange, check_range
-from utils.schedules import LR_SCALINGS, Cosine, Frozen, Linear, Schedule, peak_lr
+from utils.schedules import Cosine, Frozen, Linear, Schedule, check_lr_scaling, peak_lr
 
 
 class Schedules:
     """Values and lengths in epochs; `build` turns them into functions of the step.
 
-    lr: at the batch size the rule `lr_scaling` names. Pairs are (first, last) values: weight decay
-    and teacher momentum follow half a cosine over the run, the teacher temperature a line over
-    `teacher_temp_warmup_epochs`, and stays. Epochs may be fractions.
+    lr: at the batch size that the rule `lr_scaling` is named after
+    (`utils.schedules.scale_lr`). Pairs are (first, last) values: weight decay and teacher momentum
+    follow half a cosine over the run; the teacher temperature follows a line over
+    `teacher_temp_warmup_epochs`, then stays. Epochs may be fractions.
     """
 
     def __init__(
@@ -28,8 +29,7 @@ class Schedules:
         teacher_temp: Sequence[float] = (0.04, 0.07),
         teacher_temp_warmup_epochs: float = 30,
     ) -> None:
-        if lr_scaling not in LR_SCALINGS:
-            raise ValueError(f"unknown lr_scaling {lr_scaling!r}; known: {', '.join(LR_SCALINGS)}")
+        check_lr_scaling(lr_scaling)
         lengths = {
             "warmup_epochs": warmup_epochs,
             "freeze_last_layer_epochs": freeze_last_layer_epochs,

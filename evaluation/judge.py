@@ -128,7 +128,7 @@ def chosen_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def constructor_of(path: str | None) -> dict[str, Any]:
-    """What a file of ours says its net was built with; nothing for other files."""
+    """The backbone node that a file of ours was built from; empty for other files."""
     try:
         return json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
     except ValueError as error:
@@ -136,9 +136,10 @@ def constructor_of(path: str | None) -> dict[str, Any]:
 
 
 def as_built(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone node with what it leaves open and the constructor of a file's net names.
+    """The backbone node with the keywords it leaves open, taken from a file's constructor.
 
-    The file of a net around another one may be of the whole, or of the one inside alone.
+    `theirs`: the node that a file of ours was built from. For a net around another one it may be of
+    the whole, or of the inner net alone.
     """
     inner = backbone.get("backbone")
     if not isinstance(inner, Mapping):
@@ -151,7 +152,7 @@ def as_built(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str
 
 
 def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Which model a file's net is of, in words, where that is not the node's; else nothing."""
+    """An error line where a file's net is of another model than the node; "" otherwise."""
     if not theirs:
         return ""
     inner, name = backbone.get("backbone"), name_of(theirs)
@@ -169,7 +170,7 @@ def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 
 def with_articles(words: str) -> str:
-    """A sentence with "an" where the name behind "a" asks for it."""
+    """Words with "a" replaced by "an" before a vowel."""
     return re.sub(r"\b(a)(?= [aeioAEIO])", "an", words)
 
 

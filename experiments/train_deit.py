@@ -4,4 +4,4 @@ from slurm.command import main
 from utils.config.deit_arguments import parse_deit_training
 
 if __name__ == "__main__":
-    main("utils.training.train", parse_deit_training)
+    main("utils.run.train", parse_deit_training)

@@ -6,4 +6,4 @@ from slurm.command import main
 from utils.config.compose import parse_config
 
 if __name__ == "__main__":
-    main("utils.training.train", partial(parse_config, "dinov2/quickstart.yaml"))
+    main("utils.run.train", partial(parse_config, "dinov2/quickstart.yaml"))

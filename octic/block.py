@@ -14,7 +14,7 @@ from octic.layers import (
 )
 from octic.matrices import Matrices
 from octic.operators import takes_triton
-from vit.block import Addend, ResidualBlock, is_watched
+from vit.block import Addend, ResidualBlock, has_hooks
 from vit.packing import Packing
 
 Ready = Sequence[Matrices | None]  # of qkv, proj, fc1, fc2
@@ -24,7 +24,7 @@ NOTHING_READY: Ready = (None,) * 4
 class OcticBlock(ResidualBlock):
     """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)); block(g x) = g block(x)."""
 
-    holds = True  # the layer scales are in the matrices
+    defers_sum = True  # the layer scales are in the matrices
 
     def __init__(
         self,
@@ -85,20 +85,20 @@ class OcticBlock(ResidualBlock):
     def _add_and_norm(
         self, x: Tensor, addend: Addend | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        if addend is None or is_watched(norm):
+        if addend is None or has_hooks(norm):
             return super()._add_and_norm(x, addend, norm)
         return norm.after(x, *addend)
 
     def _attend(
-        self, normed: Tensor, packing: Packing | None, ready: Ready | None, *, hold: bool
+        self, normed: Tensor, packing: Packing | None, ready: Ready | None, *, defer: bool
     ) -> Addend:
         matrices = (ready or NOTHING_READY)[:2]
-        if hold and not is_watched(self.attn):
+        if defer and not has_hooks(self.attn):
             return Addend(*self.attn.without_bias(normed, packing, self.ls1, matrices))
         return Addend(self.attn(normed, packing, self.ls1, matrices))
 
-    def _transform(self, normed: Tensor, ready: Ready | None, *, hold: bool) -> Addend:
+    def _transform(self, normed: Tensor, ready: Ready | None, *, defer: bool) -> Addend:
         matrices = (ready or NOTHING_READY)[2:]
-        if hold and not is_watched(self.mlp):
+        if defer and not has_hooks(self.mlp):
             return Addend(*self.mlp.without_bias(normed, self.ls2, matrices))
         return Addend(self.mlp(normed, self.ls2, matrices))

@@ -1,9 +1,9 @@
-"""The operators of `octic` spelt out in PyTorch's own, for who needs more than they offer.
+"""The operators of `octic` composed of PyTorch's own, for what our operators cannot do.
 
-An operator of ours has a first derivative in reverse mode and no more, and runs where octic is.
-Transforms of `torch.func` (per-sample gradients, Jacobians, ensembles), derivatives of derivatives,
-and programs that `torch.export` makes need PyTorch's operators: slower, with more kept for the
-backward pass. Nothing is changed in place. Letters as in `octic.irrep_norm`, `octic.irrep_linear`.
+Ours have a first derivative in reverse mode only, and run only where the package octic is
+installed. `torch.func` (per-sample gradients, Jacobians, ensembles), second derivatives and
+`torch.export` need PyTorch's operators instead: slower, and with more memory for the backward pass.
+Nothing is changed in place. Letters as in `octic.irrep_norm` and `octic.irrep_linear`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from octic.plain_kernels import Matrix, by_segment, with_bias
 
 
 def is_composed() -> bool:
-    """Whether who runs or traces this call needs PyTorch's own operators."""
-    # torch.compiler.is_exporting(), which Dynamo of torch 2.11 takes for true in any compilation.
+    """Whether this call must use the functions below: under `torch.export` or `torch.func`."""
+    # Not torch.compiler.is_exporting(): Dynamo of torch 2.11 folds it to True in any compilation.
     if torch.compiler._is_exporting_flag:
         return True
-    # What torch.autograd.Function asks itself, before it refuses.
+    # torch.autograd.Function refuses on the same condition.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_differentiated_again() -> bool:
-    """Whether a backward pass is to be differentiable itself (`create_graph=True`)."""
+    """Whether the running backward pass was started with `create_graph=True`."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -37,12 +37,11 @@ def gradients(
     wanted: Sequence[bool],
     grads: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients, differentiable themselves, of function(*inputs): those `wanted`, else None."""
-    outputs = function(*inputs)
-    asked = [own and part is not None for part, own in zip(inputs, wanted, strict=True)]
-    chosen = [part for part, own in zip(inputs, wanted, strict=True) if own and part is not None]
+    """Differentiable gradients of function(*inputs): one per input, None where not `wanted`."""
+    outputs, pairs = function(*inputs), list(zip(inputs, wanted, strict=True))
+    chosen = [part for part, needed in pairs if needed and part is not None]
     found = iter(torch.autograd.grad(outputs, chosen, grads, create_graph=True, allow_unused=True))
-    return [next(found) if own else None for own in asked]
+    return [next(found) if needed and part is not None else None for part, needed in pairs]
 
 
 def linear(
@@ -57,7 +56,7 @@ def linear(
         parts.append((rows @ plane.mT).flatten(-2))
     y = torch.cat(parts, dim=-1)
     if bias is not None:
-        # Held back, a bias counts for its gradient alone.
+        # Without add_bias: zero in value, but the bias still gets its gradient.
         y = with_bias(y, bias if add_bias else bias - bias.detach())
     return y
 

@@ -1,4 +1,4 @@
-"""Two nets that tell where a hybrid's cost goes: plain ViTs with mirror layers on channel halves.
+"""Two nets to find where a hybrid's time goes: plain ViTs with mirror layers on channel halves.
 
 They are not equivariant, since nothing makes the halves of a plain patch embedding symmetric and
 antisymmetric. Published with "Flopping for FLOPs" for the debugging of timings.

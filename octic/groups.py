@@ -72,11 +72,11 @@ def inverse(element: Element) -> Element:
 
 @dataclass(frozen=True)
 class Irrep:
-    """An irreducible representation and how its copies stand in the regular one.
+    """An irreducible representation and the place of its copies in the regular one.
 
     matrices: element name -> its real matrix [dim dim].
     frames: one unit vector for each copy inside the regular representation.
-    commuting: matrices that commute with all of them; one (real type), or two (complex type).
+    commuting: dimension of the space of matrices that commute with all: 1 (real), 2 (complex type).
     """
 
     name: str
@@ -105,13 +105,13 @@ class Expansion(NamedTuple):
     """How filters on the slab become symmetric filters on the whole square.
 
     A full filter's component c at pixel p is the sum over terms k of
-    coefficient[c, k, p] * quarter[slot[c, k]][pixel[k, p]].
+    coefficient[c, k, p] * values[slot[c, k]][pixel[k, p]], values[s] being the slab of slot s.
     """
 
     slot: np.ndarray  # [G K]
     pixel: np.ndarray  # [K H W] index into the flattened slab
     coefficient: np.ndarray  # [G K H W]
-    slab: tuple[int, int]
+    slab: tuple[int, int]  # height and width of the slab
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ class Group:
 
     @property
     def num_lines(self) -> int:
-        """Number of one-dimensional irreps; they stand first."""
+        """Number of one-dimensional irreps; they come first in `irreps`."""
         return sum(irrep.dim == 1 for irrep in self.irreps)
 
     @property
@@ -147,9 +147,10 @@ class Group:
         raise ValueError(f"group {self.name} has no element {name!r}; it has {known}")
 
     def segments(self, irrep_weights: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-        """Runs of components that share one mean: (copies, weight of its variance in the norm).
+        """Runs of components that share one mean, as (copies, weight of its variance in the norm).
 
-        irrep_weights: weight of an irrep's variance (mean over its rows); 1 where it is not named.
+        irrep_weights: weight of an irrep's variance (mean over its rows), 1 by default. ValueError
+        for an irrep that the group lacks and for weights that are not positive.
         """
         known = [irrep.name for irrep in self.irreps]
         if unknown := ", ".join(sorted(set(irrep_weights) - set(known))):
@@ -220,10 +221,10 @@ class Group:
         return np.rint(self.fourier.T @ self.action(element) @ self.fourier)
 
     @functools.cached_property
-    def row_major(self) -> tuple[int, ...]:
-        """Storage index of each component when an irrep's copies, not its rows, come first.
+    def published_order(self) -> tuple[int, ...]:
+        """Storage index of each component in the published order A1 A2 B1 B2 E11 E21 E12 E22.
 
-        This is the published order of the octic components: A1 A2 B1 B2 E11 E21 E12 E22.
+        (those of D4). It lists an irrep's components copy by copy, the storage row by row.
         """
         order, start = [], 0
         for irrep in self.irreps:

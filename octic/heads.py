@@ -1,9 +1,8 @@
-"""Channels by irrep to channels by head and back: what stands around attention in an octic block.
+"""Reorder channels before and after attention: grouped by irrep in features, by head in attention.
 
-Features keep the channels of an irrep's row together; attention wants those of a head together, and
-every head holds a part of every row. `split_heads` and `join_heads` are inverse to each other, each
-one operator (namespace `octic`) and one pass over memory, and each the other's gradient. On CUDA a
-Triton kernel moves the channels (`triton_heads`), elsewhere torch's `cat` does.
+Every head holds a part of every row of every irrep. `split_heads` and `join_heads` are inverse to
+each other, and each is the other's gradient; each is one operator (namespace `octic`) and one pass
+over memory. On CUDA a Triton kernel moves the channels (`triton_heads`), elsewhere torch's `cat`.
 
 Letters: B sequences, T tokens, P parts (queries, keys, values: 3; one: 1), H heads, D channels.
 """
@@ -24,9 +23,9 @@ def split_heads(
 ) -> tuple[Tensor, ...]:
     """Features [B T P*D] to P tensors of heads [B T H D/H].
 
-    widths: of a head's channels, those of each row of each irrep; D/H in all. x holds them row by
-    row, within a row part by part, within a part head by head. bias: added to as many of the first
-    channels as it has; it gets no gradient (see `octic.irrep_linear`).
+    widths: channels of one head in each row of each irrep, D/H in sum. x is ordered by row, within
+    a row by part, within a part by head. bias: added to the first len(bias) channels of x; it gets
+    no gradient (see `octic.irrep_linear`).
     """
     if composed.is_composed():
         return tuple(plain_split(x, bias, heads, widths, parts))

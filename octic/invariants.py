@@ -30,12 +30,12 @@ class Invariantization(nn.Module):
         self.dim = dim
         self.group = get_group(group)
         self.copy = channels_per_copy(dim, self.group)
-        self.row_major = self.group.row_major
+        self.published_order = self.group.published_order
 
     def components(self, x: Tensor) -> tuple[Tensor, ...]:
         """The |G| components [... C] in the published order."""
         parts = x.unflatten(-1, (self.group.order, -1)).unbind(-2)
-        return tuple(parts[index] for index in self.row_major)
+        return tuple(parts[index] for index in self.published_order)
 
 
 class _Octic(Invariantization):
@@ -228,7 +228,7 @@ class Canonization(Invariantization):
 
 def _actions(group: Group) -> tuple[Matrix, ...]:
     """The matrices [element G G] on components in the published order."""
-    order = list(group.row_major)
+    order = list(group.published_order)
     matrices = (group.action(element)[order][:, order].tolist() for element in group.elements)
     return tuple(tuple(map(tuple, matrix)) for matrix in matrices)
 

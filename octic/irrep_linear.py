@@ -23,7 +23,7 @@ from octic import composed
 from octic.operators import HAS_TRITON, multiplies_tiles, operator, runs_triton
 from octic.precision import autocast_dtype
 
-NARROW = 64  # channels of a copy: products below it are faster in one Triton kernel (an H200)
+NARROW = 64  # channels per copy; narrower products are faster in one Triton kernel (on an H200)
 
 
 def irrep_linear(
@@ -37,9 +37,9 @@ def irrep_linear(
     """Map features [... L C + R Q] to [... L C' + R Q'] by one matrix for each irrep.
 
     lines [L C' C]; plane [Q' Q], shared by its R rows; bias [C'] on the first irrep. Under
-    autocast all are cast to its dtype, as torch's own linear does. Without `add_bias` whoever reads
-    the result next adds the bias, without a gradient of it: that is given here all the same, with
-    those of the matrices.
+    autocast all are cast to its dtype, as torch's own linear does. With add_bias=False the result
+    lacks the bias, which the next operator is to add detached: its gradient is computed here in any
+    case, together with those of the matrices.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -145,7 +145,10 @@ def _backward_weight(
 
 
 def _uses_triton(x: Tensor, *, worth: bool) -> bool:
-    """Whether a Triton kernel multiplies: asked for, or `worth` it and in half precision."""
+    """Whether a Triton kernel multiplies: OCTIC_LINEAR asks for it, or it is `worth` it.
+
+    The latter only in half precision and on devices whose matrix units Triton uses.
+    """
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     kernel = linear_kernel()

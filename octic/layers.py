@@ -21,7 +21,7 @@ from octic.operators import takes_triton
 from octic.precision import autocast_dtype
 from octic.regular_gelu import regular_gelu
 from vit.attention import attend, check_backend, check_dropout
-from vit.block import is_watched
+from vit.block import has_hooks
 from vit.packing import Packing
 
 Pair = Sequence[Matrices | None]  # of the two linear layers of attention or MLP
@@ -68,9 +68,9 @@ class OcticLinear(nn.Module):
     ) -> Tensor:
         """Map [... in_features] to [... out_features]; `scale` is applied to the result.
 
-        An `OcticScale` goes into the matrices, which are smaller than the features: one pass over
-        these less, and one tensor less to keep for the backward pass. matrices: those of this layer
-        if they are made already (`matrices_of`).
+        An `OcticScale` is multiplied into the matrices, which are smaller than the features: this
+        saves a pass over the features and a tensor kept for the backward pass. matrices: those of
+        this layer if `matrices_of` has made them already.
         """
         if scale is not None and not _fits_in_weights(scale, x):
             return scale(self(x, None, matrices))
@@ -79,21 +79,21 @@ class OcticLinear(nn.Module):
     def without_bias(
         self, x: Tensor, scale: nn.Module | None = None, matrices: Matrices | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What `forward` gives without the bias, and the bias that whoever reads it next is to add.
+        """The product without the bias, and the bias, for the next operator to add.
 
-        Its gradient comes with that of the product. On a GPU a kernel that reads the product anyway
-        saves the pass over memory that adds a bias; elsewhere, and where hooks watch the layer, it
-        is added here, and None returned.
+        On a GPU the kernel that reads the product adds the bias on the way, which saves a pass over
+        memory. The bias is detached: its gradient comes with that of the product. On other devices,
+        and for a layer with hooks, the bias is in the product already, and None is returned.
         """
         folded = scale is None or _fits_in_weights(scale, x)
-        if not takes_triton(x) or is_watched(self) or not folded:
+        if not takes_triton(x) or has_hooks(self) or not folded:
             return self(x, scale, matrices), None
         lines, plane, bias = self._matrices(x, scale, matrices)
         y = irrep_linear(x, lines, plane, bias, add_bias=False)
         return y, None if bias is None else bias.detach()
 
     def _matrices(self, x: Tensor, scale: nn.Module | None, matrices: Matrices | None) -> Matrices:
-        # The product reads its columns by strides: it would take another width for its own.
+        # The product reads columns by strides, so it would not notice a wrong width.
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"features of {x.shape[-1]} channels given to an OcticLinear of {self.in_features}"
@@ -101,7 +101,7 @@ class OcticLinear(nn.Module):
         return matrices or matrices_of([(self, scale)], x)[0]
 
     def sources(self, scale: nn.Module | None = None) -> Sources:
-        """What this layer's matrices are made of, with a scale of its result."""
+        """The parameters of this layer's matrices, with those of the `scale` of its result."""
         layers = [getattr(self, name) for name in self.layer_names]
         weights, bias = [layer.weight for layer in layers], layers[0].bias
         factors = scale.factors() if isinstance(scale, OcticScale) else []
@@ -116,16 +116,16 @@ class OcticLinear(nn.Module):
 
 
 def _fits_in_weights(scale: nn.Module, x: Tensor) -> bool:
-    # Layer scales of 1e-5 times weights would leave float16's range.
+    # In float16 a layer scale of 1e-5 times a weight would underflow.
     half = (autocast_dtype(x) or x.dtype) == torch.float16
     plain = isinstance(scale, OcticScale) and scale.beta is None and not half
-    return plain and not is_watched(scale)
+    return plain and not has_hooks(scale)
 
 
 def matrices_of(
     layers: Sequence[tuple[OcticLinear, nn.Module | None]], x: Tensor
 ) -> list[Matrices]:
-    """The matrices of layers, each with its result's scale, for products with tokens like x."""
+    """The matrices of layers, each given with its result's scale, in the dtype of x's products."""
     sources = [
         layer.sources(scale if scale is not None and _fits_in_weights(scale, x) else None)
         for layer, scale in layers
@@ -207,7 +207,7 @@ class OcticLayerNorm(nn.Module):
         channels_per_copy(dim, self.group)
         self.eps = eps
         self.segments = self.group.segments(irrep_weights or {})
-        self.rows = [irrep.dim for irrep in self.group.irreps]  # that share a scale
+        self.rows = [irrep.dim for irrep in self.group.irreps]  # rows that share a factor
         self.scaling = OcticScale(dim, bias=bias, group=self.group) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class OcticLayerNorm(nn.Module):
         return irrep_norm(x, *self._affine(), **self._options(x))
 
     def after(self, x: Tensor, branch: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + branch and its norm, [... D] both, in one pass; the bias [C] is of the branch."""
+        """x + branch and its norm, both [... D], in one pass; `bias` [C] is added to the branch."""
         return residual_norm(x, branch, *self._affine(), bias=bias, **self._options(x))
 
     def _affine(self) -> tuple[list[Tensor], Tensor | None]:
@@ -224,7 +224,7 @@ class OcticLayerNorm(nn.Module):
         return self.scaling.factors(), self.scaling.beta
 
     def _options(self, x: Tensor) -> dict[str, Any]:
-        # A matrix product follows: under autocast round once, here, not on its own in the product.
+        # A matrix product follows, which autocast would cast: return its dtype at once.
         return {
             "segments": self.segments,
             "rows": self.rows,
@@ -287,7 +287,7 @@ class OcticMlp(nn.Module):
         return [(self.fc1, None), (self.fc2, scale)]
 
     def _hidden(self, x: Tensor, matrices: Matrices | None) -> Tensor:
-        if is_watched(self.act):
+        if has_hooks(self.act):
             return self.norm(self.act(self.fc1(x, None, matrices)))
         return self.norm(self.act(*self.fc1.without_bias(x, None, matrices)))
 
@@ -334,7 +334,7 @@ class OcticAttention(nn.Module):
         self.backend = backend
         self.head_dim = dim // num_heads
         width = self.head_dim // self.group.order
-        # Of a head's channels, those of each row of each irrep.
+        # Channels of one head in each row of each irrep.
         self.row_widths = [i.copies * width for i in self.group.irreps for _ in range(i.dim)]
         self.attn_mixer: nn.Parameter | None = None
         if mixer:
@@ -375,7 +375,7 @@ class OcticAttention(nn.Module):
         return join_heads([out], self.row_widths)
 
     def _query_factor(self) -> Tensor | float:
-        """What queries are multiplied by, so that attention's own scale gives the wanted logits."""
+        """Factor of the queries, so that attention, which scales by itself, gives our logits."""
         scale = 1.0 if self.qk_scale is None else self.qk_scale * math.sqrt(self.head_dim)
         if self.attn_mixer is None:
             return scale

@@ -1,9 +1,8 @@
-"""The matrices of equivariant linear layers as their products take them, from a weight an irrep.
+"""From one weight per irrep to the matrices that `irrep_linear` takes: stacked, scaled and cast.
 
-Stacked, scaled and cast: some thirty short operators a block, forward and backward, which a GPU
-finishes sooner than it starts them. On CUDA those of any number of layers are one operator
-(namespace `octic`) and one Triton kernel either way (`triton_matrices`); elsewhere torch's own do
-it.
+In PyTorch this takes some thirty short operators per block, forward and backward, and a GPU spends
+more time on launching than on running them. On CUDA it is one operator (namespace `octic`) and one
+Triton kernel (`triton_matrices`) each way, for any number of layers.
 
 Letters: L one-dimensional irreps, their matrices [C' C]; the two-dimensional one's [Q' Q].
 """
@@ -20,11 +19,11 @@ from octic.operators import multiplies_nothing, operator, runs_triton, takes_tri
 
 
 class Sources(NamedTuple):
-    """What the matrices of one layer are made of.
+    """The tensors that the matrices of one layer are made of.
 
-    weights: those of the L = `lines` one-dimensional irreps, then of the two-dimensional one, if
-    there is one. factors: for each of them what its rows are multiplied by, or none at all; the
-    bias goes with the first.
+    weights: of the L = `lines` one-dimensional irreps, then of the two-dimensional one if there is
+    one. factors: none at all, or for each weight the factors of its rows; the first ones also scale
+    the bias.
     """
 
     weights: Sequence[Tensor]
@@ -34,12 +33,12 @@ class Sources(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, in this order."""
+        """Weights, bias and factors in one list, in this order."""
         return [*self.weights, *([] if self.bias is None else [self.bias]), *self.factors]
 
 
 class Matrices(NamedTuple):
-    """Those of a layer: [L C' C], [Q' Q] or None, and the bias [C'] or None."""
+    """The matrices of a layer: [L C' C], [Q' Q] or None, and the bias [C'] or None."""
 
     lines: Tensor
     plane: Tensor | None
@@ -51,22 +50,22 @@ def stack_matrices(
 ) -> list[Matrices]:
     """The matrices of each layer, in `dtype` if it is given.
 
-    On a GPU one launch for all, another one for layers that are not trained beside others that are:
-    what is made together has gradients together.
+    On a GPU this is one launch for all trained layers and one for all frozen ones: matrices that
+    are made together also get their gradients together.
     """
     first = layers[0].weights[0]
     if not takes_triton(first) or is_composed():
         return [plain_stack(layer, dtype) for layer in layers]
-    learns = [torch.is_grad_enabled() and _is_trained(layer) for layer in layers]
+    trained = [torch.is_grad_enabled() and _is_trained(layer) for layer in layers]
     found: dict[bool, Iterator[Tensor]] = {}
-    for kind in set(learns):
-        alike = [layer for layer, own in zip(layers, learns, strict=True) if own == kind]
+    for train in set(trained):
+        alike = [layer for layer, own in zip(layers, trained, strict=True) if own == train]
         tensors, layout = [t for layer in alike for t in layer.tensors], _layout(alike)
         arguments = (layout, dtype or first.dtype)
-        found[kind] = iter(
-            _Stack.apply(*arguments, *tensors) if kind else _stack(tensors, *arguments)
+        found[train] = iter(
+            _Stack.apply(*arguments, *tensors) if train else _stack(tensors, *arguments)
         )
-    return [_taken(layer, found[kind]) for layer, kind in zip(layers, learns, strict=True)]
+    return [_taken(layer, found[train]) for layer, train in zip(layers, trained, strict=True)]
 
 
 def _is_trained(layer: Sources) -> bool:
@@ -105,7 +104,7 @@ def plain_unstack(grads: Matrices, layer: Sources) -> list[Tensor]:
     return [*d_weights, *d_bias, *(s.to(f.dtype) for s, f in zip(sums, factors, strict=True))]
 
 
-# A list of layers as an operator takes it: tensors, and four numbers a layer.
+# Operators take flat lists: all tensors, and a layout of four numbers per layer.
 
 
 def _layout(layers: Iterable[Sources]) -> list[int]:
@@ -116,7 +115,7 @@ def _layout(layers: Iterable[Sources]) -> list[int]:
 
 
 def layers_of(tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Sources]:
-    """The layers that an operator's arguments stand for."""
+    """The layers that were flattened into `tensors` and `layout`."""
     rest, found = iter(tensors), []
     for start in range(0, len(layout), 4):
         lines, count, biased, scaled = layout[start : start + 4]

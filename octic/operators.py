@@ -42,13 +42,13 @@ def takes_triton(x: Tensor) -> bool:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether one will: what an operator asks that has a plain twin for all else."""
+    """Whether a Triton kernel will compute on x; else the operator uses its PyTorch twin."""
     return takes_triton(x) and _triton_starts()
 
 
 @lru_cache(maxsize=1)
 def _triton_starts() -> bool:
-    """Whether Triton can launch anything here, for which it compiles a piece of C at first."""
+    """Whether Triton can launch kernels here: it needs a C compiler and a writable cache."""
     from triton.runtime import driver
 
     try:
@@ -63,7 +63,7 @@ def _triton_starts() -> bool:
 
 
 def multiplies_nothing(*operators: Any) -> None:
-    """Tell FLOP counters that operators are elementwise work, counted as torch's own is: 0."""
+    """Register operators with torch's FLOP counter as elementwise work, which counts 0."""
     register_flop_formula(list(operators))(lambda *shapes, **_: 0)
 
 
@@ -75,7 +75,7 @@ def channels_of_copies(x: Tensor, order: int) -> int:
 
 
 def ceil_div(count: int, size: int) -> int:
-    """Parts of `size` that hold `count`; triton.cdiv, called outside of a kernel, takes 10 us."""
+    """ceil(count / size); triton.cdiv takes 10 us when it is called outside of a kernel."""
     return -(-count // size)
 
 

@@ -46,9 +46,8 @@ class Unfold(nn.Module):
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Unfold":
-        # A net that was built without memory is given empty tensors (`to_empty`), and then its
-        # weights from a file, which holds no tables.
-        # Neither must a cast by `type`, which asks of no tensor whether it is floating, reach them.
+        # Refill the tables after every move. A net built on `meta` gets empty tensors (`to_empty`),
+        # and a file of weights holds no tables; `module.type(dtype)` would cast them too.
         super()._apply(fn, recurse)
         with torch.device("cpu"):
             tables = self._tables()
@@ -58,7 +57,7 @@ class Unfold(nn.Module):
         return self
 
     def coefficient(self, values: Tensor) -> Tensor:
-        """Factor of each component, term and pixel [G K H*W], for slab values or what they gave."""
+        """Factor of each component, term and pixel [G K H*W], in the dtype of `values`."""
         if self.slot.is_meta and not values.is_meta:  # weights were loaded with assign=True
             self._apply(lambda tensor: torch.empty_like(tensor, device=values.device))
         if self.dims is None:
@@ -66,20 +65,21 @@ class Unfold(nn.Module):
         scale = (self.dims.to(values.dtype) / self.order).sqrt()
         return self.signs.to(values.dtype) * scale[:, None, None]
 
-    def forward(self, quarters: Tensor) -> Tensor:
+    def forward(self, slabs: Tensor) -> Tensor:
         """Slab values [S X slab] to full values [G X H W]."""
-        coefficient = self.coefficient(quarters)
-        quarters = quarters.flatten(2)
+        coefficient = self.coefficient(slabs)
+        slabs = slabs.flatten(2)
         terms = [
-            coefficient[:, k, None] * quarters[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
+            coefficient[:, k, None] * slabs[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
             for k in range(self.pixel.shape[0])
         ]
         return torch.stack(terms).sum(0).unflatten(-1, (self.height, self.width))
 
     def fold(self, full: Tensor) -> Tensor:
-        """The shortest slab values [S X slab] of a symmetric field [G X H W].
+        """Slab values [S X slab] of a symmetric field [G X H W], those of least norm.
 
-        unfold(fold(full)) = full. Slab values are not unique: a cell may hold several of an orbit.
+        unfold(fold(full)) = full. They are not unique where the slab holds several pixels of one
+        orbit.
         """
         zeros = full.new_zeros(int(self.slot.max()) + 1, full.shape[1], *self.slab)
         transpose = torch.func.vjp(self.forward, zeros)[1]
@@ -105,7 +105,7 @@ class OcticLift(nn.Module):
     """Image to feature, as one convolution with all expanded filters.
 
     lift(g image) = g lift(image), where g also moves the patches. The parameters `conv_A1`, ...,
-    `conv_E_right` hold quarter filters (octic-vits, LiftD8).
+    `conv_E_right` hold the slabs (octic-vits, LiftD8).
 
     patch_size: side, or (height, width) for groups without quarter turns.
     scaled_bias: the bias takes the factor |G|^-1/2 of the filters too (Flopping for FLOPs).
@@ -137,9 +137,9 @@ class OcticLift(nn.Module):
     def filters(self) -> Tensor:
         """All full filters [D in p p], in the storage order."""
         convs = [self.get_submodule(f"conv_{slot.name}") for slot in self.group.slots]
-        quarters = torch.stack([conv.weight for conv in convs])  # [S C in slab]
-        full = self.unfold(quarters.flatten(1, 2))  # [G C*in p p]
-        return full.unflatten(1, quarters.shape[1:3]).flatten(0, 1)
+        slabs = torch.stack([conv.weight for conv in convs])  # [S C in slab]
+        full = self.unfold(slabs.flatten(1, 2))  # [G C*in p p]
+        return full.unflatten(1, slabs.shape[1:3]).flatten(0, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B in H W] to a grid of features [B D H/p W/p]."""

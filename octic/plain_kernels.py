@@ -1,7 +1,7 @@
-"""Plain PyTorch twins of the Triton kernels: every device, float64 too; written for few passes.
+"""PyTorch twins of the Triton kernels, for any device and dtype, with few passes over memory.
 
-They compute forward and backward without autograd, which their callers (`octic.irrep_norm` and its
-like) add, and are what the Triton kernels are tested against. Letters as in `octic.irrep_norm`.
+Forward and backward are written out without autograd; the callers (`octic.irrep_norm` and the like)
+connect them. The Triton kernels are tested against these. Letters as in `octic.irrep_norm`.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Matrix = tuple[tuple[float, ...], ...]
-PIECE = 2**19  # values; with those between its steps about the last cache that a core has to itself
+PIECE = 2**19  # values of a piece: with its intermediates it about fills a core's own cache
 
 
 def plain_norm(
@@ -106,7 +106,7 @@ def _centred(
     every segment has mean 0, so has the row, and PyTorch's layer norm does the rest.
     """
     order, width = sum(lengths), x.shape[-1]
-    x = _statistics_dtype(x.reshape(math.prod(x.shape[:-1]), width))
+    x = _widened(x.reshape(math.prod(x.shape[:-1]), width))
     tensors = _segment_tensors(lengths, weights, width // order, x.dtype, x.device)
     averaging, factors, inverse_factors = tensors
     copies = x.view(-1, order, width // order)
@@ -151,7 +151,7 @@ def _affine(
 
 
 def by_segment(scales: Sequence[Tensor], shared: Sequence[int]) -> Tensor:
-    """The factors [D] of all channels; so many segments share each tensor."""
+    """The factors [D] of all channels; shared[i] consecutive segments use scales[i]."""
     pairs = zip(scales, shared, strict=True)
     return torch.cat([scale for scale, count in pairs for _ in range(count)])
 
@@ -159,9 +159,9 @@ def by_segment(scales: Sequence[Tensor], shared: Sequence[int]) -> Tensor:
 def plain_gelu(x: Tensor, bias: Tensor | None, transform: Matrix) -> Tensor:
     """Compute `regular_gelu` with PyTorch's operators, without autograd."""
     y = torch.empty_like(x)
-    x = x if bias is None else with_bias(_statistics_dtype(x), bias)
+    x = x if bias is None else with_bias(_widened(x), bias)
     for back, part, out in _pieces(transform, x, y):
-        hidden = torch.bmm(back.mT, _statistics_dtype(part))
+        hidden = torch.bmm(back.mT, _widened(part))
         _bmm(back, torch.ops.aten.gelu_(hidden), out)
     return y
 
@@ -169,10 +169,10 @@ def plain_gelu(x: Tensor, bias: Tensor | None, transform: Matrix) -> Tensor:
 def plain_gelu_backward(x: Tensor, bias: Tensor | None, grad: Tensor, transform: Matrix) -> Tensor:
     """Gradient of x."""
     dx = torch.empty_like(x)
-    x = x if bias is None else with_bias(_statistics_dtype(x), bias)
+    x = x if bias is None else with_bias(_widened(x), bias)
     for back, part, slope, out in _pieces(transform, x, grad, dx):
-        hidden = torch.bmm(back.mT, _statistics_dtype(part))
-        slope = torch.bmm(back.mT, _statistics_dtype(slope))
+        hidden = torch.bmm(back.mT, _widened(part))
+        slope = torch.bmm(back.mT, _widened(slope))
         _bmm(back, torch.ops.aten.gelu_backward(slope, hidden), out)
     return dx
 
@@ -183,10 +183,11 @@ def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pieces(transform: Matrix, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces [n G C] of dense tensors [... D], after the matrices [n G G] that take them back.
+    """Tuples of `transform`, expanded to [n G G], and pieces [n G C] of the dense tensors [... D].
 
-    On a CPU a piece stays in its cache from the first transform to the last, and the memory of a
-    piece is used again for the next: as much time as the transforms themselves take.
+    On a CPU a piece stays in the cache from the first transform to the last, and its temporary
+    memory is reused for the next one: this saves as much time as the transforms take. Elsewhere
+    there is one piece.
     """
     order, (x, *_) = len(transform), tensors
     shape = (-1, order, x.shape[-1] // order)
@@ -216,7 +217,7 @@ def _matrix_tensor(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> 
         return torch.tensor(matrix, dtype=dtype, device=device)
 
 
-def _statistics_dtype(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,4 +1,4 @@
-"""What autocast, and who chose the format of float32 products, ask of our operators."""
+"""Which dtype our operators compute in: under autocast, and for float32 products on CUDA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants products of x in; None where it is off or leaves float64 be."""
+    """The dtype that autocast casts products of x to; None where it is off, and for float64."""
     device = x.device.type
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
@@ -16,7 +16,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(function: Callable, x: Tensor, *arguments: Any) -> Any:
-    """function(x, ...) in the dtypes that it chooses itself."""
+    """Call function(x, ...) with autocast off, so that its own choice of dtypes counts."""
     if autocast_dtype(x) is None:
         return function(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
@@ -24,6 +24,6 @@ def without_autocast(function: Callable, x: Tensor, *arguments: Any) -> Any:
 
 
 def float32_products() -> str:
-    """What the user wants float32 products on CUDA in: `ieee`, exact, or `tf32`."""
-    # torch.get_float32_matmul_precision() raises where this very setting was used.
+    """The format of float32 products on CUDA by torch's settings: `ieee` (exact) or `tf32`."""
+    # torch.get_float32_matmul_precision() raises where the newer setting, read here, was used.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

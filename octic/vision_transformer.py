@@ -98,7 +98,7 @@ class OcticVisionTransformer(Trunk):
             dynamic_img_size=dynamic_img_size,
         )
         self.group = get_group(group)
-        self.row_major = self.group.row_major
+        self.published_order = self.group.published_order
         self.cls_token_std, self.pos_embed_std = cls_token_std, pos_embed_std
         self.switch = _checked_switch(octic_equi_break_layer, depth, invariant_at)
         self.token_dim = embed_dim
@@ -138,7 +138,7 @@ class OcticVisionTransformer(Trunk):
         self.init_weights()
 
     def _make_tokens(self, class_token: bool, num_registers: int, mask_token: bool) -> None:
-        """Positions, class, register and mask tokens: what of them is trained."""
+        """Make the trained parts of positions and of class, register and mask tokens."""
         self.unfold_positions = Unfold(*self.grid_size, scaled=False, group=self.group)
         slab = self.unfold_positions.slab
         self.pos_embed = nn.ParameterList(
@@ -197,8 +197,7 @@ class OcticVisionTransformer(Trunk):
         parts = x.unflatten(-1, (self.group.order, -1))
         if self.switch_basis == "regular":
             return _to_regular(parts, self.to_regular)
-        # Copies first within an irrep: octic-vits' order A1 A2 B1 B2 E11 E21 E12 E22.
-        return torch.cat([parts[..., index, :] for index in self.row_major], dim=-1)
+        return torch.cat([parts[..., index, :] for index in self.published_order], dim=-1)
 
     def adapt_to(self, state: Mapping[str, Tensor]) -> None:
         """Take the invariantization that published weights were trained with, by their shape.
@@ -225,7 +224,7 @@ class OcticVisionTransformer(Trunk):
         return names.get(heads[0].shape[1])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Where each parameter stands in the depth (timm); the projection with the octic half."""
+        """Depth of each parameter (timm); the invariant projection counts with the octic half."""
         matcher = super().group_matcher(coarse)
         if not coarse:
             last_octic = max(0, self.switch - 1)
@@ -233,7 +232,7 @@ class OcticVisionTransformer(Trunk):
         return matcher
 
     def init_weights(self) -> None:
-        """Draw linear layers, positions and tokens anew, as octic-vits; filters and scales stay."""
+        """Initialise linear layers, positions and tokens as octic-vits; keep filters and scales."""
         self.apply(init_linear)
         for parameter in self.pos_embed:
             nn.init.trunc_normal_(parameter, std=self.pos_embed_std)
@@ -246,8 +245,8 @@ class OcticVisionTransformer(Trunk):
 
     def position_grid(self) -> Tensor:
         """Unfolded positions [1 h w D] of the model's own grid; an equivariant field."""
-        quarters = torch.stack(tuple(self.pos_embed)).flatten(1, 2).transpose(1, 2)  # [S C slab]
-        full = self.unfold_positions(quarters)  # [G C h w]
+        slabs = torch.stack(tuple(self.pos_embed)).flatten(1, 2).transpose(1, 2)  # [S C slab]
+        full = self.unfold_positions(slabs)  # [G C h w]
         return full.flatten(0, 1).permute(1, 2, 0)[None]
 
     def patch_positions(self, height: int, width: int) -> Tensor:
@@ -278,8 +277,8 @@ class OcticVisionTransformer(Trunk):
         folded = unfold.fold(full).permute(0, 2, 3, 1)
         return dict(zip(names, folded.to(slabs.dtype).unbind(), strict=True))
 
-    def _stored(self, token: Tensor) -> Tensor:
-        # Tokens are invariant: they live in the trivial irrep, which stands first.
+    def _all_channels(self, token: Tensor) -> Tensor:
+        # Tokens are invariant: they have channels in the trivial irrep alone, which comes first.
         return F.pad(token, (0, self.token_dim - self.copy_dim))
 
     def octic_features(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
@@ -331,9 +330,10 @@ def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
 def detect_invariantization(
     state: Mapping[str, Tensor], copy_dim: int, *, own: str = ""
 ) -> str | None:
-    """Which invariantization weights belong to; None where they hold none that is known.
+    """The name of the invariantization that weights were trained with; None if there is no trace.
 
-    Of two with the same width it is `own`, if that is one of them.
+    Told by parameter names, else by the width of `invariant_proj` in channels per copy (of D4). Two
+    have the same width: then it is `own`, if that is one of them.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""Where lines for people go; a training does not end because nobody can read them any more."""
+"""A console, and prints, whose lost output (closed, or on a full disk) ends no work."""
 
 import os
 import sys

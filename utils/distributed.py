@@ -221,8 +221,8 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 def average_buffers(module: nn.Module) -> None:
     """Give the floating-point buffers (batch statistics) their mean over the ranks.
 
-    Every rank must call this. Of several processes each has seen other images, and what is saved is
-    one's.
+    Every rank must call this. Each rank computed them from other images, and only rank 0's would be
+    saved.
     """
     buffers = [b for b in module.buffers() if b.is_floating_point()]
     if world_size() == 1 or not buffers:

@@ -1,4 +1,4 @@
-"""Is the training well? Steps that are not finite are skipped; collapse raises an alarm."""
+"""Skip steps that are not finite, end a run with too many of them, and warn of collapse."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,19 +20,19 @@ MIN_RANK, MIN_STD = 1.5, 1e-3
 class Health:
     """Guards the state against NaN and inf, and watches the features.
 
-    A step whose losses or gradient norms are not finite is skipped: parameters, optimiser and
-    buffers (running centres have already seen the bad batch) stay as before it. `nan_patience` such
-    steps in a row end the run. An fp16 overflow of the gradients alone is skipped too but not
-    counted: the scaler is looking for its scale. A finite step may break the weights all the same;
-    the steps after it tell, so `fault` looks at what would be kept.
+    A step whose losses or gradient norms are not finite is skipped: parameters, optimiser state and
+    buffers (such as running centres, which the forward pass has moved) stay as before it.
+    `nan_patience` such steps in a row end the run. An fp16 overflow of gradients alone is skipped
+    but not counted, as the scaler is still lowering its scale. A step may be finite and still break
+    the weights, which only the next steps show; so `fault` checks a state before it is kept.
     """
 
     def __init__(self, *, nan_patience: int = 2) -> None:
         self.nan_patience = nan_patience
         self.bad_steps: list[tuple[int, dict[str, float]]] = []
         self.skipped = 0
-        self.alarm = ""  # one line when the last examination found the features not well
-        self._overflows = False  # whether it found them not finite, of images that are
+        self.alarm = ""  # one line if the last `examine` found collapsed features
+        self._overflows = False  # whether it found features not finite, of finite images
         self._recipe: nn.Module | None = None
         self._tables: list[dict[str, Tensor | None]] = []
         self._copies: dict[tuple[int, str], Tensor] = {}
@@ -68,9 +68,9 @@ class Health:
         stop: StopSignal,
         precision: Precision,
     ) -> tuple[bool, bool]:
-        """Whether `step` (from 0) is finite on every rank, and whether any rank was told to stop.
+        """Whether `step` (from 0) is finite on every rank, and whether any rank got a stop signal.
 
-        The one place where a step waits for the device: one stacked tensor, one reduction, one
+        The only place where a step waits for the device: one stacked tensor, one reduction, one
         read. Every rank must call this.
         """
         loss_bad = ~torch.stack([value.float() for value in losses.values()]).isfinite().all()
@@ -79,8 +79,8 @@ class Health:
             if norms
             else loss_bad
         )
-        told = torch.tensor(stop.received is not None).to(loss_bad.device, non_blocking=True)
-        flags = torch.stack([loss_bad, norm_bad, told]).float()
+        asked = torch.tensor(stop.received is not None).to(loss_bad.device, non_blocking=True)
+        flags = torch.stack([loss_bad, norm_bad, asked]).float()
         bad_loss, bad_norm, stopping = (
             bool(flag) for flag in distributed.all_reduce_max(flags).tolist()
         )
@@ -95,7 +95,7 @@ class Health:
 
     @property
     def hopeless(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether `nan_patience` steps in a row were not finite."""
         return len(self.bad_steps) >= self.nan_patience
 
     @property
@@ -104,10 +104,10 @@ class Health:
         return self.bad_steps[0][0] - 1
 
     def fault(self, recipe: nn.Module) -> str:
-        """Nothing if the state from before the bad steps may be kept, else what is wrong with it.
+        """What is wrong with the state from before the bad steps; "" if it may be kept.
 
-        Weights must be finite, and so must the features they give: huge ones are as lost. Every
-        rank must call this, and every rank is told the same.
+        Weights must be finite, and so must their features (weights may be finite but huge). Every
+        rank must call this and gets the same answer.
         """
         if fault := broken_weights(recipe, self.sound_step):
             return fault
@@ -119,10 +119,10 @@ class Health:
     def give_up(
         self, recipe: nn.Module, checkpoints: Checkpoints, save: Callable[[int], object]
     ) -> UserError:
-        """Keep the state from before the bad steps by `save`, and make the error that says where.
+        """Save the state from before the bad steps if it is sound; returns the error to raise.
 
-        If there is something wrong with it, it is not kept: the error names an earlier one. Every
-        rank must call this.
+        The error names that checkpoint, or an earlier one if the state is not sound. Every rank
+        must call this.
         """
         steps = ", ".join(str(step) for step, _ in self.bad_steps)
         losses = ", ".join(f"{k}={v:.4g}" for k, v in self.bad_steps[-1][1].items())
@@ -192,9 +192,9 @@ def relative_std(features: Tensor) -> float:
 
 
 def broken_weights(recipe: nn.Module, step: int) -> str:
-    """Nothing if every weight is finite, those of an EMA included, else a line about it.
+    """A line about weights (those of an EMA included) that are not finite; "" if all are.
 
-    Every rank must call this, and every rank is told the same.
+    Every rank must call this and gets the same answer.
     """
     weights = [parallel.local(weight.detach()) for weight in recipe.parameters()]
     broken = ~torch.stack([weight.isfinite().all() for weight in weights]).all()
@@ -204,7 +204,7 @@ def broken_weights(recipe: nn.Module, step: int) -> str:
 
 
 def what_remains(fault: str, recipe: nn.Module, checkpoints: Checkpoints) -> str:
-    """The line about weights that are not kept, and which checkpoint to go on from.
+    """`fault` with the checkpoint to go on from, as one line.
 
     Every rank must call this.
     """

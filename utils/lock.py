@@ -141,7 +141,7 @@ class FolderLock:
 
 
 def describe_process() -> dict[str, Any]:
-    """What tells this process from every other, here and on other machines."""
+    """Facts that identify this process among all, on this and other machines."""
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),

@@ -1,4 +1,4 @@
-"""A value that changes from step to step, told as DINOv2 and DeiT tell it in their logs."""
+"""Running statistics of a value, in the form of DINOv2's and DeiT's logs."""
 
 import math
 from collections import deque

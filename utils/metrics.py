@@ -1,4 +1,4 @@
-"""What a run tells: console line, metrics.jsonl, curves.png, and what hangs on them.
+"""Logging of a run: console line, metrics.jsonl, curves.png, and further sinks.
 
 Nothing here waits for the device except `flush`, which the loop calls every `log_every` steps and
 before a save. metrics.jsonl holds one line per step with the raw values (mean over micro-batches
@@ -35,7 +35,7 @@ class Metrics:
 
     `step` counts finished optimiser steps: the first line of a run says 1, and a checkpoint of step
     n goes with the lines up to n. Lines after `first_step` (left by a run that died later than its
-    checkpoint) are removed. `recipe_steps` is what `total_steps`, where it stops this time, is of.
+    checkpoint) are removed. The run stops at `total_steps` of the recipe's `recipe_steps`.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Metrics:
     ) -> None:
         """Close a step: its losses, schedules' values and gradient norms join the window.
 
-        The first one writes progress.json, for who looks from outside: metrics.jsonl says how far
-        the run is, this of how much. A start that is refused before it leaves an earlier one's.
+        The first call writes progress.json, which tells other programs the total number of steps. A
+        start that fails before its first step leaves an earlier progress.json as it is.
         """
         values = self.current() | {f"grad_norm/{name}": norm for name, norm in norms.items()}
         self._window.append((step, values, dict(schedules)))
@@ -147,13 +147,13 @@ class Metrics:
             self._line.note(step, values)
 
     def say(self, text: str) -> str:
-        """Print one line, if there is one, beside the progress, on rank 0; returns it."""
+        """Print `text`, unless it is empty, above the progress bar on rank 0; returns it."""
         if self._line and text:
             self._line.say(text)
         return text
 
     def rest(self) -> None:
-        """Leave the time since the last flush (probes, saving) out of the rate."""
+        """Restart the clock of the rate after a flush, so that probes and saving do not count."""
         if not self._window:
             self._since = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""What a user can mend is said in one line, whichever command stumbles over it, however late."""
+"""Turn errors that a user can fix into one line (UserError), in any command, at any time."""
 
 import errno
 import os
@@ -27,11 +27,11 @@ BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, e
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Turn a ValueError of our own code, a full disk, an unusable path, and too little memory or
-    no compiler for torch into a UserError.
+    """UserError for our own ValueErrors, a full disk, an unusable path, and lack of memory or of a
+    compiler.
 
-    With OCTIC_TRACEBACK=1 in the environment the whole traceback stands above the line, for who
-    looks for a mistake in code of his own.
+    With OCTIC_TRACEBACK=1 in the environment the whole traceback is printed first, to debug code of
+    one's own.
     """
     try:
         yield

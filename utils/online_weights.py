@@ -1,4 +1,4 @@
-"""Weights at an address become files, before anything starts that may have no network."""
+"""Download weights given as http addresses, before jobs start on nodes without a network."""
 
 import hashlib
 import re
@@ -13,12 +13,12 @@ from utils.download import Unavailable, download
 from utils.errors import UserError
 
 KEY = "weights"
-# How torch.hub's files tell the beginning of their SHA-256, as in `deit_..._224-b5f2ef4d.pth`.
+# The beginning of a file's SHA-256 in torch.hub's names, as in `deit_..._224-b5f2ef4d.pth`.
 CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.[^-]*$")
 
 
 def with_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose `weights`, wherever they stand, are files where they were http addresses.
+    """The config with every http address below a key `weights` replaced by a downloaded file.
 
     A file is downloaded once, by one of the processes that ask for it, into torch.hub's folder.
     Raises UserError, in one line with the steps by hand, for an address that gives none.

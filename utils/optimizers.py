@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from utils import parallel
 from utils.errors import UserError
 from utils.ranges import OutOfRange, check_range
-
-Schedules = Mapping[str, Callable[[int], float]]
+from utils.schedules import Schedule
 
 
 def make_optimizer(
@@ -41,7 +40,7 @@ def make_optimizer(
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """UserError for what torch's optimisers refuse and others take; lr and decay are schedules."""
+    """UserError for betas, momentum or eps out of range: not all optimisers check them."""
     try:
         for value in options.get("betas") or ():
             check_range("optimizer.betas", value, 0, 1, ends="[)")
@@ -54,7 +53,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Let one kernel move an Adam's parameters, where the config leaves open how."""
+    """Use torch's fused Adam unless the config chose `fused` or `foreach`."""
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
@@ -62,12 +61,12 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
         kinds = {(p.device.type, p.is_floating_point()) for p in group["params"]}
         fits = kinds in ({("cuda", True)}, {("cpu", True)})
         if fits and not chosen and not group["differentiable"]:
-            # By group and not by keyword: a gradient scaler then goes on to skip steps by itself.
+            # Per group, not by keyword: then GradScaler keeps skipping steps with inf by itself.
             group["fused"] = True
 
 
 def apply_schedules(
-    optimizer: torch.optim.Optimizer, schedules: Schedules, step: int
+    optimizer: torch.optim.Optimizer, schedules: Mapping[str, Schedule], step: int
 ) -> dict[str, float]:
     """Set lr and weight decay of every group for `step`; returns all schedules' values."""
     values = {name: float(schedule(step)) for name, schedule in schedules.items()}
@@ -136,7 +135,7 @@ def load_optimizer_state(
     gained = {name: group for group in saved["groups"] for name in group["params"]}
     names = {id(p): name for name, p in parameters.items()}
     for group, packed in zip(optimizer.param_groups, plain["param_groups"], strict=True):
-        # What a group has not from its making, it counted while training (LAMB's `step`).
+        # Keys that a new optimiser lacks were added while training (LAMB's `step`).
         counted = gained[names[id(group["params"][0])]]
         packed.update({k: v for k, v in counted.items() if k not in packed})
         positions.update(
@@ -156,7 +155,7 @@ def load_optimizer_state(
 def _check_memory(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: dict[str, Any]
 ) -> None:
-    """UserError where a step would miss something that the saved optimiser did not remember."""
+    """UserError where the saved optimiser lacks state that a step of this one needs."""
     if not saved:
         return
     name = min(saved, key=lambda one: parameters[one].numel())
@@ -170,7 +169,7 @@ def _check_memory(
 
 
 def _memory(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> set[str]:
-    """What an optimiser remembers of a parameter: a step of its copy on zeros tells."""
+    """Keys of an optimiser's state per parameter, found by a step of a copy on zeros."""
     zeros = nn.Parameter(torch.zeros(parameter.shape, device=parallel.local(parameter).device))
     zeros.grad = torch.zeros_like(zeros)
     tried = copy.copy(optimizer)
@@ -178,13 +177,13 @@ def _memory(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> set[st
     tried.param_groups = [{**optimizer.param_groups[0], "params": [zeros]}]
     try:
         tried.step()
-    except Exception:  # one that cannot be tried like this is taken as it is
+    except Exception:  # an optimiser that needs more than this is not checked
         return set()
     return {key for key, value in tried.state[zeros].items() if value is not None}
 
 
 def _norms(gradients: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    # Sums of squares, apart for gradients this rank holds whole and for those it holds a shard of.
+    # Sums of squares: of whole gradients, and of sharded ones, which are reduced over the ranks.
     device = next((g.device for part in gradients.values() for g in part), torch.device("cpu"))
     groups = [
         g for part in gradients.values() for g in map(parallel.shard_group, part) if g is not None

@@ -29,11 +29,10 @@ from utils.precision import Precision
 
 Wrap = Callable[..., nn.Module]
 SHARDINGS = ("replicate", "shard", "hybrid")
-# A module may return a part of a larger tensor, as backbones do with their tokens. FSDP2 hangs its
-# gathering of parameters on it, which a change of it in place would lose; nothing of ours makes
-# one, as every recipe's and block's sums are new tensors, and the gradients of several processes
-# are held against those of one (tests/utils/test_training.py, tests/utils/checkpoints/
-# test_sharding.py).
+# FSDP2 warns when a module returns a view (backbones return slices of their tokens), because an
+# in-place change of it would lose FSDP2's backward hooks. Nothing here changes one in place, and
+# tests compare gradients of several processes with those of one (tests/utils/test_training.py,
+# tests/utils/checkpoints/test_sharding.py).
 VIEW_RETURNED = r"FSDP2-wrapped module \(.*\) returned a view tensor"
 
 
@@ -53,10 +52,10 @@ def make_wrap(
 ) -> Wrap:
     """Return `wrap(module, units=(), methods=("encode", "features"))`.
 
-    It changes `module` in place and returns it. `units` are the repeated parts (blocks) that are
-    recomputed, compiled and sharded each for itself; a module without units is one. `methods` are
-    the ways in besides `forward`. Parameter names do not change. In one process nothing is sharded,
-    nor ever a module without parameters. Every rank must call `wrap` in the same order.
+    It changes `module` in place and returns it. `units` are the repeated parts (blocks), each
+    recomputed, compiled and sharded on its own; a module without units is one unit. `methods` are
+    entry points besides `forward`. Parameter names do not change. A single process shards nothing.
+    Every rank must call `wrap` in the same order.
     """
     mesh = make_mesh(device, sharding)
     if mesh is not None:
@@ -86,8 +85,8 @@ def make_wrap(
         if mesh is not None and list(module.parameters()):
             for unit in units:
                 fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-            # The outermost too: a teacher never runs backward, and an EMA must act on its masters,
-            # not on a copy.
+            # Reshard the root too, which FSDP2 keeps gathered by default: a teacher never runs
+            # backward, and an EMA must update the sharded parameters, not the gathered copy.
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             cast(Any, module).travels_in = policy.param_dtype  # probes cannot have it finer
             for method in methods:
@@ -99,10 +98,9 @@ def make_wrap(
 
 
 def allow_variants() -> None:
-    """Let a block be compiled in as many variants as there are: by kind, place, mode and shapes.
+    """Raise torch's limit of 8 compiled variants per function to 64.
 
-    All blocks share the code of one method, and torch leaves code alone that it has compiled eight
-    times.
+    All blocks share one `forward`, which is compiled per kind of block, place, mode and shapes.
     """
     import torch._dynamo
 
@@ -145,10 +143,10 @@ def broadcast_state(module: nn.Module) -> None:
 
 
 class Gradients:
-    """The gradients of a wrapped module: when they are reduced, and those that nobody wrapped.
+    """Controls when gradients are reduced, and averages those of parameters that nobody wrapped.
 
-    What there is to do is looked up once, as walking all modules costs a step milliseconds. In one
-    process it is nothing.
+    Modules and parameters are looked up once, as walking all modules costs milliseconds per step.
+    In one process there is nothing to do.
     """
 
     def __init__(self, module: nn.Module) -> None:

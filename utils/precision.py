@@ -30,7 +30,7 @@ class Precision:
         self.device_type = torch.device(device).type
         check_mode(mode)
         if mode == "auto":
-            mode = _fitting(self.device_type)
+            mode = _auto_mode(self.device_type)
         self.mode, self.dtype = mode, _MODES[mode]
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=mode == "fp16")
         if self.device_type == "cuda":
@@ -40,11 +40,11 @@ class Precision:
 
     @property
     def scales(self) -> bool:
-        """Whether gradients are scaled, so that an overflow is an everyday event."""
+        """Whether gradients are scaled (fp16), so that overflows are to be expected."""
         return self.mode == "fp16"
 
     def notes(self) -> list[str]:
-        """What a user should know before he waits."""
+        """Warnings for the user before the training starts."""
         if (self.mode, self.device_type) != ("fp16", "cpu"):
             return []
         return [
@@ -85,10 +85,15 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
-def _fitting(device_type: str) -> str:
+def _auto_mode(device_type: str) -> str:
     if device_type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision widened to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The probes of a training: when they are due, and that they leave no trace in it."""
+"""Run the probes of a training when they are due, without side effects on the training."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from utils.randomness import preserved_randomness
 
 @contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
-    """A net in evaluation mode, without gradients; nothing of this is left in its training."""
+    """A net in evaluation mode, without gradients; modes and random numbers are restored after."""
     modes = {part: part.training for part in net.modules()}
     net.eval()
     try:
@@ -25,7 +25,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-class Judge:
+class ProbeRunner:
     """The probes of a run, called every `every` steps (0: only at the end) on every rank.
 
     A probe is `probe(net, data, output_dir, step) -> dict of numbers`; its numbers are reported as
@@ -51,7 +51,7 @@ class Judge:
         return self.final(step) if self.every and step % self.every == 0 else {}
 
     def final(self, step: int) -> dict[str, float]:
-        """The results at `step`, unless they were just told."""
+        """The results at `step`; empty if they were returned already."""
         if self._done == step:
             return {}
         self._done = step
@@ -66,7 +66,7 @@ class Judge:
 
 
 def numbers(name: str, values: Any) -> dict[str, float]:
-    """What the probe `name` returned, as figures; UserError for one that returns something else."""
+    """The figures that the probe `name` returned, checked: UserError unless numbers by name."""
     found: dict[str, float] = {}
     for key, value in values.items() if isinstance(values, Mapping) else [("it", values)]:
         try:

@@ -1,4 +1,4 @@
-"""What Linux tells of a process: whether it still runs, and since when."""
+"""From /proc: whether a process still runs, and since when."""
 
 from pathlib import Path
 

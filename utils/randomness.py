@@ -46,9 +46,16 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
+def seed_cpu(seed: int) -> None:
+    """Seed the global CPU generators of Python, NumPy and torch; those of GPUs stay as they are."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Whatever is drawn inside leaves no trace outside (a probe must not change the training)."""
+    """Restore the generators of CPU and GPU afterwards (a probe must not change the training)."""
     state = random_state()
     try:
         yield
@@ -57,8 +64,8 @@ def preserved_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def kept_generators() -> Iterator[None]:
-    """Leave the CPU's global generators as they were."""
+def preserved_cpu_randomness() -> Iterator[None]:
+    """Restore the CPU's generators afterwards; cheaper, as no GPU is asked for its state."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -69,11 +76,10 @@ def kept_generators() -> Iterator[None]:
 
 
 class ShieldedBatches:
-    """Batches whose loader cannot disturb the network's random numbers; counts the waiting.
+    """Batches whose loader cannot disturb the network's random numbers; measures the waiting time.
 
-    A DataLoader draws a base seed when it starts, and one without workers seeds the main process:
-    after a resume these would fall on other steps, and drop path would differ from the undisturbed
-    run.
+    A DataLoader draws a base seed when it starts, and without workers it seeds the main process. A
+    resumed run would do this at other steps, so its drop path would differ from an unbroken run.
     """
 
     def __init__(self, batches: Iterator[Any]) -> None:
@@ -89,10 +95,10 @@ class ShieldedBatches:
         return self
 
     def __next__(self) -> Any:
-        """The next batch; the generators of the CPU are as before."""
+        """The next batch; the CPU's generators stay as they are."""
         start = time.perf_counter()
         try:
-            with kept_generators():
+            with preserved_cpu_randomness():
                 return next(self.batches)
         finally:
             self.seconds += time.perf_counter() - start

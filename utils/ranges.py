@@ -1,4 +1,4 @@
-"""Which values a setting may have: the checks of constructors, told with the key as it is written.
+"""Checks of settings, for constructors; the error begins with the key as the config spells it.
 
 NaN is in no range, and an infinite value only where the range is said to have no end.
 """

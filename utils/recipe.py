@@ -5,26 +5,26 @@ optimiser's class or the probes; it receives a backbone factory and a data set. 
 recipe's, a schedule's or a probe's business and never an `if` in the loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from utils.optimizers import Schedules
 from utils.parallel import Wrap
+from utils.schedules import Schedule
 
 
 class Recipe(Protocol):
     """What the loop calls.
 
-    All that must outlive a stop is in parameters and buffers, and after a step these are alike on
-    every rank.
+    All state that a checkpoint must hold is in parameters and buffers. After each step these are
+    equal on every rank.
     """
 
     total_steps: int  # optimiser steps of the whole training
     accumulation: int  # micro-batches per step
     batch_size_per_gpu: int  # images per micro-batch and process
-    schedules: Schedules  # functions of the step; a group names its lr, all use weight_decay
+    schedules: Mapping[str, Schedule]  # by name; a group names its lr, all use weight_decay
     exported: nn.Module  # the net to save and to probe: teacher or classifier
 
     def parallelize(self, wrap: Wrap) -> None:
@@ -37,13 +37,13 @@ class Recipe(Protocol):
         """Endless micro-batches, `accumulation` per step: a function of (seed, step, rank)."""
 
     def prepare(self, batch: Any) -> Any:
-        """The micro-batch, moved to its device, with what the workers left to that (colours)."""
+        """Finish a micro-batch on the device: the part of augmentation that workers leave open."""
 
     def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Scalars: `loss` is minimised (mean over the micro-batch), the others are shown."""
 
     def clipped_parts(self) -> dict[str, nn.Module]:
-        """The parts whose gradients are clipped, and their norms reported, each for itself."""
+        """The parts whose gradient norms are clipped and reported separately."""
 
     def after_step(self, step: int) -> None:
         """Called after the optimiser's step (EMA of a teacher)."""

@@ -23,28 +23,28 @@ from utils.lock import FolderLock
 from utils.metrics import Metrics
 from utils.optimizers import make_optimizer
 from utils.precision import Precision
-from utils.probing import Judge
+from utils.probing import ProbeRunner
 from utils.randomness import seed_everything
 from utils.recipe import Recipe
 from utils.run_folder import BATCH, describe_code, fingerprint, prepare_folder, refuse_overwriting
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
 from utils.start import load_weights, restore
-from utils.summary import MAX_STEPS, History, how_it_ended, leave, read_history
+from utils.summary import MAX_STEPS, History, how_it_ended, read_history, write_summary
 from utils.training import fit
 from utils.watchdog import Watchdog
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def train(config: Mapping[str, Any]) -> dict[str, Any]:
     """Build what `config` describes and train it; returns the summary (also in summary.json).
 
-    On a stop signal: saves, hands the signal to whoever handled it before (submitit requeues), and
-    exits with 128 plus its number.
+    On a stop signal: saves, calls the earlier handler of the signal (submitit's requeues the job),
+    and exits with 128 plus the signal's number.
     """
     config = plain(config)
     check_settings(config)
     with StopSignal() as stop:
-        # The watchdog tells of a hung rank; this ends what it does not see (set-up, probes).
+        # The watchdog ends a hung step; this timeout, hangs elsewhere (set-up, probes).
         patience = max(30.0, _hang_timeout(config) / 30)
         with distributed.session(config["device"], timeout_min=patience) as device:
             summary = _build_and_run(config, device, stop)
@@ -69,9 +69,10 @@ def run_built(
     device: torch.device,
     stop: StopSignal,
 ) -> dict[str, Any]:
-    """Train built objects in the run folder that `config` names; the summary is returned.
+    """Train built objects in the run folder that `config` names; returns the summary.
 
-    Raises UserError where another process is at work in the folder.
+    Raises UserError where another process holds the folder, the disk is full, or data or networks
+    find a setting wrong when it is used.
     """
     folder = Path(config["output_dir"])
     checkpoints = Checkpoints(
@@ -80,11 +81,11 @@ def run_built(
         plan={"total_steps": recipe.total_steps, BATCH: _images_per_step(recipe)},
         **config["checkpoint"],
     )
-    with _held(folder):
+    with _locked(folder):
         if not config["training"]["resume"]:
             _on_main(lambda: refuse_overwriting(folder, checkpoints))
         try:
-            return _run_alone(
+            return _run_locked(
                 config,
                 recipe,
                 optimizer_factory,
@@ -97,7 +98,6 @@ def run_built(
         except ValueError as error:
             if isinstance(error, UserError) or not raised_by_us(error):
                 raise
-            # What the data or the networks found wrong with a setting when it was used.
             raise UserError(" ".join(str(error).split()) + place_of(error)) from error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -107,7 +107,7 @@ def run_built(
             raise UserError(f"{folder}: {error.strerror}; {fate}") from None
 
 
-def _run_alone(
+def _run_locked(
     config: Mapping[str, Any],
     recipe: Recipe,
     optimizer_factory: Callable[..., torch.optim.Optimizer],
@@ -120,7 +120,7 @@ def _run_alone(
 ) -> dict[str, Any]:
     folder, training = Path(config["output_dir"]), config["training"]
     precision = Precision(training["precision"], device)
-    optimizer, first_step, notes = _set_out(
+    optimizer, first_step, notes = _prepare(
         config, recipe, optimizer_factory, checkpoints, precision, device
     )
     last_step = _last_step(recipe.total_steps, training["max_steps"])
@@ -129,16 +129,16 @@ def _run_alone(
         checkpoints.seconds_before, history.summary.get("seconds", 0.0)
     )
     is_done = first_step > 0 and first_step >= last_step
-    if not is_done:  # what trains nothing leaves the config that the weights were trained with
+    if not is_done:  # without a step to train, config.yaml stays the one of the weights
         notes = _on_main(lambda: prepare_folder(folder, config, checkpoints)) + notes
         notes += [f"resuming from step {first_step}"] if checkpoints.newest is not None else []
     metrics = _make_metrics(folder, config, recipe, first_step, last_step)
     for note in [*precision.notes(), *notes]:
         metrics.say(note)
-    fitting = _fitting(probes, data, metrics)
-    judge = Judge(fitting, recipe.exported, data, folder, every=config["probe_every"])
+    usable = _usable_probes(probes, data, metrics)
+    runner = ProbeRunner(usable, recipe.exported, data, folder, every=config["probe_every"])
     if is_done:
-        return _judge_again(config, recipe, checkpoints, history, data, judge, metrics, first_step)
+        return _probe_again(config, recipe, checkpoints, history, data, runner, metrics, first_step)
     health = Health(nan_patience=training["nan_patience"])
     health.skipped = history.skipped
     watchdog = Watchdog(
@@ -159,16 +159,16 @@ def _run_alone(
                 stop=stop,
                 watchdog=watchdog,
                 clip_grad=training["clip_grad"],
-                probe=judge,
+                probe=runner,
             )
         if step < last_step:
             metrics.say(f"stopped at step {step} of {last_step}; the same command goes on there")
-        # Before the probes: what they stumble over must not cost what was trained.
+        # Before the probes: an error in one must not lose the trained network.
         export_net(folder, config, step, recipe.exported, data.get("train"))
         if step >= last_step:
-            metrics.record(step, judge.final(step))
+            metrics.record(step, runner.final(step))
     except NotSaved as error:
-        raise _net_alone(error, config, recipe, checkpoints, data, metrics) from None
+        raise _export_after_failed_save(error, config, recipe, checkpoints, data, metrics) from None
     finally:
         metrics.say(checkpoints.news())
         metrics.close()
@@ -176,10 +176,10 @@ def _run_alone(
     stopped_by = MAX_STEPS if step >= last_step else max(signals, default="a signal")
     summary = _facts(config, recipe, step, checkpoints, stopped_by)
     summary |= {"skipped_steps": health.skipped, "alarm": health.alarm}
-    return leave(folder, summary | metrics.last | {"step": step} | judge.results)
+    return write_summary(folder, summary | metrics.last | {"step": step} | runner.results)
 
 
-def _net_alone(
+def _export_after_failed_save(
     error: NotSaved,
     config: Mapping[str, Any],
     recipe: Recipe,
@@ -187,30 +187,30 @@ def _net_alone(
     data: Mapping[str, Any],
     metrics: Metrics,
 ) -> UserError:
-    # The disk took no checkpoint; the net, a part of it, may fit. A launcher tells the line of a
-    # UserError, by that name.
+    # The disk took no checkpoint; the network alone, a part of it, may still fit. The error that is
+    # returned says where it is.
     for line in checkpoints.news().splitlines():
         metrics.say(line if line != str(error) else "")
     folder, told = Path(config["output_dir"]), ""
     try:
         export_net(folder, config, metrics.step, recipe.exported, data.get("train"))
         told = f"; the network alone, of step {metrics.step}, is {folder / EXPORTED}"
-    except (UserError, OSError) as why:  # on rank 0, behind all that the ranks do together
+    except (UserError, OSError) as why:  # on rank 0, after the last collective
         told = f"; {why}"
     return UserError(f"{error}{distributed.broadcast_object(told)}")
 
 
-def _judge_again(
+def _probe_again(
     config: Mapping[str, Any],
     recipe: Recipe,
     checkpoints: Checkpoints,
     history: History,
     data: Mapping[str, Any],
-    judge: Judge,
+    runner: ProbeRunner,
     metrics: Metrics,
     step: int,
 ) -> dict[str, Any]:
-    # No step is left: the figures of the run stay, and what is judged now joins them.
+    # No step is left: run the probes that have no figures yet, and add these to the summary.
     folder, total = Path(config["output_dir"]), recipe.total_steps
     most = config["training"]["max_steps"]
     metrics.say(
@@ -218,21 +218,21 @@ def _judge_again(
         if step >= total
         else f"already at step {step} of {total}: training.max_steps={most} leaves no step"
     )
-    if kept := sorted(history.judged & judge.probes.keys()):
+    if kept := sorted(history.judged & runner.probes.keys()):
         metrics.say(f"judged before, with the same settings: {', '.join(kept)}")
-    judge.probes = {k: probe for k, probe in judge.probes.items() if k not in history.judged}
+    runner.probes = {k: probe for k, probe in runner.probes.items() if k not in history.judged}
     try:
         if not (history.summary and history.exported):
             export_net(folder, config, step, recipe.exported, data.get("train"))
-        metrics.record(step, judge.final(step))
+        metrics.record(step, runner.final(step))
     finally:
         metrics.close()
     summary = _facts(config, recipe, step, checkpoints, MAX_STEPS)
     summary |= {"skipped_steps": history.skipped, "alarm": ""}
     summary |= history.summary or history.logged
-    summary |= how_it_ended(step, summary["total_steps"])  # others meant other things by finished
+    summary |= how_it_ended(step, summary["total_steps"])  # older versions defined it otherwise
     here = {"name": config["name"], "output_dir": str(folder), "step": step}
-    return leave(folder, summary | here | judge.results)
+    return write_summary(folder, summary | here | runner.results)
 
 
 def _facts(
@@ -250,8 +250,8 @@ def _facts(
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    # Rank 0 holds the folder for all.
+def _locked(folder: Path) -> Iterator[None]:
+    # Rank 0 holds the lock for all ranks.
     lock = FolderLock(folder)
     _on_main(lock.acquire)
     try:
@@ -261,7 +261,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _hang_timeout(config: Mapping[str, Any]) -> float:
-    # A run that was begun before there was this key has none in its config.yaml.
+    # The config.yaml of an older run lacks this key.
     return float(config["training"].get("hang_timeout_s", 900) or 0)
 
 
@@ -287,25 +287,25 @@ def _make_metrics(
     )
 
 
-def _fitting(
+def _usable_probes(
     probes: Mapping[str, Callable[..., dict[str, float]]], data: Mapping[str, Any], metrics: Metrics
 ) -> dict[str, Callable[..., dict[str, float]]]:
-    # The probes that this data can serve; said at the start, not found out at the end.
+    # The probes whose data is there; the others are named at the start, not at the end.
     bare = [name for name, part in data.items() if getattr(part, "labels", part) is None]
-    fitting = {}
+    usable = {}
     for name, probe in probes.items():
-        # One that says nothing reads both splits, as in evaluation/judge.py.
+        # A probe without `splits` reads both, as in evaluation/judge.py.
         if "val" not in data and "val" in getattr(probe, "splits", ("train", "val")):
             metrics.say(f"probe {name} is left out: there is no data.val")
         elif bare and getattr(probe, "needs_labels", False):
             metrics.say(f"probe {name} is left out: data.{bare[0]} has no labels")
         else:
-            fitting[name] = probe
-    return fitting
+            usable[name] = probe
+    return usable
 
 
 def _on_main(action: Callable[[], Any]) -> Any:
-    # Rank 0 looks after the folder; its refusal must reach every rank.
+    # Run on rank 0, which alone writes to the folder; result or error reach every rank.
     result: Any = None
     if distributed.is_main():
         try:
@@ -318,7 +318,7 @@ def _on_main(action: Callable[[], Any]) -> Any:
     return result
 
 
-def _set_out(
+def _prepare(
     config: Mapping[str, Any],
     recipe: Recipe,
     optimizer_factory: Callable[..., torch.optim.Optimizer],
@@ -326,11 +326,12 @@ def _set_out(
     precision: Precision,
     device: torch.device,
 ) -> tuple[torch.optim.Optimizer, int, list[str]]:
-    # The recipe on its devices with the weights to begin with, its optimiser, the first step.
+    # Move the recipe to its device, load weights, shard, make the optimiser: (optimiser, first
+    # step, notes for the log).
     training, seed = config["training"], config["seed"]
     module = cast(nn.Module, recipe).to(device)
     parallel.broadcast_state(module)
-    # The order of precedence: a checkpoint of this run, given weights, fresh ones.
+    # In this order: the last checkpoint of this run, training.weights, fresh weights.
     weights = [name for name, _ in module.named_parameters()]
     found = checkpoints.load(weights) if training["resume"] else None
     given = found is None and training["weights"]
@@ -385,7 +386,7 @@ def export_net(
         "constructor": json.dumps(config["backbone"]),
         "step": str(step),
         "code": describe_code(),
-        # Of a net without a classifier it says what it has seen.
+        # Also for a net without a classifier: the classes of the images it was trained on.
         **class_metadata(dataset),
     }
     export_weights(folder / EXPORTED, weights, metadata)

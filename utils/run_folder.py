@@ -35,12 +35,11 @@ def refuse_overwriting(folder: Path, checkpoints: Checkpoints) -> None:
 
 
 def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
-    """Write config.yaml and git.txt; returns lines to tell. Rank 0 only.
+    """Write config.yaml and git.txt; returns lines for the log. Rank 0 only.
 
-    A config.yaml that says something else is kept as config.<n>.yaml, and what changes results is
-    told, as is a changed plan (`changed_plan`). To be called once the run is sure to go on: a
-    command that was refused (by weights of another model, say) leaves the folder's config as it
-    was.
+    An earlier config.yaml with other values is kept as config.<n>.yaml. The lines name changed keys
+    that affect results, and a changed plan (`changed_plan`). Call this once the run is sure to
+    start: a command that is refused (for weights of another model, say) must not replace it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
@@ -94,7 +93,7 @@ def changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[s
 
 
 def changed_plan(config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
-    """A line where a run goes on with other numbers of steps or images than its checkpoint's.
+    """A warning where a run resumes with other numbers of steps or images than its checkpoint's.
 
     They follow from the number of processes, which the config does not name.
     """

@@ -28,7 +28,7 @@ class Constant:
 class Linear:
     """A straight line from `start` at step 0 to `end` at step `num_steps - 1`, then `end`.
 
-    Of a single step it is at `start`.
+    With a single step the value is `start`.
     """
 
     start: float
@@ -88,19 +88,24 @@ class Frozen:
 LR_SCALINGS = ("sqrt_wrt_1024", "linear_wrt_256", "linear_wrt_512", "none")
 
 
+def check_lr_scaling(rule: str) -> None:
+    """ValueError for an unknown rule."""
+    if rule not in LR_SCALINGS:
+        raise ValueError(f"unknown lr_scaling {rule!r}; known: {', '.join(LR_SCALINGS)}")
+
+
 def scale_lr(lr: float, rule: str, batch_size: int) -> float:
     """Learning rate at an effective batch size (images per optimiser step, over all GPUs)."""
-    if rule == "sqrt_wrt_1024":
-        return lr * math.sqrt(batch_size / 1024)
-    if rule.startswith("linear_wrt_") and rule in LR_SCALINGS:
-        return lr * batch_size / int(rule.removeprefix("linear_wrt_"))
+    check_lr_scaling(rule)
     if rule == "none":
         return lr
-    raise ValueError(f"unknown lr_scaling {rule!r}; known: {', '.join(LR_SCALINGS)}")
+    if rule == "sqrt_wrt_1024":
+        return lr * math.sqrt(batch_size / 1024)
+    return lr * batch_size / int(rule.removeprefix("linear_wrt_"))
 
 
 def peak_lr(lr: float, rule: str, batch_size: int, *, min_lr: float) -> float:
-    """`scale_lr`; OutOfRange where the rate would rise from there to `min_lr`."""
+    """`scale_lr`; OutOfRange where `min_lr` is above the scaled rate."""
     peak = scale_lr(lr, rule, batch_size)
     if min_lr > peak:
         raise OutOfRange(

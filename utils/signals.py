@@ -61,7 +61,7 @@ class Handlers:
 class StopSignal(Handlers):
     """Catches INT, TERM, USR2 and HUP inside a `with` block; a second INT interrupts at once.
 
-    An INT, by which a person ends a run, is not forgotten over another signal.
+    A later signal does not replace an INT, which means that a person ends the run.
     `received` is what this process saw; the loop makes the ranks agree before anyone stops.
     """
 

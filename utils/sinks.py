@@ -28,7 +28,7 @@ def make_sinks(
 ) -> tuple[Sink, ...]:
     """Open the sinks asked for, on rank 0; raises UserError when their package is missing.
 
-    `first_step`: where the run goes on; what an earlier start told of later steps is made again.
+    `first_step`: where the run resumes; TensorBoard drops what an earlier start wrote after it.
     """
     sinks: list[Sink] = []
     if wandb:

@@ -1,4 +1,4 @@
-"""What a run begins with: its own last checkpoint, or given weights."""
+"""Load what a run starts from: its own last checkpoint, or `training.weights`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +14,15 @@ from utils.errors import UserError
 from utils.precision import Precision
 from utils.run_folder import changed_keys, saved_config
 
-MOST_CHANGES = 4  # told in one line
+MOST_CHANGES = 4  # changed keys that an error names
 
 
 def load_weights(recipe: nn.Module, path: str) -> list[str]:
     """Start from a run folder, one of its checkpoints, or a file that the recipe can read.
 
-    A run folder is taken whole; where its state is of another recipe or network, the network that
-    it exported is taken instead. Returns lines to tell. Raises UserError, naming what misses and
-    what is left over, unless every tensor finds its place and every weight is finite, and for what
-    may not be read.
+    From a run folder the whole state of the recipe is loaded; where that is of another recipe or
+    network, only its exported network. Returns lines for the log. Raises UserError for what cannot
+    be read, for weights that are not finite, and for tensors that are missing or left over.
     """
     try:
         return _load(recipe, path)
@@ -123,7 +122,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def _other_network(folder: Path, config: Mapping[str, Any], error: state.Misfit) -> str:
-    """What of the config has made it another network, as far as the folder's config tells."""
+    """An error line with the keys that make this another network than the run folder's."""
     saved = folder / "config.yaml"
     changes: list[str] = []
     if saved.is_file():

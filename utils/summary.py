@@ -1,4 +1,4 @@
-"""What a run leaves for others to read: summary.json, and the table at its end."""
+"""summary.json of a run, the table printed at its end, and the history of earlier attempts."""
 
 import json
 import math
@@ -21,11 +21,11 @@ MAX_STEPS = "training.max_steps"  # what stopped a run that was asked for no mor
 
 
 class History(NamedTuple):
-    """What a run folder says of the steps up to one; the rest is lost with the steps after it.
+    """What a run folder records up to the step that a run resumes from.
 
-    `summary` is empty unless an attempt ended in order at that step. `logged` is what metrics.jsonl
-    says of it, `skipped` how many steps were not finite, `judged` the probes that need not be asked
-    again.
+    `summary`: of an attempt that ended in order at that step, else empty. `logged`: the values of
+    the step in metrics.jsonl. `skipped`: number of steps that were not finite. `judged`: probes
+    whose figures, of the same settings and data, are in `summary`: they need not run again.
     """
 
     summary: dict[str, Any]
@@ -54,12 +54,12 @@ def read_history(
 
 
 def how_it_ended(step: int, total: int, stopped_by: str = MAX_STEPS) -> dict[str, Any]:
-    """The summary's words on the end: a run is finished when it made all steps of its recipe."""
+    """`finished` (all steps of the recipe are made) and `stopped_by` of a summary."""
     finished = step >= total
     return {"finished": finished, "stopped_by": "" if finished else stopped_by}
 
 
-def leave(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def write_summary(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Write summary.json and print the table, on rank 0; returns the summary."""
     if not distributed.is_main():
         return summary

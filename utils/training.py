@@ -1,7 +1,7 @@
 """The loop. What plugs into it is in `utils/recipe.py`; `utils/run.py` builds the objects."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,13 +18,6 @@ from utils.randomness import ShieldedBatches
 from utils.recipe import Recipe
 from utils.signals import StopSignal
 from utils.watchdog import Watchdog
-
-
-def train(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a composed config to its end or to a stop signal; returns the summary."""
-    from utils.run import run  # late: it builds on this module
-
-    return run(config)
 
 
 def fit(

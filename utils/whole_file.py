@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically."""
 
 import secrets
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to in a `with` block; what lies there becomes `path` if all goes well."""
-    # Not by the process's number, which is alike in containers on several nodes.
+    """Yield a temporary path; the file written there replaces `path` if no error is raised."""
+    # A random name: process ids repeat in containers on several nodes.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial

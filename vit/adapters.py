@@ -46,7 +46,7 @@ class TimmBackbone(nn.Module):
         self.embed_dim = self.net.num_features if hasattr(self.net, "neck") else last["num_chs"]
         self.patch_size = last["reduction"]
         self.depth = len(self.net.feature_info)
-        self._prefix, self._wanted = _asked(self.net)
+        self._prefix, self._wanted = _intermediates_options(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """The network's own output."""
@@ -114,8 +114,8 @@ def _from_hub(model_name: str, options: dict[str, Any]) -> nn.Module:
     return net
 
 
-def _asked(net: Any) -> tuple[bool, dict[str, bool]]:
-    """Whether `forward_intermediates` gives prefix tokens, and what it is asked for."""
+def _intermediates_options(net: Any) -> tuple[bool, dict[str, bool]]:
+    """Whether `forward_intermediates` returns prefix tokens, and its further keywords."""
     known = inspect.signature(net.forward_intermediates).parameters
     prefix = bool(getattr(net, "num_prefix_tokens", 0)) and "return_prefix_tokens" in known
     options = {"return_prefix_tokens": True} if prefix else {}
@@ -126,7 +126,7 @@ def _asked(net: Any) -> tuple[bool, dict[str, bool]]:
 
 
 def _dynamic(model_name: str) -> dict[str, Any]:
-    """ViTs of timm take other image sizes when told so; those with relative positions do not."""
+    """`dynamic_img_size` for timm's ViTs that have it; those with relative positions do not."""
     if not model_name.startswith(("vit_", "deit")):
         return {}
     with torch.device("meta"):

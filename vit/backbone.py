@@ -40,7 +40,7 @@ class Backbone(Protocol):
 
 
 def in_asked_order(entries: Sequence[Any], indices: Sequence[int]) -> list[Any]:
-    """What timm gives of the asked blocks, once each and ascending, for each block as asked."""
+    """Reorder timm's outputs, one per distinct block, ascending, to the `indices` as asked."""
     found = dict(zip(sorted(set(indices)), entries, strict=True))
     return [found[index] for index in indices]
 
@@ -53,6 +53,7 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        net.train(modes[0][1])  # a module may do more than set the flag, such as unmerge weights
         for part, mode in modes:
             part.training = mode
 

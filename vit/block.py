@@ -10,38 +10,38 @@ from torch.nn import functional as F
 
 from vit.attention import Attention
 from vit.packing import Packing
-from vit.stochastic_depth import add_branch, check_mode, drop_whole
+from vit.stochastic_depth import add_branch, check_mode, drop_path
 
 
 class Addend(NamedTuple):
-    """What is still to be added to tokens [B T D]: as many, and a bias of their first channels."""
+    """A sum not taken yet: tokens [B T D] to add, and a bias [C] for their first C channels."""
 
     tokens: Tensor
     bias: Tensor | None = None
 
     def to(self, x: Tensor) -> Tensor:
-        """The sum."""
+        """x [B T D] with the addend added."""
         x = x + self.tokens
         return x if self.bias is None else x + F.pad(self.bias, (0, x.shape[-1] - len(self.bias)))
 
 
 def added(x: Tensor, addend: Addend | None) -> Tensor:
-    """Tokens with what the block before left to add, if anything."""
+    """x with the addend of the block before, if there is one."""
     return x if addend is None else addend.to(x)
 
 
 def terms_of(
     out: Tensor | tuple[Tensor, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Addend | None]:
-    """The tokens that a block returned, and what it left to add (None: nothing)."""
+    """Split what a block returned into tokens and its addend (None: nothing is left to add)."""
     if isinstance(out, Tensor):
         return out, None
     x, tokens, bias = out
     return x, None if tokens is None else Addend(tokens, bias)
 
 
-def is_watched(layer: nn.Module) -> bool:
-    """Whether hooks wait for what goes into the layer or comes out of it."""
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether anyone registered forward or backward hooks on the layer itself."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -53,12 +53,11 @@ def is_watched(layer: nn.Module) -> bool:
 class ResidualBlock(nn.Module):
     """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)), each branch under stochastic depth.
 
-    holds: whether it is worth while to leave a block's last sum to the next one (see `forward`). A
-        layer scale in float32 makes the branch a wider tensor than the product before it, and then
-        it is not.
+    defers_sum: whether the trunk calls the block with `defer`. Not for plain blocks: their float32
+        layer scale makes the branch a wider tensor, which costs more than the fused sum saves.
     """
 
-    holds = False
+    defers_sum = False
 
     def __init__(
         self,
@@ -86,14 +85,15 @@ class ResidualBlock(nn.Module):
         x: Tensor,
         packing: Packing | None = None,
         addend: Addend | None = None,
-        hold: bool = False,
+        defer: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
         """Map tokens [B T D], packed or not, to tokens of the same shape.
 
-        A norm that follows a sum can take it along, without a pass over memory of its own. So a
-        block adds the `addend` of the block before it, if it is given one, and with `hold` returns
-        its own last sum as its terms: tokens and the two of an `Addend` (None where nothing is left
-        to add; `terms_of`). They come bare: Dynamo of torch 2.11 returns no named tuple of its own.
+        Residual sums can be fused with the norm that follows: one pass over memory instead of two.
+        So a block first adds the `addend` that the block before left it, and with `defer` it leaves
+        its own last sum to the next block: it returns (tokens, addend.tokens, addend.bias), None
+        where nothing is left to add; `terms_of` reads it. A plain tuple, because Dynamo of torch
+        2.11 cannot return a named one.
         """
         rate = self.drop_path_rate if self.training else 0.0
         ready = self._prepare(x)
@@ -104,27 +104,27 @@ class ResidualBlock(nn.Module):
             )
             x = add_branch(x, mix_tokens, packing, rate=rate, mode="subset")
             x = add_branch(x, mix_channels, packing, rate=rate, mode="subset")
-            return (x, None, None) if hold else x
+            return (x, None, None) if defer else x
         x, normed = self._add_and_norm(x, addend, self.norm1)
-        addend = self._attend(normed, packing, ready, hold=not rate)
+        addend = self._attend(normed, packing, ready, defer=not rate)
         addend = _thinned(addend, packing, rate, x.dtype)
         x, normed = self._add_and_norm(x, addend, self.norm2)
-        addend = self._transform(normed, ready, hold=hold and not rate)
+        addend = self._transform(normed, ready, defer=defer and not rate)
         addend = _thinned(addend, packing, rate, x.dtype)
-        return (x, addend.tokens, addend.bias) if hold else addend.to(x)
+        return (x, addend.tokens, addend.bias) if defer else addend.to(x)
 
     def _mix_tokens(self, x: Tensor, packing: Packing | None, ready: Any = None) -> Tensor:
-        """The first branch [B T D] of tokens."""
-        return self._attend(self.norm1(x), packing, ready, hold=False).tokens
+        """The attention branch [B T D]."""
+        return self._attend(self.norm1(x), packing, ready, defer=False).tokens
 
     def _mix_channels(self, x: Tensor, packing: Packing | None, ready: Any = None) -> Tensor:
-        """The second branch [B T D] of tokens."""
-        return self._transform(self.norm2(x), ready, hold=False).tokens
+        """The MLP branch [B T D]."""
+        return self._transform(self.norm2(x), ready, defer=False).tokens
 
-    # What an equivariant block computes otherwise. With `hold` an addend may have a bias.
+    # Octic blocks override these. With `defer` an addend may carry a bias.
 
     def _prepare(self, x: Tensor) -> Any:
-        """What both branches need beside the tokens, made at once."""
+        """What both branches need besides the tokens, computed once per block."""
         return None
 
     def _add_and_norm(
@@ -133,16 +133,18 @@ class ResidualBlock(nn.Module):
         x = added(x, addend)
         return x, norm(x)
 
-    def _attend(self, normed: Tensor, packing: Packing | None, ready: Any, *, hold: bool) -> Addend:
+    def _attend(
+        self, normed: Tensor, packing: Packing | None, ready: Any, *, defer: bool
+    ) -> Addend:
         return Addend(self.ls1(self.attn(normed, packing)))
 
-    def _transform(self, normed: Tensor, ready: Any, *, hold: bool) -> Addend:
+    def _transform(self, normed: Tensor, ready: Any, *, defer: bool) -> Addend:
         return Addend(self.ls2(self.mlp(normed)))
 
 
 def _thinned(addend: Addend, packing: Packing | None, rate: float, dtype: torch.dtype) -> Addend:
-    """An addend without a bias after sequences were dropped; any as it is at rate 0."""
-    return addend._replace(tokens=drop_whole(addend.tokens, packing, rate, dtype=dtype))
+    """The addend after drop path; at a rate above 0 it must have no bias."""
+    return addend._replace(tokens=drop_path(addend.tokens, packing, rate, dtype=dtype))
 
 
 class Block(ResidualBlock):

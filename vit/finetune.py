@@ -1,6 +1,6 @@
 """Weights of one network for another one: of other image size, with other classes or none.
 
-What may differ is told, line by line; every other key must fit, as in `vit.weights`.
+Each adaptation is reported in one line; every other key must fit, as in `vit.weights`.
 
 Letters in shapes: n tokens with a position, h w a grid, D channels, C classes.
 """
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from vit.keys import check_fit, rename_published
 from vit.vision_transformer import resample_grid
-from vit.weights import changing_to, read_state, telling_of
+from vit.weights import adapted_to, naming_file, read_state
 
 POSITIONS = "pos_embed"
 # Of self-supervised training; a classifier has no use for it.
 UNUSED = "mask_token"
 DISTILLED = "head_dist."
-# What may stand before the patches: none with a position of its own, the first alone, or all.
+# Tokens before the patches; a file has positions for none of them, the first alone, or all.
 PREFIXES = ("cls_token", "reg_token", "dist_token")
 
 
@@ -34,7 +34,7 @@ def load_adapted(model: nn.Module, path: str | Path) -> list[str]:
     read = read_state(path)
     # An adapter's own name for the network it wraps: only our exports have it.
     read = {name.removeprefix("net."): tensor for name, tensor in read.items()}
-    with telling_of(path):
+    with naming_file(path):
         state, notes = adapt_state(read, net)
     net.load_state_dict(state, strict=True)
     return notes
@@ -51,7 +51,7 @@ def adapt_state(
     """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
-    with changing_to(state, model):
+    with adapted_to(state, model):
         own = model.state_dict()
         found, twice = rename_published(state, own, grid=getattr(model, "grid_size", None))
         notes = [

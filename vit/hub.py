@@ -19,7 +19,7 @@ from torch import nn
 from vit.backbone import eval_mode
 from vit.export import relative_difference
 
-# Whose errors on the way to the hub are the network's or the account's, not ours: names begin so.
+# Packages (by prefix) whose errors mean trouble with network or account, not a bug of ours.
 NETWORK = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 _NOT_OPTIONS = {"_target_", "_partial_", "model_name", "pretrained"}
 

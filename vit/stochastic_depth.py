@@ -23,24 +23,24 @@ def add_branch(
 ) -> Tensor:
     """x + branch(x), where the branch is dropped for a random part of the sequences.
 
-    `sample` drops each sequence by a coin of its own and computes all of them. `subset` (DINOv2)
+    `sample` computes all sequences and drops each independently. `subset` (DINOv2)
     runs the branch on max(1, int(B (1 - rate))) random sequences of each group and on nothing
     else, so that dropped work costs no time. Both divide by the kept share.
     """
     if rate == 0.0 or mode == "sample":
-        return x + drop_whole(branch(x, packing), packing, rate, dtype=x.dtype)
+        return x + drop_path(branch(x, packing), packing, rate, dtype=x.dtype)
     if packing is None:
         return _add_on_subset(x, branch, 1.0 - rate)
     return _add_on_packed_subset(x, branch, packing, 1.0 - rate)
 
 
-def drop_whole(
+def drop_path(
     update: Tensor, packing: Packing | None, rate: float, *, dtype: torch.dtype
 ) -> Tensor:
-    """A branch's result, each sequence dropped by a coin of its own, over the kept share.
+    """Drop path: zero whole sequences of a branch's result at random, divide by the kept share.
 
-    dtype: of the tokens that it is added to, and so of the share's inverse, which a half precision
-    of the branch would round.
+    Computed in `dtype`, that of the tokens it is added to: a branch in half precision would round
+    the divisor.
     """
     if rate == 0.0:
         return update

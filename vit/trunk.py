@@ -1,9 +1,9 @@
 """What every Vision Transformer of ours shares, plain or octic: tokens in, features out.
 
 A subclass builds the layers (`patch_embed`, `blocks`, `norm`, `head`, tokens, positions) and says
-how a token is stored (`_stored`) and where its octic part ends (`switch`, `transition`). All
-running of them stands here, once. The interface is timm's (`forward_features`, `forward_head`,
-`forward_intermediates`, `reset_classifier`, ...) beside the Backbone contract.
+how a trained token gets its D channels (`_all_channels`) and where its octic part ends (`switch`,
+`transition`). Running the layers is implemented here, once. The interface is the Backbone
+contract and timm's (`forward_features`, `forward_head`, `forward_intermediates`, ...).
 
 Letters in shapes: B images, T all tokens, P prefix tokens (class and registers), N patches in a
 grid of h x w, D channels.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit.backbone import Encoded, Features, check_counts
-from vit.block import Addend, ResidualBlock, added, is_watched, terms_of
+from vit.block import Addend, ResidualBlock, added, has_hooks, terms_of
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -80,7 +80,7 @@ class Trunk(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
-    # What a subclass says.
+    # What a subclass defines.
 
     def patch_positions(self, height: int, width: int) -> Tensor:
         """Position embedding of a grid of h x w patches: [1 N D]."""
@@ -91,11 +91,11 @@ class Trunk(nn.Module):
         return None
 
     def transition(self, x: Tensor) -> Tensor:
-        """What happens to tokens [B T D] between the octic and the plain blocks."""
+        """Convert tokens [B T D] of the octic blocks to tokens of the plain blocks."""
         return x
 
-    def _stored(self, token: Tensor) -> Tensor:
-        """Spell a trainable token with all D channels."""
+    def _all_channels(self, token: Tensor) -> Tensor:
+        """A trained token with all D channels; octic models train its invariant part alone."""
         return token
 
     # Embedding.
@@ -109,12 +109,12 @@ class Trunk(nn.Module):
         if masks is not None:
             if self.mask_token is None:
                 raise ValueError("this model has no mask token; build it with mask_token=True")
-            hidden = self._stored(self.mask_token).to(patches.dtype)
+            hidden = self._all_channels(self.mask_token).to(patches.dtype)
             patches = torch.where(masks[..., None], hidden, patches)
         positions = self.patch_positions(height, width)
         if masks is None and self.mask_token is not None and torch.is_grad_enabled():
-            # A mask token nobody needs has a gradient of zero, not none, as timm's tests expect.
-            positions = positions + 0 * self._stored(self.mask_token)
+            # An unused mask token gets a gradient of zero instead of None, as timm's tests expect.
+            positions = positions + 0 * self._all_channels(self.mask_token)
         patches = patches + positions
         prefix = self._prefix_tokens()
         if not prefix:
@@ -125,10 +125,10 @@ class Trunk(nn.Module):
     def _prefix_tokens(self) -> list[Tensor]:
         tokens = []
         if self.cls_token is not None:
-            position, token = self.class_position(), self._stored(self.cls_token)
+            position, token = self.class_position(), self._all_channels(self.cls_token)
             tokens.append(token if position is None else token + position)
         if self.register_tokens is not None:
-            tokens.append(self._stored(self.register_tokens))
+            tokens.append(self._all_channels(self.register_tokens))
         return tokens
 
     def _check_images(self, images: Tensor) -> None:
@@ -158,12 +158,12 @@ class Trunk(nn.Module):
         for index, block in enumerate(self.blocks[: last + 1]):
             if index == self.switch:
                 x, addend = self.transition(added(x, addend)), None
-            holds = _holds(block)
-            arguments = (x, packing, addend, True) if holds else (added(x, addend), packing)
+            deferring = _defers_sum(block)
+            arguments = (x, packing, addend, True) if deferring else (added(x, addend), packing)
             x, addend = terms_of(self._call(block, *arguments))
             if index in taps:
                 x, addend = added(x, addend), None
-                # An octic block's output is told in the basis of the plain half.
+                # The output of an octic block is returned in the basis of the plain half.
                 kept[index] = self.transition(x) if index < self.switch else x
         x = added(x, addend)
         if last < self.switch:
@@ -171,7 +171,7 @@ class Trunk(nn.Module):
         return x, kept
 
     def _call(self, block: nn.Module, *arguments: Any) -> Any:
-        """A block's output, its activations kept or, in gradient checkpointing, made again."""
+        """A block's output; under gradient checkpointing its activations are recomputed."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
@@ -330,7 +330,7 @@ class Trunk(nn.Module):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Where each parameter stands in the depth, for layer-wise learning rates (timm)."""
+        """Depth of each parameter, for layer-wise learning rates (timm)."""
         stem = r"^(?:cls_token|register_tokens|mask_token|pos_embed|patch_embed)"
         blocks = r"^blocks\.(\d+)"
         rest = (r"^(?:invariant|norm)", (99999,))
@@ -345,9 +345,9 @@ class Trunk(nn.Module):
         }
 
 
-def _holds(block: nn.Module) -> bool:
-    """Whether a block takes and leaves sums in their terms; hooks see whole tokens."""
-    return isinstance(block, ResidualBlock) and block.holds and not is_watched(block)
+def _defers_sum(block: nn.Module) -> bool:
+    """Whether a block leaves its last sum to the next one; not with hooks, which want the sum."""
+    return isinstance(block, ResidualBlock) and block.defers_sum and not has_hooks(block)
 
 
 def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

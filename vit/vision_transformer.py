@@ -105,7 +105,7 @@ class VisionTransformer(Trunk):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw linear layers, filters, positions and tokens anew; norms and scales stay."""
+        """Initialise linear layers, filters, positions and tokens; keep norms and scales."""
         self.apply(init_linear)
         init_convolution(self.patch_embed.proj.weight, self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

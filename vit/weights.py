@@ -30,13 +30,13 @@ def load_weights(model: nn.Module, path: str | Path, *, container: str | None = 
     and the keys that are missing, left over, or of another shape.
     """
     state = read_state(path, container=container)
-    with telling_of(path):
+    with naming_file(path):
         load_state(model, state)
 
 
 @contextlib.contextmanager
-def telling_of(path: str | Path) -> Iterator[None]:
-    """Name the file in a ValueError, and the network it was saved of where our exports tell it."""
+def naming_file(path: str | Path) -> Iterator[None]:
+    """Put the file's name into a ValueError, and for our exports the network it was saved from."""
     try:
         yield
     except ValueError as error:
@@ -61,13 +61,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
-    with changing_to(state, model):
+    with adapted_to(state, model):
         model.load_state_dict(from_published(state, model), strict=True)
 
 
 @contextlib.contextmanager
-def changing_to(state: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
-    """Let a model with `adapt_to` change itself to what weights need; an error takes that back."""
+def adapted_to(state: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
+    """Let a model with `adapt_to` change itself to fit the weights; undo that on an error."""
     if not hasattr(model, "adapt_to"):
         yield
         return
@@ -117,7 +117,7 @@ def read_state(path: str | Path, *, container: str | None = None) -> dict[str, T
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of its weights; nothing for other files."""
+    """The metadata of a safetensors file; empty for other files."""
     path = Path(path).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -160,7 +160,7 @@ def _plain_data() -> Iterator[None]:
     allowed: list[Any] = [
         argparse.Namespace,
         np.dtype,
-        # Old files spell numpy's own scalar constructor by its former path.
+        # Old files name numpy's scalar constructor by its former path.
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
         *(type(np.dtype(number)) for number in numbers),

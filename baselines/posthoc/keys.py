@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit.keys import from_published
-from vit.weights import changing_to
+from vit.weights import adapted_to
 
 MODEL, AGGREGATOR = "model.", "aggregator."
 PUBLISHED_AGGREGATORS = ("scoring_model.", "aggregation_model.")
@@ -57,7 +57,7 @@ def _of_backbone(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     net: Any = getattr(model, "net", None)
     prefix = "net." if isinstance(net, nn.Module) and not _named(state, "net.") else ""
     inner = net if prefix else model
-    with changing_to(state, inner):
+    with adapted_to(state, inner):
         found = from_published(state, inner)
     return {f"{prefix}{name}": tensor for name, tensor in found.items()}
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.token_reduction.clustering import wide
 from baselines.token_reduction.draws import Draws, block_range, check_draw
 from baselines.token_reduction.options import check_flags
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
+from utils.precision import at_least_float32
 from utils.ranges import check_count
 
 BUCKET = 8.0  # width of a hash bucket
@@ -185,7 +185,7 @@ class ClusteredAttention(Reducer):
         if not (self.group_queries if name.endswith("q") else self.group_keys):
             return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            ids = self.group(wide(x[:, alone:]), name, hashes)
+            ids = self.group(at_least_float32(x[:, alone:]), name, hashes)
             if alone:
                 own = torch.arange(alone, device=x.device).expand(len(x), -1)
                 ids = torch.cat([own, ids + alone], dim=1)

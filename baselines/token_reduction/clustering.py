@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from baselines.token_reduction.options import check_counts, check_flags, each
 from baselines.token_reduction.reducer import Facts, Reducer, State, check_blocks
+from utils.precision import at_least_float32
 from utils.ranges import OutOfRange, check_count, check_range
 
 FORBIDDEN = 1e16  # added to the distance of a patch to a centroid outside of its window
@@ -177,9 +178,9 @@ class Hourglass(Reducer):
             return x
         with torch.autocast(x.device.type, enabled=False):
             patches = reconstruct_tokens(
-                wide(state.memory["before"]),
-                wide(state.memory["after"]),
-                wide(x[:, state.num_prefix :]),
+                at_least_float32(state.memory["before"]),
+                at_least_float32(state.memory["after"]),
+                at_least_float32(x[:, state.num_prefix :]),
                 nearest=self.nearest,
                 temperature=self.reconstruction_temperature,
                 normalisation=self.reconstruction,
@@ -195,14 +196,16 @@ class Hourglass(Reducer):
         # Distances of raw tokens need more digits and more range than half precision has.
         with torch.autocast(x.device.type, enabled=False):
             centroids = cluster_tokens(
-                wide(patches),
+                at_least_float32(patches),
                 state.grid,
                 clusters,
                 iterations=self.iterations,
                 temperature=self.temperature,
                 window=self.window,
             )
-            labels = nearest_clusters(wide(patches), centroids) if state.traced else None
+            labels = (
+                nearest_clusters(at_least_float32(patches), centroids) if state.traced else None
+            )
         centroids = centroids.to(x.dtype)
         if labels is not None:
             state.note("cluster.input", patches)
@@ -248,8 +251,3 @@ def cluster_grid(num_clusters: "int | tuple[int, int] | list[int]") -> tuple[int
             "and columns"
         )
     return side, side
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -19,7 +19,7 @@ from utils.ranges import OutOfRange
 from vit.backbone import Encoded, Features
 from vit.keys import from_published
 from vit.trunk import take_indices
-from vit.weights import changing_to
+from vit.weights import adapted_to
 
 NET = "net."
 
@@ -245,7 +245,7 @@ class Reduced(nn.Module):
             return dict(state)
         if hasattr(self.net, "rename_state"):
             state = self.net.rename_state(state)
-        with changing_to(state, self.net):
+        with adapted_to(state, self.net):
             found = from_published(state, self.net)
         return {NET + name: tensor for name, tensor in found.items()}
 

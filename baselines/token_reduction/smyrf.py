@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.token_reduction.clustering import wide
 from baselines.token_reduction.draws import Draws, block_range, check_draw
 from baselines.token_reduction.options import check_counts
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
+from utils.precision import at_least_float32
 
 FORMS = ("sound", "published")
 
@@ -48,8 +48,8 @@ def _chunk_attention(
     logits = (q @ k.transpose(-2, -1)) * scale
     if hidden is not None:
         logits = logits.masked_fill(hidden, -torch.inf)
-    total = wide(logits).logsumexp(dim=-1)
-    weights = (wide(logits) - total[..., None]).exp().to(v.dtype)
+    total = at_least_float32(logits).logsumexp(dim=-1)
+    weights = (at_least_float32(logits) - total[..., None]).exp().to(v.dtype)
     return weights @ v, total
 
 
@@ -226,7 +226,7 @@ class Smyrf(Reducer):
 
     def _orders(self, state: State, index: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            q, k = wide(q), wide(k)
+            q, k = at_least_float32(q), at_least_float32(k)
             gaussian, _ = self.draws.get(f"block{index}", q.shape[-1] + 2, self.num_hashes, q)
             orders = sort_by_hash(q, k, gaussian)
         state.note(f"block{index}.q_positions", orders[0])

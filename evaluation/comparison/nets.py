@@ -22,7 +22,7 @@ from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
-from utils.training import train
+from utils.run import train
 from vit.weights import read_metadata
 
 ROUNDS = 3  # of turns in which speeds are measured

@@ -23,7 +23,7 @@ from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
 from utils.folders import check_folder
 from utils.metrics import read_metrics
-from utils.training import train
+from utils.run import train
 
 Figures = dict[str, float | None]
 SHOWN = ("_top1", "_miou")
@@ -73,10 +73,10 @@ def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.d
     figures["equivariance error of the octic half"] = worst_error(
         layer_errors(nets["trained"], images)
     )
-    return figures | _speed(folder, run)
+    return figures | _speed(folder)
 
 
-def _speed(folder: Path, run: Mapping[str, Any]) -> Figures:
+def _speed(folder: Path) -> Figures:
     """Seconds in the loop and images per second, from the log: over all parts of a resumed run.
 
     The rate is the median of what the log's lines tell: the first steps of a process, and whatever

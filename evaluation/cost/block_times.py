@@ -24,6 +24,7 @@ from evaluation.results import print_table
 from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
 from utils.parallel import allow_variants
+from vit.block import terms_of
 
 MODES = ("eager", "compiled")
 PASSES = ("forward", "forward and backward")
@@ -137,16 +138,17 @@ def steps_of(
     autocast = partial(torch.autocast, device, torch.bfloat16, cache_enabled=False)
     inputs: list[Any]
     inputs, leaves = [x], [x, *block.parameters()]
-    if getattr(block, "holds", False):
+    if getattr(block, "defers_sum", False):
         with torch.no_grad(), autocast():
-            addend = block(x, None, None, True)[1]
+            addend = terms_of(block(x, None, None, True))[1]
+        assert addend is not None  # such a block leaves its last sum
         addend = addend._replace(tokens=addend.tokens.requires_grad_())
         inputs, leaves = [x, None, addend, True], [*leaves, addend.tokens]
 
     def forward() -> list[Tensor]:
         with autocast():
             found = run(*inputs)
-        return [found] if isinstance(found, Tensor) else [found[0], found[1].tokens]
+        return [found] if isinstance(found, Tensor) else list(found[:2])
 
     with torch.no_grad():
         grads = [torch.randn_like(output) for output in forward()]

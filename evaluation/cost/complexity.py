@@ -80,7 +80,7 @@ def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
             results[name] = Result(name, twin, cost, keywords=keywords.get(name) or {})
     if config["picture_file"] and config["picture_y"] == "accuracy":
         heights(list(results.values()), "accuracy")  # refused now, not after the measurement
-    protocol, peak = describe(config, settings)
+    protocol, peak = describe(settings)
     if peak:
         _say_what_is_measured(config, settings, protocol, estimate_s(results, settings, peak))
     file = Path(config["json_file"]) if config["json_file"] else None
@@ -187,7 +187,7 @@ def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def describe(config: Mapping[str, Any], settings: Settings) -> tuple[dict[str, Any], Peak | None]:
+def describe(settings: Settings) -> tuple[dict[str, Any], Peak | None]:
     """Everything the figures depend on, and the device's peak if speeds are measured."""
     device = settings.device
     arithmetic = arithmetic_of(device, settings.dtype)

@@ -30,9 +30,9 @@ from utils.checkpoints.checkpoint import write_text
 from utils.config.build import build, plain
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder, read_image
-from utils.data.sources import seed_everything
 from utils.errors import UserError
 from utils.parallel import to_device
+from utils.randomness import seed_cpu
 
 SIZE = (500, 375)  # width and height of ImageNet's usual photograph
 QUALITY = 95  # about 90 kB
@@ -67,7 +67,7 @@ def measure(config: Mapping[str, Any]) -> dict[str, float]:
         rates: dict[str, float] = {}
         if distributed.is_main():
             files = _files(config["root"], config["images"])
-            seed_everything(config["seed"])
+            seed_cpu(config["seed"])
             with _reading(files, config) as stages:
                 stages += _decoders(files)
                 for name, pipeline in config["pipelines"].items():

@@ -97,7 +97,7 @@ def measure_table(config: Mapping[str, Any], settings: Settings) -> dict[str, An
         free_memory()
     _print(table, lines, config)
     _print_speeds(table, lines, settings)
-    plain = [_plain(table, line) for line in lines]
+    plain = [_plain(line) for line in lines]
     results = {"table": table.title, "rows": plain}
     if config["json_file"]:
         path = Path(config["json_file"])
@@ -276,7 +276,7 @@ def _difference(cost: Any, row: Any) -> float:
     return 100 * (cost.total / 1e9 / row.stated.gflops - 1)
 
 
-def _plain(table: CostTable, line: Line) -> dict[str, Any]:
+def _plain(line: Line) -> dict[str, Any]:
     row = line.row
     return {
         "method": row.method,

@@ -20,7 +20,7 @@ from torch import nn
 from utils import distributed, metrics, parallel
 from utils.communication import Communication, Part
 from utils.errors import UserError
-from utils.training import train
+from utils.run import train
 
 COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 MARK = "traffic: "

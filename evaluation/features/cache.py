@@ -30,6 +30,7 @@ from evaluation.features.files import (
 from evaluation.progress import say
 from utils import distributed
 from utils.data.images import ImageDataset
+from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from vit.backbone import Backbone
 
@@ -43,8 +44,9 @@ def class_tokens(
     split: str,
     *,
     features_dir: str | Path | None,
-    transform: Callable,
-    transform_words: str,
+    transform: Callable | None,
+    resize_size: int,
+    crop_size: int,
     normalized: bool,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 256,
@@ -54,10 +56,12 @@ def class_tokens(
 ) -> FeatureSet:
     """This rank's class tokens of one split, on the host; every rank must call this.
 
-    With `features_dir` they are read from a folder below it where one holds these very features,
-    and stored there where none does; a transform without a repr of its own, which nothing tells
-    from another, reads and stores none. Normalising is done after reading.
+    transform: None is `evaluation_transform` of these sizes. With `features_dir` tokens are read
+    from a folder below it if one holds these very features, and stored there otherwise. A transform
+    without a repr of its own cannot be identified: its features are neither read nor stored.
+    Features are normalised after reading.
     """
+    transform_words = transform_in_words(transform, resize_size, crop_size)
     if features_dir is not None and _ADDRESS.search(transform_words):
         if distributed.is_main():
             say(
@@ -66,7 +70,8 @@ def class_tokens(
             )
         features_dir = None
     options: dict[str, Any] = {
-        "transform": transform,
+        "transform": transform
+        or evaluation_transform(resize_size=resize_size, crop_size=crop_size),
         "batch_size": batch_size,
         "num_workers": num_workers,
         "precision": precision,

@@ -5,7 +5,7 @@ Letters: N images, n images of this rank, D feature width, B batch.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches
 from utils.errors import UserError
 from utils.precision import float32_products_in
-from vit.backbone import Backbone
+from vit.backbone import Backbone, eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ def walk_features(
     label: str = "features",
     shown: bool = True,
 ) -> None:
-    """Hand float32 rows, labels and indices of this rank's share to `keep`, batch by batch.
+    """Pass float32 rows [B D], labels [B] and indices [B] of this rank to `keep`, batch by batch.
 
-    Every rank must call this. Rows come by ascending index: rank, rank + ranks, and so on.
-    `read` turns a batch of images into rows; `precision` is the autocast of the net.
+    Every rank must call this. Rank r of R gets the images r, r + R, ... in this order. `read` turns
+    a batch of images into rows; `precision` is the autocast of the net.
     """
 
     def call(images: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ def own_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images [B 3 H W], labels and indices of this rank's share, with a line of progress.
 
-    Every rank must walk through all. A sharded net gathers its weights in every call, so all ranks
-    must make the same number: at the end `call` gets an image [1 3 H W] for each batch that this
-    rank has less than others, the first one of the data set where it has none of its own.
+    Every rank must exhaust the iterator. A sharded net gathers its weights in every call, so all
+    ranks must call it equally often: a rank with fewer batches than others makes up for them at the
+    end by `call` on a single image [1 3 H W].
     """
     world = distributed.world_size()
     share = -(-len(dataset) // world)
@@ -208,9 +208,9 @@ def renumber(part: FeatureSet) -> FeatureSet:
 
 
 def autocast_of(net: Backbone, precision: str) -> torch.dtype | None:
-    """The dtype of the net's autocast: of `precision`, or in which its sharded weights travel.
+    """The dtype of the net's autocast: that of `precision`, or of gathered sharded weights.
 
-    A net whose weights reach a rank rounded (`utils.parallel`) has no finer copy to be judged by.
+    FSDP may gather weights in bfloat16 (`utils.parallel`); then there is no float32 copy to use.
     """
     travels_in = getattr(net, "travels_in", None)
     if PRECISIONS[precision] is None and travels_in is not None and distributed.is_main():
@@ -220,23 +220,15 @@ def autocast_of(net: Backbone, precision: str) -> torch.dtype | None:
 
 @contextmanager
 def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]:
-    """Put `net` in eval mode under the autocast of `precision`; gives its device, restores it."""
+    """Eval mode and the autocast of `precision` for a `with` block; yields the net's device."""
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    device = device_of(net)
-    modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    were_training = [module.training for module in modules]
-    for root in modules[:1]:
-        root.eval()
-    dtype = autocast_of(net, precision)
-    try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            yield device
-    finally:
-        for root in modules[:1]:
-            root.train(were_training[0])
-        for module, was_training in zip(modules, were_training, strict=True):
-            module.training = was_training
+    device, dtype = device_of(net), autocast_of(net, precision)
+    with (
+        eval_mode(net) if isinstance(net, nn.Module) else nullcontext(),
+        torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+    ):
+        yield device
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is told of many heads: percentages of each, and the best of them as a table."""
+"""Report many heads: percentages of each, and a table of the best."""
 
 from collections.abc import Mapping, Sequence
 

@@ -28,7 +28,6 @@ from evaluation.progress import say
 from evaluation.results import append_lines, write_results
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.data.transforms import evaluation_transform
 from utils.ranges import check_count, check_range
 from vit.backbone import Backbone
 
@@ -41,8 +40,8 @@ class KnnProbe:
 
     A size of None is the net's own (`evaluation.image_size`). `precision` is the net's autocast
     (fp32, bf16, fp16), `search_precision` that of the similarities; `transform` replaces resizing,
-    cropping and ImageNet's normalisation.
-    `features_dir` keeps the class tokens there, and takes them from there where they are the same.
+    cropping and ImageNet's normalisation. `features_dir`: folder to store class tokens in, and to
+    reuse them from.
     Departs from DINOv2: the search is fp32 unless asked, because fp16 leaves about 1024 distinct
     similarities and with them ties at the cut; images count once however many ranks there are.
     """
@@ -121,9 +120,9 @@ class KnnProbe:
             dataset,
             split,
             features_dir=self.features_dir,
-            transform=self.transform
-            or evaluation_transform(resize_size=resize_size, crop_size=crop_size),
-            transform_words=self._transform_in_words(),
+            transform=self.transform,
+            resize_size=resize_size,
+            crop_size=crop_size,
             normalized=True,
             dtype=SEARCH_DTYPES[self.search_precision],
             batch_size=self.batch_size,
@@ -198,7 +197,7 @@ class KnnProbe:
             "probe": "knn",
             "feature": "class token of the last block after the final norm, L2-normalised",
             "vote": f"softmax of similarity / {self.temperature}",
-            "transform": self._transform_in_words(),
+            "transform": transform_in_words(self.transform, self.resize_size, self.crop_size),
             "ks": self.ks,
             "n_per_class_list": self.n_per_class_list,
             "num_tries": self.num_tries,
@@ -206,9 +205,6 @@ class KnnProbe:
             "search_precision": self.search_precision,
             "world_size": distributed.world_size(),
         }
-
-    def _transform_in_words(self) -> str:
-        return transform_in_words(self.transform, self.resize_size, self.crop_size)
 
     def _write(self, figures: Figures, output_dir: Path, step: int) -> None:
         lines = {

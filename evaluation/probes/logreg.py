@@ -17,7 +17,6 @@ from evaluation.progress import say
 from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from vit.backbone import Backbone
 
@@ -126,9 +125,9 @@ class LogregProbe:
             dataset,
             split,
             features_dir=self.features_dir,
-            transform=self.transform
-            or evaluation_transform(resize_size=resize_size, crop_size=crop_size),
-            transform_words=transform_in_words(self.transform, self.resize_size, self.crop_size),
+            transform=self.transform,
+            resize_size=resize_size,
+            crop_size=crop_size,
             normalized=False,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

@@ -1,4 +1,4 @@
-"""Measurements that the model of probe costs is held against: the real code, synthetic features.
+"""Measurements to check the model of probe costs with: the real code on synthetic features.
 
 Each runs in a process of its own, so that nothing else counts: seconds, and the highest resident
 memory above what stood there after the imports. One process, on the CPU.

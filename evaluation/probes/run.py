@@ -1,4 +1,4 @@
-"""One training of heads on one net: go on where files stand, train, save, judge."""
+"""One training of heads on one net: resume from files, train, save, evaluate."""
 
 from collections.abc import Iterator
 from typing import Protocol

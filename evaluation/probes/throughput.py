@@ -1,4 +1,4 @@
-"""Images per second and multiply-adds of a net as it stands, as a probe.
+"""Images per second and multiply-adds of a net, as a probe.
 
 For one net beside its accuracy (EViT's and DHVT's `--test_speed`); experiments/complexity.py
 compares nets in turn, which is the fairer measurement.

@@ -94,12 +94,12 @@ class HeadTraining:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
     def on(self, num_images: int) -> "HeadTraining":
-        """The same with the length of an epoch on so many training images settled."""
+        """A copy with `epoch_length` settled for that many training images."""
         one_pass = max(1, round(num_images / self.global_batch_size))
         return replace(self, epoch_length=self.epoch_length or min(one_pass, LONGEST_EPOCH))
 
     def sized(self, net: Backbone) -> "HeadTraining":
-        """The same with the sizes of the images settled."""
+        """A copy with the image sizes settled for a net."""
         resize_size, crop_size = settle_sizes(net, self.resize_size, self.crop_size)
         return replace(self, resize_size=resize_size, crop_size=crop_size)
 

@@ -66,7 +66,7 @@ def collect(folder: str | Path) -> Contents:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
             raise UserError(f"{folder} {what}; give the folder of a run or of an evaluation")
-        found = _read(folder.resolve(), str(folder))
+        found = _read(folder.resolve())
     except OSError as error:
         raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from None
     if not _holds_anything(found):
@@ -77,7 +77,7 @@ def collect(folder: str | Path) -> Contents:
     return found
 
 
-def _read(folder: Path, shown: str) -> Contents:
+def _read(folder: Path) -> Contents:
     found = Contents(folder)
     found.config_text = _text(found, "config.yaml")
     found.config = _mapping(found, "config.yaml", found.config_text, yaml.safe_load)
@@ -108,7 +108,7 @@ def _take(found: Contents, path: Path, name: str) -> None:
         if path.name in SKIPPED:
             return
         if any((path / mark).is_file() for mark in RUN_MARKS):
-            found.runs.append(_read(path, path.name))
+            found.runs.append(_read(path))
         else:
             _walk(found, path)
     elif path.name == "results.json":

@@ -18,13 +18,13 @@ from deit.augment import (
     posterize,
 )
 from deit.mixing import Collate, Mixing
-from utils.data.sources import seed_everything
+from utils.randomness import seed_cpu
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8))
 
 
 def augment(transform, seed: int) -> torch.Tensor:
-    seed_everything(seed)
+    seed_cpu(seed)
     return transform(IMAGE)
 
 

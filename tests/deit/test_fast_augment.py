@@ -10,7 +10,7 @@ from deit.augment import ThreeAugment
 from deit.fast_augment import FastThreeAugment
 from deit.mixing import Collate, Mixing
 from tests.deit.tiny import make_recipe
-from utils.data.sources import seed_everything
+from utils.randomness import seed_cpu
 
 PHOTOGRAPH = Image.fromarray(load_sample_image("flower.jpg")).resize((96, 64))
 
@@ -18,7 +18,7 @@ PHOTOGRAPH = Image.fromarray(load_sample_image("flower.jpg")).resize((96, 64))
 def batch_of(augmentation, count: int, seed: int = 0) -> dict:
     samples = []
     for number in range(count):
-        seed_everything(1000 * seed + number)
+        seed_cpu(1000 * seed + number)
         samples.append((augmentation(PHOTOGRAPH), number % 3))
     return augmentation.finish(Collate()(samples, torch.Generator().manual_seed(seed)))
 
@@ -48,7 +48,7 @@ def test_exactly_one_of_three():
     augmentation = FastThreeAugment(input_size=16, color_jitter=0.0)
     names = []
     for number in range(300):
-        seed_everything(number)
+        seed_cpu(number)
         names += [Collate()([(augmentation(PHOTOGRAPH), 0)], torch.Generator())["colours"]["names"]]
     assert all(len(found) == 1 for found in names)
     counts = [sum(found == [name] for found in names) for name in ("greyscale", "solarize", "blur")]

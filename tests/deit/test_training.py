@@ -14,7 +14,7 @@ from utils.checkpoints.files import Parts
 from utils.config.build import plain
 from utils.config.compose import compose_config
 from utils.metrics import read_metrics
-from utils.training import train
+from utils.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -12,7 +12,7 @@ from dinov2.crops import MultiCrop
 from dinov2.fast_crops import FastMultiCrop
 from dinov2.masking import Collate, MaskSampler
 from tests.dinov2.tiny import make_recipe
-from utils.data.sources import seed_everything
+from utils.randomness import seed_cpu
 
 PHOTOGRAPH = Image.fromarray(load_sample_image("flower.jpg")).resize((96, 64))
 SIZES = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 3}
@@ -27,7 +27,7 @@ STILL = {
 def batch_of(crops, count: int, seed: int = 0) -> dict:
     samples = []
     for number in range(count):
-        seed_everything(1000 * seed + number)
+        seed_cpu(1000 * seed + number)
         samples.append((crops(PHOTOGRAPH), -1))
     return Collate(MaskSampler(), (4, 4))(samples, torch.Generator().manual_seed(seed))
 

@@ -14,7 +14,7 @@ from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES
 from utils.checkpoints.exported import EXPORTED
 from utils.errors import UserError
-from utils.probing import Judge
+from utils.probing import ProbeRunner
 from vit.weights import read_state
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -223,7 +223,7 @@ def test_a_probe_that_answers_otherwise_is_named(images, tmp_path):
     asked, probe = config(images, tmp_path, OCTIC), SimpleNamespace(protocol="class token")
     with pytest.raises(UserError, match=r"probes\.mine: its protocol must be a mapping"):
         _report(asked, tmp_path, "mine", {"figure": 1.0}, probe)
-    answers = Judge(
+    answers = ProbeRunner(
         {"mine": lambda *_, **__: {"figure": [1]}}, nn.Identity(), {}, tmp_path, every=1
     )
     with pytest.raises(UserError, match=r"probes\.mine must return numbers .* figure is \[1\]"):

@@ -12,7 +12,7 @@ from octic.actions import act_on_tokens
 from octic.groups import get_group
 from octic.invariants import INVARIANTIZATIONS
 from octic.vision_transformer import BASES
-from vit.stochastic_depth import add_branch, drop_whole
+from vit.stochastic_depth import add_branch, drop_path
 
 GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -159,7 +159,7 @@ def test_a_sum_left_to_the_next_block_is_the_same_sum(mode: str) -> None:
     """Handing the last branch on changes no value and no gradient; hooks see whole tokens."""
     net = make(drop_path_rate=0.3, drop_path_mode=mode, depth=4).train()
     x = images()
-    assert net.blocks[0].holds and not net.blocks[-1].holds
+    assert net.blocks[0].defers_sum and not net.blocks[-1].defers_sum
     found, seen = [], []
     for watched in (False, True):
         handles = [b.register_forward_hook(lambda *a: seen.append(a[-1])) for b in net.blocks]
@@ -213,7 +213,7 @@ def test_an_empty_batch_of_crops_is_encoded(sizes: list[int]) -> None:
 
 def test_a_dropped_branch_in_half_precision_is_divided_exactly() -> None:
     update = torch.ones(50, 1, 8, dtype=torch.bfloat16)
-    dropped = drop_whole(update, None, 0.4, dtype=torch.float32)
+    dropped = drop_path(update, None, 0.4, dtype=torch.float32)
     assert dropped.dtype == torch.float32
     assert set(dropped.unique().tolist()) == {0.0, (1 / torch.tensor(0.6)).item()}
 

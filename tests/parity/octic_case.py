@@ -113,13 +113,13 @@ class Case:
 
 def from_published_order(components: Tensor) -> Tensor:
     """Components [... 8 C] in the published order to the storage order."""
-    inverse = sorted(range(8), key=D4.row_major.__getitem__)
+    inverse = sorted(range(8), key=D4.published_order.__getitem__)
     return components[..., inverse, :]
 
 
 def to_published_order(components: Tensor) -> Tensor:
     """Components [... 8 C] in the storage order to the published order."""
-    return components[..., list(D4.row_major), :]
+    return components[..., list(D4.published_order), :]
 
 
 def split_packed(x: Tensor) -> list[Tensor]:

@@ -85,7 +85,7 @@ def symmetric_unfolding(c: Case) -> None:
 
 def unfolded(components: Tensor) -> list[Tensor]:
     """Components first [8 ...] in the storage order, as a list in the published order."""
-    return [components[index] for index in D4.row_major]
+    return [components[index] for index in D4.published_order]
 
 
 def pos_embed_interpolation(c: Case) -> None:
@@ -133,7 +133,7 @@ def lift(c: Case) -> None:
     slot = layer.get_submodule("conv_E_left" if irrep == "E" else f"conv_{irrep}")
     slot.load_state_dict(c.state())
     first = {"A1": 0, "A2": 1, "B1": 2, "B2": 3, "E": 4}[irrep]
-    rows = [D4.row_major[first]] + ([D4.row_major[5]] if irrep == "E" else [])
+    rows = [D4.published_order[first]] + ([D4.published_order[5]] if irrep == "E" else [])
     maps = layer(c.leaf("img")).unflatten(1, (8, -1))
     c.check("out.weight", layer.filters().unflatten(0, (8, -1))[rows[0]])
     for i, row in enumerate(rows):
@@ -151,7 +151,7 @@ def whole_lift(c: Case) -> None:
     side = one_side(args["kernel_size"])
     layer = OcticLift(args["in_channels"], args["out_channels"], side, bias=args["bias"])
     y = c.loaded(layer)(c.leaf("img")).unflatten(1, (8, -1))
-    maps = [y[:, row] for row in D4.row_major]
+    maps = [y[:, row] for row in D4.published_order]
     for i, part in enumerate(maps):
         c.check(f"out.y.{i}", part)
     c.check_gradients(loss_of(*maps), layer)

@@ -110,7 +110,7 @@ def start(words: list[str], folder: Path) -> None:
     steps = config["training"]["max_steps"]
     if steps is None or isinstance(steps, int) and steps > MOST_STEPS:  # right, and long
         config["training"]["max_steps"] = MOST_STEPS
-    launch("utils.training.train", config)
+    launch("utils.run.train", config)
 
 
 def judge(outcome: Outcome) -> str:

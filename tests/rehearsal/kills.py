@@ -48,7 +48,7 @@ def small_config(processes: int) -> dict[str, Any]:
 def train_small(config: dict[str, Any], folder: Path) -> None:
     torch.set_num_threads(1)
     metrics.draw_curves = lambda path: None  # it takes longer than the training
-    launch("utils.training.train", config | {"output_dir": str(folder)})
+    launch("utils.run.train", config | {"output_dir": str(folder)})
 
 
 class Company:

@@ -129,7 +129,7 @@ def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatc
     monkeypatch.chdir(gone)
     gone.rmdir()
     with pytest.raises(SystemExit) as left:
-        main("utils.training.train", partial(parse_config, "dinov2/quickstart.yaml"), [])
+        main("utils.run.train", partial(parse_config, "dinov2/quickstart.yaml"), [])
     monkeypatch.chdir(tmp_path)
     assert left.value.code == 2
     assert "the working directory is not there any more" in capsys.readouterr().err

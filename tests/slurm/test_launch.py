@@ -176,7 +176,7 @@ def test_slurm_job_asks_for_what_the_config_says(tmp_path: Path, monkeypatch, ca
         *("cluster=example_a100", "cluster.mail=me@example.org", "cluster.comment='a b'"),
         *("launcher.timeout_min=30", "name='a run'", "backbone.depth=2"),
     )
-    assert launch("utils.training.train", config) is None
+    assert launch("utils.run.train", config) is None
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Submitted job_id: 77"
     assert said[1] == f"Logs and checkpoints will be saved at: {tmp_path}/runs/77"
@@ -255,7 +255,7 @@ def test_training_is_the_same_however_it_is_launched(tmp_path: Path) -> None:
     overrides = ["launcher=slurm", "launcher.gpus_per_node=2", "cluster.executor=local", *TINY]
     folder = tmp_path / "submitit"
     config = compose_config("dinov2/quickstart.yaml", [f"output_dir='{folder}'", *overrides])
-    results = submit("utils.training.train", config).results()
+    results = submit("utils.run.train", config).results()
     assert [result["step"] for result in results] == [2, 2]
 
     losses = {

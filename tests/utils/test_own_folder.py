@@ -8,7 +8,7 @@ from PIL import Image
 
 from utils.config.compose import compose_config
 from utils.errors import UserError
-from utils.training import train
+from utils.run import train
 
 TINY = [
     "data=folder",

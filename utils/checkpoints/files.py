@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds: is it sound, and what does it say. No file can make us act.
+"""Read and verify a checkpoint's folder, without executing anything its files contain.
 
 A folder has checkpoint.json: format version, step, world size, config fingerprint, size and hash of
 each file. Beside it lie, in format 2, index.json (`utils/checkpoints/index.py`) and

@@ -34,7 +34,7 @@ from torch.futures import Future
 # A process that saves or reads by itself is meant to.
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
-# It can be read by setting it alone; here, before there are threads.
+# The umask can only be read by setting it: done on import, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -220,7 +220,7 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
 
 
 def set_usual_mode(path: Path) -> None:
-    """Let those read a file who may read the user's other files; safetensors' are private."""
+    """Give a file the usual permissions (umask); safetensors makes files private to the user."""
     os.chmod(path, 0o666 & ~_UMASK)
 
 

@@ -1,4 +1,4 @@
-"""The order of classes as something to compare: weights of a classifier mean nothing without it."""
+"""Record and compare the order of classes that a classifier was trained with."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def class_fingerprint(classes: Sequence[str]) -> str:
 
 
 def class_metadata(dataset: Any) -> dict[str, str]:
-    """What exported weights say of the classes they tell apart; empty where these have no names."""
+    """Names and fingerprint of the classes, as metadata of exported weights; {} without names."""
     classes = class_list(dataset) if getattr(dataset, "class_names", None) else []
     if not classes:
         return {}
@@ -31,7 +31,7 @@ def class_metadata(dataset: Any) -> dict[str, str]:
 
 
 def mismatch(metadata: Mapping[str, str], dataset: ImageDataset) -> str | None:
-    """Why labels of `dataset` are not those the weights were trained with, in one line; or None.
+    """An error line if the labels of `dataset` mean other classes than in training, else None.
 
     None also where the weights, or the data set, do not say their classes.
     """

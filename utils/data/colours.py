@@ -48,9 +48,9 @@ def greyscale(images: Tensor) -> Tensor:
     return luma(images).expand_as(images)
 
 
-def solarize(images: Tensor, threshold: int = 128) -> Tensor:
-    """Invert what is at least as bright as the threshold."""
-    return torch.where(images >= threshold, 255 - images, images)
+def solarize(images: Tensor) -> Tensor:
+    """Invert levels of 128 and more."""
+    return torch.where(images >= 128, 255 - images, images)
 
 
 def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: int) -> Tensor:
@@ -85,7 +85,7 @@ def pillow_blur(images: Tensor, radii: Tensor, max_radius: float) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """From levels to the numbers a net sees; mean and std of images in [0, 1]."""
+    """Levels 0 to 255 to normalised images; mean and std [3] are those of images in [0, 1]."""
     scale = 1 / (255 * std)
     return images * scale[:, None, None] - (mean / std)[:, None, None]
 

@@ -12,7 +12,7 @@ from utils.data.images import ImageDataset, Subset, read_image
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision 0.29 tells that a later one has no decoder: Pillow then does it
+except ImportError:  # a later torchvision drops it, says 0.29: then Pillow decodes
     decode_jpeg = None
 
 JPEG = b"\xff\xd8\xff"
@@ -20,7 +20,7 @@ SCALES = (8, 4, 2)  # the reductions a JPEG decoder can do while it decodes, str
 
 
 class EncodedImage:
-    """The bytes of an image file; `name` stands in messages.
+    """The bytes of an image file; `name` is used in messages.
 
     `size` is (height, width) as stored and costs no decoding. `ImageError` from either for what is
     no whole image.

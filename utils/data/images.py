@@ -17,7 +17,7 @@ EXTENSIONS = (
 
 
 class ImageDataset(Protocol):
-    """Images by index, with a class each or none at all. Readers are cheap to copy to a worker."""
+    """Images by index, either all with a class or all without. Cheap to copy to a worker."""
 
     class_names: list[str]
 
@@ -114,7 +114,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageFiles:
-    """What data sets have in common whose images are files: `path` and `labels` are their own."""
+    """Base of data sets whose images are files; subclasses define `path` and `labels`."""
 
     labels: np.ndarray | None = None
     exif_orientation = False
@@ -259,7 +259,7 @@ def existing_folder(root: str | os.PathLike | None, hint: str = "data.root=FOLDE
 
 
 def folder_order(path: str) -> tuple[str, str, str]:
-    """By what the images of a folder are sorted: class, folder, file name, as torchvision's."""
+    """Sort key of an image's path: class, folder, file name, as in torchvision."""
     folder, name = os.path.split(path)
     return folder.split(os.sep, 1)[0], folder, name
 

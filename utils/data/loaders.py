@@ -34,7 +34,7 @@ from utils.errors import UserError
 from utils.ranges import check_count
 
 ON_ERROR = ("raise", "skip")
-# So that the seeds of samples, masks and evaluation never meet.
+# Part of every seed, so that those of samples, collation (masks) and evaluation never coincide.
 SAMPLE, COLLATE, EVALUATION = 1, 2, 3
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 def check_loading(
     *, sampler: str = "shuffled", num_workers: int = 0, on_error: str = "raise", seed: int = 0
 ) -> None:
-    """ValueError for what no data set could be read with; a recipe asks when it is made."""
+    """ValueError for bad options of a loader; recipes call it early, in their constructors."""
     check_count("num_workers", num_workers)
     check_count("seed", seed)
     if sampler not in SAMPLERS:
@@ -91,7 +91,7 @@ def training_batches(
     and named once in the log. `sampler` is one of `samplers.SAMPLERS`; batches lie in pinned memory
     where the process works on a GPU.
     """
-    _check_arguments(dataset, batch_size, num_workers, rank, world_size, on_error)
+    _check_arguments(dataset, batch_size, rank, world_size)
     check_loading(sampler=sampler, num_workers=num_workers, on_error=on_error, seed=seed)
     check_count("micro_batches", micro_batches, 1)
     check_count("first_step", first_step)
@@ -129,7 +129,8 @@ def evaluation_batches(
     an image that cannot be read is left out and named in the log. A random transform is seeded per
     image.
     """
-    _check_arguments(dataset, batch_size, num_workers, rank, world_size, on_error)
+    _check_arguments(dataset, batch_size, rank, world_size)
+    check_loading(num_workers=num_workers, on_error=on_error)
     requests = _evaluation_requests(range(rank, len(dataset), world_size), batch_size)
     source = EvaluationSource(dataset, transform, on_error == "skip")
     return _evaluate(_load(source, requests, num_workers))
@@ -194,9 +195,9 @@ def _load(
 
 
 def _leave_signals_to_the_process(worker: int) -> None:
-    """Let a worker live on when the whole job is told to stop: the step in hand needs its batches.
+    """Let a worker ignore stop signals: the step in progress still needs its batches.
 
-    Slurm's warnings go to every process of a job. A worker ends with the process it works for.
+    Slurm signals every process of a job. A worker ends with the process it works for.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -204,10 +205,9 @@ def _leave_signals_to_the_process(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """End workers that an error left behind: they do not hear the SIGTERM by which Python would.
+    """Kill workers that an error left behind; they ignore the SIGTERM by which Python ends them.
 
-    Without this a process that dies of an exception within a loop over batches waits for them for
-    ever.
+    Without this a process that an exception ends within a loop over batches waits for ever.
     """
     left = [child for child in multiprocessing.active_children() if child.daemon]
     if left:
@@ -249,17 +249,9 @@ def _count_failures(errors: Counter[str], failures: list[Failure], consequence: 
         errors[path] += 1
 
 
-def _check_arguments(
-    dataset: ImageDataset,
-    batch_size: int,
-    num_workers: int,
-    rank: int,
-    world_size: int,
-    on_error: str,
-) -> None:
+def _check_arguments(dataset: ImageDataset, batch_size: int, rank: int, world_size: int) -> None:
     if len(dataset) == 0:
         raise UserError(f"{dataset!r} holds no image")
     check_count("batch_size", batch_size, 1)
     if not 0 <= rank < world_size:
         raise ValueError(f"{rank=} must lie between 0 and {world_size=}")
-    check_loading(num_workers=num_workers, on_error=on_error)

@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 from utils.data.encoded import EncodedImage, pixels_of
 
 TRIES = 10
-RATIO = (3 / 4, 4 / 3)
-SPARE = 2  # times a crop's own resolution: boxes of whole pixels stay where they were drawn
+RATIO = (3 / 4, 4 / 3)  # width / height
+SPARE = 2  # decode at this many times a crop's resolution, so that rounding a box moves it little
 
 
 class CropKind(NamedTuple):
@@ -46,13 +46,12 @@ def draw_boxes(
     count: int,
     scale: Sequence[float],
     *,
-    ratio: Sequence[float] = RATIO,
     flip_probability: float = 0.5,
 ) -> list[Box]:
-    """Parts of an image to crop, independent of one another."""
+    """Independent boxes of area `scale` (shares of the image's) and aspect ratio `RATIO`."""
     draws = np.random.random_sample((count, 2 * TRIES + 3))
     areas = (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES]) * (height * width)
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
     ratios = np.exp(low + (high - low) * draws[:, TRIES : 2 * TRIES])
     widths = np.rint(np.sqrt(areas * ratios)).astype(int)
     heights = np.rint(np.sqrt(areas / ratios)).astype(int)
@@ -63,7 +62,7 @@ def draw_boxes(
     ):
         mirrored = to_flip < flip_probability
         if not fits[own, first]:
-            boxes.append(_central(height, width, ratio, mirrored))
+            boxes.append(_central(height, width, mirrored))
             continue
         h, w = int(heights[own, first]), int(widths[own, first])
         top, left = int(to_top * (height - h + 1)), int(to_left * (width - w + 1))
@@ -110,10 +109,10 @@ def resized_crop(pixels: Tensor, box: Box, size: int) -> Tensor:
     return crop.flip(-1) if box.mirrored else crop
 
 
-def _central(height: int, width: int, ratio: Sequence[float], mirrored: bool) -> Box:
+def _central(height: int, width: int, mirrored: bool) -> Box:
     own = width / height
-    w = round(height * ratio[1]) if own > ratio[1] else width
-    h = round(width / ratio[0]) if own < ratio[0] else height
+    w = round(height * RATIO[1]) if own > RATIO[1] else width
+    h = round(width / RATIO[0]) if own < RATIO[0] else height
     return Box((height - h) // 2, (width - w) // 2, h, w, mirrored)
 
 

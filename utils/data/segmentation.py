@@ -169,7 +169,7 @@ def voc2012(
         sbd = _folder("SBD (for trainaug)", "sbd", root, sbd_places, "cls", download)
         pairs = _with_sbd(voc, sbd, leak=split == "trainaug")
     else:
-        pairs = _voc_pairs(voc, _names(voc / marker / f"{split}.txt"))
+        pairs = _voc_pairs(_names(voc / marker / f"{split}.txt"))
     return MaskedImages(voc, pairs, name="VOC2012", class_names=VOC_CLASSES, ignore_labels=(VOID,))
 
 
@@ -182,7 +182,7 @@ def scenes(*, split: str = "train", root: str | os.PathLike | None = None) -> Ma
     voc = embedded.segmentation_root(root) / "VOCdevkit" / "VOC2012"
     return MaskedImages(
         voc,
-        _voc_pairs(voc, _names(voc / "ImageSets" / "Segmentation" / f"{split}.txt")),
+        _voc_pairs(_names(voc / "ImageSets" / "Segmentation" / f"{split}.txt")),
         name="scenes",
         class_names=["background", *embedded.CLASS_NAMES],
         ignore_labels=(VOID,),
@@ -254,7 +254,7 @@ def _ade20k_names(folder: Path) -> list[str]:
     return [named.get(str(number)) or numbers[number - 1] for number in range(1, 151)]
 
 
-def _voc_pairs(voc: Path, names: Iterable[str]) -> list[Pair]:
+def _voc_pairs(names: Iterable[str]) -> list[Pair]:
     return [Pair(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
 
 
@@ -267,7 +267,7 @@ def _with_sbd(voc: Path, sbd: Path, *, leak: bool) -> list[Pair]:
         extra = [name for name in dict.fromkeys(extra) if name not in known]
     base = os.path.relpath(sbd, voc)
     pairs = [Pair(f"{base}/img/{name}.jpg", f"{base}/cls/{name}.mat") for name in extra]
-    return [*_voc_pairs(voc, train), *pairs]
+    return [*_voc_pairs(train), *pairs]
 
 
 def _names(path: Path) -> list[str]:

@@ -218,7 +218,7 @@ def _stamp(shard: str) -> tuple[int, int]:
 def _places(
     shards: Sequence[str], image: str | None, label_key: str, index_folder: str | os.PathLike | None
 ) -> list[Path]:
-    """Where the index may lie; its name tells the shards, by path unless it lies beside them."""
+    """Candidate paths of the index, named by a hash of the shards' paths (relative beside them)."""
     beside = Path(shards[0]).parent
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 

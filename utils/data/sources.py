@@ -1,18 +1,15 @@
 """Inside a loader's worker: requests become batches, with random numbers of their own."""
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Generator
 from torch.utils.data import Dataset, default_collate
 
 from utils.data.encoded import encoded_image
 from utils.data.images import ImageDataset, ImageError
 from utils.data.samplers import derive_seed
-from utils.randomness import kept_generators
+from utils.randomness import preserved_cpu_randomness, seed_cpu
 
 MAX_REPLACEMENTS = 1000  # images tried in place of one, before all of them are taken for damaged
 
@@ -52,14 +49,14 @@ class TrainingSource(Dataset):
     def __getitem__(self, request: Request) -> tuple[Any, list[Failure]]:
         failures: list[Failure] = []
         samples = []
-        with kept_generators():  # without workers, they are those of the training
+        with preserved_cpu_randomness():  # without workers, they are those of the training
             for index, seed in zip(request.indices, request.seeds, strict=True):
                 sample = self._sample_or_next(index, seed, failures)
                 if sample is None:
                     return None, failures
                 samples.append(sample)
             collate_seed = derive_seed(*request.collate_seed)
-            seed_everything(collate_seed)
+            seed_cpu(collate_seed)
             return self.collate(samples, Generator().manual_seed(collate_seed)), failures
 
     def _sample_or_next(
@@ -83,7 +80,7 @@ class EvaluationSource(Dataset):
     def __getitem__(self, request: Request) -> tuple[Any, list[Failure]]:
         failures: list[Failure] = []
         rows = []
-        with kept_generators():
+        with preserved_cpu_randomness():
             for index, seed in zip(request.indices, request.seeds, strict=True):
                 sample = read_sample(self.dataset, self.transform, index, seed, failures)
                 if sample is not None:
@@ -104,17 +101,10 @@ def read_sample(
     encoded = getattr(transform, "takes_encoded", False)
     try:
         image = encoded_image(dataset, index) if encoded else dataset.read(index)
-        seed_everything(derive_seed(*seed))
+        seed_cpu(derive_seed(*seed))
         transformed = transform(image)
     except ImageError as error:
         failures.append(Failure(index, error.path, error.reason))
         return None
     label = dataset.label(index)
     return transformed, -1 if label is None else label
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global CPU generators of torch, numpy and random."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

@@ -1,4 +1,4 @@
-"""What lies where in a tar file, and whether the file is whole."""
+"""Offsets of the members of a tar file, and whether the file is complete."""
 
 import tarfile
 from collections.abc import Iterator

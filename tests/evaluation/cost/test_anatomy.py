@@ -71,6 +71,16 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
     assert "batch 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", (Block, OcticBlock))
+def test_a_block_is_called_as_in_its_net(kind) -> None:
+    """An octic block takes the addend of the one before it and leaves its own."""
+    block = kind(64, num_heads=4, init_values=1e-4)
+    steps = block_times.steps_of(block, (2, 5, 64), "eager", "cpu")
+    outputs, grads = steps["forward"](), steps["forward and backward"]()
+    assert [out.shape for out in outputs] == [(2, 5, 64)] * (2 if block.defers_sum else 1)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_times_are_told_and_kept_as_they_come(tmp_path, monkeypatch, capsys):
     """The arithmetic around a CUDA device's times, an interrupt in the sixth of eight."""
     times = iter([100.0, 300.0, 80.0, 240.0, 50.0])

@@ -32,6 +32,19 @@ class Damaged(ToyImages):
         return super().read(index)
 
 
+class Named:
+    """`to_tensor` with a repr of its own."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self, image):
+        return to_tensor(image)
+
+    def __repr__(self):
+        return self.words
+
+
 def tokens(folder, net=None, images=None, **options):
     return class_tokens(
         net or ToyNet(),
@@ -39,8 +52,9 @@ def tokens(folder, net=None, images=None, **options):
         "train",
         features_dir=folder,
         **{
-            "transform": to_tensor,
-            "transform_words": "to tensor",
+            "transform": Named("to tensor"),
+            "resize_size": 8,
+            "crop_size": 8,
             "normalized": False,
             "batch_size": 4,
         }
@@ -102,7 +116,7 @@ def test_a_mismatch_is_named_and_extracted_again(options, key, tmp_path, capsys)
 def test_two_transforms_stand_side_by_side(tmp_path, capsys):
     for _ in range(2):
         for words in ("resize 256, crop", "resize 224, crop"):
-            tokens(tmp_path, transform_words=words)
+            tokens(tmp_path, transform=Named(words))
     assert capsys.readouterr().out.count("read from") == 2
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["train_resize_224_crop", "train_resize_256_crop"]
@@ -116,7 +130,7 @@ def test_a_transform_without_a_repr_is_never_taken_for_another(tmp_path, capsys)
     ]
     assert len(set(words)) == 2 and not any(" at 0x" in line for line in words)
     for _ in range(2):
-        tokens(tmp_path, transform_words=transform_in_words(to_tensor, None, None))
+        tokens(tmp_path, transform=to_tensor)
     printed = capsys.readouterr().out
     assert printed.count("has no repr that tells its settings") == 2
     assert printed.count("train features: 23/23") == 2 and not list(tmp_path.iterdir())
