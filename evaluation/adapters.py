@@ -1,4 +1,4 @@
-"""Networks that are neither ours nor timm's, as a Backbone: torchvision's ViTs and any callable.
+"""Adapt networks that are neither ours nor timm's to Backbone: torchvision's ViTs, any callable.
 
 Letters: B images, N patches, h w their grid, R registers, D channels.
 """
@@ -18,16 +18,15 @@ from vit.trunk import take_indices
 from vit.vision_transformer import resample_grid
 
 LOADER = "__model_loader__"
-# What torchvision's named constructors fix and its class leaves open.
+# Sizes that torchvision's named constructors fix and its class takes as arguments.
 SIZES = ("patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 
 
 class TorchvisionBackbone(nn.Module):
     """A Vision Transformer of torchvision, SWAG's among them, at any image size.
 
-    weights: torchvision's own word for released weights ("IMAGENET1K_SWAG_E2E_V1"), which it then
-    downloads; other keywords are torchvision's, sizes included. Positions are resampled to the
-    images' grid.
+    weights: torchvision's name of released weights ("IMAGENET1K_SWAG_E2E_V1"), which it downloads;
+    other keywords are torchvision's, sizes included. Positions are resampled to the images' grid.
     """
 
     def __init__(self, model_name: str, *, weights: str | None = None, **kwargs: Any) -> None:
@@ -51,7 +50,7 @@ class TorchvisionBackbone(nn.Module):
         self.patch_size = self.net.patch_size
         self.img_size = (self.net.image_size, self.net.image_size)
         self.depth = len(self.net.encoder.layers)
-        # As timm's nets describe themselves, which is what judges of classifiers read.
+        # As in timm's nets; the evaluation of classifiers reads it.
         self.net.pretrained_cfg = {
             "classifier": "heads.head",
             "input_size": (3, *self.img_size),
@@ -85,11 +84,11 @@ class TorchvisionBackbone(nn.Module):
 
 
 class CallableBackbone(nn.Module):
-    """Any module or function of images as a Backbone, by what it returns.
+    """Any module or function of images as a Backbone, depending on what it returns.
 
-    Understood are the three of capi's encoders, (global [B D], registers [B R D] or None, map
-    [B h w D]); a plain [B D], which has no patches; and DINOv2's `get_intermediate_layers`, which
-    alone gives other blocks than the last. ValueError for anything else.
+    It may return the triple of capi's encoders, (global [B D], registers [B R D] or None, map
+    [B h w D]), or a plain [B D] without patches; or it may have DINOv2's `get_intermediate_layers`,
+    the only way to get blocks other than the last. UserError for anything else.
     """
 
     def __init__(self, encoder: Callable[..., Any], *, embed_dim: int, patch_size: int) -> None:
@@ -124,7 +123,7 @@ class CallableBackbone(nn.Module):
         depth = len(self.net.blocks) if hasattr(self.net, "blocks") else self.net.n_blocks
         indices = take_indices(layers, depth)
         grid = [side // self.patch_size for side in images.shape[-2:]]
-        # Asked in the order of the blocks, in which DINOv2 gives them whatever the order asked for.
+        # DINOv2 returns blocks in ascending order, whatever order is asked for.
         ascending = sorted(set(indices))
         found = self.net.get_intermediate_layers(images, ascending, return_class_token=True)
         by_index = dict(zip(ascending, found, strict=True))
@@ -143,9 +142,9 @@ def encoder_from_file(
 ) -> CallableBackbone:
     """The encoder that `__model_loader__(**arguments)` of a Python file returns (config target).
 
-    The file is executed: it is the user's own code, as in capi. What the encoder does not say of
-    itself, `embed_dim` and `patch_size`, is found by one image of `image_size` pixels a side.
-    Raises UserError for a file without the function, and where that function takes other arguments.
+    The file is executed: it is the user's own code, as in capi. If the encoder has no `embed_dim`
+    and `patch_size`, they are found by passing one image of `image_size` pixels a side.
+    UserError for a file without the function, and if the function takes other arguments.
     """
     file = Path(path)
     if not file.is_file():
@@ -168,7 +167,7 @@ def encoder_from_file(
 
 @torch.no_grad()
 def _ask(encoder: Any, image_size: int) -> tuple[int, int]:
-    """Width and patch size of an encoder: what it says of itself, else what one image shows."""
+    """Width and patch size of an encoder: its own attributes, or found by passing one image."""
     patch_size, width = getattr(encoder, "patch_size", None), getattr(encoder, "embed_dim", None)
     if isinstance(patch_size, int) and isinstance(width, int):
         return width, patch_size

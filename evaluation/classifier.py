@@ -1,4 +1,4 @@
-"""Judge one classifier: what experiments/eval_deit.py runs."""
+"""Evaluate one classifier; experiments/eval_deit.py runs this."""
 
 import json
 from collections.abc import Mapping
@@ -35,15 +35,15 @@ from vit.weights import read_metadata, read_state
 def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run the probes into `output_dir`.
 
-    Reads the keys of configs/eval/deit.yaml. A file of ours brings what its net was built with, and
-    the classes it was trained on: UserError where the labels of data.val mean others. Returns
-    figures as `probe/name`; every rank gets them.
+    Reads the keys of configs/eval/deit.yaml. A file exported by us names the keywords its net was
+    built with and the classes it was trained on: UserError if the labels of data.val mean other
+    classes. Returns figures as `probe/name`, on every rank.
     """
     config = plain(config)
     folder = Path(config["output_dir"])
     with distributed.session(config["device"]) as device:
         probes = {name: build(node) for name, node in config["probes"].items() if node}
-        # Speed alone needs no images.
+        # The throughput probe alone needs no images.
         judged_on = "val" in splits_of(probes.values())
         dataset = make_data(config["data"], "val") if judged_on else None
         path, metadata, state = read_weights(config["weights"], dataset)
@@ -53,13 +53,13 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
             _say_what_is_judged(backbone, path, dataset)
         data = {} if dataset is None else {"val": dataset}
         for probe in probes.values():
-            if hasattr(probe, "check"):  # what it needs of the net, before anything is measured
+            if hasattr(probe, "check"):  # its requirements on the net, before anything is measured
                 probe.check(net)
         judged = {"backbone": name_of(backbone), "weights": path, "data": repr(dataset)}
         results = {}
         for name, probe in probes.items():
             results[name] = figures = probe(net, data, folder, 0)
-            if distributed.is_main():  # at once: a later probe's mishap costs nothing of this one
+            if distributed.is_main():  # at once, so that an error in a later probe cannot lose it
                 protocol = judged | dict(getattr(probe, "protocol", {}))
                 say(f"written: {write_results(folder, name, protocol=protocol, figures=figures)}")
         if distributed.is_main() and dataset is not None:
@@ -71,9 +71,9 @@ def judge_classifier(config: Mapping[str, Any]) -> dict[str, float]:
 def read_weights(
     weights: str | None, dataset: ImageDataset | None
 ) -> tuple[str | None, dict[str, str], dict[str, Tensor] | None]:
-    """Path, metadata and weights of a file or run folder; of none, None and nothing.
+    """Path, metadata and weights of a file or run folder; (None, {}, None) without one.
 
-    UserError for a file that cannot be read, and for one of other classes than the data set's.
+    UserError for a file that cannot be read, and if its classes are not those of the data set.
     """
     path = weights_file(weights)
     if not path:
@@ -94,16 +94,16 @@ def complete(
     state: Mapping[str, Tensor] | None,
     dataset: ImageDataset | None,
 ) -> dict[str, Any]:
-    """The backbone node with the keywords that it leaves open and the file knows.
+    """The backbone node, with keywords that it leaves open filled from the file.
 
-    Those of the constructor that a file of ours names, and the number of classes. UserError where
-    the file is of another model.
+    These are the constructor's keywords, if we exported the file, and the number of classes, which
+    is else that of the data set. UserError if the file is of another model.
     """
     theirs = json.loads(metadata.get("constructor", "{}"))
     if wrong := other_model(backbone, theirs):
         raise UserError(wrong)
     if isinstance(backbone.get("backbone"), Mapping):
-        # A net around another one: the file is of the whole, or of the one inside alone.
+        # A net that wraps another one: the file is of the whole, or of the inner net alone.
         if theirs.get("_target_") == backbone["_target_"]:
             return as_built(backbone, theirs)
         inner = complete(backbone["backbone"], metadata, state, dataset)
@@ -111,7 +111,7 @@ def complete(
     backbone = {**theirs, **backbone}
     if "num_classes" in backbone or backbone.get("pretrained"):
         return {"num_classes": 1000, **backbone}
-    if brings_weights(backbone):  # and the head with them
+    if brings_weights(backbone):  # which include the head
         return {"num_classes": None, **backbone} if ":" in name_of(backbone) else backbone
     count = None if state is None else count_classes(state)
     if count is None and dataset is not None:
@@ -120,7 +120,10 @@ def complete(
 
 
 def count_classes(state: Mapping[str, Tensor]) -> int | None:
-    """Classes of the head in a file, by the names that heads have in our models and in timm's."""
+    """Number of classes of the head in a file, by the names of heads in our models and timm's.
+
+    None if there is no head.
+    """
     for head in ("head", "fc", "classifier", "head.fc", "head.l", "head.classifier", "heads.head"):
         for name, tensor in state.items():
             if name == f"{head}.weight" or name.endswith(f".{head}.weight"):
@@ -131,7 +134,10 @@ def count_classes(state: Mapping[str, Tensor]) -> int | None:
 def make_classifier(
     backbone: Mapping[str, Any], state: Mapping[str, Tensor] | None, path: str | None, *, seed: int
 ) -> nn.Module:
-    """The net in eval mode; weights, in any published spelling, must fit to the last key."""
+    """The net in eval mode; every key of the weights, in any published spelling, must match.
+
+    UserError for a net without a classifier.
+    """
     torch.manual_seed(seed)
     net = build({**backbone, "_partial_": True})()
     if state is not None:

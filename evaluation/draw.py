@@ -1,7 +1,7 @@
-"""One picture of one net: what experiments/draw.py runs.
+"""Draw one picture of one net; experiments/draw.py runs this.
 
-A picture of a config is a function below with its keywords; it is called with the net, the data
-node and a folder, on every rank, and gives the paths it wrote.
+The picture of a config is a function below with keywords; it is called on every rank with the net,
+the data node and a folder, and returns the paths that it wrote.
 Letters: B images, h w grid of patches, p pixels a side of a patch, R resolution.
 """
 
@@ -65,7 +65,7 @@ def draw(config: Mapping[str, Any]) -> list[Path]:
 
 
 def main_only(picture: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
-    """A picture that the first rank draws alone."""
+    """Decorate a picture to be drawn on the first rank only; other ranks get no paths."""
 
     @functools.wraps(picture)
     def drawn(**keywords: Any) -> list[Path]:
@@ -88,7 +88,7 @@ def draw_pca(
 ) -> list[Path]:
     """PCA maps of validation images: `pca.png`, or with style="capi" the files of capi.
 
-    capi takes every (N // num_images)-th image, pressed into a square; files bear its index.
+    capi takes every (N // num_images)-th image, squashed to a square; its index names the files.
     """
     if style not in STYLES:
         raise UserError(f"unknown style {style!r} of PCA maps; known: {', '.join(STYLES)}")
@@ -137,7 +137,7 @@ def draw_token_masks(
     num_images: int = 4,
     image_size: int | None = None,
 ) -> list[Path]:
-    """What a net that drops tokens keeps of validation images: `token_mask.png`, `img_*.jpg`."""
+    """The patches of validation images that a net keeps: `token_mask.png`, `img_*.jpg`."""
     size = image_size or image_size_of(net)
     images = sample_images(make_data(data, "val"), size=size, count=num_images)
     kept = stages(net, images)
@@ -196,9 +196,9 @@ def draw_segmentations(
 ) -> list[Path]:
     """`segmentation.png`: test images, their masks, and those of a kNN on patches.
 
-    The kNN learns from `num_train` images spread over `train`. `predictions` replaces it: a
-    `preds_*.pth` that a segmentation probe left of all images of `test` (dump_predictions=true).
-    `data` is not read. Every rank must call this.
+    The kNN uses `num_train` images spread over `train`. `predictions` replaces it: a `preds_*.pth`
+    that a segmentation probe wrote for all images of `test` (dump_predictions=true). `data` is not
+    read. Every rank must call this.
     """
     if min(num_images, num_train) < 1:
         raise UserError("num_images and num_train must be at least 1")
@@ -263,7 +263,7 @@ class _Part:
 
 
 def _read_predictions(path: str | Path, num_images: int) -> Tensor:
-    """Labels [B h w, p p] as a probe leaves them; UserError where they are of other images."""
+    """Read the labels [B h w, p p] that a probe wrote; UserError if they are of other images."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file of predictions; a segmentation probe leaves one")

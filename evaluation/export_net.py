@@ -1,4 +1,4 @@
-"""Write a net as a torch.export program, as ONNX or in the hub's format: experiments/export.py."""
+"""Write a net as a torch.export program, as ONNX or in the hub's format (experiments/export.py)."""
 
 import inspect
 import json
@@ -28,10 +28,10 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_net(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the net, load its weights strictly, write the file, load that anew and compare.
+    """Build the net, load its weights strictly, write the file, reload it and compare outputs.
 
-    Reads the keys of configs/export.yaml. Returns what was written (`path`) and the `difference`,
-    max |difference| / max |output|; a UserError tells where it exceeds 1e-4, and of every mistake.
+    Reads the keys of configs/export.yaml. Returns the `path` that was written and the `difference`,
+    max |difference| / max |output|; UserError if it exceeds 1e-4, and for every mistake.
     """
     config = plain(config)
     check_folder(config["output_dir"])
@@ -73,7 +73,7 @@ def make_any_net(
 def _with_classes(
     backbone: Mapping[str, Any], metadata: Mapping[str, str], state: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """The node with the keywords that the weights tell, the number of classes among them."""
+    """The node with keywords filled from the weights, such as the number of classes."""
     if state is None or not _takes_classes(backbone):
         return dict(backbone)
     backbone = {"num_classes": count_classes(state) or 0, **backbone}
@@ -148,7 +148,7 @@ def has_classes(net: nn.Module) -> bool:
 
 
 def normalisation(net: nn.Module) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the colours that a net wants; ImageNet's where it does not say."""
+    """Mean and standard deviation of a net's input normalisation; ImageNet's by default."""
     described = getattr(getattr(net, "net", net), "pretrained_cfg", None) or {}
     mean, std = described.get("mean", IMAGENET_MEAN), described.get("std", IMAGENET_STD)
     return list(mean), list(std)

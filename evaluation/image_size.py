@@ -1,4 +1,4 @@
-"""The size of the images that a frozen net is judged on, where a probe's config leaves it open."""
+"""The image size that a frozen net is evaluated at, if a probe's config does not set it."""
 
 from vit.backbone import Backbone
 
@@ -9,18 +9,18 @@ RESIZED = 256  # their shorter side before it
 def settle_sizes(
     net: Backbone, resize_size: int | None, crop_size: int | None, *, margin: bool = True
 ) -> tuple[int, int]:
-    """Shorter side and central crop in pixels; None is the net's own, in published proportion.
+    """Shorter side and central crop in pixels; None stands for the net's own size.
 
-    The crop is what the net was built for and the shorter side 256 / 224 of it, rounded down as
-    DeiT does it; without a `margin` the whole shorter side is kept.
+    Then the crop is the size that the net was built for, and the shorter side is 256 / 224 of the
+    crop, rounded down as in DeiT; without a `margin` it equals the crop.
     """
     crop = crop_size or built_for(net)
     return resize_size or (crop * RESIZED // PUBLISHED if margin else crop), crop
 
 
 def built_for(net: Backbone) -> int:
-    """Side of the images a net was built for; 224 where it takes any size or does not say."""
-    net = getattr(net, "model", net)  # of a net made invariant by its copies
+    """Side of the images that a net was built for; 224 if it takes any size or does not say."""
+    net = getattr(net, "model", net)  # the inner net of one made invariant over its copies
     inner = getattr(net, "net", net)
     for part in (net, inner):
         size = getattr(part, "img_size", None)
@@ -29,7 +29,7 @@ def built_for(net: Backbone) -> int:
     embed = getattr(inner, "patch_embed", None)
     built = getattr(embed, "img_size", None)
     registered = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (PUBLISHED,))
-    # timm's ViTs take any size here, unless they were asked for at another than they are known by.
+    # timm's ViTs take any size here, unless they were built for another than their registered one.
     if built and (getattr(embed, "strict_img_size", False) or registered[-1] != built[0]):
         return int(built[0])
     return PUBLISHED

@@ -1,4 +1,4 @@
-"""Judge one net by the probes of a config: what experiments/eval_dinov2_*.py run."""
+"""Evaluate one net with the probes of a config; experiments/eval_dinov2_*.py run this."""
 
 import json
 import re
@@ -20,13 +20,13 @@ from utils.folders import check_folder
 from utils.probing import numbers
 from vit.weights import load_net, read_metadata, read_state
 
-IDENTITY = ("_target_", "model_name")  # the keys of a node that say which model it is of
+IDENTITY = ("_target_", "model_name")  # the keys of a backbone node that name its model
 
 
 def judge(config: Mapping[str, Any]) -> dict[str, float]:
     """Build net and data, load the weights strictly, run every probe into `output_dir`/<probe>.
 
-    Reads the keys of configs/evaluate.yaml. Returns figures as `probe/name`; every rank gets them.
+    Reads the keys of configs/evaluate.yaml. Returns figures as `probe/name`, on every rank.
     """
     config = dict(plain(config))
     folder = Path(config["output_dir"])
@@ -42,23 +42,24 @@ def judge(config: Mapping[str, Any]) -> dict[str, float]:
         results = {}
         for name, probe in probes.items():
             results[name] = numbers(name, probe(net, data, folder / name, 0))
-            if distributed.is_main():  # at once: a later probe's mishap costs nothing of this one
+            if distributed.is_main():  # at once, so that an error in a later probe cannot lose it
                 _report(config, folder, name, results[name], probe)
         distributed.barrier()
     return {f"{name}/{key}": value for name, part in results.items() for key, value in part.items()}
 
 
 def splits_of(probes: Iterable[Callable]) -> list[str]:
-    """The splits of `data` that the probes read; a probe that says nothing reads both."""
+    """The splits of `data` that the probes read; a probe without `splits` reads both."""
     asked = {split for probe in probes for split in getattr(probe, "splits", ("train", "val"))}
     return sorted(asked)
 
 
 def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0) -> nn.Module:
-    """The net a backbone node describes, in eval mode; weights must fit to the last key.
+    """Build the net of a backbone node, in eval mode; every key of the weights must match.
 
-    `weights` is a file or a run folder. A file of ours brings what its net was built with, where
-    the node leaves that open; where it does not fit, and is of another model, the error says which.
+    `weights` is a file or a run folder. A file that we exported names the keywords its net was
+    built with; they fill what the node leaves open. If the weights do not fit because they are of
+    another model, the UserError names that model.
     """
     path = weights_file(weights)
     theirs = constructor_of(path)
@@ -80,9 +81,9 @@ def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0)
 
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
-    """Load weights to the last key; UserError that names the file where they do not fit.
+    """Load weights, every key of which must match; UserError that names the file otherwise.
 
-    Weights that are not finite are refused as well: figures of them would mean nothing.
+    Weights that are not finite are refused as well, as figures of them would mean nothing.
     """
     try:
         load_net(net, state)
@@ -94,10 +95,10 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None)
 
 
 def weights_file(weights: str | None) -> str | None:
-    """A file of weights; of a run folder, the exported one."""
+    """The path of a file of weights; for a run folder, of its exported weights."""
     if not weights:
         return weights
-    given = Path(weights).expanduser()  # no shell does it behind a =
+    given = Path(weights).expanduser()  # a shell does not expand ~ after key=
     if not given.is_dir():
         return str(given)
     found = [path for name in (EXPORTED, FORMERLY) if (path := given / name).is_file()]
@@ -114,7 +115,7 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def chosen_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone node of a config; where the command line named none, that of the weights."""
+    """The backbone node of a config; if the command line named no model, that of the weights."""
     node = dict(config["backbone"])
     if config.get("backbone_named", True):
         return node
@@ -128,7 +129,7 @@ def chosen_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def constructor_of(path: str | None) -> dict[str, Any]:
-    """The backbone node that a file of ours was built from; empty for other files."""
+    """The backbone node that a file exported by us was built from; empty for other files."""
     try:
         return json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
     except ValueError as error:
@@ -136,10 +137,10 @@ def constructor_of(path: str | None) -> dict[str, Any]:
 
 
 def as_built(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone node with the keywords it leaves open, taken from a file's constructor.
+    """The backbone node, with keywords that it leaves open filled from a file's constructor.
 
-    `theirs`: the node that a file of ours was built from. For a net around another one it may be of
-    the whole, or of the inner net alone.
+    `theirs`: the node that the exported file was built from. For a net that wraps another one it
+    may describe the whole, or the inner net alone.
     """
     inner = backbone.get("backbone")
     if not isinstance(inner, Mapping):
@@ -152,7 +153,7 @@ def as_built(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str
 
 
 def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """An error line where a file's net is of another model than the node; "" otherwise."""
+    """An error line if a file's net is of another model than the node; "" otherwise."""
     if not theirs:
         return ""
     inner, name = backbone.get("backbone"), name_of(theirs)
@@ -190,13 +191,13 @@ def _say_what_is_judged(config: Mapping[str, Any], data: Mapping[str, ImageDatas
 
 
 def brings_weights(backbone: Mapping[str, Any]) -> bool:
-    """Whether a backbone node is of a net that comes with weights: pretrained, or of the hub."""
+    """Whether the net of a backbone node comes with weights: pretrained, or from a hub."""
     named = ":" in str(backbone.get("model_name", ""))
     return bool(backbone.get("pretrained") or backbone.get("weights") or named)
 
 
 def weights_in_words(backbone: Mapping[str, Any], path: str | Path | None) -> str:
-    """The file, or what a net has without one."""
+    """The weights in words: the file, or what the net has without a file."""
     if path:
         return str(path)
     return "its own" if brings_weights(backbone) else "random initialisation"
@@ -218,7 +219,7 @@ def _report(
         )
     protocol = dict(protocol)
     judged = {"backbone": backbone, "weights": config["weights"], "seed": config["seed"]}
-    if protocol.get("seed", config["seed"]) != config["seed"]:  # the probe's was set apart
+    if protocol.get("seed", config["seed"]) != config["seed"]:  # the probe has its own seed
         judged["probe_seed"] = protocol["seed"]
     path = write_results(folder, name, protocol=protocol | judged, figures=figures)
     weights = weights_in_words(config["backbone"], config["weights"])

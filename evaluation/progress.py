@@ -20,9 +20,9 @@ def track(
     size: Callable[[Any], int] = lambda _: 1,
     shown: bool = True,
 ) -> Iterator:
-    """Yield `batches` unchanged while showing how many of `total` items have passed.
+    """Yield `batches` unchanged and show how many of `total` items have passed.
 
-    `size(batch)` counts the items of a batch, which is one by default.
+    `size(batch)` is the number of items in a batch, one by default.
     """
     with _display(label, total, shown) as advance:
         for batch in batches:
@@ -31,7 +31,7 @@ def track(
 
 
 def say(line: str) -> None:
-    """Print one plain line, unharmed by rich's markup, at once; a full disk loses it."""
+    """Print one line at once, without rich's markup; on a full disk it is lost without an error."""
     with may_be_lost():
         print(line, flush=True)
 

@@ -1,7 +1,7 @@
-"""Every published checkpoint: where it lies, how its file is laid out, what it must give.
+"""All published checkpoints: links, file layouts, and the figures to reproduce.
 
-Figures are those the authors state beside the file; ours stand in no table here. A figure's name is
-that of our probe's figure, so that both can be compared by machine.
+Figures are those that the authors state with the file; none of ours are here. They have the names
+of our probes' figures, so that both can be compared automatically.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ DRIVE = "https://drive.google.com/file/d/{}/view"
 
 
 class Figure(NamedTuple):
-    """A stated figure and how far from it a rerun may be to count as the same."""
+    """A stated figure, and the tolerance within which a rerun reproduces it."""
 
     value: float
     tolerance: float
@@ -34,7 +34,7 @@ class Published(NamedTuple):
     """One checkpoint; figures in percent but for `loss`, by `probe/figure`."""
 
     recipe: str
-    config: str  # below configs/: how it is judged
+    config: str  # below configs/: that of its evaluation
     link: str
     parameters_m: int
     gmacs: int  # at 224 x 224; SWAG's at 384, 512 and 518
@@ -48,7 +48,7 @@ class Published(NamedTuple):
 
 
 def _rounded(value: float) -> Figure:
-    """A figure of one decimal, from a deterministic evaluation: its rounding and half precision."""
+    """A figure with one decimal from a deterministic evaluation; allows for rounding and fp16."""
     return Figure(value, 0.1)
 
 
@@ -67,7 +67,7 @@ def _dinov2(
 ) -> Published:
     figures = {
         **(more or {}),
-        # Heads are trained on random crops: another seed, another machine.
+        # Heads are trained on random crops, so figures vary with the seed and the machine.
         "linear/linear_top1": Figure(linear, 0.2),
         "knn/best_top1": _rounded(knn),
     }
@@ -80,7 +80,7 @@ def _swag(file: str, size: tuple[int, int], acc1: float, acc5: float) -> Publish
     return Published(SWAG, "eval/swag.yaml", link, *size, figures, "torchvision")
 
 
-# Segmentation as published depends on the environment by 2 to 3 points (capi, issue 10).
+# Published segmentation figures vary by 2 to 3 points with the environment (capi, issue 10).
 _SEGMENTATION = {
     "seg_ade20k/logreg_miou": Figure(35.1, 3.0),
     "seg_ade20k/knn_miou": Figure(31.1, 3.0),
@@ -92,7 +92,7 @@ PUBLISHED = {
     "hybrid_deit_huge_patch14": _deit(
         "1ImsKvMGDo2FTzMla_3iGRGxOCqIopXyq",
         (356, 102),
-        # Stated to the last digit that the evaluation prints; half precision moves single images.
+        # Stated to the last printed digit; half precision changes the result of single images.
         {"acc1": Figure(84.996, 0.02), "acc5": Figure(96.390, 0.02), "loss": Figure(0.799, 0.002)},
     ),
     "d8_inv_early_deit_huge_patch14": _deit(

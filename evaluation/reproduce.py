@@ -1,4 +1,4 @@
-"""Does a published checkpoint give its published figures? What experiments/reproduce.py runs."""
+"""Check whether a published checkpoint gives its published figures (experiments/reproduce.py)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ from vit.weights import load_state, read_state
 
 
 def reproduce(config: Mapping[str, Any]) -> bool:
-    """Judge the file by the published protocol and hold the figures against the stated ones.
+    """Evaluate the file by the published protocol and compare the figures with the stated ones.
 
-    Returns whether all that were measured agree; UserError where the images are not ImageNet's, on
-    which the figures were stated. Every rank must call this.
+    Returns whether all measured figures agree. UserError if data.val is not ImageNet's validation
+    set, by its number of images. Every rank must call this.
     """
     config = plain(config)
     published = PUBLISHED[config["published"]]
@@ -42,7 +42,7 @@ def reproduce(config: Mapping[str, Any]) -> bool:
 
 
 def report(config: Mapping[str, Any], published: Published, figures: Mapping[str, float]) -> bool:
-    """Print and write ours beside theirs; returns whether every figure measured agrees."""
+    """Print and write our figures beside the published ones; returns whether all measured agree."""
     rows, verdicts = [], []
     for key, stated in published.figures.items():
         ours = figures.get(key)
@@ -82,7 +82,7 @@ def best_of_knn(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def model_of(path: str, name: str | None) -> str:
-    """The published model that a file is of; UserError where it is of none, or not of `name`."""
+    """The published model that a file belongs to; UserError if there is none, or not `name`."""
     if name is not None and name not in PUBLISHED:
         raise UserError(f"no published checkpoint {name!r}{nearest(name, PUBLISHED)}")
     try:

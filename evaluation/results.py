@@ -1,4 +1,4 @@
-"""What a probe leaves behind: results.json with the protocol beside each figure, and one table."""
+"""Write and print the results of a probe: results.json, with the protocol, and a table."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ RESULTS_FILE = "results.json"
 def write_results(
     output_dir: Path, probe: str, *, protocol: Mapping[str, object], figures: Mapping[str, object]
 ) -> Path:
-    """Put one probe's figures into `output_dir`/results.json, beside those of other probes."""
+    """Write one probe's figures into `output_dir`/results.json, beside those of other probes."""
     path = Path(output_dir) / RESULTS_FILE
     make_folder(path.parent)
     results = _read(path) if path.exists() else {}
@@ -32,7 +32,7 @@ def write_results(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What other probes wrote; a damaged file is set aside, so that no figure is lost to it."""
+    """Read the results of all probes; a damaged file is renamed and kept, not overwritten."""
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
@@ -42,7 +42,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _net_of(entry: Mapping[str, Any] | None) -> str:
-    """Which net the results of a probe are of, where their protocol says so."""
+    """The net and weights that a probe's results belong to; "" if the protocol does not say."""
     protocol = entry["protocol"] if entry else {}
     net = protocol.get("backbone")
     if isinstance(net, Mapping):  # a node of a config
@@ -61,13 +61,13 @@ def append_lines(path: Path, figures: Mapping[str, object]) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, protocol: str
 ) -> None:
-    """Print a table of results with the protocol named below; the first column is the label."""
+    """Print a table of results and the protocol below it; the first column holds the labels."""
     table = Table()
     for position, column in enumerate(columns):
         table.add_column(column, justify="right" if position else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    # A log file has no width of its own: rich would fold the table at 80 columns.
+    # A log file has no width, so rich would fold the table at 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=140)
     with may_be_lost():
         print(title)
@@ -76,7 +76,7 @@ def print_table(
 
 
 def print_figures(title: str, probe: str, figures: Mapping[str, float], *, protocol: str) -> None:
-    """Print what a probe returned: accuracies side by side, one row per other figure."""
+    """Print a probe's figures: top-1 and top-5 side by side, one row per other figure."""
     rows: list[tuple[object, ...]] = []
     columns: tuple[str, ...] = (probe, "figure")
     for key, value in figures.items():
@@ -91,9 +91,9 @@ def print_figures(title: str, probe: str, figures: Mapping[str, float], *, proto
 
 
 def in_words(protocol: Mapping[str, object]) -> str:
-    """The parts of a protocol that its figures depend on most, as one line.
+    """The most important parts of a protocol, as one line.
 
-    All of it where it has none of ours, as that of a probe of the user's.
+    A protocol without any of these keys, as of a user's own probe, is shown whole.
     """
     keys = ("feature", "classifier", "vote", "transform")
     known = [str(protocol[key]) for key in keys if protocol.get(key)]

@@ -1,4 +1,4 @@
-"""A few images to look at a net with, of the size that the net was built for.
+"""Sample a few images for a net, of the size that the net was built for.
 
 Letters: B images, H height and width.
 """
@@ -15,9 +15,9 @@ from utils.data.transforms import evaluation_transform, to_normalized_tensor
 from utils.errors import UserError
 from vit.backbone import Backbone
 
-# Where further crops of one image lie, as fractions of the free width and height.
+# Positions of further crops of one image, as fractions of the free width and height.
 CORNERS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
-CROP = 0.7  # side of these crops, of the image's shorter side
+CROP = 0.7  # side of these crops, as a fraction of the image's shorter side
 
 
 def image_size_of(net: Backbone) -> int:
@@ -38,8 +38,8 @@ def num_classes_of(net: object) -> int:
 def sample_images(dataset: ImageDataset, *, size: int, count: int) -> Tensor:
     """`count` normalised images [B 3 size size], spread evenly over the data set.
 
-    The shorter side becomes `size` before a central crop. A set of fewer images gives other crops
-    of them as well.
+    The shorter side becomes `size` before a central crop. If there are fewer images than `count`,
+    further crops of them are added.
     """
     if count < 1 or size < 1:
         raise UserError(f"{count} images of {size} pixels asked for; both must be at least 1")
@@ -54,13 +54,13 @@ def sample_images(dataset: ImageDataset, *, size: int, count: int) -> Tensor:
 
 
 def squash_transform(size: int) -> Callable:
-    """PIL image to a normalised tensor [3 size size], pressed into the square as capi does it."""
+    """Transform from a PIL image to a normalised tensor [3 size size], squashed as in capi."""
     resize = v2.Resize((size, size), interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([resize, *to_normalized_tensor()])
 
 
 def _crop(image: Image.Image, turn: int) -> Image.Image:
-    """The whole image at first, then squares at its corners."""
+    """The whole image in turn 0, then squares at its corners, smaller after each round of four."""
     if turn == 0:
         return image
     side = max(1, int(CROP * min(image.size) / (1 + (turn - 1) // len(CORNERS))))

@@ -1,4 +1,4 @@
-"""What the launcher refuses before anything is started, each in one line."""
+"""Checks of launcher, cluster and run folder before anything is started; errors of one line."""
 
 import re
 import shlex
@@ -16,9 +16,9 @@ MAX_WARNING_S = 65535  # sbatch's own limit for --signal
 
 
 def check_launch(config: Mapping[str, Any], *, joins: bool = False) -> None:
-    """Raise `UserError` for a launcher, a cluster or a run folder that cannot be meant.
+    """Raise `UserError` for settings of launcher, cluster or run folder that cannot work.
 
-    joins: torchrun has started the processes, whatever the launcher says.
+    joins: torchrun has started the processes, whatever launcher.kind is.
     """
     launcher = config["launcher"]
     kind = launcher["kind"]
@@ -38,7 +38,7 @@ def check_launch(config: Mapping[str, Any], *, joins: bool = False) -> None:
     if kind == "slurm" and not joins:
         check_cluster(config)
         folder = Path(config["output_dir"]).absolute()
-        if ":" in str(folder) and facts(config)["snapshot"]:  # it would end the entry of PYTHONPATH
+        if ":" in str(folder) and facts(config)["snapshot"]:  # PYTHONPATH separates entries by it
             raise UserError(
                 f"output_dir: {folder}: the job finds no copy of the code below a folder with a "
                 "colon in its name: choose another name, or cluster.snapshot=false"
@@ -47,7 +47,7 @@ def check_launch(config: Mapping[str, Any], *, joins: bool = False) -> None:
 
 
 def check_cluster(config: Mapping[str, Any]) -> None:
-    """Raise `UserError` for facts of a cluster that no job can have."""
+    """Raise `UserError` for cluster settings that no job can have."""
     cluster, launcher = facts(config), config["launcher"]
     try:
         _check_numbers(cluster)
@@ -81,11 +81,11 @@ def _check_numbers(cluster: Mapping[str, Any]) -> None:
 
 
 def _check_rehearsal(cluster: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
-    """What submitit's local executor would say in a traceback."""
+    """UserError for what submitit's local executor would raise as a traceback."""
     if launcher["nodes"] > 1:
         raise UserError("cluster.executor=local runs on this machine: launcher.nodes must be 1")
     word = (shlex.split(python_command(cluster)) or [""])[0]
-    # A bare name may be found once the modules are loaded.
+    # A bare name may be on the path once the modules are loaded.
     if ("/" in word or not (cluster["modules"] or cluster["setup"])) and not shutil.which(word):
         raise UserError(
             f"cluster.python: there is no program {word!r} on this machine, where "
@@ -94,7 +94,10 @@ def _check_rehearsal(cluster: Mapping[str, Any], launcher: Mapping[str, Any]) ->
 
 
 def _check_folder(folder: str, *, is_job: bool) -> None:
-    """Slurm puts its own words for %x, %u and the like, and knows no folder by them."""
+    """UserError for %j without a job, and for Slurm's other patterns, such as %x and %u.
+
+    Slurm would replace these in the paths of its logs, and our run folder would be another one.
+    """
     if not is_job and "%j" in folder:
         raise UserError(
             f"output_dir: {folder}: %j is the id of a Slurm job, and this run has none: "

@@ -1,4 +1,4 @@
-"""A cluster's facts, from configs/cluster, in the words of submitit and of the batch script."""
+"""Translate a cluster's settings (configs/cluster) for submitit and the batch script."""
 
 import re
 import shlex
@@ -15,9 +15,9 @@ _PASSED = ("partition", "account", "qos", "constraint", "exclude", "comment", "a
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `cluster` part of a config; a saved run or a personal file may be older than a key.
+    """The `cluster` part of a config, with defaults for keys that an older file lacks.
 
-    null for a list or a mapping, or in one, asks for nothing.
+    A null list or mapping is empty, and null items of one are dropped.
     """
     import yaml
 
@@ -32,7 +32,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What submitit's executor is told, from the `launcher` and `cluster` parts of a config."""
+    """Parameters of submitit's executor, from the `launcher` and `cluster` parts of a config."""
     launcher, cluster = config["launcher"], facts(config)
     count = launcher["gpus_per_node"]
     typed = f"{cluster['gpu_type']}:{count}" if cluster["gpu_type"] else count
@@ -67,9 +67,9 @@ def parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def python_command(cluster: Mapping[str, Any]) -> str:
-    """The words that start Python on the node: the file of one, or a command that ends in one."""
+    """Shell words that start Python on a node: the path of an interpreter, or a command."""
     command = sys.executable if cluster["python"] is None else str(cluster["python"])
-    # A command has several words; the path of a file is one, whatever it holds.
+    # A command may have several words; a path is a single one, even with spaces.
     return shlex.quote(command) if Path(command).is_file() else command
 
 
@@ -91,7 +91,7 @@ def check_machine(cluster: Mapping[str, Any]) -> None:
 
 
 def refusal(said: str, asked: Mapping[str, Any]) -> str:
-    """What Slurm said of a job it did not take, and what it was asked for, in one line."""
+    """One line with Slurm's reason for refusing a job, and what the job asked for."""
     pattern = r"^sbatch: (?:error|fatal): (?:Batch job submission failed: )?(.+)"
     reasons = "; ".join(re.findall(pattern, said, re.MULTILINE)) or " ".join(said.split())
     reasons = reasons or "it gave no reason"
@@ -105,10 +105,10 @@ def refusal(said: str, asked: Mapping[str, Any]) -> str:
 
 
 def _srun_arguments(cluster: Mapping[str, Any]) -> list[str]:
-    # Otherwise the other ranks wait for the one that failed, and keep their nodes.
+    # Otherwise the other ranks would wait for a failed one and hold their nodes.
     words = ["--kill-on-bad-exit=1"]
     if cluster["cpus_per_task"]:
-        # Since Slurm 22.05 srun does not take it from the job: each rank would have one CPU.
+        # Since Slurm 22.05 srun does not inherit it from the job: each rank would have one CPU.
         words.append(f"--cpus-per-task={cluster['cpus_per_task']}")
     if cluster["container_image"]:
         words.append(f"--container-image={cluster['container_image']}")
@@ -118,12 +118,12 @@ def _srun_arguments(cluster: Mapping[str, Any]) -> list[str]:
 
 
 def _setup(cluster: Mapping[str, Any]) -> list[str]:
-    """Shell lines before the processes: modules, variables, then whatever else."""
+    """Shell lines to run before the processes: modules, variables, then cluster.setup."""
     for name in cluster["env"]:
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
             raise UserError(f"cluster.env: {name!r} is no name of an environment variable")
     modules = [f"module load {shlex.quote(str(module))}" for module in cluster["modules"]]
-    # Other variables may stand in a value: $USER, $SLURM_JOB_ID.
+    # A value may refer to other variables, such as $USER or $SLURM_JOB_ID.
     values = {k: re.sub(r'(["`\\])', r"\\\1", str(v)) for k, v in cluster["env"].items()}
     variables = [f'export {name}="{value}"' for name, value in values.items()]
     return [*modules, *variables, *cluster["setup"]]

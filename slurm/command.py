@@ -1,4 +1,4 @@
-"""The command line of an experiment: what is common to all before each reads its own words.
+"""The command line of an experiment: options common to all scripts, read before a script's own.
 
 -m, --multirun         comma lists are the points of a sweep (slurm/sweep.py)
 --then "SCRIPT ..."    run that script after this one, if this one succeeds; may be repeated
@@ -41,8 +41,8 @@ class _Asked(NamedTuple):
 def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
     """Start `function` with the config that `parse` makes of the command line.
 
-    `parse` takes the words and leaves with code 2 for a mistake; None from it starts nothing.
-    Returns what the function returns, if it ran in this process.
+    `parse` takes the words and exits with code 2 for a mistake; if it returns None, nothing is
+    started. Returns the function's result if it ran in this process.
     """
     if (captured := _captured.get()) is not None:
         captured.append((function, parse))
@@ -68,7 +68,10 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
 
 
 def _refuse_lost_folder() -> None:
-    """Every relative path begins there, and Python's own lines would name one of these."""
+    """UserError if the working directory is gone.
+
+    Every relative path starts there, and Python's own error would name one of those instead.
+    """
     try:
         os.getcwd()
     except OSError:
@@ -78,7 +81,7 @@ def _refuse_lost_folder() -> None:
 
 
 def _refuse_clock_times(words: Sequence[str]) -> None:
-    """sbatch takes 48:00:00 for a time limit; ours is in minutes."""
+    """UserError, with the minutes, for a time limit such as 48:00:00, which only sbatch takes."""
     for word, following in itertools.pairwise([*words, ""]):
         key, has_value, value = word.partition("=")
         value = value if has_value else following
@@ -93,7 +96,7 @@ def _refuse_clock_times(words: Sequence[str]) -> None:
 
 
 def _checking(parse: Parse) -> Parse:
-    """`--check` also refuses what the launcher would."""
+    """Wrap `parse` so that `--check` also refuses what the launcher would refuse."""
 
     def checked(words: list[str]) -> Mapping[str, Any] | None:
         if "--check" in words:
@@ -101,7 +104,7 @@ def _checking(parse: Parse) -> Parse:
             with (
                 contextlib.redirect_stderr(said),
                 contextlib.redirect_stdout(said),
-                contextlib.suppress(SystemExit),  # what is wrong is said below
+                contextlib.suppress(SystemExit),  # the second `parse` below reports the mistake
             ):
                 config = parse([word for word in words if word != "--check"])
             if config is not None:
@@ -112,7 +115,7 @@ def _checking(parse: Parse) -> Parse:
 
 
 def _read(words: list[str]) -> _Asked:
-    """Take the words that are common to all experiments out of a command line."""
+    """Separate the options common to all experiments from a script's own words."""
     kept, then, sweeps, dry_run = [], [], False, False
     waiting = list(words)
     while waiting:
@@ -132,7 +135,10 @@ def _read(words: list[str]) -> _Asked:
 
 
 def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path | None]:
-    """One task, or one per point, each with what follows it; and the folder they share."""
+    """One task, or one per point, each with its --then tasks; and the sweep's folder, if several.
+
+    No task at all if the parser of some point only printed something.
+    """
     from slurm.sweep import Point, points
 
     found = points(asked.words) if asked.sweeps else [Point({}, asked.words, "")]
@@ -141,7 +147,7 @@ def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path
         config = _parsed(parse, point.words, point.label, quiet=number > 0)
         if config is not None:
             tasks.append(Task(function, config, point.values))
-    if len(tasks) < len(found):  # --check, or a table that was asked for: each has printed its own
+    if len(tasks) < len(found):  # --check, or a table: every point has printed its own
         return [], None
     if len(tasks) > 1:
         folder = _shared([task.config["output_dir"] for task in tasks])
@@ -155,7 +161,10 @@ def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path
 
 
 def _parsed(parse: Parse, words: list[str], label: str, *, quiet: bool) -> dict[str, Any] | None:
-    """The config of a point; a mistake in it says which point it is."""
+    """The config of a point, None if its parser only printed; a UserError begins with its label.
+
+    quiet: drop what parsing prints, unless that is all there is.
+    """
     said, noted, code, config = io.StringIO(), io.StringIO(), None, None
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(noted):
         try:
@@ -172,7 +181,7 @@ def _parsed(parse: Parse, words: list[str], label: str, *, quiet: bool) -> dict[
 
 
 def _shared(folders: list[str]) -> Path:
-    """The folder of a sweep: the run folder without the points, or above those that differ."""
+    """The folder of a sweep: the run folder of all points, or its parent if they differ in it."""
     first = Path(folders[0]).absolute()
     return first if len(set(folders)) == 1 else first.parent
 
@@ -200,7 +209,7 @@ def _followers(commands: list[str], task: Task) -> list[Task]:
 
 
 def _script(command: str) -> tuple[Path, list[str]]:
-    """The script of a command and its words; a Python in front of it is skipped."""
+    """Path and words of the script in a --then command; a leading `python` is skipped."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -216,14 +225,14 @@ def _script(command: str) -> tuple[Path, list[str]]:
 
 
 def capture(script: Path) -> tuple[str, Parse]:
-    """What a script would start, and how it reads its words, without starting it."""
-    if "slurm.command" not in script.read_text():  # it would run now
+    """The function that a script would start, and its parser, without starting it."""
+    if "slurm.command" not in script.read_text():  # running such a script would do its work now
         raise UserError(f"--then: {script} starts nothing that could follow a run")
     found: list[tuple[str, Parse]] = []
     token = _captured.set(found)
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as left:  # a script may end in one that says all is well
+    except SystemExit as left:  # a script may end in sys.exit(0)
         if left.code:
             raise
     finally:
@@ -244,7 +253,10 @@ def _naming(command: str) -> Any:
 def _inherit(
     config: dict[str, Any], default: dict[str, Any], first: dict[str, Any], place: Path
 ) -> dict[str, Any]:
-    """What a command leaves open it takes from the run it follows: net, weights, data, cluster."""
+    """Fill keys that a --then command leaves at their defaults from the run it follows.
+
+    These are net, weights, data, run folder, name, launcher (on one node), cluster and device.
+    """
     open_keys = {key for key in config if config[key] == default.get(key)}
     if {"backbone", "weights"} <= open_keys and config["weights"] is None:
         if "backbone" not in first:

@@ -26,13 +26,13 @@ class Job:
     """`function(config)`, with the rendezvous of torch.distributed set from submitit's variables.
 
     `function` may be a dotted name, so that the submitting process need not import it. `%j` in the
-    run folder becomes the job's id, of a job array the one its jobs share.
+    run folder becomes the job's id; in a job array, the id that its jobs share.
     """
 
     def __init__(self, function: Function, config: dict[str, Any]) -> None:
         self.function = function
         self.config = config
-        self.mark = uuid.uuid4().hex  # by which its pickle can be told from others
+        self.mark = uuid.uuid4().hex  # identifies the pickle file of this job
 
     def __call__(self) -> Any:
         """Run in this process, as one of the job's tasks."""
@@ -54,14 +54,14 @@ class Job:
             return import_function(self.function)(config)
 
     def checkpoint(self) -> "DelayedSubmission":
-        """What submitit queues when the time is up: the same job, as the run resumes by itself."""
+        """The job that submitit resubmits at the time limit: the same one, as the run resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def import_function(function: Function) -> Callable[[dict[str, Any]], Any]:
-    """The function itself, for a dotted name too."""
+    """The function, imported if it is given by a dotted name."""
     if callable(function):
         return function
     module, _, name = function.rpartition(".")
@@ -69,11 +69,11 @@ def import_function(function: Function) -> Callable[[dict[str, Any]], Any]:
 
 
 def _join_peers() -> str:
-    """Export what torchrun would, and return the job's id."""
+    """Set the environment variables that torchrun would set; returns the job's id."""
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
-    # Every process keeps sight of all GPUs and takes the one of its local rank, as under torchrun.
+    # Every process sees all GPUs and uses the one of its local rank, as under torchrun.
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if os.environ["SUBMITIT_EXECUTOR"] == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # the host's own name need not resolve
@@ -83,9 +83,10 @@ def _join_peers() -> str:
 
 
 def _leave_when_told() -> None:
-    """End with 128 plus the signal; a training saves first, and slurm/after.sh starts it again.
+    """Exit with 128 plus the signal on SIGUSR2 and SIGTERM; slurm/after.sh requeues the job.
 
-    submitit would queue the job from inside, where a container need not have Slurm's commands.
+    A training saves a checkpoint first. submitit would requeue from inside the job, where a
+    container may lack Slurm's commands.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -97,7 +98,7 @@ def _leave_when_told() -> None:
 
 @contextmanager
 def _failure_shown() -> Iterator[None]:
-    """Say what failed on another rank in rank 0's output as well, the one that people follow."""
+    """Report a failure of another rank in rank 0's output too, which is the one users follow."""
     from submitit import JobEnvironment
     from submitit.core.utils import JobPaths
 
@@ -105,7 +106,7 @@ def _failure_shown() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, UserError):
-            sys.tracebacklimit = 0  # submitit lets Python print it: one line is enough
+            sys.tracebacklimit = 0  # Python prints the error: one line without a traceback
         job = JobEnvironment()
         if job.global_rank:
             followed = JobPaths(job.paths.folder, job.job_id, 0).stdout
@@ -119,7 +120,7 @@ def _failure_shown() -> Iterator[None]:
 
 
 def _resolves() -> bool:
-    """Whether the network knows the node of rank 0 by its name."""
+    """Whether the host name in MASTER_ADDR, of rank 0's node, resolves."""
     try:
         return bool(socket.getaddrinfo(os.environ["MASTER_ADDR"], None))
     except OSError:
@@ -127,7 +128,7 @@ def _resolves() -> bool:
 
 
 def run_rank(rank: int, job: Job, world_size: int, port: int, folder: str) -> None:
-    """One of several processes on this machine; the output of all but the first goes to files."""
+    """Run one rank of several on this machine; ranks above 0 print to `folder`/rank<r>.log."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -29,7 +29,7 @@ _STATES = (*_ONGOING, *_ENDED, *_RARE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m slurm.jobs", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER")
@@ -79,13 +79,13 @@ def list_runs(places: list[Path]) -> list[Run]:
 
 
 def judge(run: Run, facts: dict[str, str]) -> None:
-    """The state and the reason of a run, from Slurm's word on its job and the run's own."""
+    """Set a run's state and reason from Slurm's facts on its job and the run's own record."""
     state, said = facts["State"].split()[0].rstrip("+"), run.why
     run.seconds = float(facts.get("ElapsedRaw") or 0)
     earlier = f" (after {facts['Earlier']})" if facts.get("Earlier") else ""
     restarts = f"{run.restarts} restart{'s' * (run.restarts > 1)}{earlier}" if run.restarts else ""
     if state in _ONGOING:
-        # What ended the attempt before is told where the job waits to start again.
+        # While a job waits to restart, show what ended the attempt before.
         before = said if run.state in ("REQUEUED", "FAILED", "STOPPED") else ""
         run.state = "RUNNING" if state == "COMPLETING" and run.state == "RUNNING" else state
         waits = f"waits: {facts['Reason']}" if state == "PENDING" and facts.get("Reason") else ""
@@ -108,7 +108,7 @@ def judge(run: Run, facts: dict[str, str]) -> None:
 
 
 def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What sacct and squeue say of jobs, by id; nothing where there is no Slurm that answers."""
+    """What sacct and squeue know of jobs, by id; empty if no Slurm answers."""
     wanted = sorted({job.split("_")[0] for job in jobs if job.split("_")[0].isdigit()})
     if not wanted:
         return {}
@@ -118,17 +118,17 @@ def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
     for line in _ask([*words, f"--format={_SACCT}", f"--jobs={listed}"]):
         facts = dict(zip(_SACCT.split(","), line.split("|"), strict=False))
         job = facts.get("JobID", "")
-        if before := found.get(job):  # the attempt before this one; our own requeue is no news
+        if before := found.get(job):  # an earlier attempt; our own requeues are not mentioned
             known = [before.get("Earlier", ""), _EARLIER.get(before["State"].split()[0], "")]
             facts["Earlier"] = ", ".join(dict.fromkeys(part for part in known if part))
         found[job] = facts
-    # squeue knows more of what still waits, and of it sooner; %i is the id as users write it.
+    # squeue knows more about waiting jobs, and sooner; %i is the id as users write it.
     queue = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
     for line in _ask([*queue, f"--jobs={listed}"]):
         job, state, reason = (line.split("|") + ["", ""])[:3]
         if state in _ONGOING:
             found[job] = {**found.get(job, {}), "State": state, "Reason": reason}
-    for job, facts in list(found.items()):  # an array that waits as a whole: 12_[0-3%2]
+    for job, facts in list(found.items()):  # an array listed as a whole while it waits: 12_[0-3%2]
         base, _, rest = job.partition("_[")
         if rest:
             for run in jobs:
@@ -150,7 +150,7 @@ def _among(task: str, ranges: str) -> bool:
 
 
 def show(found: Sequence[Run]) -> None:
-    """Print the table."""
+    """Print runs as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -170,7 +170,7 @@ def show(found: Sequence[Run]) -> None:
 
 
 def chosen_figures(run: Run) -> dict[str, float]:
-    """The loss, and the first figure of each probe."""
+    """The loss and the first figure of each probe, three at most."""
     chosen: dict[str, float] = {}
     for key, value in run.metrics.items():
         probe = key.split("/")[0]
@@ -180,7 +180,7 @@ def chosen_figures(run: Run) -> dict[str, float]:
 
 
 def _near(folder: Path) -> str:
-    """A folder as seen from here, if it is below."""
+    """A folder relative to the working directory if it lies below it, else its absolute path."""
     full = folder.absolute()
     return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
 
@@ -206,7 +206,7 @@ def _user(number: str) -> str:
 
 
 def _by_slurm(run: Run) -> bool:
-    """Whether the job of a run is Slurm's, and not a rehearsal's."""
+    """Whether the run has a job and it ran in Slurm, not under cluster.executor=local."""
     return bool(run.job) and not runs.is_rehearsal(run)
 
 

@@ -1,7 +1,7 @@
 """Start `function(config)` where the config says: here, in several processes, or as a Slurm job.
 
-Under torchrun every process runs the function itself and joins the others. The launcher knows
-neither the function nor what the config builds; the cluster's facts come from configs/cluster.
+Under torchrun every process runs the function itself and joins the others. The launcher works for
+any function and any config; settings of the cluster come from configs/cluster.
 """
 
 import os
@@ -32,18 +32,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Task:
-    """A function with its config; its values, if it is a point of a sweep; what follows it."""
+    """One run: a function with its config, and the tasks that start once it has succeeded.
+
+    values: the swept keys, if the task is a point of a sweep.
+    """
 
     function: Function
     config: dict[str, Any]
     values: dict[str, str] = field(default_factory=dict)
     then: list["Task"] = field(default_factory=list)
-    command: str = ""  # of what follows another: how the user wrote it
-    job_name: str = ""  # where it is not the config's: that of the whole sweep
+    command: str = ""  # of a task that follows another: the --then command as the user wrote it
+    job_name: str = ""  # if it is not the config's name: of a sweep, or of a --then command
 
     @property
     def label(self) -> str:
-        """Its values, or the command it came from."""
+        """The --then command it came from, or its swept values as `key=value,...`."""
         return self.command or ",".join(f"{key}={value}" for key, value in self.values.items())
 
     @property
@@ -53,10 +56,10 @@ class Task:
 
 
 def launch(function: Function, config: Mapping[str, Any]) -> Any:
-    """Run or submit; returns what the function returns, if it ran in this process.
+    """Run or submit `function(config)`; returns its result if it ran in this process.
 
-    A user's mistake prints one line and leaves with code 2, an interrupt with 130; every other
-    error is raised on, so that the exit code tells of it.
+    A user's mistake prints one line and exits with code 2, an interrupt exits with 130; every other
+    error propagates, so that the exit code shows it.
     """
     return launch_all([Task(function, plain(config))])
 
@@ -64,11 +67,11 @@ def launch(function: Function, config: Mapping[str, Any]) -> Any:
 def launch_all(tasks: Sequence[Task], *, folder: Path | None = None, dry_run: bool = False) -> Any:
     """Run or submit one task, or the points of a sweep, whose run folders lie in `folder`.
 
-    In Slurm several are one job array, elsewhere they run one after another, each in a process of
-    its own; one that fails does not stop the others. `dry_run` shows what would be started.
+    In Slurm several tasks are one job array; elsewhere they run one after another, each in its own
+    process. A failed one does not stop the others. `dry_run` shows what would be started.
     """
     try:
-        with mistakes_told():  # in what imports, checks and records as well
+        with mistakes_told():  # also around imports, checks and records, not only the function
             return _launch(tasks, folder or tasks[0].folder, dry_run)
     except UserError as error:
         fail(error)
@@ -78,9 +81,9 @@ def launch_all(tasks: Sequence[Task], *, folder: Path | None = None, dry_run: bo
 
 
 def submit(function: Function, config: Mapping[str, Any]) -> "submitit.Job[Any]":
-    """Submit a job through submitit and return it; `cluster.executor=local` rehearses it here.
+    """Submit a job through submitit and return it; `cluster.executor=local` runs it here.
 
-    Raises `UserError` where there is no Slurm or Slurm refuses the job.
+    Raises `UserError` if there is no Slurm or Slurm refuses the job.
     """
     check_cluster(config)
     submission = Submission(function, [config])
@@ -105,9 +108,9 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     if several and len(kinds) > 1:
         raise UserError("the points of a sweep and what follows need one launcher")
     kind = "here" if joins else kinds.pop()
-    if several or dry_run:  # one that runs here will say it at once
+    if several or dry_run:  # a single run on this machine builds them at once anyway
         _build_networks([task for task in tasks if task.config.get("recipe")])
-    if not dry_run:  # here, as a cluster's nodes may have no network
+    if not dry_run:  # download weights now, as a cluster's nodes may have no network
         for task in _all(tasks):
             task.config = with_files(task.config)
     if kind == "slurm":
@@ -129,7 +132,7 @@ def _all(tasks: Sequence[Task]) -> Iterator[Task]:
 
 @contextmanager
 def _named(task: Task) -> Iterator[None]:
-    """A mistake inside says which of several tasks it is in."""
+    """Prefix a UserError raised inside with the task's label."""
     try:
         yield
     except UserError as error:
@@ -143,12 +146,12 @@ def _check(task: Task, *, joins: bool, submits: bool) -> None:
     check_run_folder(task.config)
     check_targets(task.config)
     if "recipe" in task.config:  # a training
-        from utils.config.settings import check_settings  # late: it needs torch
+        from utils.config.settings import check_settings  # imported here because it needs torch
 
         check_settings(task.config)
 
 
-# Here
+# On this machine
 
 
 def _run(task: Task, kind: str) -> Any:
@@ -159,7 +162,7 @@ def _run(task: Task, kind: str) -> Any:
         "kind": kind,
         "processes": whole_number("WORLD_SIZE", processes),
     }
-    if kept:  # every process of torchrun finds out by itself what is wrong with it
+    if kept:  # under torchrun every process does this, and reports its own error
         make_folder(task.folder)
     with record.attempt(task.folder, **facts) if kept else nullcontext():
         if kind == "local":
@@ -169,14 +172,14 @@ def _run(task: Task, kind: str) -> Any:
 
 
 def _recorded(job: Job) -> Callable[[], Any]:
-    """The job, whose traceback is to stand in the report that torchrun ends with."""
+    """The job, wrapped so that torchrun's final report contains its traceback."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     return record(job)
 
 
 def _run_in_turn(tasks: Sequence[Task]) -> None:
-    """One after another; what follows a task runs where the task has succeeded."""
+    """Run the tasks one after another, each followed by its `then` tasks if it succeeded."""
     codes: list[tuple[Task, int | None]] = []
     try:
         for number, task in enumerate(tasks, 1):
@@ -259,7 +262,7 @@ def _submission(tasks: Sequence[Task], folder: Path, *, after: str = "") -> Subm
 
 
 def _placed(task: Task, job_id: str) -> Task:
-    """The task with the job's id wherever its config says %j."""
+    """The task with %j in its config replaced by the job's id."""
     return replace(task, config=_with_id(task.config, job_id))
 
 
@@ -272,7 +275,7 @@ def _with_id(value: Any, job_id: str) -> Any:
 
 
 def _build_networks(tasks: Sequence[Task]) -> None:
-    """What a constructor refuses is said now, and not by a job next week."""
+    """Build the networks, so that a constructor's error shows now and not in a queued job."""
     from utils.config.check import networks
 
     seen: list[Any] = []

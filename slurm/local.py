@@ -18,7 +18,7 @@ from utils.signals import forget_lost_terminal, heeded
 
 
 def run_processes(function: Function, config: dict[str, Any]) -> None:
-    """One process per GPU: the first one's output here, all stopped if one fails."""
+    """Run one process per GPU; rank 0 prints here, and all are stopped if one fails."""
     from torch import multiprocessing
 
     count = config["launcher"]["gpus_per_node"]
@@ -33,7 +33,7 @@ def run_processes(function: Function, config: dict[str, Any]) -> None:
     with _passed_on(processes) as received:
         context = multiprocessing.start_processes(run_rank, arguments, count, join=False)
         processes += context.processes
-        for number in received:  # what came while they were being started
+        for number in received:  # signals that came while the processes were starting
             _pass_on(number, processes)
         _wait(context, folder, received)
     if signal.SIGINT in received:
@@ -41,7 +41,7 @@ def run_processes(function: Function, config: dict[str, Any]) -> None:
 
 
 def _wait(context: Any, folder: str, received: list[int]) -> None:
-    """Wait for all processes; raises what the failure of one, or a signal, comes to."""
+    """Wait for all processes; raise the error or exit that fits a failed one or a signal."""
     from torch import multiprocessing
 
     try:
@@ -51,7 +51,7 @@ def _wait(context: Any, folder: str, received: list[int]) -> None:
         code = error.exit_code if error.exit_code >= 0 else 128 - error.exit_code
         if signal.SIGINT in received or code == 128 + signal.SIGINT:
             raise KeyboardInterrupt from None
-        # One that had not yet begun to heed signals was ended by what was passed on.
+        # A process without signal handlers yet was ended by the signal passed on to it.
         if error.exit_code in STOPPED or code - 128 in received:
             print(f"stopped by {STOPPED[code].name}", file=sys.stderr)
             raise SystemExit(code) from None
@@ -72,10 +72,10 @@ def _said(error: Any, folder: str) -> Ended:
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any) -> int:
-    """Call it in a process of its own, which cannot take this one down; returns its exit code.
+    """Call the function in its own process, so that a crash stays there; returns the exit code.
 
-    Signals that would end this process are for that one to leave in order; raises
-    KeyboardInterrupt, or SystemExit with 128 plus the signal, once it has.
+    Signals that would end this process are passed on, so that the other one can exit in order; then
+    KeyboardInterrupt, or SystemExit with 128 plus the signal, is raised.
     """
     import multiprocessing
 
@@ -93,7 +93,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> int:
 
 @contextmanager
 def _passed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
-    """Pass signals on to processes, and collect them; a second Control-C interrupts at once."""
+    """Pass signals on to the processes and collect them; a second Control-C interrupts at once."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -114,10 +114,10 @@ def _passed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def _pass_on(number: int, processes: Sequence[Any]) -> None:
-    """Send it to those that run.
+    """Send a signal to the processes that still run, SIGINT as SIGTERM.
 
-    An INT becomes a TERM: a Control-C of the terminal has reached them already, and a second INT
-    would interrupt them at once; one by `kill` has not.
+    A Control-C in the terminal has already reached them, and a second SIGINT would interrupt them
+    at once; a SIGINT from `kill` has reached this process alone.
     """
     number = signal.SIGTERM if number == signal.SIGINT else number
     for process in processes:

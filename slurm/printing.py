@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_points(tasks: Sequence["Task"], jobs: Sequence[str] = ()) -> None:
-    """Each point with its values and run folder, and the job it is, if it is one."""
+    """Print each point with its job (if it has one), values and run folder."""
     keys = _keys(tasks)
     table = _table(["job"] if jobs else [], keys, ["run folder"])
     for index, task in enumerate(tasks):
@@ -23,7 +23,7 @@ def show_points(tasks: Sequence["Task"], jobs: Sequence[str] = ()) -> None:
 
 
 def show_outcomes(codes: Sequence[tuple["Task", int | None]]) -> None:
-    """Each point with what became of it; a code of None: it was not started."""
+    """Print each point with its outcome; an exit code of None means it was not started."""
     keys = _keys([task for task, _ in codes])
     table = _table([], keys, ["outcome", "last figures", "run folder"])
     for task, code in codes:

@@ -1,4 +1,4 @@
-"""Processes and ports of this machine: who still runs, and how to stop exactly that one."""
+"""Processes and ports of this machine: see whether a process still runs, and stop just that one."""
 
 import ctypes
 import fcntl
@@ -16,7 +16,7 @@ from utils.proc import started, stat
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """One command at a time for a folder."""
+    """Lock a folder for a `with` block; UserError if another command holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,16 +41,16 @@ def free_ports(count: int) -> Iterator[int]:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody answers at a port of the loopback."""
+    """Whether a process listens on a port of the loopback."""
     with socket.socket() as probe:
         probe.settimeout(2)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def name_localhost() -> None:
-    """Give this process and its children a host name of their own: localhost. It takes root.
+    """Give this process and its children the host name localhost. Needs root.
 
-    Slurm can listen on the host's address alone, and knows that by the host's name.
+    Slurm can only listen on the host's address, which it looks up by the host's name.
     """
     new_names = 0x04000000  # CLONE_NEWUTS
     if ctypes.CDLL(None, use_errno=True).unshare(new_names):
@@ -59,7 +59,7 @@ def name_localhost() -> None:
 
 
 def lives(daemon: dict[str, Any]) -> bool:
-    """Whether this very daemon runs, and no other process that got its pid."""
+    """Whether this daemon still runs; another process that reuses its pid does not count."""
     try:
         command = Path(f"/proc/{daemon['pid']}/cmdline").read_bytes().decode().split("\0")[:-1]
     except OSError:
@@ -68,7 +68,7 @@ def lives(daemon: dict[str, Any]) -> bool:
 
 
 def descendants(pids: set[int]) -> set[int]:
-    """The children of these processes, and theirs."""
+    """All descendants of these processes."""
     places = Path("/proc").glob("[0-9]*")
     stats = {int(place.name): stat(int(place.name)) for place in places}
     parents = {pid: int(fields[1]) for pid, fields in stats.items() if fields}
@@ -79,7 +79,7 @@ def descendants(pids: set[int]) -> set[int]:
 
 
 def stop(pid: int, since: int) -> None:
-    """TERM, then KILL after 15 seconds; never a process that only has the same number."""
+    """Send TERM, then KILL after 15 seconds; never to another process that reuses the pid."""
     for signal, patience in ((15, 15), (9, 5)):
         end = time.monotonic() + patience
         if since and started(pid) == since:

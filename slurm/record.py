@@ -1,20 +1,20 @@
-"""What happened to a run, a line each: `launches.jsonl` in its folder, by whoever knows it.
+"""The record of a run's launches: `launches.jsonl` in its folder, one line per event.
 
-    event      by                          tells
+    event      written by                  contains
     submitted  the submitting command      job, name, log, code, after (the job it waits for)
     began      rank 0                      job, attempt, processes
-    stopped    rank 0                      signal: left in order, with a checkpoint
+    stopped    rank 0                      signal: it exited in order, with a checkpoint
     ended      rank 0                      the function returned
-    failed     any rank                    rank, error; refused, if it was before the first step
-                                           and the user's mistake
-    lost_peer  any rank                    rank, error: another one had gone, no fault of its own
+    failed     any rank                    rank, error; refused, if the user's mistake ended it
+                                           before the first step
+    lost_peer  any rank                    rank, error: it failed because another rank was gone
     again      the job's batch script      status, kind (stopped or killed), step of the checkpoint
     final      the job's batch script      status, why
 
-What ranks write names their process: host, pid and since when it runs. `attempt` counts the
-restarts of a Slurm job. Ranks other than 0 write `launches.rank<r>.jsonl`:
-nodes that append to one file of a network file system may lose lines. slurm/after.sh reads and
-writes the same lines, so keys keep their order.
+Lines by ranks also name the process: host, pid and start time. `attempt` counts the restarts of a
+Slurm job. Ranks other than 0 write `launches.rank<r>.jsonl`, because nodes that append to one file
+of a network file system may lose lines. slurm/after.sh reads and writes the same lines, so the
+order of the keys must stay.
 """
 
 import heapq
@@ -35,7 +35,7 @@ from utils.errors import UserError
 from utils.proc import started
 
 NAME = "launches.jsonl"
-# What a rank says that lost another one; torch's own classes are known by their names.
+# Errors of a rank that lost another one; torch's own exceptions are matched by class name.
 _LOST = re.compile(
     r"Dist(Backend|Network|Store)Error|connection (closed|reset|refused)|timed out waiting"
     r"|Broken pipe|Socket Timeout|recvValue failed",
@@ -51,7 +51,7 @@ STOPPED = {
 
 
 class Ended(SystemExit):
-    """Leave with a code, having told the user `why`."""
+    """Exit with a code after the user was told `why`."""
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(code)
@@ -59,7 +59,7 @@ class Ended(SystemExit):
 
 
 def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: Any) -> None:
-    """Append a line; a folder that cannot be written to loses it, and the run goes on."""
+    """Append a line; if the folder cannot be written to, the line is lost and the run goes on."""
     rank = _rank()
     line = {"event": event, "job": job, "attempt": attempt, "time": round(time.time(), 3), **facts}
     with suppress(OSError):
@@ -69,16 +69,16 @@ def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: 
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run folder in the order of their times; torn ones are left out.
+    """All lines of a run folder in order of time; torn lines are left out.
 
-    Lines of one file keep their order whatever the clocks of those who wrote them said.
+    Lines of one file keep their order, even if the clocks of their writers disagree.
     """
     files = [_lines(path) for path in sorted(folder.glob("launches*.jsonl"))]
     return [line for _, line in heapq.merge(*files, key=lambda timed: timed[0])]
 
 
 def _lines(path: Path) -> list[tuple[float, dict[str, Any]]]:
-    """The lines of one file, each with the latest time said so far."""
+    """The lines of one file, each with the latest time in the file so far."""
     latest, found = 0.0, []
     for text in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
@@ -91,7 +91,7 @@ def _lines(path: Path) -> list[tuple[float, dict[str, Any]]]:
 
 
 def _mended(line: dict[str, Any]) -> dict[str, Any]:
-    """A line that has what readers ask of every one, whoever wrote it."""
+    """The line with a valid job, attempt and time; "", 0 and 0.0 where it has none."""
     job, number, when = (line.get(key) for key in ("job", "attempt", "time"))
     return {
         **line,
@@ -103,7 +103,7 @@ def _mended(line: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
-    """Note how what runs inside begins and ends."""
+    """Record how the body of a `with` block begins and ends."""
     who: dict[str, Any] = {
         "job": job,
         "attempt": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
@@ -120,7 +120,7 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(bool(left.code))
         if code in STOPPED:
-            if not is_main:  # a code would have srun kill rank 0, which has more to do
+            if not is_main:  # a nonzero code would make srun kill rank 0, which is not done yet
                 raise SystemExit(0) from None
             note(folder, "stopped", **who, signal=STOPPED[code].name)
         elif code:
@@ -134,7 +134,7 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
     except BaseException as error:
         event = "lost_peer" if is_lost(error) else "failed"
         mistaken = event == "failed" and isinstance(error, UserError)
-        # A training writes it with its first step.
+        # A training writes progress.json at its first step.
         refused = {"refused": True} if mistaken and _progress(folder) == earlier else {}
         told: dict[str, Any] = {"rank": rank, "error": in_one_line(error), **refused}
         note(folder, event, **who, **told)
@@ -148,21 +148,21 @@ def _rank() -> int:
 
 
 def _progress(folder: Path) -> int:
-    """When progress.json was written, 0 where there is none."""
+    """Modification time of progress.json in nanoseconds; 0 if there is none."""
     with suppress(OSError):
         return (folder / "progress.json").stat().st_mtime_ns
     return 0
 
 
 def in_one_line(error: BaseException) -> str:
-    """An exception's class and words; a user's mistake speaks for itself."""
+    """An exception's class and message in one line; the message alone for a UserError."""
     name = type(error).__name__
     words = " ".join(str(error).split())[:500]
     return words if name == "UserError" else f"{name}: {words}"
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether the error of a rank is another's death, a worker's, or its device's: try again."""
+    """Whether an error is worth a restart: a peer or a data worker died, or the GPU failed."""
     what = in_one_line(error)
     lost = not isinstance(error, UserError) and _LOST.search(what)
     return bool(lost or _TRANSIENT.search(what))

@@ -1,4 +1,4 @@
-"""What a run folder says of its run: how far it is, its last figures, and why it ended."""
+"""Read the state of a run from its folder: progress, last figures, and why it ended."""
 
 import json
 import socket
@@ -12,11 +12,11 @@ from typing import Any
 from slurm import record
 from utils.proc import started
 
-# What may lie in a run folder and holds no run of its own.
+# Folders inside a run folder that contain no runs.
 _INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
 MAX_DEPTH = 5
 UNREADABLE = "UNREADABLE"
-_AS_ASKED = "training.max_steps"  # as utils/summary.py says it; importing that takes torch
+_AS_ASKED = "training.max_steps"  # copied from utils/summary.py, whose import would load torch
 FRESH_S = 120.0  # a lock (utils/lock.py) that was not touched for longer has no living holder
 
 
@@ -35,38 +35,39 @@ class Run:
     restarts: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     log: str = ""
-    refusal: str = ""  # why the newest start was refused, which left what was there as it was
+    refusal: str = ""  # why the newest start was refused; such a start changes nothing
     changed: float = 0.0
     lines: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def attempt(self) -> list[dict[str, Any]]:
-        """What is noted of the newest attempt."""
+        """The lines of the newest attempt."""
         begins = [i for i, line in enumerate(self.lines) if line["event"] in ("began", "submitted")]
         newest = self.lines[begins[-1] :] if begins else self.lines
-        # One whose processes died too early to say that they began has only what came after.
+        # If its processes died before they wrote `began`, it has only later lines.
         last = max((line["attempt"] for line in newest), default=0)
         return [line for line in newest if line["attempt"] == last]
 
 
 def find(places: list[Path]) -> list[Run]:
-    """All runs in these folders and below them, the one that changed last at the end."""
+    """All runs in these folders and below them, the most recently changed one last."""
     folders = {folder.resolve(): folder for place in places for folder in _folders(place)}
     return sorted((describe(folder) for folder in folders.values()), key=lambda run: run.changed)
 
 
 def describe(folder: Path) -> Run:
-    """The run of a folder; its state as far as the folder alone tells.
+    """The run of a folder, with its state as far as the folder alone shows it.
 
-    One that cannot be read, or holds what no run writes, is told as such: others stay in the list.
+    An unreadable or damaged folder gives a run in the state UNREADABLE instead of an error, so that
+    a list of runs still shows the others.
     """
     try:
         if folder.is_dir():
-            next(folder.iterdir(), None)  # patterns pass over a folder that cannot be read
+            next(folder.iterdir(), None)  # glob would silently skip an unreadable folder
         return _described(folder)
     except OSError as error:
         why = f"cannot be read: {error.strerror or error}"
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can lead to any error
         why = f"its files are damaged: {record.in_one_line(error)}"
     return Run(folder, folder.name, state=UNREADABLE, why=why)
 
@@ -103,10 +104,10 @@ def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[P
             return
         has = {path.name for path in place.iterdir()}
     except OSError:
-        yield place  # whose row says why
+        yield place  # its row in the list says why
         return
     is_run = record.NAME in has or {"config.yaml", "metrics.jsonl"} <= has
-    # What a probe leaves in the folder of a run is no run.
+    # The files of a probe inside a run folder are no run.
     is_run = is_run or not inside and bool({"summary.json", "results.json"} & has)
     if is_run:
         yield place
@@ -117,9 +118,10 @@ def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[P
 
 
 def _current(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without those of starts that were refused; all where there was no other start.
+    """The lines without those of refused starts; all lines if there was no other start.
 
-    Such a command changed nothing: the first one was still running, or what it asked was a mistake.
+    A refused start changed nothing: another process was using the folder, or the user had made a
+    mistake.
     """
     starts = _starts(lines)
     refused = {start for line, start in zip(lines, starts, strict=True) if _is_refused(line)}
@@ -130,13 +132,13 @@ def _current(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _is_refused(line: Mapping[str, Any]) -> bool:
     if line["event"] != "failed":
         return False
-    # A job that Slurm starts again and that is refused then has failed.
+    # A job that is refused after a restart by Slurm has failed.
     mistaken = line.get("refused") and not line["attempt"]
     return bool(mistaken or " is in use by " in str(line.get("error")))
 
 
 def _starts(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What each line shares with the others of its start: the job, or without one the process."""
+    """For each line a key of its start: job and attempt, or the process if there is no job."""
     starts: list[tuple[Any, ...]] = []
     began: dict[int, tuple[Any, ...]] = {}  # by attempt, for lines that do not name their process
     for line in lines:
@@ -180,7 +182,7 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
         if not alive:
             run.seconds = None
     elif not run.lines and summary:
-        # A run that was asked for so many steps did what it was asked.
+        # A run that training.max_steps stopped did what it was asked to do.
         as_asked = summary.get("finished") or summary.get("stopped_by") == _AS_ASKED
         run.state = "COMPLETED" if as_asked else "STOPPED"
         run.why = _left_early(run, summary)
@@ -190,13 +192,13 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
 
 
 def is_rehearsal(run: Run) -> bool:
-    """Whether the job of a run is submitit's local executor's, and not Slurm's."""
+    """Whether the run's job ran under submitit's local executor, not in Slurm."""
     said = [line.get("executor") for line in run.lines if line["event"] == "submitted"]
     return said[-1:] == ["local"]
 
 
 def _own_process(run: Run, began: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The line that names a process to look for; None for a job, whose nodes Slurm knows."""
+    """The line that names the process to look for; None for a job that Slurm looks after."""
     if began and not began["job"]:
         return began
     submitted = [line for line in run.lines if line["event"] == "submitted" and "since" in line]
@@ -220,7 +222,7 @@ def _whose(line: Mapping[str, Any]) -> str:
 
 
 def _ended_by(line: Mapping[str, Any], run: Run) -> str:
-    """What the batch script saw, in words."""
+    """Describe how a job ended, from the batch script's line."""
     kind, status, step = line.get("kind"), int(line.get("status", 0)), line.get("step", "none")
     where = f"at checkpoint {step}" if step != "none" else "before a checkpoint"
     if kind == "stopped":
@@ -235,7 +237,7 @@ def _ended_by(line: Mapping[str, Any], run: Run) -> str:
     lost = f"a process was lost ({_whose(peers[0])})" if peers else f"it ended with {status}"
     by = {
         137: "a process was killed (out of memory?)",
-        # Of several ranks srun tells the highest status: that of one which it then ended itself.
+        # srun reports the highest status of all ranks: here of one that srun itself ended.
         143: "a process was killed or ended",
         134: "a process aborted",
         75: "hung",
@@ -256,7 +258,7 @@ def _lives(began: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
-    """The last step, and the last value of what people look at: losses, and what probes found."""
+    """The last step, and the last values of the losses and of the probes' figures."""
     step: int | None = None
     found: dict[str, float] = {}
     for line in _tail(folder / "metrics.jsonl"):
@@ -296,7 +298,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _head_of_config(folder: Path) -> dict[str, str]:
-    """The run's name, from config.yaml, without reading YAML: the list may be long."""
+    """The run's name from config.yaml, without parsing YAML, as the list may be long."""
     with suppress(OSError):
         for line in (folder / "config.yaml").read_text("utf-8", "replace").splitlines():
             if line.startswith("name: "):

@@ -1,8 +1,8 @@
 """A copy of the code, taken at submission: what was submitted is what runs, also after a requeue.
 
 It holds the files that git tracks or would track, without tests and documentation, in a folder
-that is named after its content, so that the same code is copied once. `REVISION` says what git
-called it.
+that is named after a hash of its content, so that the same code is copied once. `REVISION` names
+the git revision.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Snapshot:
         return True
 
     def notes(self) -> list[str]:
-        """What the user may not expect of the copy: files left out, or data in it."""
+        """Notes for the user: files too large to copy, or a copy so large that it seems data."""
         found = []
         if self.too_large:
             found.append(f"note: not copied, over 1 MB: {_shown(', '.join(self.too_large))}")
@@ -64,7 +64,7 @@ class Snapshot:
             shares: Counter[str] = Counter()
             for name, size in self.sizes.items():
                 shares.update({parent.as_posix(): size for parent in list(Path(name).parents)[:-1]})
-            # Of folders that hold the same, the innermost says most.
+            # Among folders of equal size the innermost one is the most precise.
             folder = max(shares, key=lambda name: (shares[name], name.count("/")))
             found.append(
                 f"note: the job's copy of the code has {total / 1e6:.0f} MB in {len(self.sizes):,} "
@@ -90,7 +90,7 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether it is the folder of a run, or that of a sweep: results, and no code."""
+    """Whether it is the folder of a run or of a sweep, which holds results and no code."""
     if (folder / "launches.jsonl").exists() or any(folder.glob(f"code/*/{NOTE}")):
         return True
     marks = (".lock", "config.yaml", "metrics.jsonl")
@@ -98,7 +98,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _known_to_git(root: Path) -> list[str]:
-    """Tracked files, and new ones that are not ignored; nothing where there is no git."""
+    """Tracked files, and new ones that are not ignored; empty if there is no git checkout."""
     words = ["ls-files", "--cached", "--others", "--exclude-standard", "-z", "--full-name"]
     inside = _git(root, "rev-parse", "--show-prefix")
     # A folder inside somebody else's repository is no checkout of ours.

@@ -1,7 +1,7 @@
-"""From configs to a job, or a job array, in Slurm's hands, through submitit.
+"""Submit configs to Slurm as a job or a job array, through submitit.
 
-The batch script loads what configs/cluster says, puts the snapshot of the code in front of Python's
-path, starts the processes and then looks at how they ended (slurm/after.sh).
+The batch script does the setup of configs/cluster, puts the snapshot of the code first on Python's
+path, starts the processes and then handles how they ended (slurm/after.sh).
 """
 
 import re
@@ -32,11 +32,11 @@ AFTER = Path(__file__).with_name("after.sh")
 
 
 class Submission:
-    """Configs that run as one job (one config) or as one job array (several), and its folder.
+    """One config to run as a job, or several as a job array, and the folder of the submission.
 
     `folder` gets the logs (`slurm/`) and the snapshot (`code/`); it is the run folder of a single
     config and the parent of the run folders of several. %j in it becomes the job's id. `after` is
-    the id of the job that must succeed first, `name` the job's where it is not the config's.
+    the id of the job that must succeed first, `name` the job's name if it is not the config's.
     """
 
     def __init__(
@@ -79,29 +79,29 @@ class Submission:
         self.asked["slurm_teardown"] = AFTER.read_text().splitlines()
 
     def script(self) -> str:
-        """What sbatch is given."""
+        """The text of the batch script."""
         executor = self._slurm_executor()
         if self.is_array:
             executor.parameters["map_count"] = len(self.jobs)
         return executor._make_submission_file_text(executor._submitit_command_str, "dry_run")
 
     def submit(self) -> list["submitit.Job[Any]"]:
-        """Hand it over; raises `UserError` with one line where Slurm does not take it."""
+        """Submit, and return the jobs; `UserError` in one line if Slurm refuses."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         self._check_folders()
         staged = self._stage()
         executor = self._slurm_executor() if self.executor_name == "slurm" else self._rehearsal()
         try:
-            with redirect_stderr(StringIO()):  # where submitit repeats what Slurm said
+            with redirect_stderr(StringIO()):  # submitit repeats there what Slurm said
                 jobs = executor.submit_array(self.jobs)
         except (FailedJobError, FailedSubmissionError) as error:
-            # Of an array submitit makes another executor: the command that failed names its script.
+            # For an array submitit makes another executor; the failed command names its script.
             sent = [getattr(executor, "script", None), *getattr(error.__cause__, "cmd", [])]
             _remove_unsent(self.logs / "slurm", self.jobs, [Path(word) for word in sent if word])
             if staged:
                 shutil.rmtree(staged, ignore_errors=True)
-            if isinstance(error, FailedSubmissionError):  # there may be a job all the same
+            if isinstance(error, FailedSubmissionError):  # a job may exist nevertheless
                 answer = re.search('output "(.*)"', str(error), re.DOTALL)
                 said = " ".join((answer[1] if answer else str(error)).split())
                 raise UserError(
@@ -144,7 +144,7 @@ class Submission:
         return executor
 
     def _facts_of_runs(self) -> list[str]:
-        """What slurm/after.sh reads."""
+        """Shell lines that set the variables of slurm/after.sh."""
         runs = " ".join(_in_shell(config["output_dir"]) for config in self.configs)
         limits = [f"{key}={self.cluster[key]}" for key in ("max_requeues", "max_restarts")]
         return [
@@ -155,7 +155,7 @@ class Submission:
         ]
 
     def _stage(self) -> Path | None:
-        """Copy the code; returns the folder that is new, if one is."""
+        """Copy the code; returns the folder if it was newly written, None otherwise."""
         if self.snapshot is None:
             return None
         code = self.logs / "code" / self.snapshot.name
@@ -163,8 +163,8 @@ class Submission:
             return code if self.snapshot.write(code) else None
         from submitit.core.utils import JobPaths
 
-        # The job's id is not known yet: it waits for the code, as submitit's processes do for
-        # what they are to run.
+        # The job's id is not known yet: the copy is moved after submission, and the batch script
+        # waits for it (`_code_lines`), as submitit's processes wait for their pickle.
         fixed = JobPaths.get_first_id_independent_folder(self.logs)
         staged = fixed / f".code-{self.snapshot.name}-{uuid.uuid4().hex[:8]}"
         self.snapshot.write(staged)
@@ -191,14 +191,14 @@ class Submission:
             )
 
     def _controller(self, job_id: str) -> dict[str, Any]:
-        """Of a rehearsal: the process that has its id, by which slurm.jobs sees if it runs."""
+        """Under executor=local, the process whose pid is the job's id; slurm.jobs looks for it."""
         if self.executor_name == "slurm":
             return {}
         pid = int(job_id)
         return {"host": socket.gethostname(), "pid": pid, "since": started(pid)}
 
     def _remove_links(self) -> None:
-        # submitit leaves one to each script it has moved into a folder that it names by an id.
+        # submitit leaves a link to each script that it has moved into a folder named by an id.
         from submitit.core.utils import JobPaths
 
         fixed = JobPaths.get_first_id_independent_folder(self.logs / "slurm")
@@ -221,7 +221,7 @@ class Submission:
 
 
 def with_id(path: object, job_id: str) -> str:
-    """A path with the job's id in its place: of a job array, the id that its jobs share."""
+    """A path with %j and %A replaced by the job's id; for a job array, by the id its jobs share."""
     shared = str(job_id).split("_")[0]
     return str(path).replace("%j", shared).replace("%A", shared)
 
@@ -231,13 +231,13 @@ def _executor_class() -> Any:
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):
-        """Writes its script on a machine without a Slurm too, and reads `sbatch --parsable`."""
+        """Also writes its script where there is no Slurm, and understands `sbatch --parsable`."""
 
         script: Path | None = None
 
         @classmethod
         def affinity(cls) -> int:
-            """Always there."""
+            """Make submitit treat Slurm as available."""
             return 2
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
@@ -266,7 +266,7 @@ def _code_lines(code: Path | None) -> list[str]:
 
 
 def _in_shell(path: object) -> str:
-    """A path as a word of the batch script, the job's id put in there."""
+    """A path quoted for the batch script, where %j and %A become the job's id."""
     parts = re.split("%[jA]", str(path))
     return '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"'.join(shlex.quote(p) if p else "" for p in parts)
 
@@ -276,7 +276,7 @@ def _absolute(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _queued(job: str) -> str:
-    """The state of a job that is queued or runs; nothing for one that has ended."""
+    """The state of a queued or running job; "" if it has ended or squeue does not answer."""
     words = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
@@ -286,12 +286,12 @@ def _queued(job: str) -> str:
 
 
 def _output(error: Exception) -> str:
-    """What sbatch printed where it printed no error."""
+    """The standard output of the sbatch that failed, for when it printed no error."""
     return str(getattr(error.__cause__, "output", None) or "")
 
 
 def _remove_unsent(folder: Path, jobs: Sequence[Job], sent: Sequence[Path]) -> None:
-    """Delete what submitit wrote for a job that Slurm did not take."""
+    """Delete the files that submitit wrote for jobs that Slurm refused."""
     from submitit.core.utils import JobPaths
 
     marks = [job.mark.encode() for job in jobs]

@@ -1,7 +1,8 @@
-"""`-m`: a command line with comma lists, as one command line per point, in Hydra's own grammar.
+"""`-m`: turn a command line with comma lists into one command line per point of a sweep.
 
-`a,b`, `choice(a,b)`, `range(1,4)` and, for groups, `glob(hybrid_*)` list the values of a key; the
-points are all their combinations, the last list running fastest, as Hydra's basic sweeper has it.
+The grammar is Hydra's: `a,b`, `choice(a,b)`, `range(1,4)` and, for groups, `glob(hybrid_*)` list
+the values of a key. The points are all combinations, the last list varying fastest, as in Hydra's
+basic sweeper.
 """
 
 import itertools
@@ -19,7 +20,7 @@ _BY_NAME = {name: flag for flag in FLAGS if flag.kind is not None for name in fl
 
 
 class Point(NamedTuple):
-    """One combination: its values by key, its command line, and its folder's name `lr=1,seed=0`."""
+    """One combination: values by key, command line, and the folder's name like `lr=1,seed=0`."""
 
     values: dict[str, str]
     words: list[str]
@@ -27,7 +28,10 @@ class Point(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A place of the command line: its key ("" if it lists nothing), values, words per value."""
+    """One item of a command line: its key, its values, and the words that stand for each value.
+
+    A later choice of the same key replaces it; items with the key "" always stay.
+    """
 
     key: str
     values: list[str]
@@ -35,9 +39,9 @@ class _Choice(NamedTuple):
 
 
 def points(words: list[str]) -> list[Point]:
-    """The command lines that the lists of `words` stand for; one where there is no list.
+    """Expand the lists in `words` to one point per combination; without a list there is one point.
 
-    Raises UserError for a list that has no values to try one by one.
+    UserError for a sweep without discrete values, such as an interval, and for equal points.
     """
     choices = _choices(list(words))
     last = {choice.key: index for index, choice in enumerate(choices) if choice.key}
@@ -82,7 +86,7 @@ def _choices(words: list[str]) -> list[_Choice]:
 
 
 def _of_override(word: str) -> _Choice:
-    """A word key=value: the key, so that a later word can replace it, and its values."""
+    """The choice of a word key=value; its key is kept so that a later word can replace it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -90,7 +94,7 @@ def _of_override(word: str) -> _Choice:
         loader: Any = _Groups()
         override = OverridesParser.create(config_loader=loader).parse_overrides([word])[0]
     except HydraException:
-        return _alone(word)  # no override, or a bad one: who reads the point says so
+        return _alone(word)  # no override, or a malformed one: parsing the point reports it
     if override.is_delete():
         return _alone(word)
     start = override.get_key_element()
@@ -117,15 +121,15 @@ def _alone(word: str) -> _Choice:
 
 
 class _Groups:
-    """What Hydra's `glob` asks: the options of a group."""
+    """Stands in for Hydra's config loader, which `glob` asks for the options of a group."""
 
     def get_group_options(self, group_name: str, *_: Any, **__: Any) -> list[str]:
-        """The names of the files of a group."""
+        """The sorted names of a group's files, without .yaml."""
         return sorted(path.stem for path in (CONFIGS / group_name).glob("*.yaml"))
 
 
 def _short_keys(keys: list[str]) -> dict[str, str]:
-    """Each key by its last word, or by more of them where two would be alike."""
+    """Each key's shortest dotted ending that no other key shares."""
     short = {}
     for key in keys:
         parts = key.split(".")
@@ -142,7 +146,7 @@ def _bare(value: str) -> str:
 
 
 def _short_values(values: list[str]) -> list[str]:
-    """Values as parts of a folder's name: of paths, what tells them from each other."""
+    """Values as parts of a folder's name; paths without the first and last parts that all share."""
     paths = [list(PurePath(value).parts) for value in values]
     if any("/" in value for value in values):
         for end in (0, -1):

@@ -101,7 +101,7 @@ class Testbed:
         shutil.rmtree(self.folder)
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """One of Slurm's commands, told of this cluster."""
+        """Run one of Slurm's commands on this cluster."""
         try:
             return subprocess.run(
                 words, env=self.env, capture_output=True, text=True, timeout=WAIT_S, check=False
@@ -110,7 +110,7 @@ class Testbed:
             return subprocess.CompletedProcess(words, 1, "", f"{words[0]} did not answer")
 
     def _write_files(self) -> dict[str, int]:
-        """All the configuration; returns the port of each daemon."""
+        """Write all configuration; returns the port of each daemon."""
         names = ("mariadbd", "slurmdbd", "slurmctld", *(f"node{i + 1}" for i in range(NODES)))
         ports = dict(zip(names, free_ports(len(names)), strict=True))
         facts = {"folder": self.folder, "password": secrets.token_hex(16), **ports}
@@ -205,7 +205,7 @@ class Testbed:
         return said in done.stdout + done.stderr if said else done.returncode == 0
 
     def _wait(self, name: str, ready: Callable[[], bool]) -> None:
-        """Until `ready()`; the end of any daemon, and of our patience, is an error."""
+        """Wait until `ready()`; UserError if a daemon ends or the wait takes too long."""
         self.answer, end = "", time.monotonic() + WAIT_S
         while not ready():
             gone = [daemon["name"] for daemon in self.daemons if not lives(daemon)]
@@ -234,7 +234,7 @@ class Testbed:
             time.sleep(0.5)
 
     def _steps(self) -> Iterator[int]:
-        """Slurm's own parents of jobs that still run: children our daemons have left behind."""
+        """Slurm's parent processes of jobs that still run, left behind by our daemons."""
         ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
         for place in Path("/proc").glob("[0-9]*"):
             try:
@@ -286,7 +286,7 @@ def _up(testbed: Testbed) -> int:
 
 
 def _status(testbed: Testbed) -> int:
-    """What runs, and how to use it; 0 if all of it is up, 1 if not."""
+    """Print what runs and how to use it; returns 0 if all daemons are up, else 1."""
     if not testbed.exists:
         print(f"down: there is no testbed in {testbed.folder}")
         return 1

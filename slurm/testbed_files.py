@@ -1,7 +1,7 @@
 """The configuration of the throwaway Slurm: what `slurm/testbed.py` writes into its folder."""
 
 NODES, CPUS, GPUS = 2, 4, 4
-GRACE_S = 60  # that a pre-empted job has to save
+GRACE_S = 60  # seconds for a pre-empted job to save
 LOOPBACK = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny"  # where the host is localhost
 SLURM_CONF = f"""\
 ClusterName=testbed

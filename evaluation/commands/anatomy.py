@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     words = make_parser().parse_args(argv)
     from evaluation.cost.anatomy import show  # late: it imports torch
 

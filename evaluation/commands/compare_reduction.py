@@ -32,7 +32,7 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chosen_methods(methods: Mapping[str, Any], only: str | None) -> dict[str, Any]:
-    """The methods named, or all; UserError for one that is unknown or says too little."""
+    """The named methods, or all; UserError for one that is unknown or incomplete."""
     names = [word.strip() for word in only.split(",") if word.strip()] if only else list(methods)
     for name in names:
         if name not in methods:

@@ -51,7 +51,10 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:
-    """A training's config; a path to load from, which is trained already, and so only upright."""
+    """A training's config, or a path to load from, which is for `trained_on` upright only; or None.
+
+    A net to load is trained already, so it has no turned version.
+    """
     run = compose_run(source, config)
     if not isinstance(run, dict):
         return run if trained_on == UPRIGHT else None

@@ -1,4 +1,4 @@
-"""What the command lines of the comparisons share: which runs they train, which they load."""
+"""Common parts of the comparisons' command lines: the runs to train, and those to load."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +24,9 @@ def parse_runs(
     options: Mapping[str, Option],
     finish: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """The config `file` as a command line changes it and `finish` completes it.
+    """The config `file` with the overrides of a command line, completed by `finish`.
 
-    A mistake, or UserError of `finish`, is one line and exit code 2.
+    A mistake, or a UserError of `finish`, prints one line and exits with code 2.
     """
 
     def read(argv: Sequence[str]) -> list[str]:
@@ -41,7 +41,7 @@ def parse_runs(
 
 
 def in_folders(runs: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with `runs`, each training in a folder of its own; UserError if there is none."""
+    """The config with `runs`, each training in its own folder; UserError if nothing is trained."""
     for name, run in runs.items():
         if isinstance(run, dict):
             run["name"], run["output_dir"] = name, f"{config['output_dir']}/{name}"
@@ -53,9 +53,9 @@ def in_folders(runs: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
 
 
 def compose_run(source: str, config: Mapping[str, Any]) -> Any:
-    """A training's config from a run file and words for it, or the path to load from.
+    """The config of a training, from a run file and its overrides; or the path to load from.
 
-    `epochs`, `words`, `seed` and `device` of the comparison's config hold for every training.
+    `epochs`, `words`, `seed` and `device` of the comparison's config apply to every training.
     """
     file, *own = source.split()
     if not file.endswith((".yaml", ".yml")):
@@ -65,12 +65,12 @@ def compose_run(source: str, config: Mapping[str, Any]) -> Any:
     words = [f"recipe.epochs={config['epochs']}", *str(config["words"] or "").split()]
     words += [f"seed={config['seed']}", f"device={config['device']}"]
     run = plain(compose_config(find_file(file), [*words, *own]))
-    run["probes"] = {}  # everything is judged here
+    run["probes"] = {}  # the comparison itself evaluates the nets
     return run
 
 
 def addable(word: str, file: str) -> str:
-    """`models.NAME=FILE`, `methods.NAME={...}` may name what the config file does not have."""
+    """The override, with + if `models.NAME=` or `methods.NAME=` is not in the config file yet."""
     group, _, rest = word.partition("=")[0].partition(".")
     name = rest.partition(".")[0]
     is_new = group in ("models", "methods") and f"  {name}:" not in (CONFIGS / file).read_text()

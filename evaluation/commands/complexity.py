@@ -46,7 +46,7 @@ OPTIONS = {
 
 
 def parse_complexity(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config a command line asks for; a mistake is one line and exit code 2."""
+    """The config a command line asks for; a mistake prints one line, exit code 2."""
     words = read_command(argv, read_complexity_arguments, page=help_page(meanings(OPTIONS)))
     return plain(parse_config(default=CONFIG, argv=words, base="complexity"))
 

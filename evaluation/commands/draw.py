@@ -33,7 +33,7 @@ OPTIONS = {
 
 
 def parse_drawing(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config a drawing's command line asks for; a mistake is one line and exit code 2."""
+    """The config a drawing's command line asks for; a mistake prints one line, exit code 2."""
     usage = f"draw.py {'|'.join(known_pictures())} OUTPUT [flags] [key=value ...]"
     words = read_command(argv, read_drawing, page=help_page(meanings(OPTIONS), usage=usage))
     config = plain(parse_config(default="draw.yaml", argv=words, base="draw"))
@@ -61,7 +61,7 @@ def known_pictures() -> list[str]:
 
 
 def _of_picture(word: str) -> str:
-    """`style=capi` is `picture.style=capi`: a key that no config has is meant for the picture."""
+    """The override; a key that no config has, as `style=capi`, becomes `picture.style=capi`."""
     key = word.partition("=")[0]
     content = yaml.safe_load((CONFIGS / "draw.yaml").read_text())
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}

@@ -26,12 +26,12 @@ OPTIONS = {
 
 
 def parse_equivariance(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config a report's command line asks for; a mistake is one line and exit code 2."""
+    """The config a report's command line asks for; a mistake prints one line, exit code 2."""
     page = help_page(meanings(OPTIONS), usage="test_equivariance.py [flags] [key=value ...]")
     words = read_command(argv, _read, page=page)
     named = any(word.startswith(("backbone", "--config", "weights=")) for word in words)
     default = "equivariance.yaml" if named else "equivariance/kinds.yaml"
-    # Several nets in a row: none takes the place of another's results.
+    # If several nets are measured in a row, none overwrites the results of another.
     words = [*folder_of_model(words, "equivariance"), *words]
     config = plain(parse_config(default=default, argv=words, base="equivariance"))
     return config | {"backbone_named": names_backbone(words)}

@@ -60,7 +60,7 @@ SAME = {
     **{"--test_speed": "--test-speed", "--only_test_speed": "--only-test-speed"},
     **{"--visualize_mask": "--visualize-mask", "--n_visualization": "--n-visualization"},
 }
-# Of DeiT's and its kin's one command for training and judging, those that change no figure.
+# DeiT and related code train and evaluate by one command; these of its flags change no figure.
 SWITCHES = {
     name: NO_EFFECT[name][1]
     for name in (
@@ -74,10 +74,10 @@ SWITCHES = {
 
 
 def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    """The config an evaluation's command line asks for; a mistake prints one line, exit code 2."""
     page = help_page(meanings(OPTIONS, SWITCHES))
     words, notes = read_command(argv, read_deit_arguments, page=page)
-    # Several models in a row: none takes the place of another's results.
+    # If several models are evaluated in a row, none overwrites the results of another.
     words = [*folder_of_model(words, "eval_deit"), *words]
     config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
     tell(notes)
@@ -87,7 +87,7 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides for `[flags] [key=value ...]`, and notes; other flags pass as they are."""
     found = read_words(_named_once(argv), OPTIONS, same=SAME, ignored=SWITCHES, spell=_spell)
-    # Both flags together ask for the same probe once.
+    # --test-speed and --only-test-speed together give the same probe only once.
     words = dict.fromkeys(found.overrides)
     if is_packed(words):
         words.pop("data=imagenet", None)

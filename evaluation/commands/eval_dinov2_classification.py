@@ -23,12 +23,12 @@ from utils.errors import UserError
 
 
 def dataset(string: str) -> dict[str, str]:
-    """The config node of a data set that is named by a string."""
+    """The config node of a data set given by DINOv2's string."""
     return {"_target_": "utils.data.strings.parse_dataset", "string": string}
 
 
 def optional(word: str) -> str | None:
-    """The word, or None where it says so."""
+    """The word, or None if it is the word for none."""
     return None if word in ("None", "null") else word
 
 
@@ -115,7 +115,7 @@ SWITCHES = {
     "--no-resume": Switch("probes.*.resume", False, "train heads anew where files of them stand"),
     "--finetune-on-val": Switch("probes.logreg.select_on", "val", "choose C on the images judged"),
 }
-# Flags that nothing here depends on: without a value, and with one.
+# Flags without effect: without a value, and with one.
 WITHOUT_VALUE = {
     "--opts": "key=value sets a key without it",
     "--gather-on-cpu": "features are always kept in host memory, each process its share",
@@ -129,7 +129,7 @@ OFFERED = f"{', '.join(PROBES)} and other files of configs/probe"
 
 
 class Setting(NamedTuple):
-    """What a flag sets of the probes: `probe` is * for each that takes the keyword."""
+    """A keyword of probes that a flag sets; `probe` is * for every probe that takes it."""
 
     flag: str
     probe: str
@@ -138,7 +138,7 @@ class Setting(NamedTuple):
 
 
 class EvaluationArguments(NamedTuple):
-    """What is left for `parse_config`, and what the flags say of data and probes."""
+    """A sorted command line: words for `parse_config`, and the flags for data and probes."""
 
     argv: list[str]
     datasets: dict[str, str]  # "train", "val" -> DINOv2's string
@@ -181,7 +181,7 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    """The config an evaluation's command line asks for; a mistake prints one line, exit code 2."""
     found, words = read_command(argv, _read, page=_help())
     config = plain(parse_config(default="evaluate.yaml", argv=words, base="evaluate"))
     for split, string in found.datasets.items():
@@ -194,12 +194,12 @@ def _read(argv: list[str]) -> tuple[EvaluationArguments, list[str]]:
     """A sorted command line, and its words for `utils.config.compose.parse_config`."""
     found = read_evaluation_arguments(argv)
     settings = [] if {"-h", "--help"} & set(argv) else _apply(found)
-    # In front, so that a spelt-out key=value has the last word.
+    # In front, so that an explicit key=value takes precedence.
     return found, [*settings, *found.argv]
 
 
 def _choose_probes(listed: str) -> list[str]:
-    """Overrides that leave the probes of a comma list, and no others."""
+    """Overrides that keep only the probes of a comma list."""
     chosen = [name for name in listed.split(",") if name]
     known = sorted(path.stem for path in (CONFIGS / "probe").glob("*.yaml"))
     unknown = [name for name in chosen if name not in known]
@@ -225,7 +225,7 @@ def _sort(found: EvaluationArguments, flag: str, key: str, value: Any) -> None:
 
 
 def _apply(found: EvaluationArguments) -> list[str]:
-    """Overrides of the probes that the command line leaves; a note where there is none."""
+    """Overrides of the probes that the command line keeps; a note for a flag that none takes."""
     if not found.settings:
         return []
     arguments = read_arguments(found.argv, "evaluate.yaml", "evaluate")
@@ -284,7 +284,7 @@ def _read_values(name: str, option: Option, words: list[str]) -> list[Any]:
 
 
 def _override(value: object) -> str:
-    """A value in the grammar of overrides."""
+    """A value in Hydra's override grammar."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, list):

@@ -95,7 +95,7 @@ class _Asked(NamedTuple):
 
 
 def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    """The config an evaluation's command line asks for; a mistake prints one line, exit code 2."""
     words, notes = read_command(argv, read_segmentation_arguments, page=_help())
     config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
     for task, node in config["probes"].items():
@@ -213,7 +213,7 @@ def _model(asked: _Asked) -> list[str]:
 
 
 def _launcher(asked: _Asked) -> list[str]:
-    """Where to run: a Slurm job for distributed=True and for options of sbatch, else here."""
+    """Launcher overrides: a Slurm job for distributed=True or options of sbatch, else here."""
     said = asked.published.get("distributed")
     if said is not None and said.lower() not in ("true", "false"):
         raise UserError(f"distributed is True or False, not {said!r}")
@@ -271,7 +271,7 @@ def _minutes(option: str, text: str) -> int:
 
 
 def _tasks(asked: _Asked, named_file: bool) -> list[str]:
-    """The tasks asked for: by name, else by their keys or folders, else what needs no folder."""
+    """The tasks to run: those named, else those with keys or folders, else the embedded scenes."""
     known = known_tasks()
     for task in asked.tasks:
         if task not in known:
@@ -300,7 +300,7 @@ def _take(words: list[str]) -> list[str]:
 
 
 def _quoted(value: str) -> str:
-    """A value in the grammar of overrides; numbers stay numbers."""
+    """A value in Hydra's override grammar; numbers stay numbers."""
     return value if value.isdigit() else quoted(value)
 
 

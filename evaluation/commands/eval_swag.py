@@ -1,9 +1,8 @@
 """The flags of `imagenet_1k_eval.py` (Expedit-SWAG), as overrides of configs/eval/swag.yaml.
 
-Departs from Expedit-SWAG: the resolution is the model's own unless -r says another, EViT's blocks
-are those of the model's size unless --drop_loc says others, truth values are read, and a flag that
-the model does not read is refused; there, each of them passed in silence and changed the result or
-crashed.
+Departs from Expedit-SWAG: the resolution is the model's own unless -r is given, EViT's blocks are
+those of the model's size unless --drop_loc is given, truth values are parsed, and a flag that the
+model does not read is refused; there, each of these silently changed the result or crashed.
 """
 
 import json
@@ -30,7 +29,7 @@ USAGE = "eval_swag.py -m MODEL [flags of its method] [--weights FILE] [flags] [k
 
 
 class Size(NamedTuple):
-    """What a command line can be held against before the model is there."""
+    """The size of a model, to check a command line before the model is built."""
 
     depth: int
     patch: int
@@ -70,7 +69,7 @@ def truth(text: str) -> bool:
 
 
 class Own(NamedTuple):
-    """A flag of one method: the reducer's keyword, how its words are read, what it means."""
+    """A flag of one method: the reducer's keyword, the parser of its values, and its help."""
 
     method: str
     key: str
@@ -135,7 +134,7 @@ WITHOUT_VALUE = {"--multiprocessing-distributed": "processes come from torchrun 
 
 
 def parse_swag_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config an evaluation's command line asks for; a mistake is one line and exit code 2."""
+    """The config an evaluation's command line asks for; a mistake prints one line, exit code 2."""
     own = {name: f"{flag.method}: {flag.help}" for name, flag in OWN.items()}
     rows = TAKEN | meanings(OPTIONS, IGNORED | WITHOUT_VALUE) | own
     short = {name: f"{word}, " for word, name in {**SAME, **SHORT}.items() if word[1] != "-"}
@@ -147,7 +146,7 @@ def parse_swag_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def with_model_spelt_out(argv: Sequence[str]) -> list[str]:
-    """The words with -m as --model: every other experiment reads -m as --multirun."""
+    """Replace -m by --model, because every other experiment reads -m as --multirun."""
     return ["--model" if word == "-m" else word for word in argv]
 
 
@@ -163,7 +162,7 @@ def read_swag_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _take(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
-    """The flags that are no plain aliases of a key, with their words; the rest; notes."""
+    """Split a command line: flags that are no plain aliases, with their values; the rest; notes."""
     waiting, taken, rest, notes = list(argv), dict[str, list[str]](), list[str](), list[str]()
     while waiting:
         word = waiting.pop(0)
@@ -235,7 +234,7 @@ def _options(model: str, method: str | None, given: Mapping[str, list[str]]) -> 
     if options.get("stop") == -1:
         del options["stop"]
     if method == "ats":
-        # As published, where a switch must be given to shorten the sequence.
+        # As published: the sequence is shortened only if the switch is given.
         options.setdefault("drop_tokens", False)
     return options
 
@@ -243,7 +242,7 @@ def _options(model: str, method: str | None, given: Mapping[str, list[str]]) -> 
 def _check(
     model: str, method: str | None, options: Mapping[str, Any], size: Size, side: int
 ) -> None:
-    """Refuse now what the published code took in silence, or what crashed it late."""
+    """UserError for options that the published code accepted silently, or that crashed it late."""
     needed = {"hourglass": ("location", "num_clusters"), "tome": ("r",), "ats": ("locations",)}
     flags = {(own.method, own.key): name for name, own in OWN.items()}
     for key in needed.get(method or "", ()):
@@ -281,7 +280,7 @@ def _resolution(text: str, size: Size, base: str) -> int:
 
 
 def _data_words(places: Sequence[str]) -> list[str]:
-    """Overrides for DIR: img_val as published, else an ImageNet tree with val."""
+    """Overrides for DIR: its img_val, as published, or else DIR as an ImageNet tree with val."""
     if not places:
         return []
     if len(places) > 1:

@@ -32,9 +32,9 @@ CHOICES = {
 
 
 def parse_export(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config an export's command line asks for; a mistake is one line and exit code 2.
+    """The config an export's command line asks for; a mistake prints one line, exit code 2.
 
-    `backbone` is None where no model is named: then the weights must say what they are of.
+    `backbone` is None if no model is named: then the weights must name theirs.
     """
     page = help_page(meanings(OPTIONS), usage="export.py OUTPUT [flags] [key=value ...]")
     words, named = read_command(argv, _read, page=page)

@@ -34,7 +34,7 @@ SAME = {"--pretrained-weights": "--weights", "--batch": "--batch-size"}
 
 
 def parse_extraction(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config a command line asks for; a mistake is one line and exit code 2."""
+    """The config a command line asks for; a mistake prints one line, exit code 2."""
     page = help_page(meanings(OPTIONS), usage="extract_features.py OUTPUT [flags] [key=value ...]")
     words = read_command(argv, read_extraction_arguments, page=page)
     config = plain(parse_config(default="extract.yaml", argv=words, base="extract"))

@@ -40,7 +40,7 @@ SAME = {"--model_path": "--weights", "--eval": "--weights", "--n-rotations": "--
 
 
 def parse_posthoc(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config the experiment's command line asks for; a mistake is one line and exit code 2."""
+    """The config the experiment's command line asks for; a mistake prints one line, exit code 2."""
     published = {"--model_path": "the same as --weights (published)"}
     page = help_page(meanings(OPTIONS) | published)
     words = read_command(argv, read_posthoc_arguments, page=page)

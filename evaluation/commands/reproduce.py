@@ -53,7 +53,7 @@ def parse_reproduction(argv: Sequence[str] | None = None) -> dict[str, Any] | No
 
 
 def print_published() -> None:
-    """Print the table of published checkpoints, with what is stated of them and where they lie."""
+    """Print the table of published checkpoints, with their stated figures and links."""
     rows = [
         (name, entry.recipe, f"{entry.parameters_m} M", f"{entry.gmacs} G", *_stated(entry))
         for name, entry in PUBLISHED.items()
@@ -92,7 +92,7 @@ def _take_options(argv: list[str], names: set[str]) -> dict[str, str]:
 
 
 def _overrides(name: str, options: Mapping[str, str]) -> list[str]:
-    """What a published model's config is told besides its weights."""
+    """Overrides for a published model's config, besides its weights."""
     words = [f"output_dir=runs/reproduce_{name}"]
     if PUBLISHED[name].recipe != DINOV2:
         words.append(f"backbone={name}")

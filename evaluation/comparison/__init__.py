@@ -1,1 +1,1 @@
-"""Several nets trained by one recipe and judged side by side."""
+"""Comparisons of several nets that are trained by one recipe."""

@@ -1,4 +1,4 @@
-"""Nets that a comparison trains or loads, all for one data set and images of one size."""
+"""Train or load the nets of a comparison, all for one data set and images of one size."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +33,9 @@ def train_then(
     config: Mapping[str, Any],
     check: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Train what `config["runs"]` says on every rank, then judge on rank 0; the others wait.
+    """Train the runs of `config["runs"]` on all ranks, then call `judge` on rank 0; others wait.
 
-    check: called first, so that what is wrong with the judging costs no training.
+    check: called before any training, to find mistakes in the settings of the evaluation.
     """
     config = dict(plain(config))
     figures: dict[str, Any] = {}
@@ -57,12 +57,12 @@ def train_then(
 
 
 def trainings_of(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The configs of what is trained; the first one has the data that all are judged on."""
+    """The configs of the runs to train; the data of the first one is used to evaluate all nets."""
     return [run for run in runs.values() if isinstance(run, dict)]
 
 
 def image_size(runs: Mapping[str, Any]) -> int:
-    """Pixels a side of the images that all are trained on; UserError where they differ."""
+    """Side in pixels of the training images; UserError if it differs between runs."""
     sizes = {_augmented_size(run["recipe"]["augmentation"]) for run in trainings_of(runs)}
     if len(sizes) > 1:
         raise UserError(f"models on images of {sorted(sizes)} pixels do not compare: give one size")
@@ -70,9 +70,9 @@ def image_size(runs: Mapping[str, Any]) -> int:
 
 
 def load_run(run: Any, dataset: ImageDataset, size: int) -> nn.Module:
-    """The net of a training that is done, or of a run folder or file that says what it is of.
+    """Load the net of a finished training, or of a run folder or file exported by us.
 
-    UserError for one of other classes than the data set's, or for images of another size.
+    UserError if its classes are not those of the data set, or its image size is not `size`.
     """
     if isinstance(run, dict):
         return make_net(run["backbone"], run["output_dir"], seed=run["seed"])
@@ -94,7 +94,7 @@ def load_run(run: Any, dataset: ImageDataset, size: int) -> nn.Module:
 def unfinished(
     runs: Mapping[str, Any], dataset: ImageDataset, size: int
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every model by name before anything is trained; what is to be loaded is loaded."""
+    """Yield every model by name before any training: those to train are built, others loaded."""
     for name, run in runs.items():
         if isinstance(run, dict):
             yield name, make_net(run["backbone"], None, seed=run["seed"])
@@ -105,9 +105,12 @@ def unfinished(
 def read_images(
     dataset: ImageDataset, size: int, count: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images [N 3 H H] as the trainings judge them, and labels [N]; `count` spread over all."""
+    """Images [N 3 H H] under the evaluation transform, and labels [N].
+
+    count: only so many, spread evenly over the data set.
+    """
     transform = evaluation_transform(resize_size=size, crop_size=size)
-    # Data sets are ordered by class.
+    # Spread, because data sets are ordered by class.
     count = min(count or len(dataset), len(dataset))
     chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()
     images = torch.stack([transform(dataset.read(index)) for index in chosen])
@@ -115,7 +118,7 @@ def read_images(
 
 
 def speeds_of(nets: Mapping[str, nn.Module], images: Tensor, steps: int) -> dict[str, float]:
-    """Images per second of every net on a batch, measured in turn; none for 0 steps."""
+    """Images per second of every net on a batch, measured in turn; empty for 0 steps."""
     if not steps:
         return {}
     batch = images.to(device_of(next(iter(nets.values()))))
@@ -127,7 +130,7 @@ def speeds_of(nets: Mapping[str, nn.Module], images: Tensor, steps: int) -> dict
 
 
 def _check_training(name: str, run: Mapping[str, Any]) -> None:
-    """UserError for what a training would refuse, once those before it are done."""
+    """UserError now for what a training would refuse only after those before it are done."""
     try:
         check_settings(run)
         networks(dict(run))
@@ -136,5 +139,5 @@ def _check_training(name: str, run: Mapping[str, Any]) -> None:
 
 
 def _augmented_size(augmentation: Mapping[str, Any]) -> int:
-    """Of the augmentation, or of the one inside it."""
+    """The image size of an augmentation, or of the one it wraps."""
     return augmentation.get("input_size") or _augmented_size(augmentation["augmentation"])

@@ -1,4 +1,4 @@
-"""Token reductions on a plain and an octic net: what experiments/compare_reduction.py runs."""
+"""Compare token reductions on plain and octic nets (experiments/compare_reduction.py)."""
 
 import csv
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ COLUMNS = {
 
 
 class Entry(NamedTuple):
-    """One net of the table: which trained model, which method, how strong."""
+    """One net of the table: its trained model, the reduction method, and its strength."""
 
     model: str
     method: str
@@ -63,11 +63,11 @@ class Images(NamedTuple):
 
 
 def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Train or load every model of `config["runs"]`, reduce it by every method, judge all.
+    """Train or load every model of `config["runs"]`, reduce it by every method, evaluate all.
 
-    Reads the keys of configs/reduction_comparison.yaml, `runs` added by its command line. Each
-    training resumes by itself, so the same command picks up what an interrupted one left. Leaves
-    results.json, results.csv and a picture in `output_dir`; every rank must call this.
+    Reads the keys of configs/reduction_comparison.yaml, and `runs`, which its command line adds.
+    Trainings resume, so repeating the command continues an interrupted one. Writes results.json,
+    results.csv and a picture to `output_dir`; every rank must call this.
     """
     return train_then(_judge, config, _check)
 
@@ -115,10 +115,10 @@ def _check(config: Mapping[str, Any]) -> None:
 def make_entries(
     nets: Mapping[str, nn.Module], config: Mapping[str, Any]
 ) -> tuple[list[Entry], list[str]]:
-    """Every net as it is and under every method at every strength; and what was refused, why.
+    """Every net, unreduced and under every method and strength; and the refusals with reasons.
 
-    Reduced nets share the weights of the net. A net may refuse a method that another one takes, as
-    a hybrid refuses to be reduced in its octic half; UserError where all refuse.
+    Reduced nets share the weights of the unreduced one. A net may refuse a method that others
+    accept, as a hybrid cannot be reduced in its octic half; UserError if all nets refuse a method.
     """
     entries: list[Entry] = []
     refused: list[str] = []

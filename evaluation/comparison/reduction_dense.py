@@ -1,8 +1,8 @@
-"""Segmentation of digits by a linear head on frozen patches, to judge what a reduction restores.
+"""Segment digits by a linear head on frozen patches, to evaluate the patches of reduced nets.
 
-A pixel is the digit's class where it is bright, background where it is dark. The head is fitted on
-the patches of the unreduced net and judged on those that a reduced one hands back, as dense heads
-are used where nothing is trained anew (Liang et al. 2022).
+Bright pixels have the digit's class, dark ones are background. The head is fitted on the patches of
+the unreduced net and evaluated on those that a reduced net restores, as dense heads are used
+without retraining (Liang et al. 2022).
 
 Letters in shapes: N images, H side in pixels, h w grid of patches, D channels.
 """

@@ -1,4 +1,4 @@
-"""Nets with and without symmetry under one recipe: what experiments/compare_symmetry.py runs."""
+"""Compare nets with and without symmetry under one recipe (experiments/compare_symmetry.py)."""
 
 import csv
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ Figures = dict[str, dict[str, float]]
 
 
 class Field(NamedTuple):
-    """The nets of a comparison, and the images they are judged on."""
+    """The nets of a comparison, and the images they are evaluated on."""
 
     nets: dict[str, Any]
     shared: list[str]  # those around one backbone
@@ -53,11 +53,11 @@ class Field(NamedTuple):
 
 
 def compare(config: Mapping[str, Any]) -> Figures:
-    """Train or load every model of `config["runs"]`, make one of them invariant, judge all.
+    """Train or load every model of `config["runs"]`, make one invariant post hoc, evaluate all.
 
-    Reads the keys of configs/symmetry_comparison.yaml, `runs` added by its command line. Each
-    training resumes by itself, so the same command picks up what an interrupted one left. Leaves
-    results.json, results.csv and pictures in `output_dir`; every rank must call this.
+    Reads the keys of configs/symmetry_comparison.yaml, and `runs`, which its command line adds.
+    Trainings resume, so repeating the command continues an interrupted one. Writes results.json,
+    results.csv and pictures to `output_dir`; every rank must call this.
     """
     return train_then(_judge, config, _check)
 
@@ -116,13 +116,13 @@ def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
 
 
 def _posthoc(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of configs/posthoc.yaml that making and training the wrapped nets reads."""
+    """The keys of configs/posthoc.yaml that are needed to make and train the wrapped nets."""
     data = trainings_of(config["runs"])[0]["data"]
     return {**config["posthoc"], "data": data, "seed": config["seed"], "classes": None}
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """UserError, before anything is trained, for what the judging would refuse."""
+    """UserError, before any training, for settings that the evaluation would refuse."""
     angles_of(config["angle_step"])
     runs, size = config["runs"], image_size(config["runs"])
     dataset, posthoc = make_data(trainings_of(runs)[0]["data"], "val"), config["posthoc"]

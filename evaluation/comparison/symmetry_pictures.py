@@ -41,7 +41,7 @@ def draw_comparison(
     folder: Path,
     class_names: Sequence[str],
 ) -> dict[str, Path]:
-    """All pictures, `image` [3 H H] being the one that is turned: what it shows -> file."""
+    """Draw all pictures, by turning `image` [3 H H]; returns what each shows -> its file."""
     found = {"accuracy over the angle": draw_angles(judged, folder / "accuracy_by_angle.png")}
     shown = _one_wrapped(nets)
     maps = draw_latent_maps(shown, image[None], folder / "latent_maps.png")
@@ -104,7 +104,7 @@ def _maps(net: Any, views: Mapping[str, Tensor]) -> Tensor | None:
         return None
     images = torch.cat(list(views.values())).to(device_of(net))
     try:
-        # Twice the size the nets were trained at has four times as many patches to see.
+        # At twice the training size there are four times as many patches to show.
         double = torch.nn.functional.interpolate(images, scale_factor=2, mode="bicubic")
         patches = net.features(double)[0].patches
     except (ValueError, RuntimeError):  # a net of one size
@@ -129,7 +129,7 @@ def animate(nets: Mapping[str, Any], image: Tensor, path: Path, class_names: Seq
 
 
 class _Film:
-    """One figure whose picture and bars change from frame to frame: laying it out takes longest."""
+    """One figure for all frames, whose picture and bars are updated, as its layout is slow."""
 
     def __init__(
         self, pictures: np.ndarray, bars: Mapping[str, np.ndarray], class_names: Sequence[str]
@@ -165,6 +165,6 @@ class _Film:
 
 
 def _one_wrapped(nets: Mapping[str, Any]) -> dict[str, Any]:
-    """The nets but for all wrapped ones beyond the first, which look alike."""
+    """The nets, with only the first of the wrapped ones, as these look alike."""
     wrapped = [name for name in nets if " + " in name]
     return {name: net for name, net in nets.items() if name not in wrapped[1:]}

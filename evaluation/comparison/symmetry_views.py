@@ -1,6 +1,6 @@
-"""Digits turned by symmetries and by any angle, and what nets make of them.
+"""Evaluate nets on digits that are turned by symmetries and by any angle.
 
-A digit lies on black, so black is what comes in at the corners of a turned one.
+Digits are on black, so the corners of a turned image are filled with black.
 Letters: N images, V views of each, C classes, H side in pixels.
 """
 
@@ -21,7 +21,7 @@ from utils.symmetry import SYMMETRIES, transform_image
 
 
 class Judged(NamedTuple):
-    """How one net does on turned digits; accuracies in percent, errors relative, of logits."""
+    """Results of one net on turned digits: accuracies in percent, relative errors of logits."""
 
     by_element: dict[str, float]  # accuracy
     errors: dict[str, float]  # |f(g x) - f(x)| / |f(x)|
@@ -30,7 +30,7 @@ class Judged(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """The columns of the table; those of arbitrary angles only where there are some."""
+        """The columns of the table; those of arbitrary angles only if any were measured."""
         between = [a for a in self.by_angle if a % 90]
         angles = {
             "any_angle": sum(self.by_angle[a] for a in between) / max(1, len(between)),
@@ -56,7 +56,7 @@ def judge_views(
     shared: Collection[str] = (),
     batch_size: int = 64,
 ) -> dict[str, Judged]:
-    """Every net on every view of images [N 3 H H]; `shared` as in `symmetry.posthoc.answers`."""
+    """Evaluate every net on every view of images [N 3 H H]; `shared` as in `posthoc.answers`."""
     views: dict[tuple[str, Any], Callable[[Tensor], Tensor]] = {}
     for element in SYMMETRIES:
         views["element", element] = partial(transform_image, element=element)
@@ -96,24 +96,24 @@ def _judged(
 
 
 def turn(images: Tensor, angle: float) -> Tensor:
-    """Turn normalised images [... 3 H H] counter-clockwise, bilinear; black comes in."""
+    """Turn normalised images [... 3 H H] counter-clockwise, bilinear, filled with black."""
     black = black_like(images)
     return rotate(images - black, angle) + black
 
 
 def turn_and_back(images: Tensor, angle: float) -> Tensor:
-    """What only the interpolation of `turn` has changed, twice."""
+    """Images turned there and back: changed only by the interpolation of `turn`, twice."""
     return turn(turn(images, angle), -angle)
 
 
 def shift(images: Tensor, pixels: int) -> Tensor:
-    """Move normalised images to the right; black comes in."""
+    """Move normalised images to the right, filled with black."""
     moved = images.roll(pixels, dims=-1)
     moved[..., :pixels] = black_like(images)
     return moved
 
 
 def black_like(images: Tensor) -> Tensor:
-    """Black as ImageNet's normalisation writes it [3 1 1]."""
+    """Black under ImageNet's normalisation [3 1 1]."""
     values = [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
     return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]

@@ -1,4 +1,4 @@
-"""Train a net and its plain twin the same way and show side by side what they learnt."""
+"""Train a net and its plain twin in the same way, and compare them side by side."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,10 +31,10 @@ CLASSIFIERS = {"knn": "kNN", "logreg": "logistic regression", "linear": "linear"
 
 
 def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
-    """Train every run of `config["runs"]` (name -> its config), judge all, print one table.
+    """Train every run of `config["runs"]` (name -> its config), evaluate all, print one table.
 
-    Each run resumes by itself, so the same command picks up what an interrupted one left. Leaves
-    results.json, pictures and report.html in `config["output_dir"]`; every rank must call this.
+    Runs resume, so repeating the command continues an interrupted one. Writes results.json,
+    pictures and report.html to `config["output_dir"]`; every rank must call this.
     """
     config = plain(config)
     folder, runs = Path(config["output_dir"]), config["runs"]
@@ -77,10 +77,10 @@ def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.d
 
 
 def _speed(folder: Path) -> Figures:
-    """Seconds in the loop and images per second, from the log: over all parts of a resumed run.
+    """Steps, seconds in the loop and images per second, from the log with all resumed parts.
 
-    The rate is the median of what the log's lines tell: the first steps of a process, and whatever
-    else ran on the machine for a while, would weigh on one net alone.
+    The rate is the median over the log's lines, so that slow first steps or other load on the
+    machine do not count against one net alone.
     """
     steps, seconds, rates = 0, 0.0, []
     for line in read_metrics(folder / "metrics.jsonl"):
@@ -108,7 +108,7 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
     for name, run in runs.items():
         net = make_net(run["backbone"], run["output_dir"]).to(device)
         data = {split: make_data(run["data"], split) for split in ("train", "val")}
-        # At twice the size of the training's images there are four times as many patches to see.
+        # At twice the training size there are four times as many patches to show.
         images = _some_images(run, data["val"], count=6, enlarged=2)
         pictures[f"PCA of the patches, {name}"] = draw_pca_maps(
             net, images, folder / f"pca_{name}.png"

@@ -1,8 +1,8 @@
-"""How long a CUDA device works on one block, eager and compiled, and on which kernels.
+"""Time one block on a CUDA device, eager and compiled, and its kernels.
 
-Each pass is captured as a CUDA graph and replayed, so that what is timed is the device and not the
-host that launches; a block is called as its net calls it. A whole net in one mode is
-`experiments/complexity.py`'s affair.
+Each pass is captured as a CUDA graph and replayed, so that the time is the device's, without
+launches by the host; a block is called as its net calls it. For whole nets see
+`experiments/complexity.py`.
 """
 
 import json
@@ -33,7 +33,7 @@ LISTED = 25  # kernels of a pass, the longest
 
 
 class Kernel(NamedTuple):
-    """What a kernel of one name takes in a pass, in microseconds, in all its launches."""
+    """The time of all launches of a kernel in a pass, in microseconds."""
 
     name: str
     launches: int
@@ -65,9 +65,9 @@ def measure(
 ) -> dict[str, Times]:
     """Times of the kinds of blocks of registered nets under autocast to bfloat16, as a table.
 
-    A time is told as soon as it is measured, and json_file is written after every net; on an
-    interrupt, table and file are of what there is. listed: also print the kernels of each compiled
-    pass. Raises UserError without a CUDA device and for a net without `blocks`.
+    A time is printed as soon as it is measured, and json_file is written after every net; on an
+    interrupt both hold the times measured so far. listed: also print the kernels of each compiled
+    pass. UserError without a CUDA device and for a net without `blocks`.
     """
     if not torch.cuda.is_available():
         raise UserError("times are those of a CUDA device, and torch sees none here")
@@ -89,7 +89,7 @@ def _measure_net(name: str, times: Times, size: int, batch: int) -> None:
     say(f"times of the blocks of {name}")
     net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
     tokens, width = shape_of(net, size)
-    # The last kind first, as the others are held against it.
+    # The last kind first, as the others are compared with it.
     for block in reversed(kinds_of(name, net)):
         kind = type(block).__name__
         for mode in MODES:
@@ -160,7 +160,7 @@ def steps_of(
 
 
 def time_pass(step: Callable[[], Any]) -> BlockTime:
-    """Capture a pass, replay it, and look once at the kernels that run."""
+    """Capture a pass, time its replays, and profile its kernels once."""
     device = torch.device("cuda", torch.cuda.current_device())
     recording = record(step, device)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
@@ -188,7 +188,7 @@ def _kernels_of(replay: Callable[[], None]) -> list[Kernel]:
 
 
 def _ratio(times: Times, kind: str, mode: str, passed: str) -> float | None:
-    """How many times as fast as the last kind of the net, which was measured first."""
+    """Speed relative to the net's last kind of block, which was measured first."""
     last = times.get((next(iter(times))[0], mode, passed))
     return last.microseconds / times[kind, mode, passed].microseconds if last else None
 

@@ -1,7 +1,7 @@
-"""What one block costs beside another: operators, compiled kernels, and what backward keeps.
+"""Compare the costs of blocks: operators, compiled kernels, and bytes kept for backward.
 
-Of a net with `blocks` the kinds of blocks are compared, each by its first: of a hybrid net an octic
-and a plain block of the same width.
+The first block of each kind in a net with `blocks` is measured: of a hybrid net, an octic and a
+plain block of the same width.
 """
 
 import re
@@ -30,10 +30,10 @@ class BlockCost(NamedTuple):
     width: int
     tokens: int
     multiply_adds: int
-    operators: int  # of the forward pass, views aside
+    operators: int  # of the forward pass, without views
     operators_back: int
     kept_bytes: int  # of an image, until the backward pass
-    kernels: int | None  # that compiling makes of the forward pass, and products in libraries
+    kernels: int | None  # of the compiled forward pass, with products in libraries
 
 
 def measure(
@@ -63,7 +63,7 @@ def cost_of_block(
     block.train()
     tokens_in = torch.randn(1, tokens, width)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        # What two images keep less what one does: copies of weights are nobody's activation.
+        # The bytes for two images minus those for one, as copies of weights are no activations.
         kept = kept_bytes(block, tokens_in.expand(2, -1, -1)) - kept_bytes(block, tokens_in)
         compiled = count_kernels(block, tokens_in) if kernels else None
         with torch.random.fork_rng():
@@ -81,10 +81,10 @@ def cost_of_block(
 
 
 def kept_bytes(block: nn.Module, x: Tensor) -> int:
-    """Bytes that the backward pass keeps, each storage once, parameters aside."""
+    """Bytes kept for the backward pass, each storage counted once, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept: dict[int, int] = {}
-    alive = []  # an address that is free again would be counted once for two tensors
+    alive = []  # keeps tensors, as a reused address would be counted once for two tensors
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""A command as a process group of its own: shown, logged, and stopped with all it has started."""
+"""Run a command in its own process group: show and log its output, and stop the whole group."""
 
 import codecs
 import os
@@ -16,13 +16,13 @@ from typing import Any, BinaryIO, NamedTuple
 from utils.signals import Handlers
 
 LIMIT, INTERRUPT = "limit", "interrupt"
-# What a child gets when it is to end, and the seconds it has before the next.
+# The signals that end a child, with the seconds to wait before the next one.
 GRACES = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 TICK_S = 0.2
 
 
 class Interrupts(Handlers):
-    """Counts INT, TERM and HUP inside a `with` block, in place of what they would do."""
+    """Counts INT, TERM and HUP inside a `with` block, instead of their usual effect."""
 
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -35,7 +35,7 @@ class Interrupts(Handlers):
 
 
 class Ended(NamedTuple):
-    """How a command ended; the code is negative where a signal ended it."""
+    """How a command ended; the code is negative if a signal ended it."""
 
     code: int
     cause: str | None  # LIMIT or INTERRUPT, if it was stopped
@@ -50,10 +50,10 @@ def run(
     interrupts: Interrupts,
     graces: Sequence[tuple[int, float]] = GRACES,
 ) -> Ended:
-    """Run a command to its end or for `limit_s` seconds; its output is shown and goes to `log`.
+    """Run a command to its end or for `limit_s` seconds; its output is printed and goes to `log`.
 
-    Stopped by the signals of `graces`, in turn, to its whole group; an interrupt does the same, and
-    another one goes on to the next signal at once. What it leaves running in its group is killed.
+    At the limit or an interrupt its whole group gets the signals of `graces` in turn; a further
+    interrupt sends the next one at once. Processes left in its group at the end are killed.
     """
     start = time.monotonic()
     cause, due, seen = None, start + limit_s, interrupts.count
@@ -80,7 +80,7 @@ def run(
 
 
 class _Output:
-    """What a process says, passed on as it comes; at the end its group is killed."""
+    """Passes the output of a process on as it comes; at the end it kills the process group."""
 
     def __init__(self, process: subprocess.Popen[bytes], file: BinaryIO) -> None:
         assert process.stdout is not None
@@ -92,15 +92,15 @@ class _Output:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _signal(self.process.pid, signal.SIGKILL)  # what is left, also after an error of ours
+        _signal(self.process.pid, signal.SIGKILL)  # the rest of the group, also after an exception
         self.process.wait()
         with self.pipe:
             while not any(error) and self.pass_on(0.0):
                 pass
 
     def pass_on(self, seconds: float) -> bool:
-        """Wait at most so long for output; whether there was some."""
-        if not self.open:  # it closed its output and goes on
+        """Wait at most `seconds` for output and pass it on; returns whether there was some."""
+        if not self.open:  # it closed its output but still runs
             time.sleep(seconds)
             return False
         if not select.select([self.pipe], [], [], seconds)[0]:

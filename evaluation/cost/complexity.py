@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds, speed and memory of nets beside their plain twins, as one table."""
+"""Compare parameters, multiply-adds, speed and memory of nets with those of their plain twins."""
 
 import platform
 import shlex
@@ -41,13 +41,14 @@ from utils.run_folder import describe_code
 
 
 def measure(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare the nets of `config["models"]`: the keys of configs/complexity.yaml.
+    """Compare the nets of `config["models"]`; reads the keys of configs/complexity.yaml.
 
-    With `config["table"]`, the rows of that published table instead. Prints the table; writes
-    `json` and `picture` where they are asked for. A pass of a group is told, and the JSON written,
-    as soon as it is measured; on an interrupt the table is of what there is. A net that runs out of
-    memory is one line, the others go on. Of several processes the first measures, the others wait.
-    Raises UserError for names and settings that cannot be, and for operators nobody counts.
+    With `config["table"]` it measures the rows of that published table instead. Prints the table,
+    and writes `json_file` and `picture_file` if they are given. Each pass of a group is printed,
+    and the JSON written, as soon as it is measured; an interrupt prints the table of the passes
+    measured so far. A net that runs out of memory is reported, and the others go on. Of several
+    processes, the first measures and the others wait.
+    UserError for invalid names and settings, and for operators without a formula.
     """
     config = dict(plain(config))
     name = choose_device(config["device"])
@@ -79,7 +80,7 @@ def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
             twin = None if name == group.twin else group.twin
             results[name] = Result(name, twin, cost, keywords=keywords.get(name) or {})
     if config["picture_file"] and config["picture_y"] == "accuracy":
-        heights(list(results.values()), "accuracy")  # refused now, not after the measurement
+        heights(list(results.values()), "accuracy")  # raises now, not after the measurement
     protocol, peak = describe(settings)
     if peak:
         _say_what_is_measured(config, settings, protocol, estimate_s(results, settings, peak))
@@ -94,7 +95,7 @@ def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
             if settings.passes or config["operators"] or config["fvcore"]:
                 say(f"group {index + 1} of {len(groups)}: {', '.join(group.names)}")
                 _measure_group(group, nodes, results, config, settings, keep)
-    except BaseException:  # an interrupt too: what was measured until then stays
+    except BaseException:  # also on an interrupt: print what was measured so far
         if any(result.speeds for result in results.values()):
             print_results(list(results.values()), settings, protocol, peak)
         raise
@@ -162,7 +163,7 @@ def _count_as_it_runs(
     config: Mapping[str, Any],
     settings: Settings,
 ) -> None:
-    # Before the blocks are compiled: a compiled one has other operators.
+    # Before the blocks are compiled, as compiled blocks have other operators.
     if config["operators"]:
         half = settings.dtype
         with torch.autocast(settings.device.type, dtype=half, enabled=half is not None):
@@ -174,7 +175,7 @@ def _count_as_it_runs(
 
 @contextmanager
 def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
-    """The threads asked for; on CUDA float32 products may be taken in TF32, as published."""
+    """Set the number of threads; on CUDA allow TF32 for float32 products, as published."""
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
     before = torch.get_num_threads()
@@ -188,7 +189,7 @@ def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
 
 
 def describe(settings: Settings) -> tuple[dict[str, Any], Peak | None]:
-    """Everything the figures depend on, and the device's peak if speeds are measured."""
+    """The protocol, which is all that the figures depend on, and the device's peak for speeds."""
     device = settings.device
     arithmetic = arithmetic_of(device, settings.dtype)
     peak = find_peak(device, arithmetic) if settings.passes else None
@@ -222,7 +223,7 @@ def describe(settings: Settings) -> tuple[dict[str, Any], Peak | None]:
 
 
 def estimate_s(results: Mapping[str, Result], settings: Settings, peak: Peak) -> float:
-    """Seconds of all steps if half of the peak is reached."""
+    """Estimated seconds of all steps, at half of the device's peak."""
     turns = settings.rounds + (settings.warmup > 0)
     steps = settings.steps + settings.warmup + turns
     passes = [r.operations(kind) for r in results.values() for kind in settings.passes]

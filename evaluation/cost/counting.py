@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a net, every operator accounted for."""
+"""Count parameters and multiply-adds of a net, with every operator accounted for."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from utils.flops import Operations, count_one_image
 
 
 class Cost(NamedTuple):
-    """What can be counted on any machine; operations are those of one image."""
+    """Costs that do not depend on the machine; operations are those of one image."""
 
     parameters: int
     trainable: int
@@ -16,20 +16,20 @@ class Cost(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Of a forward pass."""
+        """Multiply-adds of a forward pass."""
         return self.operations.forward // 2
 
     @property
     def training_multiply_adds(self) -> int:
-        """Of a forward and a backward pass."""
+        """Multiply-adds of a forward and a backward pass."""
         return self.operations.total // 2
 
 
 def count_cost(name: str, node: Node, *, size: int = 224) -> Cost:
-    """Count a net on the meta device, or on the CPU where an operator of it does not know `meta`.
+    """Count a net on the meta device, or on the CPU if one of its operators does not support meta.
 
-    Raises UserError, with the model and the operator, if one runs that may multiply and has no
-    formula, forward or backward: its arithmetic would be missing in silence.
+    UserError, with the model and the operator, if an operator that may multiply has no formula,
+    forward or backward, because its arithmetic would be missing silently.
     """
     net = make_net(name, node, "meta")
     try:
@@ -46,7 +46,7 @@ def count_cost(name: str, node: Node, *, size: int = 224) -> Cost:
 
 
 def check_counted(name: str, operations: Operations) -> None:
-    """Refuse a count that some operator is missing from."""
+    """UserError if the count lacks some operator."""
     if operations.uncounted:
         raise UserError(
             f"{name}: no formula says what {', '.join(operations.uncounted)} computes, so its "

@@ -1,4 +1,4 @@
-"""The multiply-adds of a net by fvcore, the counter of the published figures, beside torch's."""
+"""Compare torch's count of multiply-adds with fvcore's, the counter of the published figures."""
 
 from math import prod
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 from utils.errors import UserError
 
-# What both count; the rest of fvcore's operators is what it counts besides.
+# Operators that both count; fvcore counts others as well.
 PRODUCTS = {
     *("conv", "linear", "matmul", "bmm", "addmm", "baddbmm", "einsum"),
     *("scaled_dot_product_attention", "irrep_linear"),
@@ -16,7 +16,7 @@ PRODUCTS = {
 
 
 def require_fvcore() -> None:
-    """UserError where fvcore is not installed."""
+    """UserError if fvcore is not installed."""
     try:
         import fvcore.nn  # noqa: F401
     except ImportError:
@@ -24,10 +24,10 @@ def require_fvcore() -> None:
 
 
 def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
-    """The same by fvcore, which traces one image: total, parts by operator, what it skips.
+    """Count with fvcore, which traces one image: total, counts by operator, skipped operators.
 
-    Its own rules stand (five operations per element of a layer norm, say); attention and our
-    matrix product, for which it has none, are given the products' multiply-adds.
+    Its own rules apply (five operations per element of a layer norm, for example); attention and
+    our matrix product, for which it has none, count the multiply-adds of their products.
     """
     require_fvcore()
     from fvcore.nn import FlopCountAnalysis
@@ -51,7 +51,7 @@ def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
 
 
 def explain_difference(name: str, ours: int, theirs: dict[str, Any]) -> str:
-    """One line: how far fvcore's count is from ours, and by which of its rules."""
+    """One line on how far fvcore's count is from ours, and which of its operators explain that."""
     more = {key: value for key, value in theirs["by_operator"].items() if key not in PRODUCTS}
     parts = ", ".join(f"{key} {value / 1e9:.3f}" for key, value in more.items()) or "nothing"
     rest = theirs["total"] - ours - sum(more.values())

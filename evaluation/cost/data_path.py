@@ -54,8 +54,8 @@ class Stage(NamedTuple):
 def measure(config: Mapping[str, Any]) -> dict[str, float]:
     """Time the stages of `config["pipelines"]` (the keys of configs/bench_data.yaml).
 
-    Prints images per second of each stage and how many times the first one's that is; returns
-    the rates by "pipeline/stage". Raises UserError for settings that cannot be.
+    Prints images per second of each stage, and their ratios to the first one's; returns the rates
+    by "pipeline/stage". UserError for invalid settings.
     """
     config = dict(plain(config))
     for key, least in (("images", 1), ("batch_size", 1), ("rounds", 1), ("reading", 0)):

@@ -1,7 +1,7 @@
-"""A step recorded once as a CUDA graph, to be replayed whole: the host launches nothing between.
+"""Record a step once as a CUDA graph and replay it as a whole, without launches by the host.
 
-Memory that a recorded step takes and gives back stays reserved for its replays until the recording
-is gone; torch counts it as allocated only while the step is recorded.
+Memory that the step allocates and frees stays reserved for replays until the recording is deleted;
+torch counts it as allocated only during the recording.
 """
 
 import functools
@@ -15,30 +15,30 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-# Steps before the recording: kernels are compiled and chosen, and libraries take their workspaces.
+# Steps before the recording, in which kernels are compiled and chosen, and workspaces allocated.
 WARMUP = 3
 
 
 class Recording(NamedTuple):
-    """A captured step; its tensors live as long as this does."""
+    """A captured step, which keeps its tensors alive."""
 
     graph: torch.cuda.CUDAGraph
-    step: Callable[[], Tensor]  # holds what the graph writes to, such as an optimiser's state
-    output: Tensor  # of the step, written anew by every replay
-    grown_bytes: int  # most that was held during the step, beyond what was held before it
+    step: Callable[[], Tensor]  # keeps alive what the graph writes to, such as optimiser state
+    output: Tensor  # of the step, overwritten by every replay
+    grown_bytes: int  # peak memory during the step, above what was held before it
 
 
 def record(step: Callable[[], Tensor], device: torch.device) -> Recording:
-    """Run `step` a few times, then capture it, which runs nothing; returns its static output.
+    """Run `step` a few times, then capture it, which executes nothing, and return the recording.
 
-    The step may not wait for the device, and must leave no gradients. Raises UserError for a step
-    that cannot be captured, torch.OutOfMemoryError where memory is short.
+    The step must not wait for the device, and must leave no gradients. UserError for a step that
+    cannot be captured, torch.OutOfMemoryError if memory is short.
     """
     stream = _side_stream(device)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    # One stream for both, so that the workspaces of its libraries are not in the graph's memory.
-    # The outer context leaves the stream even where a failing capture does not.
+    # One stream for both, so that libraries' workspaces are not allocated in the graph's memory.
+    # The outer context restores the stream even if a failing capture does not.
     with torch.cuda.device(device), torch.cuda.stream(stream), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
         for _ in range(WARMUP):
@@ -69,16 +69,16 @@ def _capture(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was short, on the device or the host."""
+    """Whether an error means that memory was short, on the device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The last is what CUDA's libraries say, which take memory of their own.
+    # The last one is from CUDA's libraries, which allocate memory themselves.
     said = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
     return any(words in str(error) for words in said)
 
 
 def _what_broke(error: BaseException) -> tuple[bool, str]:
-    """Whether memory was short, and what the first error said: the end of a capture hides it."""
+    """Whether memory was short, and the first error's message, which the capture's end hides."""
     short = is_out_of_memory(error)
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
@@ -88,5 +88,5 @@ def _what_broke(error: BaseException) -> tuple[bool, str]:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all nets, as each stream has workspaces of its own, which count as memory.
+    # One for all nets, as each stream has its own workspaces, which count as memory.
     return torch.cuda.Stream(device)

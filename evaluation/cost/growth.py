@@ -1,8 +1,8 @@
-"""How time and memory grow with resolution, batch and depth: octic beside plain, as a picture.
+"""Measure how time and memory grow with resolution, batch and depth, for octic and plain nets.
 
 One of the three varies, the others stay at the values of `Point()`. Nets take turns, as in
-`evaluation.cost.timing`. Memory on CUDA is the measured peak; elsewhere the bytes that the backward
-pass keeps, which are counted.
+`evaluation.cost.timing`. Memory on CUDA is the measured peak; elsewhere it is the count of bytes
+kept for the backward pass.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What a figure of speed depends on besides its command: device, versions, driver, revision.
+"""The machine that a speed was measured on: device, versions, driver, revision of the code.
 
-Run as a program it prints them as JSON: a process that only starts others must not hold a device.
+Run as a program it prints them as JSON, so that a process that only starts others holds no device.
 """
 
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ask() -> dict[str, Any]:
-    """The facts of this machine, from a process of their own; UserError if that fails."""
+    """Get the facts of this machine from a separate process; UserError if that fails."""
     done = subprocess.run(
         [sys.executable, "-m", "evaluation.cost.machine"], cwd=ROOT, capture_output=True, text=True
     )

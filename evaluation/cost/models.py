@@ -1,4 +1,4 @@
-"""Which nets are compared, and which plain twin each is held against: names to backbone nodes."""
+"""The nets of a comparison and their plain twins: from names to backbone nodes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,27 +14,27 @@ from utils.errors import UserError
 
 Node = dict[str, Any]
 ALL = "all"
-# Ways to other people's nets, which need a name or a file besides.
+# Adapters for other nets, which also need a model name or a file.
 ADAPTERS = ("timm", "torchvision", "file")
-WRAPPERS = ("symmetrized", "reduced")  # around a net of ours by default; no part of `all`
+WRAPPERS = ("symmetrized", "reduced")  # wrap one of our nets by default; not part of `all`
 
 
 class Group(NamedTuple):
-    """Nets that are measured in turn: a twin first, if there is one, and those held against it."""
+    """Nets that are measured in turn: the twin, if there is one, and those compared with it."""
 
     twin: str | None
     names: tuple[str, ...]
 
 
 def registered() -> list[str]:
-    """Every backbone of configs/backbone that a name alone describes, for images of any size."""
+    """Names in configs/backbone that need no other keyword and take images of any size."""
     return [name for name in _named() if name not in WRAPPERS and "img_size" not in _read(name)]
 
 
 def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
-    """Each octic net beside its twin, which joins where it was not asked for; others alone.
+    """Group octic nets with their twin, which is added if it was not asked for; others are alone.
 
-    In the order of the first that was asked for.
+    Groups are in the order of their first net among `names`.
     """
     chosen = [word for name in names for word in (registered() if name == ALL else [name])]
     members: dict[str, list[str]] = {}
@@ -50,7 +50,7 @@ def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
 def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | None = None) -> Node:
     """The node of our config of that name, else of timm's model, for images of `size` pixels.
 
-    keywords: of the constructor, beside those of the config.
+    keywords: further keywords of the constructor.
     """
     if name in _named():
         node = {**_read(name), **(keywords or {})}
@@ -84,7 +84,7 @@ def _read(name: str) -> Node:
 
 
 def make_net(name: str, node: Node, device: torch.device | str, *, seed: int = 0) -> nn.Module:
-    """The net with random weights on `device`; UserError, with its name, for what it refuses."""
+    """The net with random weights on `device`; UserError, with its name, if it cannot be built."""
     torch.manual_seed(seed)
     try:
         with torch.device(device):

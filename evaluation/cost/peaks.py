@@ -1,4 +1,4 @@
-"""The arithmetic a device can do at most, which the use of it (MFU) is a share of."""
+"""The peak arithmetic rate of a device, which utilisation (MFU) refers to."""
 
 import platform
 import re
@@ -10,8 +10,8 @@ import torch
 
 # Dense FLOP/s x 10^12 of matrix products by NVIDIA's data sheets, of the SXM version unless the
 # name says otherwise, without the sparsity that the sheets' larger figures assume. "tf32": float32
-# in and out. What a device lacks is left out, and measured. The first pattern found in the device's
-# name counts; a card of a similar name (Ti, D, V100S) is another one.
+# in and out. Formats that a device lacks are left out here and measured instead. The first pattern
+# found in the device's name counts; cards with similar names (Ti, D, V100S) are different ones.
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bB200\b", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0}),
     (r"\bH200 NVL\b", {"bf16": 835.0, "fp16": 835.0, "tf32": 417.0}),
@@ -48,7 +48,7 @@ def find_peak(device: torch.device, arithmetic: str) -> Peak:
 
 
 def known_peak(name: str, arithmetic: str) -> Peak | None:
-    """The data sheet's peak of a device by its name; None where there is none for it."""
+    """The data sheet's peak of a device, found by its name; None if it is not known."""
     if _SLICE.search(name):
         return None
     for pattern, peaks in _PEAKS:
@@ -62,7 +62,7 @@ def known_peak(name: str, arithmetic: str) -> Peak | None:
 def measure_peak(
     device: torch.device, arithmetic: str, *, size: int | None = None, budget_s: float = 3.0
 ) -> Peak:
-    """The best rate of a large square matrix product on `device`, now, in two tries at least."""
+    """Measure the best rate of a large square matrix product on `device`, in at least two tries."""
     size = size or (1024 if device.type == "cpu" else 8192)
     dtype = _DTYPES.get(arithmetic, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -78,7 +78,7 @@ def measure_peak(
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are taken as such: a CPU without them is a hundred times slower."""
+    """Whether bfloat16 products are fast; a CPU without them is a hundred times slower."""
     if device.type != "cpu":
         return True
     half, full = (measure_peak(device, a, size=256, budget_s=0.05) for a in ("bf16", "fp32"))
@@ -90,13 +90,13 @@ def arithmetic_of(device: torch.device, dtype: torch.dtype | None) -> str:
     if dtype is not None:
         return next(name for name, known in _DTYPES.items() if known is dtype)
     tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    # torch.get_float32_matmul_precision() raises where this very setting was used.
+    # torch.get_float32_matmul_precision() raises if this setting was used.
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tensor_cores and tf32 else "fp32"
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of the device; of a CPU, its architecture and model where Linux tells it."""
+    """The maker's name of the device; of a CPU its model, where Linux tells it, or architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -105,7 +105,7 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

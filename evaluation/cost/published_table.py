@@ -1,6 +1,6 @@
-"""A published cost table row by row: the stated figures beside ours, and speeds where a GPU is.
+"""Check a published cost table row by row: stated figures beside ours, and speeds on a GPU.
 
-The table itself comes from configs/table: an object as `CostTable` says.
+The table itself comes from configs/table, as an object with the methods of `CostTable`.
 """
 
 import json
@@ -21,14 +21,14 @@ from utils.config.build import build, nearest
 from utils.errors import UserError
 
 COUNTS = ("auto", "all", "none")
-# A pass of a net beyond this takes too long on a CPU to be run for every row.
+# Nets beyond this take too long on a CPU to run a pass for every row.
 CHEAP_GMACS = 500
 # 50 runs, the first quarter not timed, as published.
 STEPS, WARMUP = 38, 12
 
 
 class CostTable(Protocol):
-    """What a published table offers; rows are its own."""
+    """The interface of a published table, which has its own type of rows."""
 
     title: str
     protocol: str
@@ -56,12 +56,12 @@ class CostTable(Protocol):
         ...
 
     def measure(self, row: Any, net: nn.Module, image: Tensor) -> list[float]:
-        """What the cost depends on, taken of one image [1 3 H H]."""
+        """The counts that the cost depends on, measured on one image [1 3 H H]."""
         ...
 
 
 class Line(NamedTuple):
-    """What was found of one row."""
+    """The results of one row."""
 
     row: Any
     cost: Any  # None: it depends on counts that were not taken
@@ -73,8 +73,8 @@ class Line(NamedTuple):
 def measure_table(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Print every row of `config["table"]`, stated beside ours; returns the rows as plain data.
 
-    Counts that depend on weights and image are taken from one uniform random image. Speeds need a
-    CUDA device and `inference` among the passes. UserError for words that name no row.
+    Counts that depend on weights and images are measured on one uniform random image. Speeds need a
+    CUDA device and `inference` among the passes. UserError for words that match no row.
     """
     if config["counts"] not in COUNTS:
         raise UserError(f"counts are {', '.join(COUNTS)}, not {config['counts']!r}")

@@ -1,7 +1,7 @@
-"""Images per second off the disk, undecoded: a file each, one LMDB file, tar shards.
+"""Images per second read from disk, undecoded: from single files, one LMDB file, tar shards.
 
-The three hold the same images, are read in one random order, and are dropped from the system's
-memory before each turn. On another file system than the scratch folder's the rates are others.
+All three hold the same images, are read in the same random order, and are dropped from the system's
+page cache before each turn. The rates are those of the scratch folder's file system.
 """
 
 import os
@@ -24,7 +24,7 @@ SHARD_MB = 100.0
 
 
 class Store(NamedTuple):
-    """Images on disk in one form; `forget` drops them from memory, `read` reads all."""
+    """Images on disk in one form; `forget` drops them from the page cache, `read` reads all."""
 
     name: str
     forget: Callable[[], None]
@@ -33,7 +33,7 @@ class Store(NamedTuple):
 
 @contextmanager
 def stores(files: list[EncodedImage], count: int, scratch: str | None) -> Iterator[list[Store]]:
-    """`count` images, as many times the given ones, written below `scratch` for the while."""
+    """Stores of `count` images, repeats of the given ones, in `scratch` for a `with` block."""
     with TemporaryDirectory(prefix="octic_reading.", dir=scratch) as temporary:
         root = Path(temporary)
         for number in range(count):
@@ -43,7 +43,7 @@ def stores(files: list[EncodedImage], count: int, scratch: str | None) -> Iterat
         folder = ImageFolder(root / "folder")
         write_lmdb(folder.root, root / "images.lmdb")
         written = Writing(folder.root, root / "shards", shard_mb=SHARD_MB).run()
-        os.sync()  # what is not on disk yet cannot be dropped
+        os.sync()  # pages that are not on disk yet cannot be dropped
         order = np.random.default_rng(0).permutation(count).tolist()
         lmdb, shards = LmdbImages(root / "images.lmdb"), TarShards(list(written))
         paths = [Path(folder.path(index)) for index in range(count)]

@@ -1,4 +1,4 @@
-"""What a step takes on many GPUs: what ranks send, measured here, and a model of the rest.
+"""Model the time of a step on many GPUs, with the bytes that ranks send measured here.
 
 The model is arithmetic on stated assumptions, not a measurement: operations over a sustained rate,
 bytes over bandwidths, messages times latency. See docs/scaling.md for the formulas.
@@ -40,7 +40,7 @@ class Cluster(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one step is made of, whatever the number of GPUs."""
+    """The work of one step, which does not depend on the number of GPUs."""
 
     operations_per_image: float  # forward and backward, of student and teacher
     parts: list[Part]
@@ -58,19 +58,19 @@ class Step(NamedTuple):
 
     @property
     def apart_s(self) -> float:
-        """Nothing is sent while something is computed."""
+        """Seconds of a step without overlap of computing and sending."""
         return self.compute_s + self.send_s
 
     @property
     def together_s(self) -> float:
-        """All is sent while something is computed."""
+        """Seconds of a step with full overlap of computing and sending."""
         return max(self.compute_s, self.send_s)
 
 
 def predict(
     work: Work, cluster: Cluster, layout: str, gpus: int, *, batch: int, most: int, width: int = 2
 ) -> Step:
-    """One step of `batch` images over `gpus` GPUs, at most `most` of them on a GPU at a time."""
+    """One step of `batch` images on `gpus` GPUs, with at most `most` images on a GPU at a time."""
     own = batch / gpus
     micro_batches = math.ceil(own / most)
     compute = own * work.operations_per_image / (cluster.tflops * 1e12)
@@ -96,7 +96,7 @@ def predict(
 
 
 def work_of(file: str) -> tuple[Work, int]:
-    """What a step of a DINOv2 run file is made of, and how many images a GPU takes at a time.
+    """The work of a step of a DINOv2 run file, and the images that a GPU takes at a time.
 
     Operations of the heads are left out: they see few tokens.
     """

@@ -1,4 +1,4 @@
-"""What a comparison of costs is measured with: its config, checked, with the device's defaults."""
+"""The settings of a comparison of costs: the checked config, with the device's defaults."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +11,8 @@ from evaluation.cost.peaks import has_bfloat16
 from evaluation.cost.timing import PASSES
 from utils.errors import UserError
 
-# A batch of 64, 10 warm-ups and 100 timed steps, as published; on a CPU what ends in minutes. Its
-# first two steps touch the memory that later ones use again: the first takes half as long again.
+# A batch of 64, 10 warm-ups and 100 timed steps, as published; on a CPU values that take minutes.
+# There the first two steps touch memory that later ones reuse: the first takes half as long again.
 DEFAULTS = {"batch_size": 64, "steps": 100, "warmup": 10, "rounds": 5}
 CPU_DEFAULTS = {"batch_size": 1, "steps": 3, "warmup": 2, "rounds": 3}
 PICTURES = (".png", ".pdf", ".svg")
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
 
 def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
-    """The settings of a config of configs/complexity.yaml; UserError for what cannot be."""
+    """The settings of a config of configs/complexity.yaml; UserError for invalid values."""
     defaults = CPU_DEFAULTS if device.type == "cpu" else DEFAULTS
     defaulted = tuple(key for key in defaults if config[key] is None)
     values = {**defaults, **{key: config[key] for key in defaults if config[key] is not None}}
@@ -72,7 +72,7 @@ def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
 
 
 def choose_device(name: str) -> str:
-    """`auto` with Apple's GPU among the choices; other words as they are, if torch knows them."""
+    """The name of the device; `auto` becomes mps if only that is there. UserError if unknown."""
     if name == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
         return "mps"
     if name == "mps" and not torch.backends.mps.is_available():
@@ -86,7 +86,7 @@ def choose_device(name: str) -> str:
 
 
 def check_outputs(config: Mapping[str, Any]) -> None:
-    """Refuse now what could not be written after minutes of measuring."""
+    """UserError before the measurement for output files that could not be written after it."""
     if config["picture_y"] not in HEIGHTS:
         raise UserError(f"picture_y is {' or '.join(HEIGHTS)}, not {config['picture_y']!r}")
     for key in ("json_file", "picture_file"):
@@ -112,7 +112,7 @@ def check_outputs(config: Mapping[str, Any]) -> None:
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:
-    """The numbers of a list such as 2,4, each at least 1; UserError that names the flag."""
+    """Parse a list such as 2,4 of numbers from 1; a UserError names the flag."""
     numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
     if len(numbers) != len(text.split(",")):
         raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")

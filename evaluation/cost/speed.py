@@ -1,7 +1,7 @@
-"""Take the measurements of a list, one after the other, and lose nothing of what was measured.
+"""Run the measurements of a list, one after the other, and keep all results.
 
-FOLDER holds NAME.log, NAME.json and what else a measurement writes, state.json and table.md;
-`before/` holds what an earlier try of a measurement had left.
+FOLDER holds NAME.log, NAME.json and other files of a measurement, state.json and table.md;
+`before/` holds the files of an earlier try of a measurement.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from utils.lock import FolderLock
 
 STATE, TABLE, BEFORE = "state.json", "table.md", "before"
 DONE, EARLIER, STOPPED, FAILED, LEFT_OUT = "done", "earlier", "stopped", "failed", "left out"
-LEAST_S = 60.0  # of the budget: with less a measurement is not begun
-PYTHON = ".venv/bin/python"  # as commands are written in the docs
+LEAST_S = 60.0  # with less left of the budget, no measurement is started
+PYTHON = ".venv/bin/python"  # as in the commands of the docs
 MOST_WORKERS = 16
 ON_A_CPU = (
     "no CUDA device here, so the list is the one for a CPU; --device cuda --list shows the other"
@@ -36,9 +36,9 @@ ON_A_CPU = (
 
 
 def show(words: argparse.Namespace, began: float) -> int:
-    """Do what a command line (`evaluation.commands.speed`) asks for; the exit code.
+    """Run the command line of `evaluation.commands.speed`; returns the exit code.
 
-    The budget counts from `began`, of the monotonic clock.
+    The time budget counts from `began`, on the monotonic clock.
     """
     try:
         if words.minutes is not None and not words.minutes > 0:
@@ -63,13 +63,13 @@ def show(words: argparse.Namespace, began: float) -> int:
         return session.take(chosen, began + 60 * words.minutes if words.minutes else None)
     except UserError as error:
         fail(error)
-    except KeyboardInterrupt:  # before there was anything to stop
+    except KeyboardInterrupt:  # before any measurement ran
         print("interrupted", file=sys.stderr)
         return 130
 
 
 class Session:
-    """A folder of measurements on one machine; `again`: what is done is measured anew."""
+    """A folder of measurements on one machine; `again` repeats those that are done."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Session:
             say(f"    {self.command_of(entry)}")
 
     def take(self, chosen: Sequence[Measurement], end: float | None) -> int:
-        """Take measurements until `end` of the monotonic clock, print the tables; the exit code."""
+        """Run measurements until `end` (monotonic clock), print tables; returns the exit code."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -114,18 +114,18 @@ class Session:
         return int(any(state == FAILED for state, _ in self.rows.values()))
 
     def entry_of(self, entry: Measurement) -> dict[str, Any] | None:
-        """What is known of a measurement from this command, code and device; None if nothing."""
+        """The entry of a measurement with this command, code and device; None without one."""
         known = self.entries.get(entry.name)
         asked = (list(entry.words), self.facts["code"], self.facts["device"])
         same = known and (known["words"], known["code"], known["device"]) == asked
         return known if same else None
 
     def command_of(self, entry: Measurement) -> str:
-        """The command as one would type it."""
+        """The command as a user would type it."""
         return shlex.join([PYTHON, *entry.filled(self.folder, self.workers)])
 
     def _take(self, entry: Measurement, end: float | None, interrupts: child.Interrupts) -> None:
-        """Take one measurement, or say why not."""
+        """Run one measurement, or print why it is left out."""
         self.rows[entry.name] = LEFT_OUT, None
         if interrupts.count:
             return
@@ -147,7 +147,7 @@ class Session:
         )
         say(f"    {self.command_of(entry)}")
         self._set_aside(entry)
-        self._note(entry, state=STOPPED, seconds=0.0)  # what it is if this process is killed
+        self._note(entry, state=STOPPED, seconds=0.0)  # its state if this process is killed
         script, *words = entry.filled(self.folder, self.workers)
         ended = child.run(
             [sys.executable, str(script_of(script)), *words],
@@ -177,7 +177,7 @@ class Session:
         return STOPPED
 
     def _set_aside(self, entry: Measurement) -> None:
-        """Move what an earlier try left, which must not be taken for this one's."""
+        """Move the files of an earlier try away, so that they are not taken for this one's."""
         place = self.folder / BEFORE / entry.name
         found = [*self.folder.glob(f"{entry.name}.*"), self.folder / entry.name]
         found = [path for path in found if path.exists()]
@@ -215,7 +215,7 @@ class Session:
             say(f"as Markdown, with commands: {path}")
 
     def _tables(self) -> list[Table]:
-        # Of the whole list, also where --only asked for a part of it.
+        # Of the whole list, even if --only selects a part of it.
         known = [entry for entry in self.measurements if self.entry_of(entry)]
         return tables_of(self.folder, known, self.facts)
 

@@ -1,4 +1,4 @@
-"""The figures of many measurements as tables, from the files that their commands have written."""
+"""Make tables of the figures of many measurements, from the files that their commands wrote."""
 
 import json
 import statistics
@@ -50,7 +50,7 @@ class Training(NamedTuple):
 def tables_of(
     folder: Path, measurements: Sequence[Measurement], facts: Mapping[str, Any]
 ) -> list[Table]:
-    """Whole nets and trainings, blocks, the data path; of each what its files hold, or no table."""
+    """Tables of whole nets and trainings, blocks and the data path; none without files for it."""
     files = {entry.name: _load(folder / f"{entry.name}.json") for entry in measurements}
     peaks = {
         found["protocol"]["arithmetic"]: found["protocol"]["peak_flops"]
@@ -85,7 +85,7 @@ def print_tables(tables: Sequence[Table], protocol: str) -> None:
 def write_markdown(
     path: Path, tables: Sequence[Table], protocol: str, commands: Sequence[str]
 ) -> Path:
-    """The tables as a section of a page, below the machine and the commands."""
+    """Write the tables as a section of a page, below the machine and the commands."""
     parts = [f"{protocol}.", "\n".join(["```bash", *commands, "```"])]
     for table in tables:
         lines: list[Sequence[str | None]] = [table.columns, ["---"] * len(table.columns)]

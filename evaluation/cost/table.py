@@ -20,12 +20,12 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Result:
-    """What was found of one net; by pass where it was timed."""
+    """The results of one net; speeds and ratios by pass."""
 
     name: str
-    twin: str | None  # the plain net it is held against
+    twin: str | None  # the plain net that it is compared with
     cost: Cost
-    keywords: Mapping[str, Any] = field(default_factory=dict)  # beside the name's own
+    keywords: Mapping[str, Any] = field(default_factory=dict)  # beside those of the named config
     speeds: dict[str, Speed] = field(default_factory=dict)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)  # passes that ran out of memory
@@ -38,7 +38,7 @@ class Result:
         return done.forward if kind in (INFERENCE, COUNTED) else done.total
 
     def use(self, kind: str, peak: Peak) -> float | None:
-        """Share of the device's peak (MFU): operations of the model over what it could do."""
+        """Share of the device's peak (MFU): the model's operations per second over the peak."""
         speed = self.speeds.get(kind)
         return speed and speed.images_per_second * self.operations(kind) / peak.flops
 
@@ -59,7 +59,7 @@ def print_results(
 
 
 def in_words(result: Result, kind: str) -> str:
-    """A pass of a net as one line, told as soon as it is measured."""
+    """One line about a pass of a net, printed as soon as it is measured."""
     if kind not in result.speeds:
         return f"{result.name}: {kind}, {OUT_OF_MEMORY}"
     rate, ratio = digits(result.speeds[kind].images_per_second), result.ratios.get(kind)
@@ -70,7 +70,7 @@ def in_words(result: Result, kind: str) -> str:
 def write_json(
     path: Path, results: Mapping[str, Result], protocol: Mapping[str, Any], peak: Peak | None
 ) -> Path:
-    """Everything of every net, with the protocol."""
+    """Write all results of every net, with the protocol."""
     models = {name: _plain(result, peak) for name, result in results.items()}
     write_text(path, json.dumps({"protocol": dict(protocol), "models": models}, indent=2) + "\n")
     return path
@@ -110,12 +110,12 @@ def _operators(result: Result, kind: str) -> str | None:
 
 
 def digits(rate: float) -> str:
-    """A rate with three figures, more where they stand before the point."""
+    """A rate with three digits, or all of those before the point."""
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 10 else f"{rate:.2f}"
 
 
 def times_of(ratio: Mapping[str, float]) -> str:
-    """A ratio's median with the least and the greatest of its rounds."""
+    """A ratio's median with its smallest and largest round."""
     return f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['greatest']:.2f})"
 
 

@@ -1,7 +1,7 @@
-"""Images per second and peak memory of nets measured in turn, so that they share the weather.
+"""Images per second and peak memory of nets that are measured in turn.
 
-A turn is one untimed step and some timed ones of one net; a round gives every net a turn. What
-else the machine does meets all nets of a round alike, so ratios are taken round by round.
+A turn is one untimed step and some timed steps of one net; in a round every net has one turn. Other
+load on the machine affects all nets of a round alike, so ratios are taken per round.
 """
 
 import gc
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Turn(NamedTuple):
-    """Seconds of each timed step, and the peak of memory in bytes where the device tells it."""
+    """Seconds of each timed step, and the peak memory in bytes if the device reports it."""
 
     seconds: list[float]
     peak_bytes: int | None
@@ -45,7 +45,7 @@ class Speed(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times as fast as its twin a net was: median, least and greatest of the rounds."""
+    """A net's speed relative to its twin's: median, smallest and largest over the rounds."""
 
     median: float
     least: float
@@ -58,10 +58,10 @@ class Contestant:
     Random labels and cross-entropy for a classifier, else the mean square of the pooled feature;
     AdamW; autocast in `dtype`, if one is given.
 
-    compile: as training does, in place: each block for itself, so that equal blocks share one code;
-        a net without `blocks` as a whole.
-    graphs: of a CUDA device: each pass is captured in its first turn and replayed ever after, until
-        `release`.
+    compile: in place, as in training: each block by itself, so that equal blocks share their
+        compiled code; a net without `blocks` as a whole.
+    graphs: on a CUDA device, capture each pass in its first turn as a CUDA graph and replay it
+        until `release`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Contestant:
         self._recorded_bytes: dict[str, int] = {}
 
     def turn(self, kind: str, steps: int) -> Turn:
-        """Take one untimed step and `steps` timed ones, each until the device is done."""
+        """Run one untimed step and `steps` timed ones, each until the device has finished."""
         device = self.images.device
         if self.graphs:
             replay = self._recording(kind).graph.replay
@@ -102,7 +102,7 @@ class Contestant:
         return Turn(seconds[1:], peak)
 
     def release(self) -> None:
-        """Give back the captured passes and the memory that is reserved for them."""
+        """Free the captured passes and the memory reserved for them."""
         if self.recordings:
             self.recordings.clear()
             free_memory()
@@ -115,19 +115,19 @@ class Contestant:
             finally:
                 if optimizer:
                     optimizer.zero_grad(set_to_none=True)
-            # The state was made before the capture; in a turn without graphs it is of the peak too.
+            # The optimiser's state, made before the capture, also counts in a turn without graphs.
             state = sum(map(_bytes_of, _state_of(optimizer)))
             self._recorded_bytes[kind] = self._own_bytes() + state + made.grown_bytes
             self.recordings[kind] = made
         return self.recordings[kind]
 
     def _ready(self, kind: str) -> tuple[Callable[[], Tensor], torch.optim.Optimizer | None]:
-        """A step of one pass, the net being in its mode, and the optimiser that it moves."""
+        """Set the net's mode for a pass; returns a function that runs a step, and its optimiser."""
         self.net.train(kind == TRAINING)
         if kind == INFERENCE:
             return self._infer, None
         trained = [p for p in self.net.parameters() if p.requires_grad]
-        # Fused, as training has it (`utils.optimizers`).
+        # Fused, as in training (`utils.optimizers`).
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True, capturable=self.graphs)
         return partial(self._train, optimizer), optimizer
 
@@ -141,23 +141,23 @@ class Contestant:
             loss = self.loss(self.net(self.images))
         loss.backward()
         optimizer.step()
-        # Within a capture too: gradients are made anew in every replay, in the graph's own memory.
+        # Also in a capture: each replay allocates gradients anew, in the graph's own memory.
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def loss(self, output: Tensor) -> Tensor:
-        """Of a batch's output [B classes] or [B D]."""
+        """The loss of a batch's output [B classes] or [B D]."""
         if self.labels is None:
             return output.float().square().mean()
         return F.cross_entropy(output.float(), self.labels)
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """The autocast context of a forward pass."""
         return torch.autocast(
             self.images.device.type,
             dtype=self.dtype,
             enabled=self.dtype is not None,
-            cache_enabled=not self.graphs,  # a cast from before the capture would be missing in it
+            cache_enabled=not self.graphs,  # the capture would lack casts cached before it
         )
 
     def _own_bytes(self) -> int:
@@ -173,10 +173,11 @@ def measure_in_turn(
     warmup: int,
     shown: bool = True,
 ) -> tuple[dict[str, list[Turn]], list[str]]:
-    """Turns of every net, one per round, and the names of those that ran out of memory.
+    """Turns of every net, one per round, and the names of nets that ran out of memory.
 
-    `steps` timed steps each in all, dealt out over `rounds`; before, `warmup` untimed ones. What
-    was captured is released at the end. UserError, with the net's name, where it cannot be.
+    Each net gets `steps` timed steps in all, divided over `rounds`, after a turn of `warmup` steps
+    that do not count. Captured passes are released at the end. UserError, with the net's name, for
+    a net that cannot be captured.
     """
     racing = dict(contestants)
     turns: dict[str, list[Turn]] = {name: [] for name in contestants}
@@ -221,7 +222,7 @@ def speed_of(turns: list[Turn], batch: int) -> Speed:
 
 
 def ratio_of(turns: list[Turn], twins: list[Turn]) -> Ratio:
-    """How many times as fast as its twin: mean step times of each round, one by the other."""
+    """Speed relative to the twin: the ratio of mean step times in each round."""
     ratios = [
         statistics.mean(twin.seconds) / statistics.mean(turn.seconds)
         for turn, twin in zip(turns, twins, strict=True)
@@ -237,7 +238,7 @@ def _turn_of(name: str, contestant: Contestant, kind: str, steps: int) -> Turn:
 
 
 def _time(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each step, waited for until the device is done."""
+    """Seconds of each step, until the device has finished it."""
     seconds = []
     for _ in range(count):
         synchronize(device)
@@ -258,7 +259,7 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def unless_out_of_memory(attempt: Callable[[], Result]) -> Result | None:
-    """The result of `attempt`, or None, with the memory given back, if there was not enough."""
+    """The result of `attempt`; None, with its memory freed, if it ran out of memory."""
     try:
         return attempt()
     except (RuntimeError, MemoryError) as error:
@@ -270,7 +271,7 @@ def unless_out_of_memory(attempt: Callable[[], Result]) -> Result | None:
 
 
 def free_memory() -> None:
-    """Give back what nothing holds any more."""
+    """Free memory that is no longer in use, also in torch's CUDA cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

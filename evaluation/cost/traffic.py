@@ -1,7 +1,7 @@
-"""What ranks send each other in one step of a real training: counted as the calls pass.
+"""Count what ranks send each other in one step of a real training, call by call.
 
-Run as a program under torchrun, it trains each config it is given for one step and for three, and
-prints the payload of a step (half the difference) by collective, with what the recipe is made of.
+Run as a program under torchrun, it trains each given config for one step and for three, and prints
+the payload of a step (half the difference) by collective, and the parts of the recipe.
 """
 
 import json

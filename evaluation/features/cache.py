@@ -1,7 +1,7 @@
-"""Class tokens that several probes, and later runs, share: extracted once, kept on disk.
+"""Class tokens, extracted once and kept on disk for all probes and later runs.
 
-What is stored are the tokens as the net gives them, in float32; each probe takes from them what it
-needs. Whether a folder holds what a probe asks for is decided by `identity`.
+Stored are the net's tokens as they are, in float32; each probe normalises or casts them after
+reading. A stored folder is reused if its `identity` equals the one asked for.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from utils.errors import UserError
 from vit.backbone import Backbone
 
 CLASS_TOKEN = "class token of the last block after the final norm"
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of an object that has none of its own
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default repr of an object
 
 
 def class_tokens(
@@ -56,10 +56,10 @@ def class_tokens(
 ) -> FeatureSet:
     """This rank's class tokens of one split, on the host; every rank must call this.
 
-    transform: None is `evaluation_transform` of these sizes. With `features_dir` tokens are read
-    from a folder below it if one holds these very features, and stored there otherwise. A transform
-    without a repr of its own cannot be identified: its features are neither read nor stored.
-    Features are normalised after reading.
+    transform: None is `evaluation_transform` of these sizes. With `features_dir`, tokens are read
+    from a folder below it that holds the same features, or else extracted and stored there. A
+    transform with the default repr cannot be identified: its features are neither read nor stored.
+    `normalized` is applied after reading.
     """
     transform_words = transform_in_words(transform, resize_size, crop_size)
     if features_dir is not None and _ADDRESS.search(transform_words):
@@ -107,7 +107,7 @@ def store_features(
     meta: Mapping[str, Any],
     **options: Any,
 ) -> None:
-    """Extract to a folder, with the options of `walk_features`; every rank must call this."""
+    """Extract into a folder, with the options of `walk_features`; every rank must call this."""
     writer = FeatureWriter(folder, dtype=meta["dtype"])
     try:
         walk_features(net, dataset, writer.add, **options)
@@ -120,9 +120,9 @@ def store_features(
 def transform_in_words(
     transform: Callable | None, resize_size: int | None, crop_size: int | None
 ) -> str:
-    """How images become tensors, for a protocol: one line, the same for the same transform.
+    """Describe a transform in one line for a protocol; equal transforms give equal lines.
 
-    A size of None is the net's own, which `settle_sizes` tells.
+    A size of None is the net's own (`settle_sizes`).
     """
     if transform is not None:
         return " ".join(str(transform).split())
@@ -142,7 +142,7 @@ def identity(
     dtype: str = "float32",
     on_error: str = "raise",
 ) -> dict[str, Any]:
-    """What stored features depend on, as meta.json holds it; every rank must call this."""
+    """All that stored features depend on, as kept in meta.json; every rank must call this."""
     return {
         "net": type(net).__name__,
         "net_fingerprint": net_fingerprint(net),
@@ -166,7 +166,7 @@ def net_fingerprint(net: Backbone) -> str:
     digest.update(_without_addresses(f"{type(net).__qualname__} {net!r}").encode())
     if isinstance(net, nn.Module):
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-            # A sharded parameter is gathered by all ranks.
+            # All ranks together gather a sharded parameter.
             whole: Tensor = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
             whole = whole.detach().cpu().contiguous()
             digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
@@ -177,7 +177,7 @@ def net_fingerprint(net: Backbone) -> str:
 def read_share(
     stored: StoredFeatures, *, normalized: bool, dtype: torch.dtype = torch.float32
 ) -> FeatureSet:
-    """This rank's rows, a block of neighbours, read into memory once."""
+    """This rank's rows, one contiguous block, read into memory once."""
     world, rank, count = distributed.world_size(), distributed.rank(), len(stored.labels)
     start, stop = count * rank // world, count * (rank + 1) // world
     part = allocate_features(stop - start, stored.features.shape[1], dtype)
@@ -190,7 +190,7 @@ def read_share(
 
 
 class _Place(NamedTuple):
-    """Where features of one split are, or are to be."""
+    """The folder that holds the features of one split, or is to hold them."""
 
     folder: Path
     holds_them: bool
@@ -201,9 +201,9 @@ class _Place(NamedTuple):
 def _find(root: Path, split: str, asked: Mapping[str, Any]) -> _Place:
     """The folder to read from or to write to.
 
-    `root`/`split` is what experiments/extract_features.py writes. Probes write beside it, to a
-    folder per transform, because two probes that resize differently would else take turns in
-    replacing each other's.
+    experiments/extract_features.py writes `root`/`split`. Probes write beside it, to one folder per
+    transform, because otherwise two probes that resize differently would keep replacing each
+    other's features.
     """
     slug = re.sub(r"[^a-z0-9]+", "_", asked["transform"].lower()).strip("_")
     if len(slug) > 60:

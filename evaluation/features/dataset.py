@@ -1,4 +1,4 @@
-"""Features of a data set: one pass over the images, each rank keeping the rows of its own images.
+"""Extract features of a data set in one pass; each rank keeps the rows of its own images.
 
 Letters: N images, n images of this rank, D feature width, B batch.
 """
@@ -45,10 +45,11 @@ def extract_features(
     normalized: bool = True,
     **options: Any,
 ) -> FeatureSet:
-    """Rows of this rank's share of `dataset`, L2-normalised; every rank must call this.
+    """Features of this rank's share of `dataset`, on the host; every rank must call this.
 
-    The store is allocated once and filled batch by batch, so no second copy of it ever exists.
-    With on_error="skip" images that cannot be read have no row. options: those of `walk_features`.
+    normalized: to rows of length one. The rows are allocated once and filled batch by batch, so
+    that they are never in memory twice. With on_error="skip", images that cannot be read have no
+    row. options: those of `walk_features`.
     """
     capacity = -(-len(dataset) // distributed.world_size())
     store: FeatureSet | None = None
@@ -87,8 +88,8 @@ def walk_features(
 ) -> None:
     """Pass float32 rows [B D], labels [B] and indices [B] of this rank to `keep`, batch by batch.
 
-    Every rank must call this. Rank r of R gets the images r, r + R, ... in this order. `read` turns
-    a batch of images into rows; `precision` is the autocast of the net.
+    Every rank must call this. Rank r of R gets images r, r + R, ... in this order. `read` turns a
+    batch of images into rows; `precision` is the net's autocast.
     """
 
     def call(images: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def walk_features(
             shown=shown,
         ):
             rows = call(images).float()
-            check_finite(rows, indices, dataset)  # waits for the rows, as keeping them does
+            check_finite(rows, indices, dataset)  # waits for the device, as `keep` would anyway
             keep(rows, labels, indices)
 
 
@@ -121,11 +122,11 @@ def own_batches(
     label: str,
     shown: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images [B 3 H W], labels and indices of this rank's share, with a line of progress.
+    """Yield images [B 3 H W], labels and indices of this rank's share, with a line of progress.
 
     Every rank must exhaust the iterator. A sharded net gathers its weights in every call, so all
-    ranks must call it equally often: a rank with fewer batches than others makes up for them at the
-    end by `call` on a single image [1 3 H W].
+    ranks must call it equally often: a rank with fewer batches calls `call` on a single image
+    [1 3 H W] at the end, once for each missing batch.
     """
     world = distributed.world_size()
     share = -(-len(dataset) // world)
@@ -159,7 +160,7 @@ def own_batches(
 
 def check_finite(rows: Tensor, indices: Tensor, dataset: ImageDataset) -> None:
     """UserError that names the first image [B] whose features [B ...] hold inf or nan."""
-    # The sum of a row is finite where all its values are, and no second copy of them is made.
+    # A sum is finite if all its values are; testing the sums makes no copy of the rows.
     finite = rows.flatten(1).sum(1, dtype=torch.float32).isfinite()
     if not finite.all():
         image = dataset.path(int(indices[int(finite.int().argmin())]))
@@ -167,12 +168,12 @@ def check_finite(rows: Tensor, indices: Tensor, dataset: ImageDataset) -> None:
 
 
 def normalize_rows(rows: Tensor) -> Tensor:
-    """Rows [n, D] of length one, as kNN compares them; a row of zeros stays."""
+    """Rows [n, D] scaled to length one, as kNN compares them; a row of zeros stays."""
     return nn.functional.normalize(rows, dim=-1, eps=1e-12)
 
 
 def allocate_features(rows: int, width: int, dtype: torch.dtype) -> FeatureSet:
-    """Room for that many rows on the host, to be filled."""
+    """A FeatureSet of uninitialised rows on the host."""
     return FeatureSet(
         torch.empty(rows, width, dtype=dtype),
         torch.empty(rows, dtype=torch.int64),
@@ -181,19 +182,19 @@ def allocate_features(rows: int, width: int, dtype: torch.dtype) -> FeatureSet:
 
 
 def gather_features(part: FeatureSet) -> FeatureSet:
-    """All ranks' rows, by index, on every rank; every rank must call this."""
+    """The rows of all ranks, sorted by index, on every rank; every rank must call this."""
     if distributed.world_size() == 1:
         return part
     return _ordered(FeatureSet(*(distributed.all_gather_variable(piece) for piece in part)))
 
 
 def gather_labels(part: FeatureSet) -> Tensor:
-    """All ranks' labels [N] by index, on every rank; the rows stay where they are."""
+    """The labels [N] of all ranks, sorted by index, on every rank; features are not gathered."""
     return gather_features(FeatureSet(part.indices[:, None], part.labels, part.indices)).labels
 
 
 def check_labelled(part: FeatureSet, split: str, probe: str) -> None:
-    """UserError for a row without a label, which `probe` needs."""
+    """UserError if a row has no label; `probe` is named in it."""
     unlabelled = part.indices[part.labels < 0]
     if len(unlabelled):
         raise UserError(
@@ -202,7 +203,7 @@ def check_labelled(part: FeatureSet, split: str, probe: str) -> None:
 
 
 def renumber(part: FeatureSet) -> FeatureSet:
-    """Indices from 0 without gaps over all ranks, in their order; every rank must call this."""
+    """Renumber indices over all ranks from 0 without gaps, in order; every rank must call this."""
     everyone = gather_features(FeatureSet(part.indices[:, None], part.labels, part.indices))
     return part._replace(indices=torch.searchsorted(everyone.indices, part.indices))
 
@@ -233,7 +234,7 @@ def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]
 
 @contextmanager
 def full_float32_products(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: TF32 is wrong in the fourth digit already."""
+    """Disable autocast and TF32 for a `with` block; TF32 is wrong from the fourth digit on."""
     with float32_products_in("highest"), torch.autocast(device.type, enabled=False):
         yield
 

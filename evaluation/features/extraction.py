@@ -1,4 +1,4 @@
-"""Features of images as one array on disk: what experiments/extract_features.py runs."""
+"""Write features of images as one array to disk; experiments/extract_features.py runs this."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,10 +39,10 @@ KINDS = {
 
 
 class FeatureReader:
-    """From a batch of images to rows: one kind of feature of some blocks, early ones first.
+    """Computes one kind of feature of some blocks, earliest first, for a batch of images.
 
     Rows are [B, D] for cls, [B, 2 D] for cls_patchmean and [B, h, w, D] for patches; several blocks
-    stand side by side in the last dimension.
+    are concatenated in the last dimension.
     """
 
     def __init__(self, *, kind: str, layers: Sequence[int], normalized: bool) -> None:
@@ -73,7 +73,7 @@ class FeatureReader:
 
     @property
     def words(self) -> str:
-        """What the rows are; the default is in the words of the probes, which may then read it."""
+        """Describes the rows; the default's words equal the probes', so that they can reuse it."""
         if self.layers == (-1,) and self.kind == "cls":
             return CLASS_TOKEN
         blocks = ", ".join(str(layer) for layer in self.layers)
@@ -83,8 +83,8 @@ class FeatureReader:
 def extract(config: Mapping[str, Any]) -> str:
     """Write the features of one split to `output_dir`/`split`; returns that folder.
 
-    Reads the keys of configs/extract.yaml. Raises UserError where features stand there already,
-    with what they differ in, unless `overwrite` is true.
+    Reads the keys of configs/extract.yaml. UserError if the folder already holds features, with
+    their differences from these, unless `overwrite` is true; and if it holds anything else.
     """
     config = dict(plain(config))
     _check(config)
@@ -179,7 +179,7 @@ def _images(node: Mapping[str, Any], split: str) -> ImageDataset:
 
 
 def _refusal(folder: Path, asked: Mapping[str, Any], overwrite: bool) -> str:
-    """Why nothing may be written there, or an empty line."""
+    """Why nothing may be written to the folder; "" if it may."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return ""
     if not is_features(folder):

@@ -1,4 +1,4 @@
-"""Features on disk: one folder that exists whole or not at all, opened without reading it.
+"""Features on disk: one folder, written whole or not at all, and opened as a memory map.
 
     features.npy   float32 or float16 [N, D] or [N, ...]; np.load(..., mmap_mode="r") opens it
     labels.npy     int64 [N], -1 where there is none
@@ -6,8 +6,8 @@
                    could not be read has no row, and the note says so
     meta.json      what the features are of: the net, the images, the transform, the precision
 
-Each rank writes its rows to a part of its own; rank 0 joins the parts in the order of the data set
-and renames the folder. Letters: N rows, D width.
+Each rank writes its rows to its own part; rank 0 joins the parts in the order of the data set and
+renames the folder. Letters: N rows, D width.
 """
 
 import csv
@@ -31,7 +31,7 @@ FEATURES, LABELS, INDEX, META = "features.npy", "labels.npy", "index.csv", "meta
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 COLUMNS = ("row", "image", "path", "label", "class_name", "note")
 BLOCK_BYTES = 2**26
-"""How much is read or joined at a time."""
+"""Bytes that are read or joined at a time."""
 
 
 class StoredFeatures(NamedTuple):
@@ -44,9 +44,9 @@ class StoredFeatures(NamedTuple):
     meta: dict[str, Any]
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """The rows from `start` to `stop`, a block at a time, each with where it begins.
+        """Yield (first row, rows) for blocks of the rows from `start` to `stop`.
 
-        Read from the file, not through the map: what was read does not stay with the process.
+        Reads the file and not the memory map, whose pages would stay in the process's memory.
         """
         shape, dtype = self.features.shape[1:], self.features.dtype
         width = int(np.prod(shape))
@@ -59,7 +59,7 @@ class StoredFeatures(NamedTuple):
 
 
 def open_features(folder: str | Path) -> StoredFeatures:
-    """Open a folder of features; UserError, in one line, for one that is none or is damaged."""
+    """Open a folder of features; UserError, in one line, if it has none or is damaged."""
     folder = Path(folder)
     if not (folder / META).is_file():
         raise UserError(f"{folder} is no folder of features: it has no {META}")
@@ -96,17 +96,17 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     lines = []
     for key, value in asked.items():
         if key == "on_error" and not found.get("skipped"):
-            continue  # no image was left out, so it has not come into play
+            continue  # no image was left out, so the setting had no effect
         if found.get(key) != value:
             lines.append(f"{key} is {found.get(key)!r} there, {value!r} here")
     return lines
 
 
 class FeatureWriter:
-    """Writes one folder of features; every rank has one of its own, and all must `finish`.
+    """Writes one folder of features; every rank has its own writer, and all must `finish`.
 
-    `folder` may hold older features, which are replaced at the end. The parts lie beside it in a
-    folder of another name, which all ranks must see.
+    `folder` may hold older features, which are replaced at the end. The parts lie beside it in
+    another folder, which must be visible to all ranks.
     """
 
     def __init__(self, folder: str | Path, *, dtype: str = "float32") -> None:
@@ -126,7 +126,7 @@ class FeatureWriter:
             raise UserError(f"cannot write features to {folder}: {error.strerror}") from None
 
     def add(self, rows: Tensor, labels: Tensor, images: Tensor) -> None:
-        """Append rows with their labels and numbers of images, both [n]."""
+        """Append rows with their labels and image numbers [n]; UserError if float16 overflows."""
         stored = rows.to(DTYPES[self.dtype])
         if not stored.isfinite().all() and rows.isfinite().all():
             raise UserError(
@@ -221,7 +221,7 @@ class FeatureWriter:
 
 
 def _write_header(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
-    """The header of a .npy file, of a length that does not depend on the number of rows."""
+    """Write a .npy header, whose length does not depend on the number of rows."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -229,7 +229,7 @@ def _write_header(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
 def _write_index(path: Path, dataset: ImageDataset, images: np.ndarray, labels: np.ndarray) -> None:
     names = list(dataset.class_names)
     stored = dict(zip(images.tolist(), enumerate(labels.tolist()), strict=True))
-    # Names of files are bytes; those that are no text survive as they are.
+    # File names are bytes; surrogateescape keeps those that are not valid UTF-8.
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

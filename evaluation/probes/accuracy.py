@@ -1,4 +1,4 @@
-"""Top-1, top-5 and loss of a classifier as DeiT counts them, upright and under symmetries.
+"""Top-1, top-5 and loss of a classifier by DeiT's protocol, upright and under symmetries.
 
 Letters: B batch, C classes, N images, n images of this rank.
 """
@@ -29,15 +29,15 @@ TOP = 5
 
 
 class Outcomes(NamedTuple):
-    """What a net said of each image, ordered by the image's index in its data set."""
+    """A net's predictions and losses, ordered by the image's index in its data set."""
 
     predictions: Tensor  # [N] int64, the class with the highest score
-    places: Tensor  # [N] int64: of the label among the five best scores, TOP if it is not there
+    places: Tensor  # [N] int64: rank from 0 of the label among the five best scores, else TOP
     losses: Tensor  # [N] float32, cross entropy
 
 
 class Figures(NamedTuple):
-    """Accuracy in percent and losses, and predictions that differ from the upright images'."""
+    """Accuracies in percent, losses, and how many predictions differ from the upright images'."""
 
     acc1: float
     acc5: float
@@ -50,15 +50,15 @@ class Figures(NamedTuple):
 
 
 class AccuracyProbe:
-    """Judge a classifier on data.val by DeiT's protocol; callable as a probe of a training run.
+    """Evaluate a classifier on data.val by DeiT's protocol; callable as a probe of a training run.
 
-    input_size: None is the net's own. rot_eval, flop_eval: every image turned at random by a
-    multiple of 90 degrees, mirrored, as the published options; they and `symmetries` (all eight)
-    add a table of the symmetries concerned. precision: autocast of the net, fp32, bf16 or fp16
-    (published).
-    Departs from DeiT: images count once however many processes there are, and the loss is that of
-    one process; the random turn is a function of the image's index; images of another size than an
-    input_size of 32 or less are resized, because they could not stand in one batch.
+    input_size: None is the net's own. rot_eval turns every image at random by a multiple of 90
+    degrees, flop_eval mirrors every image, as the published options; these and `symmetries` (all
+    eight) add a table of the symmetries concerned. precision: autocast of the net, fp32, bf16 or
+    fp16 (published).
+    Departs from DeiT: every image counts once for any number of processes, and the loss is the one
+    of a single process; the random turn is a function of the image's index; for an input_size of 32
+    or less, images of another size are resized, as they could not be batched otherwise.
     """
 
     splits = ("val",)
@@ -90,8 +90,8 @@ class AccuracyProbe:
     ) -> dict[str, float]:
         """Percentages, losses and changed predictions by name; every rank must call this.
 
-        acc1, acc5, loss, image_loss are upright; `rot_`, `flop_` or `rot_flop_` before them are
-        those of the published options, the name of a symmetry before them those under it.
+        acc1, acc5, loss, image_loss are of upright images; the prefix `rot_`, `flop_` or
+        `rot_flop_` marks the published options, the name of a symmetry images under it.
         """
         dataset = data["val"]
         check_labels(dataset)
@@ -131,7 +131,7 @@ class AccuracyProbe:
             say(f"Accuracy of the network on the {count} test images: {main.acc1:.1f}%")
             if len(figures) > 1:
                 self._print(figures)
-            if step:  # an evaluation writes them itself, with the name of the net
+            if step:  # without a step, the evaluation itself writes them, with the net's name
                 protocol = self.protocol | {"data": repr(dataset), "step": step}
                 write_results(output_dir, "accuracy", protocol=protocol, figures=results)
         return results
@@ -144,7 +144,7 @@ class AccuracyProbe:
         return [*(TURNS if self.rot_eval else [UPRIGHT]), *(["m"] if self.flop_eval else [])]
 
     def _as_published(self, by_element: Mapping[str, Outcomes]) -> Outcomes:
-        """The outcomes under the published options, picked from those under each symmetry."""
+        """The outcomes under the published options, picked at random from those per symmetry."""
         mirror = "m" if self.flop_eval else ""
         choices = [mirror + turn for turn in ("", "r", "rr", "rrr")] if self.rot_eval else [mirror]
         parts = [by_element[choice or UPRIGHT] for choice in choices]
@@ -200,7 +200,7 @@ def judge_images(
 ) -> dict[str, Outcomes]:
     """Outcomes of all images under each symmetry, on every rank; every rank must call this.
 
-    The images are shared out over the ranks and read once.
+    The images are divided among the ranks, and each is read once.
     """
     rows: list[Tensor] = []  # per batch [E B 4]: index, prediction, place, loss as float64
     with evaluating(net, precision) as device:
@@ -227,7 +227,7 @@ def judge_images(
 
 
 def figures_of(outcomes: Outcomes, upright: Outcomes, *, batch_size: int) -> Figures:
-    """Figures of all images; the published loss averages batches of `batch_size` in their order."""
+    """Figures of all images; the published loss averages over batches of `batch_size`, in order."""
     batches = outcomes.losses.double().split(batch_size)
     return Figures(
         acc1=100 * float((outcomes.places < 1).double().mean()),
@@ -239,7 +239,7 @@ def figures_of(outcomes: Outcomes, upright: Outcomes, *, batch_size: int) -> Fig
 
 
 def check_labels(dataset: ImageDataset) -> None:
-    """UserError for images without labels, or none."""
+    """UserError if there are no images, or images without labels."""
     if not len(dataset):
         raise UserError(f"{dataset!r} holds no image to judge on")
     if dataset.labels is None or int(dataset.labels.min()) < 0:
@@ -247,7 +247,7 @@ def check_labels(dataset: ImageDataset) -> None:
 
 
 def check_same_classes(dataset: ImageDataset, trained_on: ImageDataset | None) -> None:
-    """UserError where a training set is there whose labels mean other classes."""
+    """UserError if the labels of the training set, if there is one, mean other classes."""
     if trained_on is not None and getattr(trained_on, "class_names", None):
         wrong = mismatch(class_metadata(trained_on), dataset)
         if wrong:
@@ -267,7 +267,7 @@ def _judge_batch(logits: Any, labels: Tensor, indices: Tensor, dataset: ImageDat
     logits = logits.float()
     best = logits.topk(min(TOP, classes), dim=1).indices
     hits = F.pad(best == labels[:, None], (0, TOP - best.shape[1]))
-    # Where there are fewer than five classes, every label is among the five best.
+    # With fewer than five classes, every label is among the five best.
     place = torch.where(hits.any(1), hits.to(torch.uint8).argmax(1), TOP)
     losses = F.cross_entropy(logits, labels, reduction="none")
     columns = (indices.to(losses.device), best[:, 0], place, losses)

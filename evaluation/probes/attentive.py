@@ -1,7 +1,8 @@
 """The attentive probe of capi (Darcet et al. 2025): linear and attentive heads on frozen features.
 
-What differs from the linear probe: heads also attend to all patches, AdamW trains them with weight
-decay, and the head of each representation is chosen on a held-out tenth of the training images.
+It differs from the linear probe: there are also heads that attend to all patches, AdamW trains with
+weight decay, and the head of each representation is chosen on a held-out tenth of the training
+images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +31,14 @@ SPLIT_SEED = 42
 
 
 class AttentiveProbe:
-    """Judge data.val by the best head of each representation; callable as a probe.
+    """Evaluate the best head of each representation on data.val; callable as a probe.
 
-    representations, all of the last block after the final norm: "cls" the class token and
-    "avg_patch" the mean patch, both with linear heads, "patch" all patches with attentive heads.
-    Base rates count at 256 images a step; `warmup_epochs` of a linear warm-up come before half a
+    representations, all of the last block after the final norm: "cls", the class token, and
+    "avg_patch", the mean patch, both with linear heads; "patch", all patches, with attentive heads.
+    Base rates are for 256 images per step; a linear warm-up of `warmup_epochs` comes before half a
     cosine, which is 0 at the last step.
-    Departs from capi: the images of a step are the same on any number of processes, and there is no
-    fourth representation that its code adds by mistake.
+    Departs from capi: the images of a step are the same on any number of processes, and the fourth
+    representation, which capi's code adds by mistake, is left out.
     """
 
     needs_labels = True
@@ -89,7 +90,7 @@ class AttentiveProbe:
             train_transform=train_transform,
             on_error=on_error,
         )
-        self.training = self.given  # until the data and a net say what is left open
+        self.training = self.given  # completed from the data and the net when called
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -186,18 +187,18 @@ class AttentiveProbe:
 
 
 def warm_cosine(num_steps: int, *, warmup_steps: int) -> Cosine:
-    """capi's share of the rate: 0 at the first step, 1 after the warm-up, 0 at the last step.
+    """capi's schedule as a factor: 0 at the first step, 1 after the warm-up, 0 at the last step.
 
-    A lone step after the warm-up is at 1.
+    If only one step follows the warm-up, its factor is 1.
     """
     end = max(num_steps - 1, warmup_steps + 1)  # where the cosine is 0; `Cosine` comes one later
     return Cosine(base=1.0, final=0.0, num_steps=end, warmup_steps=warmup_steps)
 
 
 def split_off_tenth(dataset: ImageDataset) -> tuple[Subset, Subset]:
-    """All but a tenth, and the tenth: capi's split, the last part of one fixed permutation.
+    """Split into nine tenths and one tenth, as in capi: the end of a fixed permutation.
 
-    Nine tenths are rounded to the nearest number, the even one where two are equally near.
+    Nine tenths are rounded to the nearest integer, halves to even. UserError below ten images.
     """
     count = len(dataset)
     if count < 10:

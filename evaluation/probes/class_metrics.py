@@ -1,6 +1,6 @@
-"""Accuracies of one or many classifiers, counted batch by batch: by image, class, any of several.
+"""Accuracies of one or many classifiers, counted batch by batch, per image or per class.
 
-The numbers are torchmetrics' (and so DINOv2's), rounded through float32 as they are there.
+The figures equal torchmetrics' (and so DINOv2's), including its rounding through float32.
 Letters: H classifiers, B batch, C classes, L labels of one image, N images.
 """
 
@@ -28,9 +28,9 @@ NO_LABEL = -1
 
 
 class ClassCounts:
-    """Correct answers by class and k, of images with one label each; a k above C becomes C.
+    """Counts correct answers by class and k, for images with one label each; a k above C becomes C.
 
-    Each rank counts its own images, until `reduce` adds the counts up.
+    Each rank counts its own images, until `reduce` sums the counts.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class ClassCounts:
         self.total.scatter_add_(0, labels, torch.ones_like(labels))
 
     def reduce(self) -> None:
-        """Add up the counts of all ranks; every rank must call this, once."""
+        """Sum the counts of all ranks; every rank must call this, once."""
         self.correct = {k: _sum_over_ranks(counts) for k, counts in self.correct.items()}
         self.predicted, self.total = _sum_over_ranks(self.predicted), _sum_over_ranks(self.total)
 
     def fractions(self, metric: str = "mean_accuracy") -> dict[int, Tensor]:
-        """Fraction correct by k: over images, the mean over classes, or class by class [H C].
+        """Fraction correct by k: over images [H], the mean over classes [H], or by class [H C].
 
-        The mean is over classes that have images. As in torchmetrics, at k = 1 a class without any
-        counts, as 0, for a classifier that predicts it all the same.
+        The mean is over classes that have images. At k = 1, as in torchmetrics, a class without
+        images counts as 0 for a classifier that predicts it.
         """
         return {k: self._fraction(metric, k, counts) for k, counts in self.correct.items()}
 
@@ -85,7 +85,7 @@ class ClassCounts:
 
 
 class AnyMatchCounts:
-    """Images with several right answers of which one is enough; images without any do not count."""
+    """Counts images with several right answers, any of which suffices; leaves out those without."""
 
     def __init__(
         self,
@@ -121,24 +121,24 @@ class AnyMatchCounts:
 def make_counts(
     metric: str, num_heads: int, num_classes: int, *, device: torch.device | str = "cpu"
 ) -> ClassCounts | AnyMatchCounts:
-    """The counts that a metric of DINOv2's names needs."""
+    """The counts that a metric, by DINOv2's name, needs."""
     several = metric == "imagenet_real_accuracy"
     return (AnyMatchCounts if several else ClassCounts)(num_heads, num_classes, device=device)
 
 
 def check_metric(metric: str, allowed: Sequence[str] = METRICS) -> str:
-    """The metric itself; ValueError for another than those allowed."""
+    """The metric itself; ValueError if it is not allowed."""
     if metric not in allowed:
         raise ValueError(f"unknown metric {metric!r}; known: {', '.join(allowed)}")
     return metric
 
 
 def read_real_labels(path: str | Path, dataset: ImageDataset) -> Tensor:
-    """All right answers of each image of ImageNet's val, int64 [N L] padded with -1.
+    """All right answers for each image of ImageNet's val, int64 [N L] padded with -1.
 
-    `path` is the JSON of Beyer et al. 2020 (arXiv 2006.07159): a list of class indices for
-    ILSVRC2012_val_00000001, ..., some of them empty. UserError for another file and for images
-    whose name is not of that kind.
+    `path` is the JSON of Beyer et al. 2020 (arXiv 2006.07159): one list of class indices, possibly
+    empty, for each of ILSVRC2012_val_00000001, ... UserError for any other file, and for images
+    with other names.
     """
     try:
         answers = json.loads(Path(path).read_text())
@@ -171,7 +171,7 @@ def _is_list_of_classes(row: object) -> bool:
 def _best_classes(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best class [...] and the k best [... k] of scores [... C].
 
-    Among equal scores the best is the first class, as in torchmetrics; topk leaves that open.
+    Among equal scores the first class is the best, as in torchmetrics; topk does not define it.
     """
     return scores.argmax(-1), scores.topk(k, dim=-1).indices
 

@@ -1,7 +1,7 @@
-"""What the kNN and linear probes take at a given size: memory and time of one process, by formula.
+"""A cost model of the kNN and linear probes: memory and time of one process, by formula.
 
-docs/probe_costs.md says the formulas in words. Left out of both: the net itself, its pass over the
-images, Python and torch. Letters: N training rows, M validation rows, D width, C classes, W
+docs/probe_costs.md explains the formulas. The net itself, its pass over the images, Python and
+torch are not included. Letters: N training rows, M validation rows, D width, C classes, W
 processes, k the largest number of neighbours, H heads, P parameters of all heads, B batch.
 """
 
@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What a machine does in a second, measured on it."""
+    """Measured rates of a machine, per second."""
 
     gemm_flops: float  # of a float32 product of the probe's shape
     topk_numbers: float  # that a top-k is taken of
@@ -50,7 +50,7 @@ class Rates(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One thing that takes memory, in bytes of one process."""
+    """One consumer of memory, in bytes per process."""
 
     what: str
     host: float = 0
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Parts that are there at the highest point together, and seconds by what they are spent on."""
+    """The parts that make up the peak of memory, and seconds by activity."""
 
     parts: list[Part]
     seconds: dict[str, float]
@@ -89,7 +89,7 @@ def knn_costs(plan: Plan, rates: Rates) -> Costs:
         Part("validation rows, on every process", host=matrix * (2 if several else 1)),
         Part("labels and indices", host=2 * INDEX * (own + plan.val)),
         *([Part("labels while gathered", host=6 * INDEX * plan.train)] if several else []),
-        # The next chunk arrives before the one before it is let go.
+        # The next chunk arrives before the previous one is freed.
         *([] if on_cpu else [Part("queries", device=matrix)]),
         *([] if on_cpu else [Part("two chunks of rows", device=2 * chunk * plan.dim * number)]),
         Part("similarities of a block", device=queries * chunk * number),
@@ -106,7 +106,7 @@ def knn_costs(plan: Plan, rates: Rates) -> Costs:
 
 
 def linear_costs(plan: Plan, rates: Rates) -> Costs:
-    """The grid of `probes.linear`: the heads' training and judging on features as they come.
+    """The grid of `probes.linear`: training and evaluating the heads, without the net's passes.
 
     Four inputs of D, 2 D, 4 D and 5 D channels; each has `rates` heads.
     """
@@ -122,8 +122,8 @@ def linear_costs(plan: Plan, rates: Rates) -> Costs:
         Part("momentum", device=parameters * FLOAT),
         Part("inputs of a batch", device=plan.batch_size * width * FLOAT),
     ]
-    # Logits, their log-softmax and the gradients of both, before the gradients of the heads are;
-    # after that a second gradient of the largest input, while it is added or averaged.
+    # First the logits, their log-softmax and the gradients of both, before the heads' gradients;
+    # then a second gradient for the largest input, while it is accumulated or averaged.
     before, after = 4 * logits, 2.25 * logits
     after += largest * (2 if gathers else 1 if micro_batches > 1 else 0)
     parts.append(Part("logits and gradients on the way", device=max(before, after)))

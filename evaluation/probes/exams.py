@@ -1,4 +1,4 @@
-"""What judges trained classifiers: images, a metric, which columns of the logits are their classes.
+"""Exams for trained classifiers: images, a metric, and the logit columns of their classes.
 
 Letters: C classes, N images, L labels of one image.
 """
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 
 class Exam(NamedTuple):
-    """Images to judge heads on, and how."""
+    """Images to evaluate heads on, with the metric and the classes."""
 
     name: str
     dataset: ImageDataset
@@ -29,7 +29,7 @@ class Exam(NamedTuple):
 
 
 class TestSet(NamedTuple):
-    """A further data set as the user names it, with files still unread."""
+    """A data set to evaluate on, as the user gives it: its mapping is a file not read yet."""
 
     name: str
     dataset: ImageDataset
@@ -44,9 +44,9 @@ def name_tests(
     *,
     metric: str,
 ) -> list[TestSet]:
-    """Data sets with the metric and mapping of each; those of a list are test1, test2, ...
+    """Combine data sets with their metrics and mappings; those of a list are test1, test2, ...
 
-    One metric is enough for all, `metric` where none is given. ValueError where numbers differ.
+    A single metric is for all, and `metric` is the default. ValueError if the numbers differ.
     """
     if not isinstance(datasets, Mapping):
         datasets = {f"test{number}": dataset for number, dataset in enumerate(datasets, 1)}
@@ -70,10 +70,10 @@ def name_tests(
 def prepare_exam(
     test: TestSet, *, trained_on: ImageDataset, num_classes: int, real_labels: str | None = None
 ) -> Exam:
-    """Read the files of an exam and hold its labels against the classes of the heads.
+    """Read the files of an exam and check its labels against the classes of the heads.
 
-    Raises UserError where the labels mean other classes than those of `trained_on`, unless a
-    mapping says which columns they are.
+    UserError if the labels mean other classes than those of `trained_on`, unless a mapping gives
+    their columns.
     """
     name, dataset, metric, file = test
     mapping = None if file is None else read_mapping(file, num_classes)
@@ -97,7 +97,7 @@ def prepare_exam(
 
 
 def read_mapping(path: str | Path, num_classes: int) -> Tensor:
-    """Columns of the logits out of an .npy file, int64; UserError for anything else."""
+    """Read columns of the logits from an .npy file, as int64; UserError for any other content."""
     try:
         columns = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -114,14 +114,14 @@ def read_mapping(path: str | Path, num_classes: int) -> Tensor:
 
 
 def count_classes(dataset: ImageDataset) -> int:
-    """Classes that heads trained on `dataset` tell apart; UserError for images without labels."""
+    """Number of classes of heads trained on `dataset`; UserError for images without labels."""
     check_labels(dataset)
     assert dataset.labels is not None
     return int(dataset.labels.max()) + 1
 
 
 def split_tenth(dataset: ImageDataset) -> tuple[Subset, Subset]:
-    """Every tenth image of each class, and the others; UserError for fewer than ten in all."""
+    """Every tenth image of each class, and the others; UserError if no class has ten images."""
     check_labels(dataset)
     assert dataset.labels is not None
     tenth = np.zeros(len(dataset), dtype=bool)

@@ -1,4 +1,4 @@
-"""What a probe that trains leaves on disk to go on from: weights, optimiser, and whose they are.
+"""The checkpoints of a probe that trains heads: weights, optimiser, and what they belong to.
 
 The layout is that of DINOv2's files: `model` holds the heads by their names, `iteration` the number
 of the last step done, counted from 0; a text file names the newest file of weights.
@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.whole_file import whole_file
 from vit.weights import read_pickle
 
-OWNER = "probe"  # the key that says of which net and which settings the heads are
+OWNER = "probe"  # the key of the net and the settings that the heads belong to
 
 
 class StoredHeads(Protocol):
@@ -31,15 +31,15 @@ class StoredHeads(Protocol):
         ...
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back; UserError where they are of other heads."""
+        """Load them by name; UserError if they are of other heads."""
         ...
 
 
 class ProbeFiles:
     """The files `<running>.pth`, `<final>.pth` and `<pointer>` of one probe in its folder.
 
-    `owner` is what the heads depend on: the net, by `checksum`, the step it was trained to, and the
-    protocol. Files of another net are replaced; those of other settings are refused.
+    `owner` names what the heads depend on: the net, by `checksum`, the step it was trained to, and
+    the protocol. Files of another net are replaced; files with other settings are refused.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class ProbeFiles:
     def save(
         self, name: str, heads: StoredHeads, optimizer: torch.optim.Optimizer, step: int
     ) -> None:
-        """Write a file whole or not at all, and then the pointer to it; rank 0 alone does."""
+        """Write a file, whole or not at all, and then the pointer to it; only rank 0 writes."""
         if not distributed.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.pth"
         content = {
-            # The names are views; without a copy each would be written with its whole storage.
+            # These are views; without a copy each would be written with its whole storage.
             "model": {
                 key: value.detach().to("cpu", copy=True)
                 for key, value in heads.published_state().items()
@@ -77,11 +77,11 @@ class ProbeFiles:
         write_text(self.folder / self.pointer, path.name)
 
     def resume(self, heads: StoredHeads, optimizer: torch.optim.Optimizer) -> int | None:
-        """Load the newest file; the first step still to do, None without such a file.
+        """Load the newest file; returns the first step still to do, None if there is no file.
 
-        Raises UserError for a damaged file and for one of other settings; every rank must call.
+        UserError for a damaged file and for one with other settings. Every rank must call this.
         """
-        # Settings as rank 0 tells and saves them: words of one rank may name an address of its own.
+        # Settings as rank 0 has and saves them: a repr may hold an address that differs by rank.
         path, self.owner = distributed.broadcast_object(
             (self._newest(), self.owner) if distributed.is_main() else None
         )
@@ -111,15 +111,15 @@ class ProbeFiles:
     def _newest(self) -> Path | None:
         pointer = self.folder / self.pointer
         name = pointer.read_text().strip() if pointer.is_file() else ""
-        # Nothing but our own two names: a pointer is no way to another file.
+        # Only our own two names, so that the pointer cannot lead to any other file.
         known = (f"{self.running}.pth", f"{self.final}.pth")
         return self.folder / name if name in known and (self.folder / name).is_file() else None
 
 
 def load_classifier(path: str | Path, heads: StoredHeads, num_steps: int) -> int:
-    """Load heads from a file of ours or of DINOv2; the first step still to do.
+    """Load heads from a file of ours or of DINOv2; returns the first step still to do.
 
-    A file that does not say how far it was trained is taken for finished.
+    A file without `iteration` counts as fully trained.
     """
     saved = _read(Path(path))
     model = saved.get("model", saved)
@@ -139,14 +139,14 @@ def checksum(net: object) -> str:
     state = net.state_dict() if isinstance(net, nn.Module) else {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            # A sharded parameter is gathered by all ranks.
+            # All ranks together gather a sharded parameter.
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             digest.update(f"{name} {[*whole.shape]} {whole.dtype} {_sum_of_bits(whole)};".encode())
     return digest.hexdigest()[:16]
 
 
 def _sum_of_bits(tensor: Tensor) -> int:
-    # A sum of integers is the same in any order, so the device may take its own.
+    # A sum of integers does not depend on the order in which the device adds.
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().flatten().view(integers[tensor.element_size()])
     weights = torch.arange(1, 1 + len(bits), device=bits.device) % 65521

@@ -26,7 +26,7 @@ def by_head(
 def print_heads(
     names: Sequence[str], by_k: Mapping[int, Tensor], judged_on: str, protocol: Mapping[str, object]
 ) -> None:
-    """Print the best heads, those that share a figure in the order of the grid."""
+    """Print the best heads; ties are in the order of the grid."""
     top1 = by_k[1].tolist()
     order = sorted(range(len(names)), key=lambda index: -top1[index])
     rows = [(names[i], *(100 * by_k[k][i].item() for k in by_k)) for i in order[:SHOWN_HEADS]]

@@ -36,17 +36,17 @@ Figures = dict[tuple[str, int], dict[int, float]]
 
 
 class KnnProbe:
-    """Judge a frozen net by its neighbours; callable as a probe of a training run.
+    """Evaluate a frozen net with a kNN classifier; callable as a probe of a training run.
 
     A size of None is the net's own (`evaluation.image_size`). `precision` is the net's autocast
     (fp32, bf16, fp16), `search_precision` that of the similarities; `transform` replaces resizing,
-    cropping and ImageNet's normalisation. `features_dir`: folder to store class tokens in, and to
-    reuse them from.
-    Departs from DINOv2: the search is fp32 unless asked, because fp16 leaves about 1024 distinct
-    similarities and with them ties at the cut; images count once however many ranks there are.
+    cropping and ImageNet's normalisation. `features_dir`: folder where class tokens are stored and
+    from which they are reused.
+    Departs from DINOv2: the search is in fp32 by default, because fp16 has only about 1024 distinct
+    similarities, which gives ties at the k-th neighbour; images count once on any number of ranks.
     """
 
-    needs_labels = True  # a training on images without any leaves this probe out
+    needs_labels = True  # a training without labels skips this probe
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class KnnProbe:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
         if any(n == 0 for n in n_per_class_list):
             raise ValueError("n_per_class_list: 0 per class leave no neighbour; -1 means all")
-        self.ks = list(dict.fromkeys(ks))  # as asked: the lines come in this order
+        self.ks = list(dict.fromkeys(ks))  # in the order given, which is that of the results
         self.temperature = temperature
         self.n_per_class_list = list(n_per_class_list)
         self.num_tries = num_tries
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.given = resize_size, crop_size
-        self.resize_size, self.crop_size = self.given  # until a net says what is left open
+        self.resize_size, self.crop_size = self.given  # sizes of None are set from the net later
         self.transform = transform
         self.precision = precision
         self.search_precision = search_precision
@@ -97,7 +97,7 @@ class KnnProbe:
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
     ) -> dict[str, float]:
-        """Extract, search, write; every rank must call this. Returns percentages by flat name.
+        """Extract, search and write; every rank must call this. Returns percentages by flat name.
 
         Writes `results_eval_knn.json` (DINOv2's lines, appended) and `results.json`.
         """
@@ -131,13 +131,13 @@ class KnnProbe:
             on_error=self.on_error,
         )
         check_labelled(part, split, "kNN")
-        # The search counts rows; where images were left out that is another number than theirs.
+        # The search numbers rows, which differ from image numbers if images were left out.
         return renumber(part) if self.on_error == "skip" else part
 
     def evaluate(
         self, train: FeatureSet, val: FeatureSet, *, device: torch.device | str = "cpu"
     ) -> Figures:
-        """Percentages from this rank's rows of both splits; every rank must call this."""
+        """Percentages, given this rank's rows of both splits; every rank must call this."""
         train_labels, val = gather_labels(train), gather_features(val)
         if not len(train_labels) or not len(val.labels):
             raise ValueError("kNN needs at least one training and one validation image")

@@ -40,17 +40,19 @@ RESULTS_FILE = "results_eval_linear.json"
 
 
 class LinearProbe:
-    """Train the grid on data.train, judge the best head on data.val; callable as a probe.
+    """Train the grid on data.train, evaluate the best head on data.val; callable as a probe.
 
     A head of base rate r learns at r * global_batch_size / 256, along a cosine to 0, by SGD with
     momentum 0.9. One optimiser of rate 1 trains all heads on losses weighted by their rates, which
     is the same, as SGD without weight decay is linear in the gradient. select_on: "val" as
-    published, or "train", which sets a tenth of each class of data.train apart to choose the head
-    on. test_datasets: further data sets (a list, or by name) that judge the chosen head alone, each
-    by its metric and mapping. A mapping is an .npy of the columns of the logits to keep.
-    classifier: start from, or judge, such a file. Memory: see `LinearHeads`.
-    Departs from DINOv2: the images of a step are the same on any number of processes, no head is
-    lost to another's name, top-5 also exists for fewer than five classes, and an image counts once.
+    published, or "train", which holds out a tenth of each class of data.train to choose the head
+    on. test_datasets: further data sets (a list, or by name) to evaluate the chosen head on, each
+    with its metric and mapping. A mapping is an .npy with the columns of the logits to keep.
+    classifier: a file of heads to evaluate, or to start from if it is not fully trained.
+    Memory: see `LinearHeads`.
+    Departs from DINOv2: the images of a step are the same on any number of processes, all heads
+    have distinct names, so none is lost, top-5 also exists for fewer than five classes, and every
+    image counts once.
     """
 
     needs_labels = True
@@ -100,10 +102,10 @@ class LinearProbe:
             train_transform=train_transform,
             on_error=on_error,
         )
-        self.training = self.given  # until the data and a net say what is left open
+        self.training = self.given  # completed from the data and the net when called
         if select_on not in ("val", "train"):
             raise ValueError(f"unknown select_on {select_on!r}; known: val, train")
-        # One number must come out, to choose by: not one per class.
+        # The head is chosen by this metric, so it must be one number, not one per class.
         check_metric(val_metric_type, [name for name in METRICS if name != "per_class_accuracy"])
         self.n_last_blocks = check_list("n_last_blocks", n_last_blocks, above=0)
         self.avgpools = check_list("avgpools", avgpools)
@@ -144,7 +146,7 @@ class LinearProbe:
             return self._report(run, selection, exams, folder, step)
 
     def rates(self) -> list[float]:
-        """The learning rates of the heads, out of the base rates."""
+        """The learning rates of the heads: base rates scaled by the batch size."""
         batch_size = self.training.global_batch_size
         return [scale_lr(rate, "linear_wrt_256", batch_size) for rate in self.learning_rates]
 
@@ -180,7 +182,7 @@ class LinearProbe:
         }
 
     def _arrange(self, data: Mapping[str, ImageDataset]) -> tuple[ImageDataset, Exam, list[Exam]]:
-        """Images to train on, what selects the head, and what judges it: val and the test sets."""
+        """The training images, the exam that selects the head, and the exams: val, then tests."""
         train_set, num_classes = data["train"], count_classes(data["train"])
         val = TestSet("val", data["val"], self.val_metric_type, self.val_class_mapping)
         exams = [
@@ -195,7 +197,7 @@ class LinearProbe:
         if self.select_on == "val":
             return train_set, exams[0], exams
         held_out, rest = split_tenth(train_set)
-        # Several right answers are known of val alone.
+        # Several right answers per image are known for val only.
         several = self.val_metric_type == "imagenet_real_accuracy"
         metric = "mean_accuracy" if several else self.val_metric_type
         return rest, Exam("held-out tenth of train", held_out, metric), exams
@@ -234,7 +236,7 @@ class LinearProbe:
     def _report(
         self, run: HeadRun, selection: Exam, exams: list[Exam], folder: Path, step: int
     ) -> dict[str, float]:
-        """Judge the trained heads, write and print what came of it; every rank gets the figures."""
+        """Evaluate the trained heads, write and print the results; every rank gets the figures."""
         names, chosen_by = run.heads.names, run.judge(selection)
         best = best_head(chosen_by[1])
         val, *tests = exams
@@ -280,7 +282,7 @@ def _mean(fractions: Tensor, exam: Exam) -> float:
 def _write_best(
     folder: Path, iteration: int, name: str, accuracy: float, *, judged_on: str
 ) -> None:
-    """Append the published lines, and print them."""
+    """Append the best head to the results file in the published format, and print it."""
     found = {"name": name, "accuracy": accuracy}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / RESULTS_FILE).open("a") as file:

@@ -1,6 +1,6 @@
-"""The grid of linear classifiers of DINOv2's ImageNet probe, one product for all of one input.
+"""The grid of linear classifiers of DINOv2's ImageNet probe, with one product for each input.
 
-A head is one choice of (number of last blocks n, pooled patches too or not, learning rate).
+A head is one choice of (number of last blocks n, pooled patches or not, learning rate).
 Letters: H heads, R rates, B batch, N patches, D channels of the net, W width of an input, C
 classes.
 """
@@ -20,20 +20,20 @@ INIT_STD = 0.01
 
 
 class Input(NamedTuple):
-    """What a head reads: class tokens of the last `num_blocks` blocks, with pooled patches or not.
+    """The input of a head: class tokens of the last `num_blocks` blocks, with or without patches.
 
-    Of the patches it is always those of the last block alone.
+    The patches are always those of the last block alone, averaged.
     """
 
     num_blocks: int
     avgpool: bool
 
     def width(self, widths: Sequence[int]) -> int:
-        """Its number of channels, from those of the blocks, earliest first."""
+        """The number of channels, given those of the blocks, earliest first."""
         return sum(widths[-self.num_blocks :]) + self.avgpool * widths[-1]
 
     def read(self, features: Sequence[Features]) -> Tensor:
-        """[B W] float32 out of the features of blocks, earliest first."""
+        """The input [B W] in float32, from the features of blocks, earliest first."""
         parts = [block.cls for block in features[-self.num_blocks :]]
         if self.avgpool:
             parts.append(pooled_patches(features[-1]))
@@ -70,14 +70,14 @@ def make_grid(
 
 
 def published_name(head: Head, *, digits: int = 5) -> str:
-    """DINOv2's name of a head, with `digits` digits of the rate after the point."""
+    """DINOv2's name of a head, with `digits` decimals of the rate."""
     (num_blocks, avgpool), lr = head
     name = f"classifier_{num_blocks}_blocks_avgpool_{avgpool}_lr_{lr:.{digits}f}"
     return name.replace(".", "_")
 
 
 def name_heads(grid: Sequence[Head]) -> list[str]:
-    """The published name of each head, with more digits where several would share one.
+    """The published name of each head, with more decimals where several heads would share a name.
 
     Departs from DINOv2: there 5e-6 and 1e-5 are both 0_00001, and one of the heads is lost.
     """
@@ -95,9 +95,9 @@ def name_heads(grid: Sequence[Head]) -> list[str]:
 
 
 class LinearHeads(nn.Module):
-    """H linear classifiers of C classes; those that read one input are one parameter [R C W].
+    """H linear classifiers of C classes; those with the same input share one parameter [R C W].
 
-    `embed_dim` is the width of every block, or a list of the last blocks' where they differ (CNNs).
+    `embed_dim` is the width of every block, or a list of the last blocks' if they differ (CNNs).
     `loss_weights` are the heads' learning rates: SGD without weight decay is linear in the
     gradient, so a loss times a rate, trained at rate 1, is the loss trained at that rate.
     Memory at ImageNet's size (D = 1280, 52 heads, C = 1000): 200 M parameters, which is 0.8 GB,
@@ -130,7 +130,7 @@ class LinearHeads(nn.Module):
         self.register_buffer("loss_weights", torch.tensor(self.rates), persistent=False)
 
     def read(self, features: Sequence[Features]) -> list[Tensor]:
-        """Every input [B W] once, for all heads that share it."""
+        """The distinct inputs [B W], each shared by several heads."""
         return [read.read(features) for read in self.inputs]
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ class LinearHeads(nn.Module):
 
     @torch.no_grad()
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take all parameters from such names; UserError for another grid, width or classes."""
+        """Load parameters by these names; UserError for another grid, width or classes."""
         check_same_heads(state, self.published_state())
         for name, value in self.published_state().items():
             value.copy_(state[name])
@@ -169,7 +169,7 @@ def head_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_same_heads(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """UserError, in one line, where names or shapes of saved heads are not those of our own."""
+    """UserError, in one line, if names or shapes of saved heads differ from our own."""
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         parts = [

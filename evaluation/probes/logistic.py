@@ -1,9 +1,9 @@
-"""Multinomial logistic regression with an L2 penalty, by L-BFGS over rows that come in chunks.
+"""Multinomial logistic regression with an L2 penalty, by L-BFGS over rows read in chunks.
 
 Minimises sum_i CE(W x_i + b, y_i) + |W|^2 / (2C) with a free intercept b, divided by the number of
 rows: the objective of scikit-learn and cuML. For two classes these have one row of weights,
-w = W1 - W0, and penalise |w|^2, which is twice |W|^2. Each rank walks through its own rows; losses
-and gradients are summed over the ranks, so no rank ever needs another's rows.
+w = W1 - W0, and penalise |w|^2, which is twice |W|^2. Each rank reads only its own rows; losses and
+gradients are summed over the ranks.
 Letters: n rows of a chunk, N rows of all ranks, D width, K classes.
 """
 
@@ -26,7 +26,7 @@ class LogisticModel(NamedTuple):
     weight: Tensor  # [K, D]
     bias: Tensor  # [K]
     steps: int  # of L-BFGS
-    gradient: float  # largest entry of the objective's gradient / N by weights and intercepts
+    gradient: float  # largest entry of the gradient of objective / N by weights and intercepts
 
     def scores(self, rows: Tensor) -> Tensor:
         """Logits [n, K] of rows [n, D], on the device and in the dtype of the weights."""
@@ -35,7 +35,7 @@ class LogisticModel(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a fit needs to know of the rows before its first step; the same for every C."""
+    """Statistics of the rows that a fit needs before its first step; the same for every C."""
 
     counts: Tensor  # [K] int64, rows of each class
     mean: Tensor  # [D] float64
@@ -61,13 +61,13 @@ def fit_logistic(
     """The minimiser for one C; every rank must call this, with the same arguments but `batches`.
 
     `dtype` is that of the products; sums and the state of L-BFGS are float64. It stops after
-    `max_iter` steps, where no entry of the gradient exceeds `tol`, or where a step changes the loss
-    by less than a hundredth of `tol` (cuML's rule), or by no more than rounding. `start` begins at
-    another fit, such as that of the next smaller C; `moments` spares their two passes, for a grid
-    of C over the same rows.
-    Raises ValueError for a C that is not positive and for rows that cannot be fitted.
-    Departs from cuML: the steps are taken along the covariance's principal axes, each scaled by its
-    curvature. The optimum is the same; where features are correlated it takes far fewer passes.
+    `max_iter` steps, when no entry of the gradient exceeds `tol`, or when a step changes the loss
+    by less than a hundredth of `tol` (cuML's rule) or by no more than rounding. `start`: another
+    fit to start from, such as that of the next smaller C. `moments`, if given, save two passes, for
+    a grid of C over the same rows.
+    ValueError for a C that is not positive and for rows that cannot be fitted.
+    Departs from cuML: steps are taken along the covariance's principal axes, each scaled by its
+    curvature. The optimum is the same; for correlated features it takes far fewer passes.
     """
     if not C > 0:
         raise ValueError(f"C is {C}; the inverse strength of the penalty must be positive")
@@ -94,10 +94,10 @@ def measure_moments(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Moments:
-    """Class counts, mean and principal axes of all ranks' rows, in two passes; a collective call.
+    """Class counts, mean and principal axes of the rows of all ranks, in two passes.
 
-    Raises ValueError, on every rank, for no rows at all, labels that are no class index and rows
-    that are not finite.
+    A collective call. ValueError, on every rank, if there are no rows, if a label is no class
+    index, or if rows are not finite.
     """
     device = torch.device(device)
     counts = torch.zeros(num_classes + 1, dtype=torch.float64, device=device)
@@ -124,7 +124,7 @@ def measure_moments(
             scatter += centred.T @ centred
     covariance = _sum_over_ranks(scatter.flatten()).view(dim, dim) / count
     variances, directions = torch.linalg.eigh(covariance)
-    # Below this an eigenvalue is rounding; a step scaled by it would only follow noise.
+    # Smaller eigenvalues are rounding errors; steps scaled by them would follow noise.
     floor = variances[-1].clamp_min(0) * dim * torch.finfo(dtype).eps
     return Moments(counts[:-1].long(), mean, variances.clamp_min(floor), directions)
 
@@ -172,7 +172,7 @@ class _Problem:
         """The classifier of the parameters, in `dtype`, and its gradient; a collective call."""
         weight, shifted_bias, rotated = self._weights(parameters)
         _, residual_rows, residuals, _ = self._derivatives(parameters)
-        # By W at fixed b: the rows were centred, which is undone here.
+        # The gradient by W at fixed b: this undoes the centring of the rows.
         by_weight = residual_rows + residuals[:, None] * self.moments.mean
         by_weight = by_weight / self.count + self.penalty * weight
         gradient = max(float(by_weight.abs().max()), float(residuals.abs().max()) / self.count)
@@ -193,7 +193,7 @@ class _Problem:
     def _derivatives(self, parameters: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
         """Summed cross entropy, residuals^T rows [K, D], residuals [K], W along the axes.
 
-        A residual is a predicted probability less 1 for the right class; rows are centred.
+        A residual is the predicted probability, minus 1 for the right class; rows are centred.
         """
         weight, bias, rotated = self._weights(parameters)
         classes, width = weight.shape
@@ -213,7 +213,7 @@ class _Problem:
         return float(sums[0]), sums[1:-classes].view(classes, width), sums[-classes:], rotated
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over this rank's rows: centred, and labelled by place among the classes seen."""
+        """One pass over this rank's rows, centred, with labels as indices into `classes`."""
         mean = self.moments.mean.to(self.dtype)
         for rows, labels in self.batches():
             yield rows.to(mean) - mean, self.places[labels.to(mean.device)]
@@ -228,7 +228,7 @@ def _minimize(
     history: int,
     dtype: torch.dtype,
 ) -> int:
-    """Move `parameters` to the minimum; gives the number of steps."""
+    """Move `parameters` to the minimum, in place; returns the number of steps."""
     optimizer = torch.optim.LBFGS(
         [parameters],
         max_iter=max_iter,

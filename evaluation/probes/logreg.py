@@ -1,4 +1,4 @@
-"""The logistic-regression probe of DINOv2: class tokens as they are, the best of a grid of C."""
+"""The logistic-regression probe of DINOv2: class tokens, not normalised, and a grid of C."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +22,9 @@ from vit.backbone import Backbone
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 SELECT_ON = ("train", "val")
-METRICS = ("mean_accuracy", "mean_per_class_accuracy")  # one number each, to choose C by
+METRICS = ("mean_accuracy", "mean_per_class_accuracy")  # single numbers, by which C is chosen
 Fit = Callable[[float, LogisticModel | None], LogisticModel]
-"""(C, where to start) -> fitted model."""
+"""(C, starting point) -> fitted model."""
 PUBLISHED_C = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
 
 
@@ -38,14 +38,14 @@ class Trial(NamedTuple):
 
 
 class LogregProbe:
-    """Judge a frozen net by logistic regression on its class tokens, not normalised.
+    """Evaluate a frozen net by logistic regression on its class tokens, not normalised.
 
     C is the inverse strength of the penalty |W|^2 / 2; the grid is fitted by ascending C, each fit
-    beginning at the one before. The best C by top-1, the smaller among equals, is chosen on
-    select_on: a tenth of the training images ("train"), or the very images judged ("val", which
-    DINOv2 calls finetune-on-val), or on `finetune`, a data set of its own. Unless chosen on val,
-    the classifier is fitted anew on training and selection images together.
-    metric_type: mean over images, or over classes of the mean over their images; C is chosen by it.
+    starting from the one before. The C with the best top-1, the smallest on a tie, is chosen on a
+    tenth of the training images (select_on "train"), on the validation images themselves ("val",
+    which DINOv2 calls finetune-on-val), or on `finetune`, a separate data set. Unless chosen on
+    val, the classifier is then refitted on training and selection images together.
+    metric_type: mean over images, or mean over classes of each class's mean; C is chosen by it.
     A size of None is the net's own, without a margin around the crop.
     dtype: of the products. features_on: "cpu" keeps the rows on the host and moves them chunk by
     chunk in every pass; "device" keeps them on the net's device.
@@ -53,7 +53,7 @@ class LogregProbe:
     cuML, so that no rank needs all rows. The optimum is the same.
     """
 
-    needs_labels = True  # a training on images without any leaves this probe out
+    needs_labels = True  # a training without labels skips this probe
 
     def __init__(
         self,
@@ -96,14 +96,14 @@ class LogregProbe:
         self.max_iter, self.tol, self.dtype = max_iter, tol, dtype
         self.batch_size, self.num_workers = batch_size, num_workers
         self.given, self.transform = (resize_size, crop_size), transform
-        self.resize_size, self.crop_size = self.given  # until a net says what is left open
+        self.resize_size, self.crop_size = self.given  # sizes of None are set from the net later
         self.precision, self.chunk_size, self.features_on = precision, chunk_size, features_on
         self.on_error, self.features_dir = on_error, features_dir
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
     ) -> dict[str, float]:
-        """Extract, choose C, fit, judge; every rank must call this. Returns percentages and C.
+        """Extract, choose C, fit, evaluate; every rank must call this. Returns percentages and C.
 
         Writes `results_eval_logreg.txt` (DINOv2's lines, appended) and `results.json`.
         """
@@ -117,7 +117,7 @@ class LogregProbe:
         return figures
 
     def extract(self, net: Backbone, dataset: ImageDataset, split: str) -> FeatureSet:
-        """This rank's rows of one split, numbered without gaps; every rank must call this."""
+        """This rank's rows of one split, renumbered without gaps; every rank must call this."""
         resize_size, crop_size = settle_sizes(net, *self.given, margin=False)
         self.resize_size, self.crop_size = resize_size, crop_size
         part = class_tokens(
@@ -140,7 +140,7 @@ class LogregProbe:
     def evaluate(
         self, parts: Mapping[str, FeatureSet], *, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, float], list[Trial]]:
-        """Figures and the grid from this rank's rows of train, val and, if given, finetune.
+        """Figures and trials, given this rank's rows of train, val and perhaps finetune.
 
         Every rank must call this.
         """
@@ -178,7 +178,7 @@ class LogregProbe:
         return {"logreg_top1": tops[1], "logreg_top5": tops[5], "logreg_C": C}, trials
 
     def _fits(self, rows: Sequence["_Rows"], shape: Mapping[str, Any]) -> Fit:
-        """Fits on the same rows for any C, from any start; a collective call."""
+        """A function that fits these rows for a C, from a start; a collective call."""
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for part in rows:
@@ -189,7 +189,7 @@ class LogregProbe:
         return lambda C, start: fit_logistic(batches, C=C, start=start, **options, **shape)
 
     def _choose(self, fit: Fit, held_out: "_Rows") -> tuple[LogisticModel, list[Trial]]:
-        """The model of the best C, and what each C gave."""
+        """The model of the best C, and the trials of all C."""
         trials: list[Trial] = []
         model: LogisticModel | None = None
         best: LogisticModel | None = None
@@ -258,7 +258,7 @@ class LogregProbe:
 
 
 class _Rows:
-    """This rank's rows of one set, chunk by chunk; those of `mask` alone, without a copy of all."""
+    """This rank's rows of one set, chunk by chunk; with `mask` only its rows, without a copy."""
 
     def __init__(self, part: FeatureSet, *, chunk_size: int, mask: Tensor | None = None) -> None:
         self.part, self.chunk_size, self.mask = part, chunk_size, mask
@@ -280,7 +280,7 @@ class _Rows:
 
 
 def judge(model: LogisticModel, rows: _Rows, metric: str) -> dict[int, float]:
-    """Percent correct by 1 and 5 best classes, over all ranks' rows; a collective call."""
+    """Percent correct by k = 1 and 5, over the rows of all ranks; a collective call."""
     counts = ClassCounts(1, len(model.bias), device=model.bias.device)
     for features, labels in rows.chunks():
         scores = model.scores(features.to(model.bias.device))
@@ -290,10 +290,10 @@ def judge(model: LogisticModel, rows: _Rows, metric: str) -> dict[int, float]:
 
 
 def draw_tenth(train: FeatureSet) -> Tensor:
-    """Which of this rank's rows [n] belong to the tenth of all ranks' rows that C is chosen on.
+    """Mask [n] of this rank's rows that are in the tenth of all rows on which C is chosen.
 
-    The first n // 10 of a permutation drawn by a generator seeded with 0: DINOv2's. Every rank must
-    call this. Raises UserError where there are fewer than 10 images.
+    As in DINOv2 the tenth is the first count // 10 of a permutation from a generator with seed 0.
+    Every rank must call this. UserError for fewer than 10 images.
     """
     count = sum(distributed.gather_objects(len(train.labels)))
     if count < 10:
@@ -307,5 +307,5 @@ def draw_tenth(train: FeatureSet) -> Tensor:
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest top-1, the first among equals."""
+    """The trial with the highest top-1, the first one on a tie."""
     return max(trials, key=lambda trial: trial.top1)

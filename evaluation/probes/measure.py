@@ -1,7 +1,7 @@
-"""Measurements to check the model of probe costs with: the real code on synthetic features.
+"""Measure the cost of probes, to check the cost model: the real code on synthetic features.
 
-Each runs in a process of its own, so that nothing else counts: seconds, and the highest resident
-memory above what stood there after the imports. One process, on the CPU.
+Each measurement runs in its own process on the CPU, and gives seconds and the peak resident memory
+above what the imports had taken.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _CHILD = "import sys; from evaluation.probes.measure import work; work(sys.argv[
 
 
 class Measured(NamedTuple):
-    """What one run of the real code took."""
+    """Peak memory and time of one run of the real code."""
 
     bytes: int
     seconds: float
@@ -56,7 +56,7 @@ def measure(probe: str, plan: Plan) -> Measured:
 
 
 def work(probe: str, settings: str) -> None:
-    """In the process of its own: prepare, forget the peak so far, run, print as JSON."""
+    """Body of the measuring process: warm up, reset the peak, prepare, run, print as JSON."""
     plan = Plan(**json.loads(settings))
     prepare = {"knn": _prepare_knn, "linear": _prepare_linear}[probe]
     _warm_up()
@@ -70,7 +70,7 @@ def work(probe: str, settings: str) -> None:
 
 @torch.no_grad()
 def measure_rates(probe: str, plan: Plan) -> Rates:
-    """What this machine does in a second, at the shapes of the probe; it takes some seconds."""
+    """Measure the rates of this machine at the shapes of the probe; takes some seconds."""
     device = torch.device(plan.device)
     rows = min(plan.chunk_size, 16384, plan.train)
     k = min(max(plan.ks), rows)
@@ -109,7 +109,7 @@ def _prepare_knn(plan: Plan) -> Callable[[], object]:
 
 
 def _random_rows(count: int, plan: Plan, generator: torch.Generator) -> FeatureSet:
-    """Normalised rows of random numbers, in place: the set is all the memory they take."""
+    """Normalised rows of random numbers, filled in place, so that nothing else takes memory."""
     rows = torch.empty(count, plan.dim, dtype=SEARCH_DTYPES[plan.search_precision])
     for start in range(0, count, FILL):
         part = torch.randn(min(FILL, count - start), plan.dim, generator=generator)
@@ -130,7 +130,7 @@ def _prepare_linear(plan: Plan) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     size = plan.batch_size
     tokens = torch.randn(4, size, plan.dim, generator=generator)
-    # One patch each: what the net leaves of a batch is not the probe's.
+    # One patch per image: the memory of the net's output is not the probe's.
     blocks = [Features(token, token[:, None, None]) for token in tokens]
     labels = torch.randint(plan.classes, (size,), generator=generator)
 
@@ -161,13 +161,13 @@ def _prepare_linear(plan: Plan) -> Callable[[], object]:
 
 
 def _warm_up() -> None:
-    """Let torch set up its threads and buffers: they are not the probe's."""
+    """Let torch set up its threads and buffers, which are not the probe's cost."""
     a = torch.randn(512, 512)
     (a @ a).topk(10, dim=1)
 
 
 def _seconds(run: Callable[[], object], device: torch.device, *, budget_s: float = 1.0) -> float:
-    """The median of several runs; the first does not count."""
+    """The median time of several runs, without the first."""
     found: list[float] = []
     while len(found) < 4 or sum(found) < budget_s:
         start = time.perf_counter()
@@ -179,7 +179,7 @@ def _seconds(run: Callable[[], object], device: torch.device, *, budget_s: float
 
 
 def forget_peak() -> int:
-    """Resident bytes now, from which on the highest counts, where the system lets us say so."""
+    """Reset the peak of resident memory, where the system allows it; returns the bytes now."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
@@ -187,7 +187,7 @@ def forget_peak() -> int:
 
 def peak_bytes() -> int:
     """The highest resident memory of this process, in bytes."""
-    # On Linux a child's ru_maxrss begins at its parent's; the kernel's own mark does not.
+    # On Linux a child's ru_maxrss starts at its parent's value; VmHWM does not.
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)

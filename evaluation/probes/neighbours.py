@@ -1,7 +1,7 @@
 """Exact nearest neighbours by dot product, and their weighted vote (Wu et al. 2018, section 3.4).
 
-The training rows are walked through in chunks, each rank walking through its own; only the best k
-per query are ever kept; beside the features stands one block of queries x chunk similarities.
+Each rank searches its own training rows in chunks and keeps only the best k per query, so memory
+beside the features holds one block of queries x chunk similarities.
 Letters: Q queries, N training rows, D width, k neighbours, C classes.
 """
 
@@ -19,7 +19,7 @@ SEARCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class Neighbours(NamedTuple):
-    """The best rows of every query, most similar first."""
+    """The nearest rows of every query, most similar first."""
 
     similarities: Tensor  # [Q, k] float32
     indices: Tensor  # [Q, k] int64
@@ -36,11 +36,11 @@ def find_neighbours(
     query_batch: int = 1024,
     precision: str = "fp32",
 ) -> Neighbours:
-    """The k rows [N, D] with the largest dot product with each query [Q, D]; fewer if N < k.
+    """The k of the rows [N, D] with the largest dot products with each query [Q, D]; all if N < k.
 
-    `rows` may live on another device than `queries`, in another dtype: each chunk is moved once.
-    `indices` [N] names the rows (default 0..N-1). Equal similarities are ordered by index; which of
-    several equally similar rows pass the cut at k is open.
+    `rows` may be on another device than `queries` and in another dtype: each chunk is moved once.
+    `indices` [N] names the rows (default 0..N-1). Equal similarities are ordered by index, but
+    which of several rows that tie for place k are found is undefined.
     """
     if precision not in SEARCH_DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(SEARCH_DTYPES)}")
@@ -60,7 +60,7 @@ def find_neighbours(
 
 
 def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """The k best of several lists, most similar first, lower index first among equals."""
+    """The k best of several lists, most similar first, the lower index first on ties."""
     similarities = torch.cat([part.similarities for part in parts], dim=1)
     indices = torch.cat([part.indices for part in parts], dim=1)
     by_index = indices.argsort(dim=1)
@@ -72,7 +72,7 @@ def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
 def gather_neighbours(own: Neighbours, k: int, *, query_batch: int = 1024) -> Neighbours:
     """The k best over all ranks, on every rank; every rank must call this with the same queries.
 
-    A rank that found fewer than k fills up with rows that never win.
+    A rank that found fewer than k pads with rows of similarity -inf.
     """
     world = distributed.world_size()
     if world == 1:
@@ -98,8 +98,8 @@ def vote(
 ) -> dict[int, Tensor]:
     """Class scores [Q, C] for each k: softmax weights of the first k neighbours, summed by class.
 
-    The softmax runs over all neighbours given; for a smaller k it is cut, not renormalised, which
-    leaves the order of the classes as it is. `labels` [N] are those of all training rows.
+    The softmax runs over all neighbours; for a smaller k it is truncated and not renormalised,
+    which does not change the order of the classes. `labels` [N] are those of all training rows.
     """
     weights = (neighbours.similarities / temperature).softmax(dim=1)
     classes = labels.to(weights.device)[neighbours.indices]
@@ -114,11 +114,11 @@ def vote(
 def choose_rows(
     labels: Tensor, ks: Sequence[int], *, n_per_class: int, num_tries: int
 ) -> Iterator[tuple[Tensor | None, list[int]]]:
-    """For each try: the training rows that may vote (None: all) and the k that make sense.
+    """Yield for each try the training rows that vote (None: all), and the k to use.
 
-    n_per_class < 0 takes every row, once, and all k as they come. Otherwise try t seeds a generator
-    with t and draws one permutation per class in ascending label order: DINOv2's rule, so the same
-    rows are drawn.
+    n_per_class < 0: one try with all rows and all k. Otherwise try t seeds a generator with t and
+    draws one permutation per class in ascending label order, as DINOv2 does, so that the same rows
+    are drawn; k are those of `ks` up to n_per_class, and n_per_class itself.
     """
     if n_per_class < 0:
         yield None, list(dict.fromkeys(ks))
@@ -144,10 +144,10 @@ def classify(
     temperature: float,
     query_batch: int = 1024,
 ) -> dict[int, dict[int, float]]:
-    """Percent correct by k and by 1 or 5 (best classes) of queries with labels `val_labels` [Q]."""
+    """Percent correct, top-1 and top-5 for each k, of queries with labels `val_labels` [Q]."""
     num_classes = int(train_labels.max()) + 1
     device = neighbours.similarities.device
-    # Not `ClassCounts`: a label may lie beyond the training classes, and is then never found.
+    # Not `ClassCounts`: a label beyond the training classes is possible, and is always wrong.
     counts = {k: AnyMatchCounts(1, num_classes, device=device) for k in ks}
     for start in range(0, len(val_labels), query_batch):
         block = slice(start, start + query_batch)
@@ -161,7 +161,7 @@ def classify(
 
 
 def no_neighbours(queries: int, device: torch.device) -> Neighbours:
-    """What a search begins with."""
+    """Neighbours [queries, 0] to start a search with."""
     return Neighbours(
         torch.empty(queries, 0, device=device),
         torch.empty(queries, 0, dtype=torch.int64, device=device),

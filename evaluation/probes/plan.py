@@ -1,4 +1,4 @@
-"""The table of experiments/plan_probes.py: what a probe takes, and what it took here."""
+"""The table of experiments/plan_probes.py: the modelled and measured cost of a probe."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the plan of a probe; a mistake is one line and exit code 2."""
+    """Print the plan of a probe; a mistake prints one line and exits with code 2."""
     try:
         probe, plan, measured = read_plan(argv)
         show(probe, plan, with_measurement=measured)
@@ -78,7 +78,7 @@ def show(probe: str, plan: Plan, *, with_measurement: bool) -> None:
     rates = measure_rates(probe, plan._replace(device=here))
     found = measure(probe, plan) if with_measurement else None
     if found:
-        # A machine that others use changes its pace: the mean of before and after.
+        # The speed of a shared machine changes: take the mean of before and after.
         after = measure_rates(probe, plan._replace(device=here))
         say(f"rates before the measurement: {rates}")
         say(f"rates after the measurement: {after}")

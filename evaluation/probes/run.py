@@ -27,9 +27,10 @@ class TrainableHeads(Heads, StoredHeads, Protocol):
 
 
 class HeadRun:
-    """The heads of a probe on a frozen net, from their first step to their judgement.
+    """Trains and evaluates the heads of a probe on a frozen net.
 
-    `schedule` multiplies the `initial_lr` of each group of the optimiser; `training` is settled.
+    `schedule` multiplies the `initial_lr` of each group of the optimiser; `training` must have its
+    epoch length and image sizes set.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class HeadRun:
         self.num_steps = training.num_steps
 
     def train(self, *, resume: bool = True, classifier: str | None = None) -> Iterator[int]:
-        """Train, giving each step's number when it is done; every rank must walk through this.
+        """Train the heads and yield the number of each finished step; every rank must exhaust this.
 
-        Saves at the end of each epoch, before it gives that step.
+        Resumes from the probe's own files, else starts from `classifier`, if given. Saves at the
+        end of each epoch, before that step is yielded.
         """
         first = self._first_step(resume, classifier)
         if first >= self.num_steps:

@@ -1,7 +1,7 @@
-"""Images per second and multiply-adds of a net, as a probe.
+"""A probe that measures images per second and multiply-adds of a net.
 
-For one net beside its accuracy (EViT's and DHVT's `--test_speed`); experiments/complexity.py
-compares nets in turn, which is the fairer measurement.
+It is for one net, beside its accuracy (EViT's and DHVT's `--test_speed`). To compare nets, use
+experiments/complexity.py, which measures them in turn and so more fairly.
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from utils.flops import count_one_image
 
 
 class ThroughputProbe:
-    """Random images through the net, without gradients; no images of the data are read.
+    """Time the net on random images, without gradients; no images of the data are read.
 
-    batch_size, steps, repeats: of images, of timed batches, and of measurements, of which the first
-    is not counted. input_size: None is the net's own.
-    Departs from EViT: without autograd, and an untimed step goes ahead of each measurement.
+    steps: timed batches of `batch_size` images in each of `repeats` measurements, the first of
+    which is discarded. input_size: None is the net's own.
+    Departs from EViT: without autograd, and an untimed step precedes each measurement.
     """
 
     splits = ()
@@ -73,7 +73,7 @@ class ThroughputProbe:
             f"{self.precision}, {device_name(device)}), {count} multiply-adds"
         )
         results = {"images_per_second": speed.images_per_second, "gmacs": macs}
-        if step:  # an evaluation writes them itself, with the name of the net
+        if step:  # without a step, the evaluation itself writes them, with the net's name
             protocol = self.protocol | {"step": step}
             write_results(output_dir, "throughput", protocol=protocol, figures=results)
         return results

@@ -1,7 +1,7 @@
-"""Training and judging many classifiers at once on the features of a frozen net.
+"""Train and evaluate many classifiers at once on the features of a frozen net.
 
-Every batch goes through the net once, whatever the number of heads. Letters: H heads, B batch, C
-classes, N images.
+Every batch goes through the net once, for all heads. Letters: H heads, B batch, C classes, N
+images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,15 +32,15 @@ LONGEST_EPOCH = 1250  # steps
 
 
 class Heads(Protocol):
-    """Classifiers of one number of classes that read the same features."""
+    """Classifiers with the same classes that read features of the same blocks."""
 
     names: list[str]
     num_classes: int
     layers: tuple[int, ...]  # the blocks they read
-    loss_weights: Tensor  # [H], what each head's loss counts for
+    loss_weights: Tensor  # [H], the weight of each head's loss
 
     def read(self, features: Sequence[Features]) -> Any:
-        """What the heads need of the features, each input once."""
+        """The inputs of the heads, made from the features; shared inputs are made once."""
         ...
 
     def __call__(self, inputs: Any) -> Tensor:
@@ -54,14 +54,14 @@ class Heads(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTraining:
-    """How long heads are trained, on how many images a step, and how the images are read.
+    """Settings of a training of heads: its length, images per step, and how images are read.
 
-    `epoch_length` steps are an epoch; None is one pass over data.train, but no more than the
-    published 1250 (which ImageNet gives at 1024 images a step). `batch_size` is the most that a
-    process sends through the net at once; a step of `global_batch_size` images is the same on any
-    number of processes that share it evenly, by accumulation.
+    An epoch has `epoch_length` steps; None is one pass over data.train, but at most the published
+    1250 (which ImageNet gives at 1024 images per step). `batch_size` is the most images that a
+    process sends through the net at once; by accumulation, a step of `global_batch_size` images is
+    the same on any number of processes that divides it evenly.
     A size of None is the net's own (`evaluation.image_size`).
-    ValueError for what cannot be.
+    ValueError for invalid values.
     """
 
     epochs: int
@@ -94,42 +94,42 @@ class HeadTraining:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
     def on(self, num_images: int) -> "HeadTraining":
-        """A copy with `epoch_length` settled for that many training images."""
+        """A copy with `epoch_length` set for that many training images, if it was None."""
         one_pass = max(1, round(num_images / self.global_batch_size))
         return replace(self, epoch_length=self.epoch_length or min(one_pass, LONGEST_EPOCH))
 
     def sized(self, net: Backbone) -> "HeadTraining":
-        """A copy with the image sizes settled for a net."""
+        """A copy with image sizes that were None set to the net's own."""
         resize_size, crop_size = settle_sizes(net, self.resize_size, self.crop_size)
         return replace(self, resize_size=resize_size, crop_size=crop_size)
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Shorter side and crop in pixels; only where they are settled."""
+        """Shorter side and crop in pixels; call `sized` first."""
         assert self.resize_size is not None and self.crop_size is not None
         return self.resize_size, self.crop_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch; only where its length is settled."""
+        """Steps of an epoch; call `on` first."""
         assert self.epoch_length is not None
         return self.epoch_length
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole training; only where the length of an epoch is settled."""
+        """Steps of the whole training; call `on` first."""
         return self.epochs * self.steps_per_epoch
 
     @property
     def micro_batches(self) -> tuple[int, int]:
-        """Images per micro-batch and micro-batches per step; UserError where they do not fit."""
+        """Images per micro-batch and micro-batches per step; UserError if they do not divide."""
         try:
             return shared_batches(self.global_batch_size, self.batch_size, distributed.world_size())
         except UserError as error:
             raise UserError(f"global_batch_size: {error}") from None
 
     def batches(self, dataset: ImageDataset, *, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's training batches (images, labels) from a step on, without end."""
+        """This rank's endless training batches (images, labels), from a step on."""
         size, count = self.micro_batches
         return training_batches(
             dataset,
@@ -147,7 +147,7 @@ class HeadTraining:
         )
 
     def widths(self, net: Backbone, dataset: ImageDataset, num_blocks: int) -> list[int]:
-        """Channels of the class tokens of the last blocks, earliest first, seen on one image."""
+        """Channels of the class tokens of the last blocks, earliest first, found from one image."""
         images, _, _ = next(
             evaluation_batches(dataset, self.evaluation_transform(), 1, on_error=self.on_error)
         )
@@ -155,14 +155,14 @@ class HeadTraining:
         return [features.cls.shape[-1] for features in frozen(images)]
 
     def evaluation_transform(self) -> Callable:
-        """What the images of validation and test sets go through."""
+        """The transform of validation and test images."""
         if self.transform:
             return self.transform
         resize_size, crop_size = self.sizes
         return evaluation_transform(resize_size=resize_size, crop_size=crop_size)
 
     def in_words(self, num_images: int) -> str:
-        """Length of the training, as a line."""
+        """The length of the training in words."""
         steps, images = self.num_steps, self.global_batch_size
         passes = steps * images / num_images
         line = f"{steps:,} steps of {images:,} images, {passes:.4g} passes over {num_images:,}"
@@ -191,16 +191,16 @@ class HeadTraining:
             "transform": transform_in_words(self.transform, self.resize_size, self.crop_size),
             "on_error": self.on_error,
         }
-        # In the published orders, which images make a step depends on who shares them.
+        # In the published orders, the images of a step depend on the number of processes.
         if self.sampler != "shuffled":
             words |= {"world_size": distributed.world_size(), "batch_size": self.micro_batches[0]}
         return words
 
 
 class FrozenFeatures:
-    """The features of a net that is not trained, under the autocast of `precision`.
+    """Computes the features of a frozen net under the autocast of `precision`.
 
-    `check` refuses features that were not finite; on the CPU every call does.
+    `check` raises UserError if any features were not finite; on the CPU every call does.
     """
 
     def __init__(self, net: Backbone, layers: Sequence[int], precision: str) -> None:
@@ -217,9 +217,9 @@ class FrozenFeatures:
         self.calls += 1
         parts = [part for block in features for part in (block.cls, block.patches)]
         sums = [part.sum(dtype=torch.float32) for part in parts if part is not None]
-        fine = torch.stack(sums).isfinite().all()  # a sum is finite where all its terms are
+        fine = torch.stack(sums).isfinite().all()  # a sum is finite if all its terms are
         self.broken = self.broken.where(fine | (self.broken > 0), self.calls)
-        if self.device.type == "cpu":  # a GPU would wait in every call
+        if self.device.type == "cpu":  # on a GPU this would synchronise in every call
             self.check()
         return features
 
@@ -242,7 +242,7 @@ def train_heads(
     images_per_step: int = 1,
     label: str = "probe",
 ) -> Iterator[int]:
-    """Train, giving the number of each step when it is done; every rank must walk through this.
+    """Train the heads and yield the number of each finished step; every rank must exhaust this.
 
     The rate of a parameter group at a step is its `initial_lr` times `schedule(step)`. Gradients
     are means over the images of all ranks.
@@ -277,7 +277,7 @@ def judge_heads(
     *,
     label: str = "probe",
 ) -> dict[int, Tensor]:
-    """Fractions correct by k, [H] or class by class [H C], on every rank; every rank must call.
+    """Fractions correct by k, [H] or by class [H C], on every rank; every rank must call this.
 
     Every image counts once over all ranks.
     """
@@ -303,13 +303,13 @@ def judge_heads(
 
 
 def best_head(top1: Tensor) -> int:
-    """The head with the highest fraction [H], the first of several."""
+    """Index of the highest of the fractions [H], the first one on a tie."""
     values = top1.tolist()
     return values.index(max(values))
 
 
 def check_list(name: str, values: Sequence[float], *, above: float | None = None) -> list:
-    """The values as a list; ValueError where there is none, one comes twice, or one is too low."""
+    """The values as a list; ValueError if it is empty, one is repeated, or one is too low."""
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name} is {list(values)}; it needs values, each of them once")
     if above is not None and min(values) <= above:

@@ -18,7 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
 def panels(metrics: Sequence[Mapping[str, float]]) -> Panels:
     """Curves by chart: losses, learning rates, each probe's figures, and every other value alone.
 
-    A value that was logged fewer than three times is no curve.
+    Values that were logged fewer than three times are left out.
     """
     series: dict[str, Series] = {}
     for line in metrics:
@@ -34,7 +34,7 @@ def panels(metrics: Sequence[Mapping[str, float]]) -> Panels:
 
 
 def chart(title: str, series: Mapping[str, Series]) -> str:
-    """One figure; at most eight curves, which is told where there are more."""
+    """One figure with at most eight curves; it says so if there are more."""
     shown = {name: thin(points) for name, points in list(series.items())[:MOST_SERIES]}
     values = [value for points in shown.values() for _, value in points if math.isfinite(value)]
     steps = [step for points in shown.values() for step, _ in points]
@@ -145,7 +145,7 @@ def _rank(title: str, order: Sequence[str]) -> tuple[int, str]:
 
 
 def _tick(value: float, all_ticks: Sequence[float]) -> str:
-    """Digits enough to tell the ticks apart."""
+    """A tick's label, with enough digits to tell the ticks apart."""
     largest = max(abs(tick) for tick in all_ticks)
     if largest and not 1e-3 <= largest < 1e5:
         return f"{value:.2g}" if value else "0"

@@ -1,6 +1,6 @@
-"""What a run folder holds: of a training, of an evaluation, or of several runs below one roof.
+"""Read the contents of a folder of a training, of an evaluation, or of several runs.
 
-Nothing has to be there; what cannot be read is left out and noted.
+No file is required; files that cannot be read are left out and noted.
 """
 
 import json
@@ -36,7 +36,7 @@ class Results:
 
 @dataclass
 class Contents:
-    """What was found in a folder; `runs` are the runs in folders below it, told apart by path."""
+    """The contents of a folder; `runs` are the runs in folders below it."""
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Contents:
 
 
 def collect(folder: str | Path) -> Contents:
-    """Read a folder; UserError, in one line, where it is missing or holds nothing to report."""
+    """Read a folder; UserError, in one line, if it is missing or has nothing to report."""
     folder = Path(folder)
     try:
         if not folder.is_dir():
@@ -92,7 +92,7 @@ def _read(folder: Path) -> Contents:
 
 
 def _walk(found: Contents, folder: Path) -> None:
-    """Results, pictures and files of `folder` and of all below that are no runs of their own."""
+    """Collect results, pictures and files of `folder` and its subfolders that are no runs."""
     for path in sorted(folder.iterdir(), key=_natural):
         if path.name.startswith(".") or path.is_symlink():
             continue
@@ -135,7 +135,7 @@ def _results(found: Contents, name: str) -> list[Results]:
 
 
 def _from_summary(found: Contents) -> list[Results]:
-    """Figures of probes that only the summary has, beside the probes' own settings."""
+    """Figures that only the summary has, with the settings of their probes."""
     probes = found.config.get("probes")
     probes = probes if isinstance(probes, Mapping) else {}
     known = {result.probe for result in found.results}

@@ -1,4 +1,4 @@
-"""Pictures as data URIs, scaled down so that all of them together keep within a budget."""
+"""Embed pictures as data URIs, scaled down so that all together stay within a budget."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ MOST_PICTURES = 60
 def embed(paths: Sequence[Path], budget: int = BUDGET_BYTES) -> dict[Path, str]:
     """A data URI for each of the first 60 readable pictures, together no more than `budget` bytes.
 
-    Small ones stay byte for byte as they are, and what they leave is shared among the others.
+    Small pictures are embedded unchanged; the budget that they leave is shared by the others.
     """
     found: dict[Path, str] = {}
     shares = sorted(paths[:MOST_PICTURES], key=lambda path: path.stat().st_size)
@@ -34,7 +34,7 @@ def embed(paths: Sequence[Path], budget: int = BUDGET_BYTES) -> dict[Path, str]:
 
 
 def shrink(path: Path, most: int) -> tuple[str, bytes] | None:
-    """Kind and bytes of a picture within `most` bytes; None for none that small, or unreadable."""
+    """Kind and bytes of a picture in at most `most` bytes; None if too large or unreadable."""
     try:
         with Image.open(path) as picture:
             picture.load()

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of what a run folder holds: no script, no request, opens from disk.
+"""Write one self-contained HTML page about a run folder: no script, no request, opens from disk.
 
-Everything that was read is text: it is escaped wherever it goes into the page.
+All text that is read from files is escaped in the page.
 """
 
 import html
@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 STYLE = Path(__file__).with_name("style.css")
 ROWS_PER_TABLE = 16
-LONG_PROTOCOL = 16  # entries; more would stand beside the figures as a narrow tower
+LONG_PROTOCOL = 16  # entries; a longer one does not fit beside the figures
 # "knn10_top1", "('full', 10) Top 1", "rrr_loss": what was judged, and the kind of figure.
 KIND = re.compile(r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|loss|changed|mIoU|miou|accuracy)$")
 # What a picture shows, by the beginning of its file's name.
@@ -37,8 +37,8 @@ CAPTIONS = {
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of `folder` and return its path, by default `folder`/report.html.
 
-    output: another file, or a folder that is there. UserError where there is nothing to tell, and
-    where the page cannot be written.
+    output: another file, or an existing folder. UserError if there is nothing to report, or if the
+    page cannot be written.
     """
     content = page(collect(folder))
     path = Path(output or folder)
@@ -111,7 +111,7 @@ def _header(found: Contents, title: str) -> Iterator[str]:
 
 
 def _what(config: Mapping[str, Any]) -> str:
-    """What was trained, by which recipe, on what."""
+    """The backbone, recipe and data of a training, in words."""
     parts = []
     backbone = config.get("backbone")
     if isinstance(backbone, Mapping):
@@ -154,7 +154,7 @@ def _facts(found: Contents) -> Iterator[str]:
 
 
 def _result(result: Results) -> str:
-    """One probe: its figures, and beside them, or folded below where it is long, the protocol."""
+    """One probe: its figures, with the protocol beside them, or folded below if it is long."""
     columns, rows = _table(result.probe, result.figures)
     head = "".join(f'<th class="number">{_text(column)}</th>' for column in columns)
     head = f"<thead><tr><th></th>{head}</tr></thead>" if any(columns) else ""
@@ -189,7 +189,7 @@ def _kind(value: object) -> str:
 
 
 def _table(probe: str, figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
-    """Columns and rows: nets side by side where each has its own mapping, else kinds of figures."""
+    """Columns and rows of figures: by nets, if each net has its own mapping, else by kinds."""
     if figures and all(isinstance(value, Mapping) for value in figures.values()):
         parts = [dict(_flat(part)) for part in figures.values()]
         keys = dict.fromkeys(key for part in parts for key in part)

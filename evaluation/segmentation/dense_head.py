@@ -1,9 +1,9 @@
-"""A linear layer per patch whose training does not depend on how a batch is split.
+"""A linear layer per patch, trained in steps that do not depend on how a batch is split.
 
-The patches come from a frozen net, so the statistics of the batch normalisation are constants of
-the step: they are computed first, over all micro-batches of all ranks, and gradients need not pass
-through them. Dropout is seeded per image. Hence a step is the same (to rounding) on any number of
-GPUs with any accumulation, which SyncBatchNorm over ranks alone would not give.
+The patches come from a frozen net, so the statistics of the batch normalisation are constants of a
+step: they are computed first, over all micro-batches of all ranks, without gradients. Dropout is
+seeded per image. Hence a step is the same (to rounding) on any number of GPUs with any
+accumulation; SyncBatchNorm, which covers only the ranks, would not ensure that.
 
 Letters: B images, h w grid of patches, D channels, C classes.
 """
@@ -63,7 +63,7 @@ class PixelHead(nn.Module):
 
     @torch.no_grad()
     def remember(self, statistics: Statistics) -> None:
-        """Move the running statistics, as batch normalisation does (unbiased variance)."""
+        """Update the running statistics, as batch normalisation does (unbiased variance)."""
         mean, variance, patches = statistics
         self.mean.lerp_(mean, MOMENTUM)
         self.variance.lerp_(variance * patches / max(patches - 1, 1), MOMENTUM)
@@ -71,7 +71,7 @@ class PixelHead(nn.Module):
 
 @torch.no_grad()
 def whole_batch_statistics(parts: Sequence[Tensor]) -> Statistics:
-    """Over all patches [B h w D] of all micro-batches and ranks; every rank must call this."""
+    """Statistics over the patches [B h w D] of all micro-batches and ranks; a collective call."""
     count = sum(part.shape[:-1].numel() for part in parts) * distributed.world_size()
     mean = _total([part.sum(dim=(0, 1, 2), dtype=torch.float64) for part in parts]) / count
     centred = [(part - mean.to(part.dtype)).square() for part in parts]
@@ -80,7 +80,7 @@ def whole_batch_statistics(parts: Sequence[Tensor]) -> Statistics:
 
 
 def drop_channels(patches: Tensor, seeds: Tensor, rate: float) -> Tensor:
-    """Set whole channels of each image to zero with probability `rate`, the others / (1 - rate)."""
+    """Zero whole channels of each image with probability `rate`, divide the rest by 1 - rate."""
     if rate == 0:
         return patches
     kept = torch.stack(
@@ -93,7 +93,7 @@ def drop_channels(patches: Tensor, seeds: Tensor, rate: float) -> Tensor:
 
 
 def sum_over_ranks(module: nn.Module, loss: Tensor) -> Tensor:
-    """Sum the gradients of `module` over the ranks, in place, and the loss, which is returned."""
+    """Sum the gradients of `module` and the loss over all ranks, in place; returns the loss."""
     if distributed.world_size() == 1:
         return loss
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -106,10 +106,11 @@ def sum_over_ranks(module: nn.Module, loss: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, *, base: float, num_steps: int, warmup_steps: int) -> float:
-    """The rate of a step counted from 0: a ramp from 1e-6 of the base, under a line, then a cosine.
+    """The learning rate of a step counted from 0: a linear warm-up, then a cosine.
 
-    Both fall towards zero at `num_steps` from the very first step; the cosine begins where the ramp
-    ends. Departs from DINOv3: there the first rate holds for two steps.
+    The warm-up rises from 1e-6 of the base, times a line that falls from 1 to 0 at `num_steps`. The
+    cosine is that of the whole training, from which the warm-up's steps are cut off. Departs from
+    DINOv3: there the first rate holds for two steps.
     """
     if step < warmup_steps:
         ramp = 1e-6 + (1 - 1e-6) * step / warmup_steps

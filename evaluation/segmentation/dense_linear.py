@@ -36,21 +36,22 @@ NAME = "seg_linear"
 
 
 class PixelLinearProbe:
-    """Judge a frozen net by a linear layer on its patches, trained and judged pixel by pixel.
+    """Evaluate a frozen net by a linear layer on its patches, trained on and scored by pixels.
 
-    Dropout of channels, batch normalisation and a 1 x 1 convolution on the last block's map after
-    the final norm; logits upsampled to the crop; cross-entropy, averaged over all pixels, of which
-    ignored ones add nothing; AdamW. Judged on whole images, their shorter side `image_size`, by
-    windows of `crop_size` every `stride` pixels, whose mean logits are upsampled to the mask. Both
-    sizes become multiples of the patch size. A step is the same on any number of GPUs
-    (evaluation/segmentation/dense_head.py), and `effective_batch_size` is kept by accumulation. A
-    probe that was stopped goes on from its last checkpoint, bit for bit.
-    Departs from DINOv3: the head after the last step is judged, once; DINOv3 judges every 5000
-    steps and reports the best, which chooses on the images that it reports. And the head stays in
-    float32 under every `precision`, which is the net's.
+    The head is dropout of channels, batch normalisation and a 1 x 1 convolution on the last block's
+    map after the final norm. In training, logits are upsampled to the crop; the cross-entropy is
+    averaged over all pixels, with ignored ones as 0; the optimiser is AdamW. In evaluation, windows
+    of `crop_size` every `stride` pixels cover the whole image, whose shorter side is `image_size`,
+    and their mean logits are upsampled to the mask. Both sizes are rounded to multiples of the
+    patch size. A step is the same on any number of GPUs (evaluation/segmentation/dense_head.py);
+    accumulation keeps the `effective_batch_size`. A stopped probe resumes from its last checkpoint,
+    bit for bit.
+    Departs from DINOv3: the head is evaluated once, after the last step; DINOv3 evaluates every
+    5000 steps and reports the best, and so selects on the images that it reports. `precision` is
+    the net's alone: the head stays in float32.
     """
 
-    splits = ()  # the data sets are its own
+    splits = ()  # no split of the config's data: this probe has its own data sets
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class PixelLinearProbe:
     def __call__(
         self, net: Backbone, data: Mapping[str, Any], output_dir: Path, step: int = 0
     ) -> dict[str, float]:
-        """Train the head, judge it, write; every rank must call this. Percentages by flat name.
+        """Train, evaluate and write the head; every rank must call this. Percentages by flat name.
 
         Writes results.json, seg_linear_head.pt, seg_linear_steps.jsonl and overlays.png.
         """
@@ -127,7 +128,7 @@ class PixelLinearProbe:
         return figures
 
     def fit(self, net: Backbone, folder: Path, step: int = 0) -> PixelHead:
-        """The trained head, resumed where `folder` holds a checkpoint of this very training."""
+        """Train the head, resuming from a checkpoint of the same training in `folder`, if any."""
         with evaluating(net, self.precision) as device:
             recipe = HeadRecipe(**{**vars(self.recipe), **self._used(net)})
             training = HeadTraining(
@@ -148,9 +149,9 @@ class PixelLinearProbe:
 
     @torch.no_grad()
     def evaluate(self, net: Backbone, head: PixelHead) -> tuple[Scores, dict[int, np.ndarray]]:
-        """Scores on the test set, and the predicted labels [H W] of the images to be shown.
+        """Scores on the test set, and predicted labels [H W] by index of the images to be shown.
 
-        Every rank must call this; the scores are every rank's, the pictures all ranks' as well.
+        Every rank must call this, and gets the scores and predictions over all ranks.
         """
         used, shown = self._used(net), {}
         count = min(self.num_overlays, len(self.test))
@@ -206,7 +207,7 @@ class PixelLinearProbe:
         }
 
     def _used(self, net: Backbone) -> dict[str, int]:
-        """Sizes in whole patches of a net."""
+        """Crop and image size in pixels, rounded to whole patches of a net."""
         sizes = {"crop_size": self.recipe.crop_size, "image_size": self.recipe.image_size}
         return {name: round_to_patches(size, net.patch_size) for name, size in sizes.items()}
 
@@ -252,7 +253,7 @@ class PixelLinearProbe:
         )
 
     def _stride(self, window: int) -> int:
-        """Of windows that were rounded to patches: one that became smaller leaves no gap."""
+        """The stride, at most the window, so that a window rounded down leaves no gap."""
         return min(self.stride, window)
 
     def _write(
@@ -269,7 +270,7 @@ class PixelLinearProbe:
         protocol = self.protocol | {"used": used}
         everything = figures | {"IoU": per_class}
         write_results(folder, NAME, protocol=protocol, figures=everything)
-        # On the host: a plain torch.load reads it on a machine without a GPU too.
+        # On the host, so that a plain torch.load works on a machine without a GPU.
         state = {name: value.cpu() for name, value in head.state_dict().items()}
         torch.save(state, folder / f"{NAME}_head.pt")
         if shown:

@@ -1,4 +1,4 @@
-"""Training of the per-pixel linear probe's head on crops, in steps that can be taken up again.
+"""Train the per-pixel linear probe's head on crops, with checkpoints to resume from.
 
 Letters: B images of a micro-batch, S side of a crop, h w grid of patches, D channels.
 """
@@ -33,7 +33,7 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRecipe:
-    """How a head is trained; sizes in pixels, steps counted in whole batches."""
+    """Settings of a head's training; sizes in pixels, a step is a whole effective batch."""
 
     crop_size: int
     image_size: int
@@ -65,8 +65,8 @@ class HeadRecipe:
 class HeadTraining:
     """One training of a head on a frozen net; the net is in evaluation mode, under its autocast.
 
-    `name` begins the files in `folder` and the lines printed; a checkpoint is taken up only where
-    `recipe`, data, step of the net and the net itself are those that it was written with.
+    The files in `folder` and the printed lines begin with `name`. A training resumes from a
+    checkpoint only if `recipe`, data, `key` and the net itself are unchanged.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class HeadTraining:
 
     @torch.enable_grad()
     def run(self) -> PixelHead:
-        """The head after the last step; every rank must call this."""
+        """Train to the last step and return the head; every rank must call this."""
         recipe, identity = self.recipe, self._identity()
         first = self._resume(identity)
         self._start_log(first)
@@ -137,7 +137,7 @@ class HeadTraining:
         return self.head
 
     def _gradients(self, batches: Iterator) -> Tensor:
-        """Gradients of one step, summed over its micro-batches and all ranks; its loss."""
+        """Compute a step's gradients over its micro-batches and all ranks; returns its loss."""
         parts = []
         for _ in range(self.accumulation):
             images, targets, seeds = next(batches)
@@ -183,7 +183,7 @@ class HeadTraining:
         )
 
     def _identity(self) -> Tensor:
-        """What this net makes of noise [D]: tells whether a checkpoint was trained on its maps."""
+        """The net's mean feature [D] of fixed noise, which identifies the net of a checkpoint."""
         size = self.recipe.crop_size
         noise = torch.randn(1, 3, size, size, generator=Generator().manual_seed(0))
         return patches_of(self.net, noise.to(self.device)).mean(dim=(0, 1, 2)).cpu()

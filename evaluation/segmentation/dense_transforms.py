@@ -1,4 +1,4 @@
-"""What the per-pixel linear probe does to an image and its mask before the net sees them.
+"""Transforms of images and masks for the per-pixel linear probe.
 
 Letters: H W size as stored, S side of a crop.
 """
@@ -22,7 +22,7 @@ Pair = tuple[Image.Image, np.ndarray]
 
 
 class ClassTable:
-    """Labels as stored <-> the classes 0 .. C - 1 that are told apart; ignored labels are 255.
+    """Maps stored labels to classes 0 .. C - 1 and back; ignored labels become class 255.
 
     For ADE20K, whose label 0 is ignored, this is what others call reducing the zero label.
     """
@@ -43,7 +43,7 @@ class ClassTable:
 
 
 class Pairs:
-    """A segmentation data set as the loaders take images: an image and its mask at once."""
+    """A segmentation data set for the loaders of images: each item is an image and its mask."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset = dataset

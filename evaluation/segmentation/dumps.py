@@ -1,4 +1,4 @@
-"""Features and predictions of all ranks in one file each, as the published probe leaves them."""
+"""Write features and predictions of all ranks to one file each, as the published probe does."""
 
 import os
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ def dump_features(
 ) -> None:
     """Write {"features": {split: float32 [N, D]}, "labels": {split: uint8 [N, p^2]}}; collective.
 
-    The folder must be one that all ranks share. Nothing is held in memory but a chunk: the matrix
-    is put together in a file beside, which rank 0 maps while it saves.
+    All ranks must share the folder. Only one chunk is in memory at a time: the matrix is assembled
+    in a file beside `path`, which rank 0 maps while it saves.
     """
     partial: list[Path] = []
     saved: dict[str, dict[str, Tensor]] = {"features": {}, "labels": {}}
@@ -55,12 +55,12 @@ def gather_predictions(store: PatchStore, own: Tensor) -> Tensor:
     everyone = torch.zeros(store.total_rows, own.shape[1], dtype=torch.uint8)
     everyone[store.numbers(torch.arange(store.num_rows))] = own
     for block in everyone.split(65536):
-        torch.distributed.all_reduce(block)  # the others' share is zero
+        torch.distributed.all_reduce(block)  # every rank has zeros in the rows of the others
     return everyone
 
 
 def _write_rows(path: Path, rows: Tensor, numbers: Tensor) -> None:
-    """Put rows at their numbers; those of one image lie side by side."""
+    """Write rows at the places of their numbers; consecutive rows are written at once."""
     row_bytes = rows.shape[1] * rows.dtype.itemsize
     breaks = (numbers.diff() != 1).nonzero().flatten().add(1).tolist()
     with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""The patches a classifier learns from: those of one or more stores whose label counts.
+"""The patches that a classifier is fitted to: those of one or more stores with a counted label.
 
 Letters: m patches of a chunk, D width, B queries, k neighbours, p pixels a side of a patch.
 """
@@ -16,10 +16,10 @@ from utils.errors import UserError
 
 
 class FitRows:
-    """Patches of all `stores`, one after the other, standardised as they are read.
+    """The patches of all `stores`, one after the other, standardised as they are read.
 
-    A patch is dropped where its most frequent label is ignored; ignored pixels of the others stay.
-    Of all patches every `subsampling`-th counts, before that.
+    Only every `subsampling`-th of all patches is kept, and none whose most frequent label is
+    ignored; ignored pixels of other patches stay.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FitRows:
         return self.stores[0].shape.dim if rotation is None else rotation.shape[1]
 
     def chunks(self, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(features [m, D], patch labels [m] uint8, numbers [m]) of this rank, chunk by chunk.
+        """Yield (features [m, D], patch labels [m] uint8, numbers [m]) of this rank in chunks.
 
         Numbers count the patches of all stores and ranks; they and the labels are on the host.
         """
@@ -73,9 +73,10 @@ class FitRows:
                 yield features, store.patch_labels[places], store.numbers(places) + offset
 
     def pixel_labels(self, numbers: Tensor) -> Tensor:
-        """Labels [B, k, p^2] of the patches `numbers` [B, k], the same on every rank; collective.
+        """Pixel labels [B, k, p^2] of the patches `numbers` [B, k]; a collective call.
 
-        Each patch's labels come from the rank that has them: every rank must ask for the same.
+        Each patch's labels come from the rank that has them, so every rank must pass the same
+        numbers.
         """
         pixels = self.stores[0].shape.pixels_per_patch
         found = torch.zeros(*numbers.shape, pixels, dtype=torch.uint8)
@@ -85,5 +86,5 @@ class FitRows:
             mine = places >= 0
             found[mine] = store.labels[places[mine]]
         if distributed.world_size() > 1:
-            torch.distributed.all_reduce(found)  # the others' share is zero
+            torch.distributed.all_reduce(found)  # every rank has zeros for patches of the others
         return found

@@ -16,7 +16,7 @@ NUM_LABELS = 256
 
 
 class Scores(NamedTuple):
-    """Fractions; a pixel counts where its target is not ignored."""
+    """Scores as fractions, over the pixels whose target is not ignored."""
 
     miou: float  # mean over the labels of targets or predictions: the published figure
     acc: float  # pixels predicted as their target
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
 
 class Confusion:
-    """Counts [L, L] of pixels by target and prediction, added up batch by batch."""
+    """Counts [L, L] of pixels by target and prediction, summed batch by batch."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64, device=device)
@@ -42,9 +42,9 @@ class Confusion:
     def scores(self, ignore_labels: Sequence[int]) -> Scores:
         """Figures over the pixels of all ranks; every rank must call this.
 
-        As published (scikit-learn's macro Jaccard index over the pixels left): a label that only
-        the prediction holds, an ignored one too, counts as IoU 0; a label that neither holds is
-        left out. Raises UserError where no pixel counts.
+        As published (scikit-learn's macro Jaccard index over the pixels that count): a label that
+        occurs only in predictions, even an ignored one, has IoU 0; a label that occurs in neither
+        is left out. UserError if no pixel counts.
         """
         counts = self.counts
         if distributed.world_size() > 1:

@@ -3,11 +3,11 @@
     python -m evaluation.segmentation.memory --patches 3565044 --queries 396116 --dim 1280
     python -m evaluation.segmentation.memory --patches 80000 --queries 8000 --dim 1280 --measure
 
-The model is arithmetic: what stays (labels) and what each phase adds, for features in a file and
-everything on the CPU. On a GPU queries, chunks and similarities are in its memory instead. The
-measurement runs the real store, standardisation, search and fit on synthetic patches in a process
-of its own. Letters: N training patches and Q queries of one process (the test patches are taken to
-be as many), D width, k neighbours.
+The model computes what is held throughout (labels) and what each phase adds, for features in a file
+and everything on the CPU. On a GPU, queries, chunks and similarities are in GPU memory instead. The
+measurement runs the real store, standardisation, search and fit on synthetic patches in its own
+process. Letters: N training patches and Q queries of one process (with as many test patches), D
+width, k neighbours.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def stays(plan: Plan) -> dict[str, int]:
 
 
 def phases(plan: Plan) -> dict[str, dict[str, int]]:
-    """Bytes that each phase adds while it lasts."""
+    """Bytes that each phase adds while it runs."""
     chunk = min(plan.chunk_size, plan.patches)
     matrix = chunk * plan.dim * FLOAT
     moments = min(MOMENT_ROWS, plan.patches) * plan.dim
@@ -84,14 +84,14 @@ def phases(plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def peak(plan: Plan) -> tuple[int, str]:
-    """Bytes at the highest point beside Python and torch themselves, and its phase."""
+    """Peak bytes, without Python and torch themselves, and the phase of the peak."""
     sums = {name: sum(parts.values()) for name, parts in phases(plan).items()}
     highest = max(sums, key=sums.__getitem__)
     return sum(stays(plan).values()) + sums[highest], highest
 
 
 def measure(plan: Plan, scratch: Path | None = None) -> dict[str, dict[str, float]]:
-    """Peak bytes above those after the imports, and seconds, by phase, in a process of its own."""
+    """Peak bytes above those after the imports, and seconds, by phase; runs in its own process."""
     command = [sys.executable, "-m", "evaluation.segmentation.memory", "--worker"]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         settings = json.dumps([plan._asdict(), folder])
@@ -103,7 +103,7 @@ def measure(plan: Plan, scratch: Path | None = None) -> dict[str, dict[str, floa
 
 
 def _work(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
-    """The phases of the probe, one after the other, on synthetic patches."""
+    """Run and measure the phases of the probe, one after the other, on synthetic patches."""
     begin = forget_peak()
     found: dict[str, dict[str, float]] = {"imports": {"bytes": begin, "seconds": 0}}
     device = torch.device("cpu")
@@ -190,7 +190,7 @@ def _print(plan: Plan, measured: dict[str, dict[str, float]] | None) -> None:
 
 
 def main() -> None:
-    """Print the model, and with --measure what the real code needs."""
+    """Print the model, and with --measure the peak of the real code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patches", type=int, default=3_565_044, help="training patches")
     parser.add_argument("--queries", type=int, default=396_116)

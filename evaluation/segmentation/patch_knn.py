@@ -1,8 +1,8 @@
-"""kNN on patches: the pixels of a patch take the labels most of its nearest patches have there.
+"""kNN on patches: each pixel of a patch gets the majority label of the nearest patches there.
 
-Protocol of capi's segmentation probe (Darcet et al. 2025). Training patches are searched where they
-are: every rank holds the queries of all and walks through its own training patches once per
-distance, for all numbers of neighbours together.
+Protocol of capi's segmentation probe (Darcet et al. 2025). Training patches stay on their ranks:
+every rank holds the queries of all ranks and searches its own training patches once per distance,
+for all numbers of neighbours together.
 Letters: Q queries, m training patches of a chunk, D width, k neighbours, P patches of an image,
 p pixels a side of a patch, B patches of a block.
 """
@@ -32,11 +32,11 @@ SEARCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Distance(NamedTuple):
-    """A distance as a similarity of queries, rows and the rows' squared norms: large is near."""
+    """A distance as a similarity of queries, rows and the rows' squared norms; larger is nearer."""
 
     similarity: Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, D], [m, D], [m] -> [B, m]
     normalized: bool = False
-    is_product: bool = False  # of the two features: then a search in bf16 multiplies in bf16
+    is_product: bool = False  # a dot product, which a search in bf16 computes in bf16
 
 
 def _by_product(queries: Tensor, rows: Tensor, squares: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def _by_product(queries: Tensor, rows: Tensor, squares: Tensor) -> Tensor:
 
 
 def _by_square(queries: Tensor, rows: Tensor, squares: Tensor) -> Tensor:
-    # -|q - x|^2 less |q|^2, which is the same for all x.
+    # -|q - x|^2 + |q|^2: the last term is the same for all x, so the order stays.
     return torch.addmm(-squares, queries, rows.T, alpha=2)
 
 
@@ -68,12 +68,12 @@ DISTANCES = {
 class PatchKnn:
     """The kNN classifier and its grid: num_neighbors x distances, in this order.
 
-    search_precision: fp32, or bf16 as octic-vits: features are rounded, cosine and inner product
-    are multiplied in bf16, the other distances computed in fp32. chunk_size: training patches
-    compared at once with query_batch queries. query_gb: queries held at once by every rank; more
-    take several passes over the training patches.
-    Departs from capi and octic-vits: fp32 unless asked, because bf16 leaves a dozen distinct
-    similarities among the 30 nearest, whose order at the cut is then the device's.
+    search_precision: fp32, or bf16 as in octic-vits, which rounds features to bf16 and computes
+    cosine and inner product in bf16, other distances in fp32. chunk_size: training patches compared
+    at once with query_batch queries. query_gb: GB of queries that every rank holds at once; more
+    queries take several passes over the training patches.
+    Departs from capi and octic-vits: fp32 by default, because in bf16 the 30 nearest have only a
+    dozen distinct similarities, and which of them make the cut then depends on the device.
     """
 
     name = "knn"
@@ -142,7 +142,10 @@ class PatchKnn:
     def fit_and_predict(
         self, rows: FitRows, queries: PatchStore, key: str, *, device: torch.device
     ) -> Iterator[tuple[slice, Tensor]]:
-        """(own places, labels [B, p^2]) of the queries at one point; every rank must exhaust it."""
+        """Yield (own places, labels [B, p^2]) of the queries at one grid point.
+
+        Every rank must exhaust this.
+        """
         k, distance = self.points[key]
         for share, predictions in self.predictions(
             rows, queries, distance=distance, ks=[k], device=device
@@ -159,10 +162,10 @@ class PatchKnn:
         ks: Sequence[int],
         device: torch.device,
     ) -> Iterator[tuple[slice, dict[int, Tensor]]]:
-        """(own places, labels [B, p^2] by k) of this rank's queries in order, on `device`.
+        """Yield (own places, labels [B, p^2] by k) of this rank's queries in order, on `device`.
 
-        A collective generator: every rank must exhaust it. A k beyond the number of training
-        patches is cut to it.
+        A collective generator: every rank must exhaust it. A k above the number of training patches
+        is lowered to it.
         """
         votes = {k: min(k, rows.count) for k in ks}
         if max(ks) > rows.count and distributed.is_main():
@@ -195,7 +198,7 @@ class PatchKnn:
         k: int,
         device: torch.device,
     ) -> Tensor:
-        """Numbers [Q, k], on the host, of the patches nearest to those of images first..last."""
+        """Numbers [Q, k], on the host, of the patches nearest to those of images [first, last)."""
         metric, rounded = DISTANCES[distance], SEARCH_DTYPES[self.search_precision]
         dtype = rounded if metric.is_product else torch.float32
 
@@ -230,8 +233,8 @@ class PatchKnn:
 def vote(labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
     """The most frequent of the first k labels [B, k, p^2] at each pixel, for each k; uint8.
 
-    The smallest on ties. One pass serves all k: with each neighbour only its own label's count
-    grows, so the best label so far stays the best or gives way to this one.
+    On ties it is the smallest. One pass serves all k: each neighbour raises only the count of its
+    own label, so the best label is either unchanged or that one.
     """
     planes = labels.transpose(0, 1).contiguous()
     count_dtype = torch.uint8 if len(planes) < NUM_LABELS else torch.int32
@@ -264,7 +267,7 @@ def _gather_queries(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Prepared features [Q, D] of the images first..last, of all ranks, on every rank."""
+    """Prepared features [Q, D] of the images [first, last), of all ranks, on every rank."""
     per_image, world = queries.shape.patches_per_image, queries.world
     everyone = torch.zeros((last - first) * per_image, rows.dim, dtype=dtype, device=device)
     own = everyone.view(last - first, per_image, rows.dim)[(queries.rank - first) % world :: world]
@@ -277,5 +280,5 @@ def _gather_queries(
         part.copy_(prepare(features).view(part.shape))
     if world > 1:
         for block in everyone.split(GATHERED_ROWS):
-            torch.distributed.all_reduce(block)  # the others' share is zero
+            torch.distributed.all_reduce(block)  # every rank has zeros in the rows of the others
     return everyone

@@ -29,12 +29,12 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 class PatchLogreg:
     """The classifier and its grid of C, the inverse strength of the L2 penalty.
 
-    Classes are the labels that are some training patch's most frequent one. hold_gb: standardised
-    patches kept on the device during a fit, by each process; null: half of a GPU's free memory, 2
-    on the CPU. Beyond that every evaluation of the objective reads them anew. warm_start begins
-    each C at the fit of the one before.
-    Departs from capi and octic-vits: torch's L-BFGS instead of cuML's, with the same objective,
-    over all processes at once instead of one C each.
+    The classes are the labels that are most frequent in some training patch. hold_gb: GB of
+    standardised patches that each process keeps on the device during a fit; null is half of a GPU's
+    free memory, 2 on the CPU. If they need more, every evaluation of the objective reads them
+    again. warm_start starts the fit of each C from the one before.
+    Departs from capi and octic-vits: torch's L-BFGS instead of cuML's, with the same objective, and
+    all processes fit one C together instead of one C each.
     """
 
     name = "logreg"
@@ -63,7 +63,7 @@ class PatchLogreg:
     @property
     def points(self) -> dict[str, float]:
         """The grid by its published keys, in order."""
-        # The bound on line search steps is cuML's setting, and part of the key; ours has its own.
+        # The key includes cuML's bound on line search steps; our line search has its own.
         rest = f"linesearch_max_iter=50_lbfgs_hessian_rank={self.history}"
         return {f"C={C}_max_iter={self.max_iter}_tol={self.tol}_{rest}": C for C in self.C}
 
@@ -104,9 +104,9 @@ class PatchLogreg:
     def fit_and_predict(
         self, rows: FitRows, queries: PatchStore, key: str, *, device: torch.device
     ) -> Iterator[tuple[slice, Tensor]]:
-        """(own places, labels [m, p^2]) of the queries at one C; every rank must exhaust it.
+        """Yield (own places, labels [m, p^2]) of the queries at one C; every rank must exhaust it.
 
-        The classifier stays in `fitted`, under scikit-learn's names.
+        The classifier is kept in `fitted`, under scikit-learn's names.
         """
         batches = hold_batches(rows, device, hold_gb=self.hold_gb)
         moments = self._moments(batches, rows, device)
@@ -155,7 +155,7 @@ class PatchLogreg:
 def predict(
     model: LogisticModel, rows: FitRows, queries: PatchStore, *, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(own places, labels [m, p^2]) of this rank's queries, in order, on `device`."""
+    """Yield (own places, labels [m, p^2]) of this rank's queries, in order, on `device`."""
     classes, pixels = rows.classes.to(device, torch.uint8), queries.shape.pixels_per_patch
     chunks = queries.chunks(rows.chunk_size, device, transform=rows.standardizer)
     for features, places in chunks:
@@ -166,7 +166,10 @@ def predict(
 
 @torch.no_grad()
 def hold_batches(rows: FitRows, device: torch.device, *, hold_gb: float | None = None) -> Batches:
-    """Passes over this rank's (features [m, D], class indices [m]): kept where they fit."""
+    """A function whose calls pass over this rank's (features [m, D], class indices [m]).
+
+    They are kept on the device if they fit, and else read again in each pass.
+    """
     index = torch.zeros(NUM_LABELS, dtype=torch.int64)
     index[rows.classes] = torch.arange(len(rows.classes))
 

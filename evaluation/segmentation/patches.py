@@ -1,4 +1,4 @@
-"""One pass over images and masks: patch tokens and the labels of their pixels, into a store.
+"""Extract patch tokens and the labels of their pixels into a store, in one pass.
 
 Letters: B images, R resolution, H W their size, h w the grid, p pixels a side of a patch, D width.
 """
@@ -25,13 +25,13 @@ from vit.backbone import Backbone
 
 
 def split_images(count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Training and validation images: the first tenth of numpy's seeded permutation validates."""
+    """Training and validation images; the latter are the first tenth of a seeded permutation."""
     order = np.random.RandomState(seed).permutation(count).tolist()
     return order[count // 10 :], order[: count // 10]
 
 
 def shape_of(net: Backbone, num_images: int, resolution: int) -> Shape:
-    """The size of a store; UserError where the patches do not fill the image."""
+    """The shape of a store; UserError if whole patches do not fill the image."""
     side = net.patch_size
     if resolution < side or resolution % side:
         fitting = max(round(resolution / side), 1) * side
@@ -43,7 +43,7 @@ def shape_of(net: Backbone, num_images: int, resolution: int) -> Shape:
 
 
 def resolve_precision(precision: str, net: Backbone) -> str:
-    """`auto` as published on a GPU (bf16), and fp32 elsewhere."""
+    """The precision, where `auto` is bf16 on a GPU, as published, and fp32 elsewhere."""
     if precision != "auto":
         return precision
     return "bf16" if device_of(net).type == "cuda" else "fp32"
@@ -88,7 +88,7 @@ def extract_patches(
         for (images, masks), _, indices in batches:
             features = patch_tokens(net, images.to(device, non_blocking=True))
             labels = label_patches(masks, net.patch_size).flatten(0, 2)
-            check_finite(features, indices, chosen)  # waits for them, as the store does
+            check_finite(features, indices, chosen)  # waits for the device, as the store would
             store.write(start, features.flatten(0, 2), labels, majority_labels(labels))
             start, calls = start + len(labels), calls + 1
         # A sharded net gathers its weights in every call, so all ranks must make the same number.
@@ -133,7 +133,7 @@ def majority_labels(labels: Tensor) -> Tensor:
 
 
 class _Chosen(Pairs):
-    """Some images of a data set, in an order of their own."""
+    """Some images of a data set, in a given order."""
 
     def __init__(self, dataset: SegmentationDataset, order: Sequence[int]) -> None:
         super().__init__(dataset)

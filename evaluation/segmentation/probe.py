@@ -1,8 +1,8 @@
 """The published segmentation probes: kNN and logistic regression on frozen patch tokens.
 
-Protocol of capi (Darcet et al. 2025), which octic-vits took over: images squashed to one size, a
-tenth of the training images chooses the hyper-parameters, the winner learns from all of them and is
-judged on the test images.
+Protocol of capi (Darcet et al. 2025), which octic-vits took over: images are squashed to one size,
+hyper-parameters are chosen on a tenth of the training images, and the best point is refitted on all
+of them and evaluated on the test images.
 """
 
 import json
@@ -42,21 +42,20 @@ CLASSIFIERS = ("logreg", "knn")
 
 
 class SegmentationProbe:
-    """Judge a frozen net by what its patch tokens tell of each pixel; callable as a probe.
+    """Evaluate a frozen net by classifying pixels from its patch tokens; callable as a probe.
 
-    train, test: data sets with masks; `val`, or else a tenth of train, drawn by `seed`, chooses
-    among the points of each classifier's grid. ignore_labels: labels whose pixels count nowhere, by
-    default those of the training set. precision: the net's autocast (auto: bf16 on a GPU, as
-    published, else fp32). Features below `in_memory_gb` per process stay in memory, larger ones in
-    nameless files below `scratch_dir` (default: the output folder) as `feature_dtype`. dump_*:
-    leave features.pth (standardised), preds_<classifier>.pth and classifier.pth in the output
-    folder.
-    Departs from octic-vits: ranks share the search and the fit instead of dealing out grid points,
-    a training patch's features exist once instead of once per rank, the images are in the order of
+    train, test: data sets with masks. Each classifier's grid point is chosen on `val`, or else on a
+    tenth of train, drawn by `seed`. ignore_labels: labels whose pixels do not count, by default
+    those of the training set. precision: the net's autocast (auto: bf16 on a GPU, as published,
+    else fp32). Features, in `feature_dtype`, stay in memory up to `in_memory_gb` per process; more
+    go to unnamed files in `scratch_dir` (default: the output folder). dump_*: write features.pth
+    (standardised), preds_<classifier>.pth and classifier.pth to the output folder.
+    Departs from octic-vits: all ranks work on one grid point together instead of each on its own,
+    the features of a training patch exist once instead of once per rank, images are in the order of
     their names, and kNN compares in fp32.
     """
 
-    splits = ()  # of the config's data: this probe has its own
+    splits = ()  # no split of the config's data: this probe has its own data sets
 
     def __init__(
         self,
@@ -104,10 +103,10 @@ class SegmentationProbe:
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
     ) -> dict[str, float]:
-        """Extract, choose, refit, judge; every rank must call this. Returns percentages by name.
+        """Extract, choose, refit, evaluate; every rank must call this. Returns percentages by name.
 
-        Writes `results_eval_segmentation.json` and `config_eval_segmentation.yaml` as capi does,
-        anew after each classifier, and `results.json`.
+        After each classifier it writes `results_eval_segmentation.json` and
+        `config_eval_segmentation.yaml`, as capi does, and `results.json`.
         """
         folder, device = Path(output_dir), device_of(net)
         self.precision = resolve_precision(self.precision, net)
@@ -135,7 +134,7 @@ class SegmentationProbe:
 
     @contextmanager
     def _extracted(self, net: Backbone, folder: Path) -> Iterator[dict[str, PatchStore]]:
-        """This rank's patches of the parts train, val and test, for the duration of the block."""
+        """This rank's patches of train, val and test, for a `with` block."""
         val = self.train if self.val is None else self.val
         sources = {"train": self.train, "val": val, "test": self.test}
         orders = {name: list(range(len(source))) for name, source in sources.items()}
@@ -208,7 +207,7 @@ class SegmentationProbe:
         chosen = next(iter(classifier.points))
         if len(classifier.points) > 1:
             grid = classifier.score(rows("train"), stores["val"], device=device)
-            chosen = max(grid, key=lambda key: grid[key].miou)  # the first of equals
+            chosen = max(grid, key=lambda key: grid[key].miou)  # the first one on a tie
         confusion = Confusion(device)
         kept = torch.empty(test.labels.shape if self.dump_predictions else 0, dtype=torch.uint8)
         parts = rows("train", "val")
@@ -227,7 +226,7 @@ class SegmentationProbe:
         return chosen, grid, confusion.scores(self.ignore_labels)
 
     def _outcome(self, chosen: str, grid: Mapping[str, Scores], scores: Scores) -> dict[str, Any]:
-        """What results.json holds of one classifier, in percent."""
+        """The entry of one classifier in results.json, in percent."""
         names = self.test.class_names
         return {
             "miou": 100 * scores.miou,
@@ -272,7 +271,7 @@ class SegmentationProbe:
         }
 
     def _config(self, folder: Path) -> dict[str, object]:
-        """The settings under their published names, and what these leave out."""
+        """The settings under their published names, and some that these lack."""
         settings = self.protocol
         return {
             "train_dataset_name": settings["train"],

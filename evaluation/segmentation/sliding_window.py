@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side: every `stride`, the last one moved back to fit."""
+    """Start positions of windows along one side: every `stride`, the last one moved back to fit."""
     count = -(-max(length - window, 0) // stride) + 1
     return [min(number * stride, length - window) for number in range(count)]
 
@@ -29,7 +29,10 @@ def slide(
     stride: int,
     batch_size: int,
 ) -> Tensor:
-    """Mean logits [C H W] over the windows [n 3 S S] -> [n C S S] that see a pixel of [3 H W]."""
+    """Logits [C H W] of an image [3 H W], averaged at each pixel over the windows that contain it.
+
+    predict: windows [n 3 S S] to logits [n C S S].
+    """
     height, width = image.shape[-2:]
     places = corners(height, width, window, stride)
     total: Tensor | None = None

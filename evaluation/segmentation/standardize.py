@@ -1,4 +1,4 @@
-"""Standardisation of patch features: fitted in one pass over chunks, applied as they are read.
+"""Standardise patch features: fitted over chunks, and applied to features as they are read.
 
 Letters: m patches of a chunk, D width.
 """
@@ -24,7 +24,7 @@ Chunks = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Standardizer:
-    """x -> (x - mean) / scale, then rotated; float32 [D] or [D, D'], None leaves a step out."""
+    """x -> (x - mean) / scale, then rotated; float32 [D] or [D, D'], None skips a step."""
 
     mean: Tensor | None = None
     scale: Tensor | None = None
@@ -55,10 +55,10 @@ class _Moments(NamedTuple):
 def fit_standardizer(
     method: str, chunks: Chunks, *, dim: int, device: torch.device | str = "cpu"
 ) -> Standardizer:
-    """Fit over all ranks' rows; every rank must call this. `method` is scikit-learn's word.
+    """Fit over the rows of all ranks; every rank must call this. `method` is one of METHODS.
 
-    center_div divides the centred features by one deviation, that of all entries about their one
-    mean, plus 1e-8. Moments are sums in float64.
+    They are scikit-learn's, but center_div divides the centred features by one standard deviation,
+    of all entries about their common mean, plus 1e-8. Moments are sums in float64.
     """
     if method not in METHODS:
         raise ValueError(f"unknown standardization {method!r}; known: {', '.join(METHODS)}")
@@ -81,7 +81,7 @@ def fit_standardizer(
 def _measure(
     chunks: Chunks, dim: int, device: torch.device | str, *, with_covariance: bool
 ) -> _Moments:
-    """Moments about the mean of rank 0's first chunk, so that nothing large cancels."""
+    """Moments, summed about the mean of rank 0's first chunk to avoid cancellation."""
     pivot = torch.zeros(dim, dtype=torch.float64, device=device)
     for chunk in chunks():
         pivot = chunk.mean(0, dtype=torch.float64)
@@ -112,7 +112,7 @@ def _measure(
 
 
 def _scale(moments: _Moments) -> Tensor:
-    """Deviations; 1 for columns whose variance is rounding, by scikit-learn's bound."""
+    """Standard deviations; 1 where a variance is within rounding, by scikit-learn's bound."""
     eps = torch.finfo(torch.float64).eps
     bound = (
         moments.num_rows * eps * moments.variance + (moments.num_rows * moments.mean * eps).square()
@@ -123,8 +123,8 @@ def _scale(moments: _Moments) -> Tensor:
 def _rotation(moments: _Moments, *, whiten: bool) -> Tensor:
     """Principal axes as columns, largest first; at most as many as rows, as scikit-learn does.
 
-    The largest entry of an axis is positive, there too: which of the two signs `eigh` gives is the
-    device's choice.
+    The sign of an axis, which `eigh` leaves to the device, makes its largest entry positive, as in
+    scikit-learn.
     """
     assert moments.covariance is not None
     variances, axes = torch.linalg.eigh(moments.covariance)
@@ -139,10 +139,10 @@ def _rotation(moments: _Moments, *, whiten: bool) -> Tensor:
 
 
 def _robust(chunks: Chunks, dim: int, device: torch.device | str) -> Standardizer:
-    """Median and distance of the quartiles, by column.
+    """Standardise by the median and the distance of the quartiles of each column.
 
-    Departs from scikit-learn: of more than 65,536 rows about as many, drawn at random, give the
-    quantiles, because exact ones need all rows at once; a quartile's rank errs by some 0.2 %.
+    Departs from scikit-learn: above 65,536 rows the quantiles are those of a random sample of about
+    that size, because exact ones need all rows at once; a quartile's rank is off by some 0.2 %.
     """
     counts = torch.tensor(sum(map(len, chunks())), dtype=torch.float64, device=device)
     count = int(_sum_over_ranks(counts))

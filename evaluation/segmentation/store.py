@@ -1,4 +1,4 @@
-"""Features and labels of patches: held in memory, or in a file that is read chunk by chunk.
+"""Stores features and labels of patches, in memory or in a file that is read in chunks.
 
 Each rank keeps the patches of its own images (rank, rank + world, ... of the list). A patch's
 number is its place among those of all ranks: image by image, rows of the grid one after the other.
@@ -27,23 +27,23 @@ class MemoryRows:
         self.rows = torch.empty(count, dim, dtype=dtype)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Put rows, on any device and of any float type, at `start`."""
+        """Write rows, on any device and of any float type, at `start`."""
         self.rows[start : start + len(rows)] = rows.to(self.rows)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, not to be changed: they are the matrix itself."""
+        """A view of the rows [start, stop), which must not be modified."""
         return self.rows[start:stop]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.rows = self.rows[:0].clone()
 
 
 class FileRows:
-    """Such a matrix in a nameless file below `folder`, which goes with the process however it ends.
+    """A matrix [n, D] in an unnamed file in `folder`, which vanishes when the process ends.
 
-    Reads are positional and copied: a mapped file would count as memory of the process, and several
-    readers would move one another's position.
+    Reads copy, because a mapped file would count as memory of the process; and they are positional,
+    because several readers would move a shared file position.
     """
 
     def __init__(self, count: int, dim: int, dtype: torch.dtype, folder: Path) -> None:
@@ -61,14 +61,14 @@ class FileRows:
             ) from None
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Put rows, on any device and of any float type, at `start`."""
+        """Write rows, on any device and of any float type, at `start`."""
         data, offset = _bytes_of(rows.to("cpu", self.dtype).contiguous()), start * self.row_bytes
         while data:
             done = os.pwrite(self.file, data, offset)
             data, offset = data[done:], offset + done
 
     def read(self, start: int, stop: int) -> Tensor:
-        """A copy of the rows start..stop."""
+        """A copy of the rows [start, stop)."""
         rows = torch.empty(stop - start, self.dim, dtype=self.dtype)
         data, offset = _bytes_of(rows), start * self.row_bytes
         while data:
@@ -78,14 +78,14 @@ class FileRows:
         return rows
 
     def close(self) -> None:
-        """Give the room on the disk back."""
+        """Free the space on disk."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
 
 
 class Shape(NamedTuple):
-    """What fixes the size of a store."""
+    """The numbers that determine the size of a store."""
 
     num_images: int  # of all ranks
     patches_per_image: int  # P
@@ -119,7 +119,7 @@ class PatchStore:
         return self.shape.num_images * self.shape.patches_per_image
 
     def write(self, start: int, features: Tensor, labels: Tensor, patch_labels: Tensor) -> None:
-        """Put patches at the rank's own places from `start` on."""
+        """Write patches at this rank's places from `start` on."""
         share = slice(start, start + len(features))
         self.rows.write(start, features)
         self.labels[share], self.patch_labels[share] = labels, patch_labels
@@ -132,9 +132,9 @@ class PatchStore:
         keep: Tensor | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features [m, D] float32 on `device`, own places [m]) of at most `size` patches.
+        """Yield (features [m, D] float32 on `device`, own places [m]) of at most `size` patches.
 
-        `keep` [n] leaves patches out; `transform` is applied to what is left.
+        Patches where `keep` [n] is False are left out; `transform` is applied to the others.
         """
         for start in range(0, self.num_rows, size):
             stop = min(start + size, self.num_rows)
@@ -150,20 +150,20 @@ class PatchStore:
             yield (transform(features) if transform else features), places
 
     def numbers(self, places: Tensor) -> Tensor:
-        """Numbers among all ranks' patches of the rank's own places."""
+        """Numbers, among the patches of all ranks, of this rank's places."""
         per_image = self.shape.patches_per_image
         images = places.div(per_image, rounding_mode="floor") * self.world + self.rank
         return images * per_image + places % per_image
 
     def own_places(self, numbers: Tensor) -> Tensor:
-        """This rank's places of patch numbers, -1 where another rank has the patch."""
+        """This rank's places of patch numbers; -1 if another rank has the patch."""
         per_image = self.shape.patches_per_image
         images = numbers.div(per_image, rounding_mode="floor")
         places = images.div(self.world, rounding_mode="floor") * per_image + numbers % per_image
         return places.where(images % self.world == self.rank, -1)
 
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Free memory and disk."""
         self.rows.close()
 
 

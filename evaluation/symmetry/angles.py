@@ -1,8 +1,8 @@
-"""A net under rotations by any angle, which no grid of pixels allows exactly.
+"""Measure a net under rotations by any angle, which a grid of pixels does not allow exactly.
 
-An image is cut to its inscribed disc, turned by bilinear interpolation, and cut again. Beside each
-error stands a control: the image turned there and back, which only interpolation has changed, twice
-as against once. What exceeds it by far is the net's own.
+An image is cut to its inscribed disc, turned by bilinear interpolation, and cut again. Each error
+has a control: the image turned there and back, which is changed by interpolation alone, twice
+instead of once. An error far above its control is due to the net.
 Letters: B images, H side in pixels, h w grid of patches, D channels.
 """
 
@@ -31,7 +31,7 @@ class AngleError(NamedTuple):
 
 
 def angles_of(step: float) -> list[float]:
-    """Every `step` degrees below 360; none for 0."""
+    """Angles every `step` degrees below 360; none for step 0."""
     if not 0 <= step <= 180:
         raise UserError(f"angle_step is {step} degrees; it must lie between 0 (none) and 180")
     return [index * step for index in range(round(360 / step + 0.5 - 1e-9))] if step else []
@@ -58,9 +58,9 @@ def angle_errors(
 
 
 def rotate(images: Tensor, angle: float) -> Tensor:
-    """Turn images [... H H] counter-clockwise about their centre; zero comes in from outside.
+    """Turn images [... H H] counter-clockwise about their centre, filled with zeros.
 
-    The whole quarter turns of an angle are exact, only the rest is interpolated (bilinear).
+    Whole quarter turns are exact; only the rest of the angle is interpolated (bilinear).
     """
     quarters, rest = divmod(angle % 360, 90)
     turned = images.rot90(int(quarters), dims=(-2, -1))
@@ -80,7 +80,7 @@ def disc(height: int, width: int, margin: float = 0.0, *, like: Tensor) -> Tenso
 
 
 def _cut(images: Tensor) -> Tensor:
-    """Zero, the mean colour of normalised images, outside the disc."""
+    """Set images to zero, the mean colour of normalised images, outside the disc."""
     height, width = images.shape[-2:]
     return images * disc(height, width, like=images)
 
@@ -92,7 +92,7 @@ def _compare(still: Features, turned: Features, control: Features, angle: float)
     expected, found, there_and_back = (
         part.movedim(-1, 1) for part in (still.patches, turned.patches, control.patches)
     )
-    # Cells at the rim are interpolated with what lies outside.
+    # Leave out cells at the rim, which are interpolated with values from outside the disc.
     height, width = expected.shape[-2:]
     inside = disc(height, width, 1.0, like=expected)
     back = rotate(rotate(there_and_back, angle), -angle)

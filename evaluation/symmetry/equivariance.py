@@ -1,9 +1,9 @@
-"""How far a net is from the law f(g x) = g f(x), for the symmetries g of the square.
+"""Measure how far a net is from the law f(g x) = g f(x), for the symmetries g of the square.
 
-Two questions. Of any net: does its class token stay when the image is turned, and do its patches
-turn along, at the end and after each layer? Of a net with an octic half: does every layer of that
-half obey the law of its own group, which mixes channels too? The latter reads the net's `group`
-(elements and matrices); no group is known here.
+For any net: whether its class token stays the same when the image is turned, and its patches turn
+along, at the end and after each layer. For a net with an octic half: whether every layer of that
+half obeys the law of its own group, which also mixes channels. The group (elements and matrices) is
+that of the net's `group`; this module knows none.
 Letters: B images, T tokens, P prefix tokens, h w grid of patches, D channels, G order of the group.
 """
 
@@ -25,7 +25,7 @@ BLOCKS = ("blocks", "net.blocks", "net.encoder.layers", "net.encoder.layer")
 
 
 class Group(Protocol):
-    """What is read of a net's group: elements, each with a `name`, and how they mix channels."""
+    """The parts of a net's group that are used: elements, each with a `name`, and matrices."""
 
     elements: Iterable
 
@@ -35,7 +35,7 @@ class Group(Protocol):
 
 
 class OcticNet(Backbone, Protocol):
-    """What is read of a net with an octic half."""
+    """The attributes of a net with an octic half that are used."""
 
     group: Group
     switch: int
@@ -51,12 +51,12 @@ class TurnError(NamedTuple):
 class LayerError(NamedTuple):
     """Relative errors of one layer's tokens by element; None for elements its group lacks."""
 
-    octic: bool  # whether g mixes channels as the net's group says; else it only moves patches
+    octic: bool  # whether g also mixes channels, by the net's group; else it only moves patches
     errors: dict[str, float | None]
 
 
 class Measured(NamedTuple):
-    """A net under symmetries: each layer, and its end."""
+    """Errors of a net under symmetries, after each layer and at the end."""
 
     layers: dict[str, LayerError]  # "patch_embed", "blocks.0", ...
     turns: dict[str, TurnError]  # by element
@@ -75,11 +75,11 @@ def measure(
     elements: Sequence[str] = tuple(SYMMETRIES),
     shown: bool = False,
 ) -> Measured:
-    """Errors after each layer and at the end, of any net, by element.
+    """Errors of any net after each layer and at the end, by element.
 
-    `images` [B 3 H H] are square. The layers are `patch_embed` (tokens and positions included) and
-    `blocks.i`, before the final norm; of nets without blocks of tokens, `features.i` of all that
-    `features` gives. The entry of the identity is 0: the net is deterministic.
+    `images` [B 3 H H] are square. The layers are `patch_embed` (with prefix tokens and positions)
+    and `blocks.i`, before the final norm; for nets without blocks of tokens, `features.i` for all
+    maps from `features`. The identity's error is 0, as the net is deterministic.
     """
     matrices = _channel_matrices(net, images.dtype)
     turns: dict[str, TurnError] = {}
@@ -103,9 +103,9 @@ def measure(
 
 
 def layer_errors(net: Backbone | OcticNet, images: Tensor) -> dict[str, dict[str, float]]:
-    """Error of the law after each layer of the octic half: layer -> element -> relative error.
+    """Relative error of the law after each layer of the octic half: layer -> element -> error.
 
-    Empty for a net without a group. The elements are those of its group.
+    The elements are those of the net's group; empty for a net without a group.
     """
     if not _is_octic(net):
         return {}
@@ -123,12 +123,12 @@ def octic_only(layers: Mapping[str, LayerError]) -> dict[str, dict[str, float]]:
 
 
 def worst_error(errors: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Largest error of `layer_errors` over layers and elements; None where there are none."""
+    """Largest error of `layer_errors` over layers and elements; None if there are none."""
     return greatest(error for by_element in errors.values() for error in by_element.values())
 
 
 def greatest(errors: Iterable[float | None]) -> float | None:
-    """The largest of errors; NaN if there is one, which no comparison finds; None of none."""
+    """The largest error; NaN if any is NaN, which max() may miss; None if there are none."""
     found = [error for error in errors if error is not None]
     return next((error for error in found if math.isnan(error)), max(found, default=None))
 
@@ -137,9 +137,9 @@ def greatest(errors: Iterable[float | None]) -> float | None:
 def logit_errors(
     net: nn.Module, images: Tensor, *, elements: Sequence[str] = tuple(SYMMETRIES)
 ) -> dict[str, tuple[float, float]]:
-    """For each element the relative change of the logits, and the share of classes that stay.
+    """For each element, the relative change of logits and the share of unchanged predictions.
 
-    The share is NaN where logits are not finite.
+    The share is NaN if logits are not finite.
     """
     with evaluating(net) as device:
         images = images.to(device)

@@ -1,4 +1,4 @@
-"""The equivariance report of one or several nets: what experiments/test_equivariance.py runs."""
+"""The equivariance report of one or several nets (experiments/test_equivariance.py runs it)."""
 
 import sys
 from collections.abc import Mapping
@@ -41,15 +41,15 @@ class Report(NamedTuple):
     measured: Measured
     logits: dict[str, tuple[float, float]]  # empty for a net without a classifier
     angles: dict[float, AngleError]
-    claimed: float | None  # largest error where the net claims a law; None: it claims none
+    claimed: float | None  # largest error of the laws that the net claims; None: it claims none
     image_size: int
 
 
 def report(config: Mapping[str, Any]) -> dict[str, Any]:
     """Measure every net of the config, print tables, write results.json and two pictures.
 
-    Reads the keys of configs/equivariance.yaml. Leaves with code 1 and one line where a net that
-    claims a law breaks it. Every rank may call this; the first one measures.
+    Reads the keys of configs/equivariance.yaml. Exits with code 1 and one line if a net breaks a
+    law that it claims. Every rank must call this; the first one measures.
     """
     config = dict(plain(config))
     figures: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_images(config: Mapping[str, Any], size: int) -> Tensor:
-    """The images [B 3 size size] that `images` of a config names."""
+    """The images [B 3 size size] that the key `images` of a config names."""
     count, source = config["num_images"], str(config["images"])
     if source == "random":
         if count < 1:
@@ -101,7 +101,7 @@ def _measure(node: Mapping[str, Any], config: Mapping[str, Any], device: torch.d
     angles = angles_of(config["angle_step"])
     with full_float32_products(device):
         measured = measure(net, images, shown=True)
-        # torchvision's classifiers take their own size alone.
+        # torchvision's classifiers take only images of their own size.
         classifies = num_classes_of(net) > 0 and size == own_size
         logits = logit_errors(net, images) if classifies else {}
         by_angle = angle_errors(net, images, angles, shown=True)
@@ -121,7 +121,7 @@ def _shake(net: nn.Module, deviation: float, seed: int) -> None:
 def _claimed(
     net: Any, measured: Measured, logits: Mapping[str, tuple[float, float]]
 ) -> float | None:
-    """The worst error of what must hold: octic layers; of an invariant net its end as well."""
+    """The worst error of the laws that must hold: octic layers, and an invariant net's end."""
     errors = [worst_error(octic_only(measured.layers))]
     if getattr(net, "invariant", False):
         for element in (element.name for element in net.group.elements):
@@ -137,11 +137,11 @@ def _tolerance(config: Mapping[str, Any]) -> float:
 
 
 def _verdict(name: str, part: Report, tolerance: float) -> str | None:
-    """Say how well the law holds; the complaint where it does not."""
+    """Print how well the law holds; returns an error line if it does not."""
     if part.claimed is None:
         say(f"{name}: claims no law")
         return None
-    # Written so that a NaN is a breach as well.
+    # Written so that NaN also counts as a breach.
     if not part.claimed <= tolerance:
         return f"{name} breaks its law: relative error {part.claimed:.1e}, allowed {tolerance:.0e}"
     say(f"{name}: the law holds to {part.claimed:.1e} (allowed {tolerance:.0e})")
@@ -149,7 +149,7 @@ def _verdict(name: str, part: Report, tolerance: float) -> str | None:
 
 
 def _rows(part: Report) -> dict[str, dict[str, float | None]]:
-    """Errors by element of every layer, and of what comes out."""
+    """Errors by element, of every layer and of the outputs."""
     rows = {
         f"{name} ({'octic' if layer.octic else 'plain'})": layer.errors
         for name, layer in part.measured.layers.items()

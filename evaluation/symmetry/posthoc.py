@@ -1,6 +1,6 @@
-"""A trained classifier and what each aggregator makes of it: what experiments/posthoc.py runs.
+"""Make a trained classifier invariant by each aggregator and evaluate it (experiments/posthoc.py).
 
-The wrapper and its training come through the config; here they are called and judged.
+The wrapper and its training are objects of the config.
 """
 
 import copy
@@ -38,7 +38,7 @@ CSV_COLUMNS = ("Model", "Validation Accuracy", "Test Accuracy")
 
 
 class Parts(NamedTuple):
-    """What is trained on, what chooses the epoch, what is judged on."""
+    """The images to train on, to choose the epoch on, and to evaluate on."""
 
     train: ImageDataset
     validation: ImageDataset
@@ -46,10 +46,10 @@ class Parts(NamedTuple):
 
 
 def compare_aggregators(config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Judge a classifier alone and under every aggregator of `config`, trained where asked.
+    """Evaluate a classifier alone and under every aggregator of `config`, trained if asked for.
 
-    Reads the keys of configs/posthoc.yaml. Leaves results.csv, results.json and the trained nets in
-    `output_dir`; of several processes the first one works.
+    Reads the keys of configs/posthoc.yaml. Writes results.csv, results.json and the trained nets to
+    `output_dir`; of several processes only the first one works.
     """
     config = dict(plain(config))
     figures: dict[str, dict[str, float]] = {}
@@ -98,14 +98,14 @@ def _compare(config: dict[str, Any], device: torch.device) -> dict[str, dict[str
 def make_wrapped(
     classifier: nn.Module, config: Mapping[str, Any], parts: Parts, transform: Callable
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The classifier under every aggregator, trained where asked; and the best epoch of those.
+    """The classifier under every aggregator, trained if asked for; and the best epochs of these.
 
-    Where the backbone stays as it is all share it.
+    With trained="none" all of them share one backbone.
     """
     training = build(config["training"])
     wrapped = wrap_all(classifier, config)
     fitted: dict[str, int] = {}
-    embedded = None  # of the backbone as it is, the same for every aggregator
+    embedded = None  # embeddings of the frozen backbone, the same for every aggregator
     for name, net in wrapped.items():
         net.to(device_of(classifier))
         if net.trained != "none":
@@ -126,7 +126,7 @@ def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]
         trained = config["trained"]
         backbone = classifier if trained == "none" else copy.deepcopy(classifier)
         net = build({**config["wrapper"], "aggregator": name}, backbone=backbone, trained="none")
-        # A learned aggregator that has learnt nothing would be noise.
+        # An untrained learned aggregator would give noise.
         if net.aggregator.learned and trained == "none":
             trained = "aggregator"
         try:
@@ -138,10 +138,10 @@ def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def split_data(config: Mapping[str, Any]) -> Parts:
-    """Training, validation and test images; the same ones for the same seed.
+    """Training, validation and test images; the same for the same seed.
 
-    Validation images are those of `validation`, or without it a share of the training images; the
-    published script of MNIST takes them from the test set.
+    Validation images are those of `validation`, or by default a share of the training images; the
+    published MNIST script takes them from the test set.
     """
     sets = [make_data(config["data"], split) for split in ("train", "val")]
     if config["validation"]:
@@ -163,7 +163,7 @@ def split_data(config: Mapping[str, Any]) -> Parts:
 
 
 def _of_classes(dataset: ImageDataset, classes: Sequence[int] | None) -> ImageDataset:
-    """The images of these classes, under their labels as they are."""
+    """The images of these classes, with unchanged labels."""
     if classes is None or dataset.labels is None:
         return dataset
     missing = sorted(set(classes) - set(np.unique(dataset.labels).tolist()))
@@ -188,7 +188,7 @@ def load_classifier(
 
 
 def make_transform(config: Mapping[str, Any], net: Any) -> Callable:
-    """Image to the tensor the net takes: its size, its channels, normalised as asked."""
+    """The transform from an image to the net's input: size, channels and normalisation."""
     size = config["image_size"] or image_size_of(net)
     channels = int(getattr(getattr(net, "net", net), "in_chans", 3))
     mean, std = (
@@ -234,7 +234,7 @@ def judge_together(
 def answers(
     nets: Mapping[str, Any], images: torch.Tensor, shared: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Logits of every net; those of `shared` join the same embeddings, each in its own way."""
+    """Logits of every net; those in `shared` aggregate the same embeddings, each in its own way."""
     found, z = {}, None
     for name, net in nets.items():
         if name in shared:
@@ -246,7 +246,7 @@ def answers(
 
 
 def save(path: Path, net: nn.Module, node: Mapping[str, Any], dataset: ImageDataset) -> None:
-    """Write a trained net with what it was built from, as training runs do."""
+    """Write a trained net with the node it was built from, as training runs do."""
     weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
     export_weights(path, weights, {"constructor": json.dumps(node), **class_metadata(dataset)})
 

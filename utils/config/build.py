@@ -1,12 +1,12 @@
-"""From config nodes to objects, and to nothing but what a short list of packages offers.
+"""Build objects from config nodes, restricted to a short list of packages.
 
-Whoever starts a command adds packages of his own in the environment: OCTIC_PACKAGES=mine,yours. No
-config can, as configs come from other people too.
+The environment variable OCTIC_PACKAGES=mine,yours adds packages of the user. A config cannot add
+any, because configs also come from other people.
 
-A node is a mapping with `_target_` (the dotted name of a class or function), keywords, and, where
-the caller adds the rest later, `_partial_: true`. The constructor's signature is the schema: a
-keyword it does not know, or a value of the wrong kind, is one line that names the place and the
-nearest right word. Knows neither Hydra nor torch, so it works on plain dictionaries too.
+A node is a mapping with `_target_` (the dotted name of a class or function), keywords, and, if the
+caller adds the rest later, `_partial_: true`. The constructor's signature is the schema: an unknown
+keyword or a value of the wrong kind gives a one-line error with the place and the nearest known
+word. This module needs neither Hydra nor torch, so it works on plain dictionaries too.
 """
 
 import difflib
@@ -45,7 +45,7 @@ def build(node: Any, /, **extra: Any) -> Any:
 
 
 def check_targets(node: Any, /, where: str = "") -> None:
-    """Hold the keywords of every target below a node against its signature, building nothing."""
+    """Check the keywords of every target in a node against its signature, without building."""
     node = plain(node)
     if isinstance(node, list):
         for index, value in enumerate(node):
@@ -61,8 +61,8 @@ def check_targets(node: Any, /, where: str = "") -> None:
 def resolve(target: object, where: str = "") -> Callable[..., Any]:
     """The class or function of a dotted name, if it is defined in an allowed package.
 
-    What counts is where the object was defined, not the name that leads to it: `utils.x.os.system`
-    and everything else that a module merely imported is refused.
+    What counts is the module that defines the object, not the dotted name: objects that a module
+    only imported, such as `utils.x.os.system`, are refused.
     """
     prefix = f"{where}: " if where else ""
     refused = f"{prefix}{target!r} cannot be built from a config"
@@ -111,13 +111,13 @@ def own_packages() -> tuple[str, ...]:
 def plain(node: Any) -> Any:
     """An OmegaConf node as dictionaries and lists, interpolations resolved; others as they are."""
     if hasattr(node, "_get_full_key"):
-        omegaconf: Any = sys.modules["omegaconf"]  # it is loaded, as the node is its own
+        omegaconf: Any = sys.modules["omegaconf"]  # already imported, as the node is from it
         return omegaconf.OmegaConf.to_container(node, resolve=True)
     return node
 
 
 def _elsewhere(target: str) -> str:
-    """A hint at the one module of ours that has this name in another folder."""
+    """A hint, if exactly one module of that name lies in another folder of the package."""
     package, *_, stem, name = target.split(".")
     found = list((ROOT / package).rglob(f"{stem}.py")) if package in ALLOWED else []
     if len(found) != 1:
@@ -127,13 +127,16 @@ def _elsewhere(target: str) -> str:
 
 
 def nearest(word: object, known: Iterable[object]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known word resembles the given one."""
+    """`; did you mean 'x'?` for the known word most like the given one; "" if none is like it."""
     found = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def nearest_family(word: str, known: Iterable[str]) -> str:
-    """`nearest` for names of families: those that begin with the word, else begin most like it."""
+    """`nearest` for model names, which prefers names that begin with the word.
+
+    If none is near, up to five names that share its longest beginning of at least three letters.
+    """
     names = list(known)
     if hint := nearest(word, [name for name in names if name.startswith(word)] or names):
         return hint
@@ -145,7 +148,7 @@ def nearest_family(word: str, known: Iterable[str]) -> str:
 
 
 def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The named keywords a target takes."""
+    """The parameters of a target that can be given by name."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in kinds}
 
@@ -194,7 +197,7 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
         raise
     except OutOfRange as error:
         raise UserError(_join(where, error)) from error
-    except Exception as error:  # a value of the right kind that no constructor was made for
+    except Exception as error:  # a value of the right kind that the constructor cannot handle
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + " ".join(str(error).split())) from error
         message = _refused_keyword(error, target) if isinstance(error, TypeError) else None
@@ -217,7 +220,7 @@ def _offered(name: str) -> bool:
 
 
 def _is_timm_model(found: Callable[..., Any]) -> bool:
-    """timm also offers functions that read files: only its models and their factory count."""
+    """Whether it is a model of timm or `create_model`; other functions of timm may read files."""
     if not found.__module__.startswith("timm."):
         return False
     import timm
@@ -245,7 +248,7 @@ def _check_keywords(
 
 
 def _kind(hint: Any) -> str:
-    """An annotation in words."""
+    """An annotation in words, for error messages."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if hint is type(None):
         return "null"
@@ -262,7 +265,7 @@ def _unknown(name: str, key: str, known: Iterable[str]) -> str:
 
 
 def _left_out(unknown: Sequence[str], where: str) -> str:
-    """What to type where a run file was written for another target, seen by several keywords."""
+    """A hint how to drop several unknown keywords, left by a run file for another target."""
     words = " ".join(f"'~{_join(where, key)}'" for key in unknown)
     return f"; to leave out what the file gives another: {words}" if len(unknown) > 1 else ""
 
@@ -276,7 +279,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain config value may stand where `hint` is annotated; True where unclear."""
+    """Whether a plain config value fits the annotation `hint`; True if that cannot be decided."""
     if isinstance(value, dict) and "_target_" in value:
         return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -295,16 +298,19 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return kind in (bool, object)
     if isinstance(value, str) and kind in _COLLECTIONS:
-        return False  # of letters: never meant
+        return False  # a text as a sequence of letters is never meant
     wider = {int: (float,), str: (Path,), list: (tuple, set, frozenset)}.get(type(value), ())
     try:
         return isinstance(value, kind) or kind in wider
-    except TypeError:  # a protocol that cannot be asked
+    except TypeError:  # a protocol that isinstance cannot check
         return True
 
 
 def _refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None:
-    """The line for a keyword that a target, or what it calls, refused, with those it knows."""
+    """The error line for an unexpected keyword of the target or of a function that it calls.
+
+    None if the TypeError is about something else.
+    """
     match = re.search(
         r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
     )
@@ -313,14 +319,14 @@ def _refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None
     name, key = match.groups()
     frame, found = error.__traceback__, getattr(target, "func", target)
     found = found if getattr(found, "__name__", "") == name else None
-    while frame is not None:  # the caller knows the class or function under its name
+    while frame is not None:  # look the name up in the globals of the calling frames
         found = frame.tb_frame.f_globals.get(name, found)
         frame = frame.tb_next
     return _unknown(name, key, keywords_of(found)) if callable(found) else str(error)
 
 
 def place_of(error: BaseException) -> str:
-    """The last line of ours that a traceback passes, in brackets behind a space."""
+    """` (file:line)` of the last line of this repository in a traceback; "" if there is none."""
     place, frame = "", error.__traceback__
     while frame is not None:
         file = Path(frame.tb_frame.f_code.co_filename).resolve()
@@ -331,7 +337,7 @@ def place_of(error: BaseException) -> str:
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame is a file of ours: then the message is meant for the user."""
+    """Whether the innermost frame lies in this repository: then the message is meant for users."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,4 +1,4 @@
-"""`--check`: what a config would build and what that costs, without data, memory or a GPU."""
+"""`--check`: show what a config would build and its cost, without data, memory or a GPU."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class UnreadImages:
-    """Stands for the data set: ImageNet's length, and nothing to read."""
+    """A stand-in for the data set, with ImageNet's length and no images."""
 
     def __len__(self) -> int:
         return 1_281_167
@@ -21,7 +21,7 @@ class UnreadImages:
 def check(config: Any) -> None:
     """Validate every target, build the networks, print the config and their cost.
 
-    Raises `UserError` for what a constructor refuses.
+    Raises `UserError` if a constructor, or the run itself, would refuse the config.
     """
     import yaml
 
@@ -36,7 +36,7 @@ def check(config: Any) -> None:
 def describe(content: dict[str, Any]) -> list[str]:
     """Lines with parameters and multiply-adds of the networks, and the batch.
 
-    Raises `UserError` for what a run of this config would refuse before it reads data.
+    Raises `UserError` for settings that a run would refuse before it reads data.
     """
     from utils.config.settings import check_settings
     from utils.flops import count_one_image
@@ -85,8 +85,7 @@ def describe(content: dict[str, Any]) -> list[str]:
 def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
     """The backbone and the recipe (None without one) on the meta device: shapes without memory.
 
-    The optimiser is made as well, for what it refuses. All are built under their keys, which the
-    complaints then name.
+    The optimiser is built as well, so that its errors show. Error messages name the config keys.
     """
     import torch
 
@@ -97,7 +96,7 @@ def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
         if not content.get("recipe"):
             return factory(), None
         node = dict(content["recipe"])
-        # Held against the processes to be, not against this one.
+        # It is for the run's number of processes, not for this one; `describe` checks it.
         if (node.get("effective_batch_size") or 0) > 0:
             node["effective_batch_size"] = None
         recipe = _factory("recipe", node)(backbone=factory, dataset=UnreadImages())
@@ -112,11 +111,11 @@ def _factory(key: str, node: dict[str, Any]) -> Any:
 
 
 def crop_size(content: dict[str, Any], net: "nn.Module") -> int:
-    """Side in pixels of the images the backbone mostly sees: the recipe's global crops."""
+    """Side in pixels of the images: the recipe's global crops, else what the net is built for."""
     crops = (content.get("recipe") or {}).get("crops") or {}
     size = crops.get("global_crops_size") or content["backbone"].get("img_size")
     default: dict[str, Any] = getattr(net, "default_cfg", {}) or {}
-    if isinstance(size, list):  # of a net that takes height and width; most see squares
+    if isinstance(size, list):  # [height, width]; most nets take squares
         size = size[0]
     return int(size or default.get("input_size", (3, 224, 224))[-1])
 

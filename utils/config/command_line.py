@@ -1,6 +1,6 @@
-"""Flags of single commands: each is another name of one key of the command's config.
+"""Flags of single commands: each is another name for one key of the command's config.
 
-What a command's own flags leave over is read by `utils.config.flags`, as for every script.
+`utils.config.flags` reads the remaining words, with the flags that all scripts share.
 """
 
 import os
@@ -24,7 +24,8 @@ Read = TypeVar("Read")
 class Option(NamedTuple):
     """A flag: the key it sets, what it means, and its value (None: the next word).
 
-    Text is quoted on its way into the config; `text=False` lets a number or a list be one.
+    Values are quoted as text on their way into the config, unless `text=False`, which keeps numbers
+    and lists.
     """
 
     key: str
@@ -34,20 +35,20 @@ class Option(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A command line, sorted."""
+    """A command line sorted into its parts."""
 
-    places: list[str]  # words that stand for themselves, such as an output folder
+    places: list[str]  # positional words, such as an output folder
     overrides: list[str]  # key=value, and flags that are not the command's, in their order
-    notes: list[str]  # what is said of flags that have no effect
+    notes: list[str]  # one line per flag without effect
 
 
 def read_command(
     argv: Sequence[str] | None, read: Callable[[list[str]], Read], *, page: str
 ) -> Read:
-    """What `read` makes of a command line, that of this process where argv is None.
+    """The result of `read` for a command line; argv=None is that of this process.
 
-    --help prints `page` first; `parse_config` goes on with the flags of all scripts. A UserError of
-    `read` is one line and exit code 2.
+    --help prints `page` first; `parse_config` then adds the flags of all scripts. A UserError of
+    `read` prints one line and exits with code 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(words):
@@ -59,7 +60,7 @@ def read_command(
 
 
 def refuse_unknown_flags(argv: Sequence[str], options: Mapping[str, Option]) -> None:
-    """UserError for a flag that is neither of `options` nor of all scripts, with the nearest."""
+    """UserError, with the nearest flag, for one that neither `options` nor all scripts have."""
     known = {*options, *TAKES_VALUE, "--help", *(name for flag in FLAGS for name in flag.names)}
     for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if name not in known:
@@ -77,10 +78,10 @@ def read_words(
 ) -> Words:
     """Sort `[words] [flags] [key=value ...]`; flags of other commands pass as they are.
 
-    same: other spellings of flags. ignored: flags without an effect, and why. num_places: words
-    that may stand for themselves; with none they pass too. spell: overrides for a flag's value
-    where they are not simply key=value. Raises UserError for a flag without its value and for one
-    word too many.
+    same: other spellings of flags. ignored: flags without effect, and why. num_places: how many
+    positional words are allowed; if 0, they pass as they are. spell: the overrides for a flag and
+    its value, or None if they are simply key=value. Raises UserError for a flag without its value,
+    a value for a flag that takes none, and a positional word too many.
     """
     words, found, same, ignored = list(argv), Words([], [], []), same or {}, ignored or {}
     while words:
@@ -109,9 +110,9 @@ def read_words(
 
 
 def take_value(name: str, inline: str, words: list[str], told: str = "") -> str:
-    """The value of a flag: what stands behind its =, else the next word, taken out of `words`.
+    """The value of a flag: the text after its =, else the next word, which is removed from `words`.
 
-    told: what the error of a flag without a value says besides.
+    told: what the UserError for a missing value adds.
     """
     value = inline or (words.pop(0) if words else "")
     if not value or (not inline and value.startswith("--")):
@@ -120,27 +121,27 @@ def take_value(name: str, inline: str, words: list[str], told: str = "") -> str:
 
 
 def backbone_words(name: str) -> list[str]:
-    """Overrides for a model: our config of that name, else timm's model or one of the hub.
+    """Overrides for a model name: our config of that name, else a model of timm or of a hub.
 
-    UserError for a name of none of them.
+    UserError for an unknown name.
     """
     if not (CONFIGS / "backbone" / f"{name}.yaml").is_file():
-        import timm  # late: --help and our own models need none of it
+        import timm  # late, as --help and our own models do not need it
 
         if ":" in name or timm.is_model(name.split(".")[0]):
             return ["backbone=timm", f"backbone.model_name={quoted(name)}"]
-        if "," not in name:  # a list of them is no sweep without -m, as the config will say
+        if "," not in name:  # a list needs -m; parsing the config reports that
             raise UserError(f"--model: {unknown_model(name)}")
     return [f"backbone={name}"]
 
 
 def spell_model(name: str, value: str) -> list[str] | None:
-    """`spell` of a command whose only flag that is not simply key=value is --model."""
+    """`spell` for `read_words`, where --model is the only flag that is not simply key=value."""
     return backbone_words(value) if name == "--model" else None
 
 
 def unknown_model(name: str) -> str:
-    """That there is no such model, neither of ours nor of timm's, and which ones are like it."""
+    """The error line for an unknown model, with the nearest names of ours and of timm."""
     import timm
 
     ours = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
@@ -149,15 +150,15 @@ def unknown_model(name: str) -> str:
 
 
 def names_backbone(words: Sequence[str]) -> bool:
-    """Whether overrides or a config file say which net; without them the weights may."""
+    """Whether overrides or a config file name the net; if not, the weights may."""
     named = ("backbone=", "backbone._target_=", "--config", "--model")
     return any(word.lstrip("+").startswith(named) for word in words)
 
 
 def folder_of_model(words: Sequence[str], name: str) -> list[str]:
-    """The override that gives the results of a named model a folder of its own below runs/`name`.
+    """The override that puts the results of a named model into their own folder in runs/`name`.
 
-    Nothing where the words say where to write, or name no model.
+    Empty if the words already name a folder, or if they name no model.
     """
     values = dict(word.partition("=")[::2] for word in words)
     model = values.get("backbone.model_name", values.get("backbone", ""))
@@ -169,7 +170,7 @@ def folder_of_model(words: Sequence[str], name: str) -> list[str]:
 
 
 def help_page(rows: Mapping[str, str], *, usage: str = "") -> str:
-    """What --help prints before the flags and keys of all scripts; rows: flag -> what it means."""
+    """The text of --help before the flags and keys of all scripts; rows: flag -> meaning."""
     lines = [f"{sys.modules['__main__'].__doc__ or ''}"]
     lines += [f"usage: {usage}", ""] if usage else []
     lines.append("flags of this command (they come before those below of the same name):")
@@ -181,13 +182,13 @@ def help_page(rows: Mapping[str, str], *, usage: str = "") -> str:
 def meanings(
     options: Mapping[str, Option], ignored: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The rows of `help_page` for flags, and for those without an effect."""
+    """The rows of `help_page` for options, and for ignored flags with the reason."""
     rows = {name: f"{option.help} ({option.key})" for name, option in options.items()}
     return rows | {name: f"accepted: {why}" for name, why in (ignored or {}).items()}
 
 
 def tell(notes: Sequence[str]) -> None:
-    """Print notes on a command line, once where torchrun started several processes with it."""
+    """Print notes on a command line, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(note)

@@ -1,9 +1,9 @@
-"""From the command line to a composed, checked config: the one door through which settings come in.
+"""Compose and check a config from the command line; every setting of a run comes in here.
 
 `python experiments/x.py --config-file FILE [flags] [key=value ...]`. FILE may be a run file of ours
-anywhere on disk, the `config.yaml` of a saved run, or a YAML in DINOv2's own words
-(`utils.config.vocabulary`). Hydra and OmegaConf are imported late, so `--help` answers at once and
-`build` works where they are not installed.
+anywhere on disk, the `config.yaml` of a saved run, or a YAML with DINOv2's own keys
+(`utils.config.vocabulary`). Hydra and OmegaConf are imported late, so that `--help` answers at once
+and `build` works without them.
 """
 
 import os
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 def parse_config(
     default: str, argv: list[str] | None = None, *, base: str = "train", runs: str = ""
 ) -> "DictConfig":
-    """The config the command line asks for; a mistake prints one line and leaves with code 2.
+    """The config that the command line asks for; a mistake prints one line and exits with code 2.
 
-    `default`: the run file (below `configs/`) taken without `--config-file`. `base`: the file below
-    `configs/` whose keys are all there are. `runs`: folder below `configs/` with a run file per
-    model, which `--model X` alone then takes. `--check` prints the config and the networks' cost,
-    and leaves.
+    `default`: the run file (below `configs/`) without `--config-file`. `base`: the file below
+    `configs/` that has all known keys. `runs`: a folder below `configs/` with a run file per model;
+    `--model X` without `--config-file` takes that of X. `--check` prints the config and the
+    networks' cost, and exits.
     """
     try:
         arguments = read_arguments(argv, default, base)
@@ -55,9 +55,9 @@ def parse_config(
 def compose_config(
     file: str | Path, overrides: list[str] | None = None, *, base: str = "train"
 ) -> "DictConfig":
-    """Compose a file with overrides `key=value`; interpolations resolved, every key known.
+    """Compose a file with overrides `key=value`; resolves interpolations and refuses unknown keys.
 
-    Keys below a `_target_` may be any keyword: `check_targets` and `build` hold them against the
+    Keys beside a `_target_` may be any keyword: `check_targets` and `build` check them against the
     constructor. Raises `UserError` with one line for whatever is wrong.
     """
     from omegaconf import DictConfig, OmegaConf
@@ -87,7 +87,7 @@ def compose_config(
 
 
 def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:
-    """Whether `launcher=X` chooses what a saved run has, with keys that the choice would lose."""
+    """Whether `launcher=X` names the launcher of a saved run, whose other keys it would reset."""
     from omegaconf import OmegaConf
 
     kind = OmegaConf.select(saved, "launcher.kind", throw_on_missing=False)
@@ -95,7 +95,7 @@ def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:
 
 
 def _compose(path: Path, words: list["Override"]) -> "DictConfig":
-    """Compose with Hydra; keys no file mentions are refused unless they are a target's keywords."""
+    """Compose with Hydra; refuses keys that no file has, except keywords beside a `_target_`."""
     groups = [word for word in words if is_group(word)]
     lines = [word.input_line or "" for word in groups]
     config = _hydra(path, lines)
@@ -111,7 +111,7 @@ def _compose(path: Path, words: list["Override"]) -> "DictConfig":
 
 
 def _check_chosen(groups: list["Override"], config: "DictConfig") -> None:
-    """Refuse the choice of a group that comes to nothing, as a run file's null outlasts it."""
+    """Refuse a group choice without effect, because the run file sets that group to null."""
     from omegaconf import OmegaConf
 
     for word in groups:
@@ -132,7 +132,10 @@ def _hydra(path: Path, lines: list[str]) -> "DictConfig":
 
 
 def _compose_and_swap(path: Path, words: list["Override"], base: str) -> "DictConfig":
-    """A saved run has no defaults list, so no groups to choose: put freshly composed ones in."""
+    """Compose a saved run, with the chosen groups composed anew and put in their places.
+
+    A saved config has no defaults list, so Hydra cannot choose groups in it.
+    """
     from omegaconf import OmegaConf
 
     groups = [word.package or word.key_or_group for word in words if is_group(word)]
@@ -148,7 +151,7 @@ def _compose_and_swap(path: Path, words: list["Override"], base: str) -> "DictCo
 def _compose_translated(
     content: "DictConfig", words: list["Override"], path: Path, base: str
 ) -> "DictConfig":
-    """A file in DINOv2's words: overrides in these words join it before it is translated."""
+    """Translate a DINOv2 config and compose it; overrides of DINOv2's keys are applied first."""
     from omegaconf import OmegaConf
 
     theirs = [word for word in words if vocabulary.is_theirs(word.key_or_group)]
@@ -191,7 +194,7 @@ def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
 def _add_defaults(
     config: "DictConfig", content: dict[str, Any], schema: dict[str, Any], base: str
 ) -> None:
-    """Give a config, as one saved before there was a key, that key with its default."""
+    """Add keys that an older saved config lacks, with their defaults."""
     from omegaconf import OmegaConf
 
     lacking = [
@@ -228,7 +231,7 @@ def _schema(base: str) -> dict[str, Any]:
     content = content_of(OmegaConf.load(CONFIGS / f"{base}.yaml"))
     for entry in content.pop("defaults", []):
         for group in entry if isinstance(entry, dict) else ():
-            # Also where the file itself refines the group: its targets answer for their keywords.
+            # Even if the file itself sets keys of the group: the constructors check keywords.
             content[group.split("@")[-1].split(".")[0]] = None
     for group in ("launcher", "cluster", "data"):
         fixed: dict[str, Any] = {}
@@ -243,7 +246,7 @@ def _schema(base: str) -> dict[str, Any]:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """Every complaint of YAML, OmegaConf and Hydra as a `UserError` of one line."""
+    """Turn every error of YAML, OmegaConf and Hydra into a `UserError` of one line."""
     import yaml
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
@@ -272,11 +275,11 @@ def _one_line(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{message}") from error
     except RecursionError:
         raise UserError(f"{path}: bad YAML: a part of it contains itself") from None
-    except ValueError as error:  # Hydra's word on a defaults list of the wrong shape
+    except ValueError as error:  # from Hydra, for a malformed defaults list
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # what Hydra was not made for
+    except Exception as error:  # input that makes Hydra itself fail
         said = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path}: cannot be composed: {type(error).__name__}: {said}") from error
 

@@ -1,7 +1,7 @@
-"""The flags of DeiT's training code, as overrides of the run files in configs/deit/.
+"""Translate the flags of DeiT's training code into overrides of the run files in configs/deit/.
 
-Flags that are other names of one key, and take what it takes, are in `utils.config.flags`; here are
-those whose values are words of DeiT's, those that go together, and those without an effect.
+Flags that are simply other names for a config key are in `utils.config.flags`. Here are those with
+DeiT's own values, those that depend on each other, and those without effect.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,7 +128,7 @@ REFUSED = {
 
 
 def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config a training's command line asks for; a mistake is one line and exit code 2."""
+    """The config of a training's command line; a mistake prints one line and exits with code 2."""
     rows = {name: f"{own.help} ({own.key})" for name, own in OPTIONS.items()}
     page = help_page(rows | {name: f"accepted: {why}" for name, (_, why) in NO_EFFECT.items()})
     words, notes = read_command(argv, read_deit_training, page=page)
@@ -138,10 +138,9 @@ def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides for `[flags] [key=value ...]`, and notes; what is not DeiT's passes as it is.
+    """Overrides and notes for `[flags] [key=value ...]`; words that are not DeiT's pass unchanged.
 
-    Raises UserError for a flag without its value, a value that is none of its words, and a flag
-    whose meaning is not offered.
+    Raises UserError for a flag without its value, an unknown value, and a flag that is not offered.
     """
     given, rest, notes = _sort(argv)
     words = [
@@ -169,12 +168,12 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             ]
         else:
             words += [word for name in augmentation for word in _words(name, augmentation[name])]
-    # In front, so that a spelt-out key=value has the last word.
+    # In front, so that an explicit key=value takes precedence.
     return [*words, *rest], notes
 
 
 def _sort(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
-    """The flags of this file with their values, all other words, and notes."""
+    """Split a command line: flags of this file with their values, all other words, and notes."""
     waiting, given, rest, notes = list(argv), dict[str, list[str]](), list[str](), list[str]()
     while waiting:
         word = waiting.pop(0)
@@ -209,7 +208,7 @@ def _take(name: str, count: int, inline: str, waiting: list[str]) -> list[str]:
 
 
 def _resumed(inline: str, waiting: list[str]) -> list[str]:
-    """DeiT's --resume names a file; here it is the folder of a run."""
+    """The words for --resume, which here takes a run folder, not a file as in DeiT."""
     follows = not inline and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]
     given = waiting.pop(0) if follows else inline
     if not given:
@@ -226,13 +225,13 @@ def _words(name: str, values: Sequence[str]) -> list[str]:
     key = OPTIONS[name].key
     if not values:
         return [key]
-    if name == "--drop" and _is_zero(values[0]):  # what every network has, if it knows the word
+    if name == "--drop" and _is_zero(values[0]):  # 0 is every network's default, if it has dropout
         return []
     return [f"{key}={_value(*values)}"]
 
 
 def _value(*values: str) -> str:
-    """A value in the grammar of overrides: numbers bare, text quoted, two as a list."""
+    """A value in Hydra's override grammar: numbers bare, text quoted, several as a list."""
     if len(values) > 1:
         return f"[{','.join(map(_value, values))}]"
     try:
@@ -288,7 +287,7 @@ def _optimizer_words(given: dict[str, list[str]]) -> list[str]:
 
 
 def _mixing_words(given: dict[str, list[str]]) -> list[str]:
-    """Without mixup and CutMix nothing is mixed, whatever else is said of it."""
+    """Turn mixing off if neither mixup nor CutMix is on, whatever the other mixing flags are."""
     both = [given.get(name, ["1"])[0] for name in ("--mixup", "--cutmix")]
     if "--cutmix-minmax" in given or not all(map(_is_zero, both)):
         return []
@@ -298,13 +297,13 @@ def _mixing_words(given: dict[str, list[str]]) -> list[str]:
 
 
 def _loss_words(given: Mapping[str, list[str]], rest: Sequence[str]) -> list[str]:
-    """Labels are smoothed for the cross entropy, which DeiT takes unless --bce-loss is said."""
+    """Choose the cross entropy for --smoothing, as DeiT does unless --bce-loss is given."""
     smooth = not _is_zero(given.get("--smoothing", ["0"])[0])
     return ["recipe.loss=ce"] if smooth and "--bce-loss" not in rest else []
 
 
 def _distillation_words(given: dict[str, list[str]]) -> list[str]:
-    """The whole node of the teacher; without a type there is none, as in DeiT."""
+    """The teacher's whole node; without --distillation-type there is no teacher, as in DeiT."""
     own = {name: given.pop(name)[0] for name in list(given) if _is_distillation(name)}
     kind = _one_of("--distillation-type", own.get("--distillation-type", "none"), DISTILLATIONS)
     if kind == "none":

@@ -1,4 +1,4 @@
-"""Where config files are: on disk as given, or below `configs/`."""
+"""Find config files, on disk as given or below `configs/`."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def find_file(file: str | Path) -> Path:
-    """A config file as given, or below `configs/`; with or without its ending.
+    """The path of a config file, as given or below `configs/`; `.yaml` may be left out.
 
-    UserError where there is none, or a folder on the way may not be entered.
+    UserError if there is no such file, or if a folder on the way cannot be entered.
     """
     try:
         return _found(file)
@@ -20,7 +20,7 @@ def find_file(file: str | Path) -> Path:
 
 
 def run_of_model(overrides: list[str], runs: str) -> str | None:
-    """`runs/X.yaml` where the backbone X is asked for and has such a file."""
+    """`runs`/X.yaml for the last override backbone=X that has such a file; None without one."""
     models = [word.removeprefix("backbone=") for word in overrides if word.startswith("backbone=")]
     named = [f"{runs}/{model}.yaml" for model in models if runs]
     return next((file for file in reversed(named) if (CONFIGS / file).is_file()), None)

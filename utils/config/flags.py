@@ -1,4 +1,4 @@
-"""The flags of every experiment script: each is another name of one config key."""
+"""The flags of every experiment script: each is another name for one config key."""
 
 import argparse
 import re
@@ -121,7 +121,7 @@ FLAGS = (
         ("--output-dir", "--output_dir"),
         "output_dir",
         "run folder; %%j becomes the Slurm job id",
-        expanduser,  # a shell does it where no --output-dir= stands before it
+        expanduser,  # a shell expands ~ only where the path is a word of its own
     ),
     Flag(
         ("--resume",), "training.resume", "continue the run of the folder (the default)", None, True
@@ -165,7 +165,7 @@ FLAGS = (
 )
 
 
-# What every experiment reads before its own words (slurm/command.py); here for `--help`.
+# Options that slurm/command.py reads for every experiment; listed here for `--help`.
 _COMMON: dict[tuple[str, ...], dict[str, Any]] = {
     ("-m", "--multirun"): {
         "action": "store_true",
@@ -183,10 +183,10 @@ _COMMON: dict[tuple[str, ...], dict[str, Any]] = {
 
 
 class Arguments(NamedTuple):
-    """What the command line asks for: a file, overrides of its keys, and whether to run."""
+    """A parsed command line: a file, overrides of its keys, and whether only to check them."""
 
     config_file: str | None
-    overrides: list[str]  # flags first, so that a spelt-out key=value has the last word
+    overrides: list[str]  # flags first, so that an explicit key=value takes precedence
     check: bool = False
 
 
@@ -196,7 +196,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_arguments(argv: list[str] | None, default: str, base: str = "train") -> Arguments:
-    """Read flags and `key=value` words in any order; `--help` prints and leaves.
+    """Read flags and `key=value` words in any order; `--help` prints and exits.
 
     Raises `UserError` for an unknown flag, with the nearest one, and for words that are neither.
     """
@@ -279,7 +279,7 @@ def _dest(flag: Flag) -> str:
 
 
 def _epilog() -> str:
-    """The groups with their options, and the run files, as the folder has them."""
+    """The groups with their options, and the run files, as found below configs/."""
     lines = ["groups, chosen by group=option, and files for --config-file:"]
     for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
         options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
@@ -310,16 +310,16 @@ def _quoted(value: Any, flag: Flag) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text in the grammar of overrides."""
+    """Text quoted for Hydra's override grammar."""
     return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
 
 
 def with_quotes(word: str) -> str:
-    """How a shell is to be given text that is no list, number or mapping."""
+    """A hint how to quote a word whose value is text with special characters, in a shell."""
     key, _, value = word.partition("=")
     if not re.fullmatch(r"[\w.@/+~-]+", key) or value[:1] in ("", "'", '"', "[", "{"):
-        key, value = "key", "value"  # what was meant is anyone's guess
+        key, value = "key", "value"  # a placeholder, as the intended text is unclear
     shown = shlex.quote(f"{key}={quoted(value)}")
-    if not set(value) & set("'\"$`\\!"):  # nothing that double quotes leave to the shell
+    if not set(value) & set("'\"$`\\!"):  # nothing that a shell expands inside double quotes
         shown = f"\"{key}='{value}'\""
     return f"text with special characters needs quotes of its own: {shown}"

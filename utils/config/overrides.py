@@ -1,7 +1,7 @@
-"""Words `key=value` and `group=option` of a command line, as Hydra wants them.
+"""Translate words `key=value` and `group=option` of a command line into Hydra's overrides.
 
-Hydra takes no key that the composed config lacks; here it does where a constructor decides what it
-takes, and an unknown one is told with the nearest that there is.
+Hydra refuses keys that the composed config lacks. Here they are accepted beside a `_target_`, whose
+constructor checks them; other unknown keys are refused with a hint at the nearest known one.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ _OPEN = (*_FREE, "probes")  # a mapping given to these may have new keys
 
 
 def parse_words(words: list[str]) -> list["Override"]:
-    """Read them; `UserError` for what no command line can say."""
+    """Parse the words; `UserError` for a word that is malformed or not allowed."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -49,13 +49,13 @@ def parse_words(words: list[str]) -> list["Override"]:
 
 
 def is_group(override: "Override") -> bool:
-    """Whether `group=option` chooses a file: the group is a folder, and the value a plain word."""
+    """Whether the override `group=option` chooses a file: the group is a folder of configs/."""
     value = override.value()
     return (CONFIGS / override.key_or_group).is_dir() and isinstance(value, (str, int, float, list))
 
 
 def known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any]) -> str:
-    """The override as Hydra wants it; `UserError` with the nearest key if it does not exist.
+    """The override as a line for Hydra; `UserError` with the nearest key if the key is unknown.
 
     earlier: values of the overrides before this one.
     """
@@ -66,11 +66,11 @@ def known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any
         return line
     words = override.value()
     if key in _OPEN and isinstance(words, dict):
-        return f"++{line}"  # its keys join those of the files
+        return f"++{line}"  # merge its keys into those of the files
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
     if node is None and earlier.get(parent) is not None and not override.is_delete():
-        return f"++{line}"  # of a mapping that was just put in place of null
+        return f"++{line}"  # a key of a mapping that an earlier override put in place of null
     if earlier.get(parent, "") is None or _is_null(config, parent):
         raise UserError(
             f"{key!r} has no place: {parent} is null here; first say what it is: "
@@ -81,14 +81,14 @@ def known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any
             builds = isinstance(words, dict) and (_builds(words) or _builds(node[name]))
             return f"++{line}" if builds else line  # as below
         if "_target_" in node and not override.is_delete():
-            return f"++{line}"  # a keyword the file leaves at its default; its constructor decides
+            return f"++{line}"  # a keyword that the file leaves out; the constructor checks it
     if parent in _FREE:
         return f"++{line}"
     raise UserError(f"unknown key {key!r}{nearest_key(key, content_of(config))}")
 
 
 def content_of(config: Any) -> dict[str, Any]:
-    """A config as plain dicts and lists, interpolations as they stand."""
+    """A config as plain dicts and lists, with interpolations unresolved."""
     from omegaconf import OmegaConf
 
     content = OmegaConf.to_container(config, resolve=False)
@@ -96,7 +96,7 @@ def content_of(config: Any) -> dict[str, Any]:
 
 
 def _builds(node: Any) -> bool:
-    """Whether a mapping, or one below it, has a target, whose constructor says what it takes."""
+    """Whether a mapping or one nested in it has a `_target_`, whose constructor checks its keys."""
     from omegaconf import DictConfig
 
     if not isinstance(node, dict | DictConfig):

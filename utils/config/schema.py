@@ -1,4 +1,4 @@
-"""Which keys a config may have, and of what kind: read off a file that has them all."""
+"""Check a config's keys, and the kinds of their values, against a file that has them all."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from utils.config.build import nearest
 from utils.errors import UserError
 
-# Mappings of names that the user may choose, in whatever file has them.
+# Mappings, in any config file, whose keys are names that the user chooses.
 NAMES = ("models", "methods", "twins", "keywords")
 
 
@@ -16,8 +16,8 @@ def compare(
 ) -> None:
     """Refuse keys the schema lacks, and values of another kind than the schema's.
 
-    A schema value of None takes anything, also a whole group whose `_target_` answers for its
-    keywords; so do further names in `NAMES`.
+    A schema value of None accepts anything, such as a group whose constructor checks its keywords.
+    Mappings in `NAMES` also accept new names with any value.
     """
     for key, value in content.items():
         if key not in schema and prefix.rstrip(".") in NAMES:
@@ -39,7 +39,7 @@ def compare(
 
 
 def same_kind(value: Any, default: Any) -> bool:
-    """Whether a value may stand where `default` stands; null and interpolations always may."""
+    """Whether a value is of the kind of `default`; null and interpolations fit anywhere."""
     if default is None or value is None or (isinstance(value, str) and "${" in value):
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -52,7 +52,7 @@ def same_kind(value: Any, default: Any) -> bool:
 
 
 def kind(default: object) -> str:
-    """A kind of value in words."""
+    """The kind of a value in words, for error messages."""
     words = {
         bool: "true or false",
         int: "a whole number",
@@ -64,7 +64,7 @@ def kind(default: object) -> str:
 
 
 def line_of(source: Path, key: str) -> str:
-    """`:LINE` of a dotted key in a YAML file, or nothing where the file has no such key."""
+    """`:LINE` of a dotted key in a YAML file, or "" if the file has no such key."""
     import yaml
 
     node, line = yaml.compose(source.read_text()), ""
@@ -78,7 +78,7 @@ def line_of(source: Path, key: str) -> str:
 
 
 def nearest_key(key: str, content: Mapping[str, Any]) -> str:
-    """A hint at the key of `content`, dotted, that was meant; empty where none is near."""
+    """A hint at the nearest dotted key of `content`, or at one with the same last name; else ""."""
     known = list(_flat(content))
     same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     return nearest(key, known) or (f"; did you mean {same_name[0]!r}?" if same_name else "")

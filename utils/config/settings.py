@@ -1,4 +1,4 @@
-"""What `training`, `checkpoint` and the rest outside of any constructor may say."""
+"""Checks of `training`, `checkpoint` and other config keys that no constructor checks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +17,10 @@ _COUNTS = {
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
-    """UserError for a value without a meaning in a training's config, as far as nothing is built.
+    """UserError for a value that makes no sense in a training config; builds nothing.
 
-    A run asks this before it begins, and so do `--check` and whoever submits it. A saved config may
-    lack newer keys.
+    Runs at the start of a training, with `--check` and before a job is submitted. A saved config
+    may lack newer keys.
     """
     _check_parts(config)
     try:
@@ -42,7 +42,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
 
 
 def _check_parts(config: Mapping[str, Any]) -> None:
-    """UserError where something that a training is made of is missing, or no constructor."""
+    """UserError if a part of a training is missing or is not a node with a `_target_`."""
     for name in ("recipe", "backbone", "optimizer", "data"):
         if not config[name]:
             raise UserError(f"{name} must be given, not {config[name]!r}")
@@ -64,6 +64,6 @@ def _check_parts(config: Mapping[str, Any]) -> None:
 
 
 def check_max_steps(most: Any) -> None:
-    """UserError unless `training.max_steps` is null or counts steps."""
+    """UserError unless `training.max_steps` is null or a whole number from 1."""
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
         raise UserError(f"training.max_steps must be a whole number from 1, or null, got {most!r}")

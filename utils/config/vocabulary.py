@@ -1,8 +1,8 @@
-"""Run files in the words of the DINOv2 code, translated key by key into ours.
+"""Translate run files of the DINOv2 code key by key into ours.
 
-Those files say what differs from a default config of their own, so the translation starts from that
-default's values, whatever ours are. A key that nothing reads there is accepted with a note; one
-that asks for what is not offered, or that does not exist, is refused by name.
+Such a file lists differences from DINOv2's default config, so the translation starts from those
+defaults, not from ours. A key without effect is accepted with a note; an unknown key, or a value
+that is not offered, is refused by name.
 """
 
 import re
@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 
 class Key(NamedTuple):
-    """A key of theirs: default, ours (or None), note on having no effect, values offered."""
+    """A DINOv2 key: its default, our key or None, why it has no effect, the values offered."""
 
     default: Any
     ours: str | None = None
@@ -37,7 +37,7 @@ def _head(theirs: str, ours: str) -> dict[str, Key]:
 
 
 def _precision() -> dict[str, Key]:
-    """compute_precision: all parts share one here, read off the student's backbone."""
+    """The keys of compute_precision; all parts share one precision, of the student's backbone."""
     note = "all parts share training.precision and training.sharding, taken from student.backbone"
     keys = {}
     for net, reduce in (("teacher", "fp16"), ("student", "fp32")):
@@ -123,7 +123,7 @@ TABLE: dict[str, Key] = {
     "evaluation.eval_period_iterations": Key(12500, "probe_every"),
 }
 _SECTIONS = {key.split(".")[0] for key in TABLE}
-# What changes only the speed is ours unless the file says otherwise.
+# Keys that change only the speed keep our default unless the file sets them.
 _SPEED = {"train.num_workers"}
 _SIZES = ("small", "base", "large", "huge")
 _ARCHS = {
@@ -138,17 +138,17 @@ _ARCHS = {
 
 
 def is_theirs(key: str) -> bool:
-    """Whether a dotted key is one of DINOv2's sections."""
+    """Whether a dotted key belongs to one of DINOv2's sections."""
     return key.split(".")[0] in _SECTIONS
 
 
 def is_text(key: str) -> bool:
-    """Whether a key of DINOv2's takes any text, which its command line leaves without quotes."""
+    """Whether a DINOv2 key takes any text; DINOv2's command line needs no quotes around it."""
     return key in TABLE and isinstance(TABLE[key].default, str)
 
 
 def is_dinov2(content: Mapping[str, Any]) -> bool:
-    """Whether a file is written in DINOv2's words: some section of theirs, none of ours."""
+    """Whether a file is a DINOv2 config; UserError if it mixes DINOv2's sections with ours."""
     theirs = [str(key) for key in content if is_theirs(str(key))]
     ours = sorted(
         {"recipe", "backbone", "training", "data", "optimizer", "launcher"} & set(content)
@@ -170,10 +170,10 @@ def translate(
     base: str = "train",
     groups: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Our run file for one of theirs, and a note for each given key that has no effect.
+    """Our run file for a DINOv2 config, and a note for each given key that has no effect.
 
-    `groups`: groups chosen on the command line, which replace what the file says of them.
-    Raises `UserError` for unknown keys and for what is not offered.
+    `groups`: groups chosen on the command line; they replace the file's backbone and data.
+    Raises `UserError` for unknown keys and for values that are not offered.
     """
     given = dict(_leaves(content))
     for key, value in given.items():
@@ -279,10 +279,10 @@ def _put_training(run: dict[str, Any], values: dict[str, Any], given: dict[str, 
 
 
 def _put_data(run: dict[str, Any], string: str) -> None:
-    """Their string for the training images; validation has the same with another split.
+    """Set data.train to DINOv2's dataset string, and data.val to the same with split=VAL.
 
-    Departs from octic-vits: a name in capitals, ${IMAGENET_PATH}, is taken from the environment,
-    because the config keys it names there do not exist.
+    Departs from octic-vits: a name in capitals, such as ${IMAGENET_PATH}, is read from the
+    environment, because the config keys it refers to in octic-vits do not exist.
     """
     string = re.sub(r"\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", string)
     target = "utils.data.strings.parse_dataset"
