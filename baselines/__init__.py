@@ -1,1 +1,1 @@
-"""Other people's methods in our harness: each package one paper, siblings without an edge."""
+"""Methods of other papers: one package per paper; the packages do not import each other."""

@@ -1,6 +1,6 @@
-"""Trunks whose blocks do more than map tokens [B T D] to as many: drop some, or look at the grid.
+"""Trunks whose blocks do more than map tokens [B T D] to as many: they drop some, or use the grid.
 
-Such a trunk says for itself how it runs from images on (`Trunk.run`).
+Such a trunk implements `Trunk.run`, from images on, itself.
 
 Letters in shapes: B images, T tokens, D channels.
 """
@@ -68,6 +68,6 @@ class TappedTrunk(Trunk):
 
 
 def check_sizes(**sizes: int) -> None:
-    """ValueError for sizes that something is divided by, unless they are 1 or more."""
+    """ValueError unless sizes that are used as divisors are 1 or more."""
     for key, size in sizes.items():
         check_count(key, size, 1)

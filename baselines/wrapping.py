@@ -1,7 +1,7 @@
-"""How the wrappers around a classifier make it, and tell whose a word is that nobody knows.
+"""How wrappers build the classifier inside, and report keywords that neither of the two knows.
 
-A wrapper hands on to what it wraps the keywords that are not its own, so a slip in one of its own
-comes to light only there.
+A wrapper passes the keywords that are not its own to the classifier, so a misspelt keyword of the
+wrapper is only noticed there.
 """
 
 import re
@@ -21,9 +21,9 @@ def make_backbone(
     wrapper: str,
     own: Iterable[str],
 ) -> nn.Module:
-    """What is to be wrapped, made with the keywords that are none of the wrapper's `own`.
+    """The net to be wrapped, built with the keywords that are not the wrapper's `own`.
 
-    ValueError for keywords where it is built already, and for one that neither of them knows.
+    ValueError if the net is built already and there are keywords, and for one that neither knows.
     """
     known = sorted(set(own) - {"backbone"})
     if isinstance(backbone, nn.Module):

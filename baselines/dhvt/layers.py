@@ -1,4 +1,4 @@
-"""What a DHVT block has instead of attention and MLP.
+"""The layers that replace attention and MLP in a DHVT block.
 
 Lu et al. 2022, sections 3.3 and 3.4. Letters in shapes: B images, N tokens, h w grid of patches, H
 heads, D channels, E = D / H channels of a head, F hidden channels.
@@ -17,7 +17,7 @@ class HeadInteractedAttention(Attention):
     """Self-attention with a token for each head among the others (HI-MHSA).
 
     t_i = GELU(LN(ht_proj(mean over tokens of head i's channels))) + pos_embed_i, i = 1..H, join the
-    sequence; what comes out of them is averaged and added to the class token.
+    sequence; their outputs are averaged and added to the class token.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HeadInteractedAttention(Attention):
 class DynamicAggregationFeedForward(nn.Module):
     """An MLP of convolutions on the grid, which gates the class token (DAFF).
 
-    patches: conv3(a + GELU(conv2 a)) with a = GELU(conv1 x), a batch norm behind each convolution;
+    patches: conv3(a + GELU(conv2 a)) with a = GELU(conv1 x), a batch norm after each convolution;
     class token: times excitation(GELU(compress(mean of the new patches))), without a sigmoid.
     """
 

@@ -2,11 +2,11 @@
 
 Each function takes any keyword of `DHVT` to override its own. `apply_dhvt=False` gives the plain
 ViT of the same size instead, with patches by one projection and learned positions, as the baseline
-to compare with. What DHVT's code calls `deit_*` are timm's models of these names and are not
-registered again; there, they were DHVTs.
+to compare with. The `deit_*` names of DHVT's code stay timm's models here; in DHVT's code they
+are DHVTs.
 
-Number of heads as published: 4 in both tiny models of CIFAR and DomainNet, 3 in that of ImageNet,
-whose weights `num_heads=3` lets a DomainNet model take.
+Number of heads as published: 4 in both tiny models of CIFAR and DomainNet, 3 in that of ImageNet.
+With `num_heads=3` a DomainNet model accepts the weights of the latter.
 """
 
 from typing import Any

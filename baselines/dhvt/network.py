@@ -1,6 +1,6 @@
 """DHVT: overlapping patch embedding, head tokens, convolutions in the feed-forward; no positions.
 
-Lu et al. 2022. Names of parameters are the published ones, so published weights load as they are.
+Lu et al. 2022. Parameters have the published names, so published weights load unchanged.
 
 Letters in shapes: B images, T tokens, h w grid of patches, D channels.
 """
@@ -24,18 +24,18 @@ DECAYS = ("exempt", "published")
 class DHVT(TappedTrunk):
     """Dynamic hybrid vision transformer.
 
-    The convolutions of stem and blocks tell places apart, so there are no positions, and any grid
-    of whole patches runs as it is, oblong ones too.
+    The convolutions of stem and blocks encode positions, so there are no position embeddings, and
+    any grid of whole patches works unchanged, oblong ones too.
 
-    patch_size: 2, 4 or 16. decay: `exempt` spares class token, positions of head tokens and affine
-    scales of the stem weight decay; `published` the class token alone (and, as ever, vectors).
+    patch_size: 2, 4 or 16. decay: `exempt` exempts class token, positions of head tokens and affine
+    scales of the stem from weight decay; `published` only the class token (vectors never decay).
     sync_batch_norm: which batch norms take the statistics of all GPUs: `all`; `stem`, as published;
     `none`. representation_size: width of a layer with tanh before the head, or none.
 
     Departs from DHVT: the feed-forward's batch norms are synchronised too by default, because
-    statistics would depend on how the batch is dealt out to GPUs; in_chans counts; oblong grids are
-    taken; a distillation token is refused, which could not be built. `baselines.dhvt.models` has
-    the plain ViT that apply_dhvt=false asks for.
+    otherwise statistics depend on how the batch is split over GPUs; in_chans has an effect; oblong
+    grids are accepted; a distillation token, which could not be built, is refused.
+    `baselines.dhvt.models` has the plain ViT of apply_dhvt=false.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class DHVT(TappedTrunk):
         return x, kept
 
     def no_weight_decay(self) -> set[str]:
-        """Names that weight decay spares, beside vectors and biases."""
+        """Names without weight decay, beside vectors and biases."""
         if self.decay == "published":
             return {"cls_token"}
         return {

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics may be those of all processes together."""
+"""Batch norm whose statistics may be computed over all processes."""
 
 import torch
 import torch.distributed as dist
@@ -8,10 +8,10 @@ SYNC = ("all", "stem", "none")
 
 
 def batch_norm(channels: int, *, sync: bool = True) -> nn.BatchNorm2d | nn.SyncBatchNorm:
-    """Batch norm of maps [B C h w]; names of parameters are alike in either form.
+    """Batch norm of maps [B C h w]; parameter names are the same in both forms.
 
     sync: with the statistics of all processes, if the model is built in a process group of several
-    that work on GPUs; elsewhere torch has no synchronised form, and each process takes its own.
+    that use GPUs; elsewhere torch has no synchronised form, and each process uses its own.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if sync and several and torch.cuda.is_initialized():

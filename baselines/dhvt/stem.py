@@ -28,7 +28,7 @@ class Affine(nn.Module):
 class OverlappingPatchEmbed(nn.Module):
     """Images [B C H W] to tokens [B H/p W/p D] by convolutions of stride 2, batch norms and GELUs.
 
-    A GELU stands between two units; patches of 2, with one unit, end in a GELU, as published.
+    A GELU separates two units; patches of 2, with one unit, end in a GELU, as published.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Attention that tells which tokens matter, and the block that drops the others before its MLP.
+"""Attention that also ranks the tokens, and the block that drops some before its MLP.
 
-Letters in shapes: B images, n tokens behind the class token, k of them kept, D channels.
+Letters in shapes: B images, n tokens after the class token, k of them kept, D channels.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from vit.stochastic_depth import add_branch
 
 
 class Attended(NamedTuple):
-    """Attention's output and, where tokens are to be dropped, the kept ones."""
+    """The output of attention and, if tokens are to be dropped, the kept ones."""
 
     x: Tensor  # [B 1+n D]
     kept: Tensor | None = None  # indices [B k], the most important first
@@ -23,15 +23,15 @@ class Attended(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """A block's output; where it dropped tokens, which it kept, and all before they were."""
+    """The output of a block; if it dropped tokens, also the kept ones and all tokens before."""
 
     x: Tensor  # [B 1+n' D]
     kept: Tensor | None = None  # indices [B k]
-    before: Tensor | None = None  # [B 1+n D], behind attention's residual
+    before: Tensor | None = None  # [B 1+n D], after the residual sum of attention
 
 
 class EViTAttention(Attention):
-    """Multi-head self-attention; names of parameters as of any ViT."""
+    """Multi-head self-attention; the parameter names of any ViT."""
 
     def select(self, x: Tensor, num_kept: int | None = None) -> Attended:
         """Attend among tokens [B 1+n D]; `num_kept` asks for the most important ones."""
@@ -49,8 +49,8 @@ class EViTAttention(Attention):
 class EViTBlock(Block):
     """x += attn(norm1 x); drop and fuse tokens; x += mlp(norm2 x), both under stochastic depth.
 
-    fuse_token: what is dropped becomes one more token instead of vanishing. Other options are those
-    of `vit.block.Block`.
+    fuse_token: the dropped tokens become one more token instead of vanishing. Other options are
+    those of `vit.block.Block`.
     """
 
     def __init__(self, dim: int, *, fuse_token: bool = False, **options: Any) -> None:

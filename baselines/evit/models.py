@@ -1,11 +1,11 @@
 """EViTs under their published names, registered with timm.
 
 Each function takes any keyword of `EViT` to override its own, `base_keep_rate`, `drop_loc` and
-`fuse_token` among them. What EViT's code calls `deit_{tiny,small,base}_patch16_224` and
-`deit_base_patch16_384` are timm's models of these names, the same networks with the same names of
-weights; they are not registered again.
+`fuse_token` among them. EViT's `deit_{tiny,small,base}_patch16_224` and `deit_base_patch16_384` are
+timm's models of these names, the same networks with the same names of weights; they are not
+registered again.
 
-Departs from EViT: every model takes base_keep_rate and drop_loc; there most refuse them.
+Departs from EViT: every model accepts base_keep_rate and drop_loc; in EViT's code most fail.
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def deit_base_patch16_shrink_base(pretrained: bool = False, **kwargs: Any) -> nn
 
 @register_model
 def deit_small_patch16_224_shrink_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """EViT-DeiT-S, in the spelling with its resolution."""
+    """EViT-DeiT-S, under the name with its resolution."""
     return _make("deit_small_patch16_224_shrink_base", pretrained, kwargs)
 
 

@@ -1,7 +1,6 @@
-"""EViT: the plain ViT of DeiT some of whose blocks keep only the tokens that matter.
+"""EViT: the plain ViT of DeiT, in which some blocks keep only the most important tokens.
 
-Liang et al. 2022. It has no parameter that a DeiT has not, so weights of one are weights of the
-other.
+Liang et al. 2022. It has the same parameters as a DeiT, so weights of one fit the other.
 
 Letters in shapes: B images, N patches in a grid of h x w, n tokens behind the class token, k of
 them kept, D channels.
@@ -32,20 +31,20 @@ PerBlock = float | Sequence[float] | None
 
 
 class EViT(TappedTrunk, VisionTransformer):
-    """DeiT with token reorganisation; what is not named here is an option of `VisionTransformer`.
+    """DeiT with token reorganisation; all other options are those of `VisionTransformer`.
 
     keep_rate: of each block, or one for all: the share of tokens behind the class token that it
         keeps; 1 keeps all. Instead of it, base_keep_rate: of the blocks `drop_loc`, counted from 0
-        (default: those of 3, 6 and 9 that there are; text like "(3, 6, 9)" is read as well).
-    fuse_token: dropped tokens become one more token each time, which competes as any other.
-    shrink_start_epoch, shrink_epochs: in training the rate is 1 up to the one, and reaches its
-        value along a cosine that lasts the other (`follow_training`) and begins at max_keep_rate.
+        (default: those of 3, 6 and 9 that exist; text like "(3, 6, 9)" is accepted as well).
+    fuse_token: dropped tokens become one more token each time, which is ranked like any other.
+    shrink_start_epoch, shrink_epochs: in training the rate is 1 up to the former, and then falls
+        to its value within the latter, along a cosine from max_keep_rate (`follow_training`).
     exact_counts: see `reorganisation.keep_count`; false: as published.
     representation_size: width of a layer with tanh before the head, or none.
 
-    Maps of features have a value for every patch: a dropped one's is that at which it was left.
-    Departs from EViT: drop_rate acts before the head alone; oblong images are taken, sizes that are
-    no multiple of the patch refused; a distillation token, which gave garbage, is refused.
+    Feature maps have a value for every patch: a dropped patch keeps its last value.
+    Departs from EViT: drop_rate acts only before the head; oblong images are accepted, sizes that
+    are no multiple of the patch refused; a distillation token, which gave garbage, is refused.
     """
 
     block_class = EViTBlock
@@ -102,7 +101,7 @@ class EViT(TappedTrunk, VisionTransformer):
         self._add_pre_logits(representation_size)
 
     def follow_training(self, step: int, epoch_length: int) -> dict[str, float]:
-        """Set the rates of a step of training; they hold, in evaluation too, until the next one.
+        """Set the rates for a training step; they are used, in evaluation too, until the next call.
 
         The recipe calls it. A network that was never told of a training uses its own rates.
         epoch_length: in steps. Returns the lowest rate, to be shown.
@@ -124,7 +123,7 @@ class EViT(TappedTrunk, VisionTransformer):
         keep_rate: PerBlock = None,
         tokens: int | Sequence[int | None] | None = None,
     ) -> list[int | None]:
-        """How many tokens behind the class token each block keeps; None where it keeps all.
+        """How many tokens after the class token each block keeps; None if it keeps all.
 
         keep_rate, tokens: instead of the network's own rates, for all blocks or for each; see
         `reorganisation.tokens_to_keep`.
@@ -143,7 +142,7 @@ class EViT(TappedTrunk, VisionTransformer):
         return found
 
     def token_counts(self, num_patches: int, **asked: Any) -> list[int]:
-        """Tokens behind the class token after each block; keywords as of `plan`."""
+        """Numbers of tokens after the class token, after each block; keywords as of `plan`."""
         counts = [num_patches]
         for kept in self.plan(num_patches, **asked):
             counts.append(counts[-1] if kept is None else kept + int(self.fuse_token))
@@ -152,7 +151,7 @@ class EViT(TappedTrunk, VisionTransformer):
     def run(
         self, images: Tensor, taps: Iterable[int] = (), stop: int = -1
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Tokens after the blocks, and after those of `taps`, dropped patches as they were left."""
+        """Tokens after all blocks and after `taps`, with the last values of dropped patches."""
         grid, taps = self.grid_of(images), set(taps)
         x, kept = self.embed(images), {}
         last = len(self.blocks) - 1 if stop < 0 else stop
@@ -176,8 +175,8 @@ class EViT(TappedTrunk, VisionTransformer):
     ) -> tuple[Tensor, list[Tensor]]:
         """Tokens [B 1+n D] before the final norm, and what each dropping block kept [B k].
 
-        Indices count the tokens that came into the block behind the class token, the most important
-        first, as published.
+        Indices count the tokens after the class token at the input of the block; the most important
+        come first, as published.
         """
         grid = self.grid_of(images)
         x, found = self.embed(images), []
@@ -190,8 +189,8 @@ class EViT(TappedTrunk, VisionTransformer):
         return x, found
 
     def kept_patches(self, images: Tensor) -> list[Tensor]:
-        """Which patches are still tokens of their own after each dropping block: [B h w] each."""
-        # Through a call of the net, at which a sharded one gathers its weights.
+        """Which patches still have their own token after each dropping block: [B h w] each."""
+        # Through a call of the net, because a sharded net gathers its weights there.
         kept = patch_indices(self(images, get_idx=True)[1], fuse=self.fuse_token)
         return [patch_mask(patches, self.grid_of(images)) for patches in kept]
 
@@ -210,7 +209,7 @@ class EViT(TappedTrunk, VisionTransformer):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks behind the last asked one; returns the asked indices (timm)."""
+        """Drop the blocks after the last asked one; returns the asked indices (timm)."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.keep_rates = self.keep_rates[: self.depth]
         if self._training_rates is not None:
@@ -221,9 +220,9 @@ class EViT(TappedTrunk, VisionTransformer):
 def rates_at(
     base_keep_rate: float | None, drop_loc: Sequence[int] | str | None, depth: int
 ) -> list[float]:
-    """`base_keep_rate` at the blocks `drop_loc`, 1 elsewhere; ValueError for blocks there are not.
+    """`base_keep_rate` at the blocks `drop_loc`, 1 elsewhere; ValueError for missing blocks.
 
-    Without a rate all are 1; the default places beyond the depth are left out.
+    Without a rate all are 1; default blocks beyond the depth are left out.
     """
     places = read_places(drop_loc) if drop_loc is not None else None
     if places is None:

@@ -1,10 +1,10 @@
-"""Token reorganisation: which tokens stay, what becomes of the others, and where each came from.
+"""Token reorganisation: keep the important tokens, drop or fuse the others, track origins.
 
 Liang et al. 2022, "Not All Patches are What You Need: Expediting Vision Transformers via Token
 Reorganizations", section 3. Pure functions on tensors. The class token comes first and always
-stays; indices count the tokens behind it.
+stays; indices count the tokens after it.
 
-Letters in shapes: B images, H heads, n tokens behind the class token, k of them kept, D channels,
+Letters in shapes: B images, H heads, n tokens after the class token, k of them kept, D channels,
 E channels of a head, N patches in a grid of h x w.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from utils.ranges import check_range
 
-FUSED = -1  # origin of a token that stands for many patches
+FUSED = -1  # origin of a token that was fused from many patches
 
 
 def keep_count(rate: float, count: int, *, exact: bool = True) -> int:
     """ceil(rate * count), at least 1.
 
-    exact: a product within 1e-9 of a whole number is that number, as the rate's decimals have it.
-    Otherwise as published, where 0.55 of 100 tokens are 56 by the error of a float.
+    exact: a product within 1e-9 of a whole number counts as that number.
+    Otherwise as published, where 0.55 of 100 tokens are 56 because of a rounding error.
     """
     check_range("keep_rate", rate, 0, 1, ends="(]")
     return max(1, math.ceil(round(rate * count, 9) if exact else rate * count))
@@ -39,8 +39,8 @@ def tokens_to_keep(
 ) -> int:
     """How many of `count` tokens a block with a rate of its own keeps; `count` for all.
 
-    A call's rate replaces that of a block that drops tokens, and a rate of 1 switches every block
-    off; `tokens` is a number that counts in every block.
+    The rate of a call replaces that of each block that drops tokens, and a rate of 1 switches off
+    all dropping; `tokens` is a number for every block.
     """
     if tokens is not None:
         if not 1 <= tokens <= count:
@@ -56,7 +56,7 @@ def class_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Importance [B n]: the class token's attention to the others, mean over heads.
 
     query [B H 1 E] of the class token, keys [B H 1+n E] of all; the softmax is taken in float32 at
-    least. Departs from EViT: dropout of the attention does not touch the importance.
+    least. Departs from EViT: attention dropout does not affect the importance.
     """
     scores = (query * scale) @ keys.transpose(-2, -1)
     dtype = torch.promote_types(scores.dtype, torch.float32)
@@ -69,7 +69,7 @@ def most_important(importance: Tensor, count: int) -> Tensor:
 
 
 def complement(kept: Tensor, count: int) -> Tensor:
-    """The indices below `count` that `kept` [... k] has not, ascending: [... count-k]."""
+    """The indices below `count` that are not in `kept` [... k], ascending: [... count-k]."""
     is_kept = torch.zeros(*kept.shape[:-1], count, dtype=torch.int64, device=kept.device)
     is_kept.scatter_(-1, kept, 1)
     return is_kept.argsort(dim=-1, stable=True)[..., : count - kept.shape[-1]]
@@ -98,7 +98,7 @@ def reorganise(x: Tensor, kept: Tensor, importance: Tensor, *, fuse: bool) -> Te
 def follow_origins(origins: Tensor, kept: Tensor, *, fuse: bool) -> Tensor:
     """Patches [B k(+1)] that tokens came from, after a block that kept `kept` of `origins` [B n].
 
-    A fused token has the origin `FUSED`, for good.
+    A fused token has the origin `FUSED` from then on.
     """
     left = origins.gather(1, kept)
     return torch.nn.functional.pad(left, (0, 1), value=FUSED) if fuse else left
@@ -127,7 +127,7 @@ def patch_mask(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def scatter_tokens(onto: Tensor, tokens: Tensor, origins: Tensor) -> Tensor:
-    """Patches [B N D] with the tokens [B k D] where they came from; a fused one is left out."""
+    """Patches [B N D] with the tokens [B k D] at their origins; a fused one is left out."""
     spots = torch.where(origins == FUSED, onto.shape[1], origins)
     room = torch.nn.functional.pad(onto, (0, 0, 0, 1))
     return room.scatter(1, spots[..., None].expand_as(tokens), tokens)[:, :-1]

@@ -57,7 +57,7 @@ class MirrorConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
-        """Map features [B h w D] to features, or to their even half alone [B h w C]."""
+        """Map features [B h w D] to features, or only to their even half [B h w C]."""
         y = self.act(self.pwconv1(self.norm(self.dwconv(x))))
         if not even_only:
             return x + self.drop_path(self.gamma(self.pwconv2(y)))
@@ -68,13 +68,13 @@ class MirrorConvNeXtBlock(nn.Module):
             branch = branch * self.gamma.alpha_A1
             unread.append(self.gamma.alpha_A2)
         if torch.is_grad_enabled():
-            # Parameters that nobody reads have a gradient of zero, not none.
+            # Unused parameters get a gradient of zero, not None.
             branch = branch + 0 * sum(parameter.sum() for parameter in unread)
         return x[..., : even.out_features] + self.drop_path(branch)
 
 
 class ConvNeXt(Net):
-    """What the mirror-equivariant ConvNeXt and its plain twin share: the stages, the fresh head."""
+    """Shared by the mirror-equivariant ConvNeXt and its plain twin: stages, fresh head."""
 
     entries: nn.ModuleList
     stages: nn.ModuleList
@@ -89,7 +89,7 @@ class ConvNeXt(Net):
         block: Callable[..., nn.Module],
         drop_path_rate: float,
     ) -> None:
-        """Make entries and blocks; a single stage has no norm before it."""
+        """Build entries and blocks; a single stage has no norm before it."""
         pairs = zip(dims, dims[1:], strict=False)
         later = (nn.Sequential(norm(old), downsample(old, new)) for old, new in pairs)
         self.entries = nn.ModuleList([norm(dims[0]) if len(dims) > 1 else nn.Identity(), *later])
@@ -122,7 +122,7 @@ class ConvNeXt(Net):
 
 
 class MirrorConvNeXt(ConvNeXt):
-    """ConvNeXt with f(mirrored image) = f(image), for image widths that the reduction divides.
+    """ConvNeXt with f(mirrored image) = f(image), for widths that are multiples of the reduction.
 
     depths, dims: blocks and width of each stage; one stage is the isotropic ConvNeXt, whose stem
         has no norm.
@@ -130,11 +130,11 @@ class MirrorConvNeXt(ConvNeXt):
     invariant: what the classifier reads of the channels, `trivial` (the even half) or
         `power_spectrum` (with the absolute odd half, `use_symmetrized_asym_feats`); see `octic`.
     depthwise: full or symmetric, see `MirrorDepthwiseConv`. downsampling: conv or mean.
-    allow_odd: take images of any width, as published, at which the law may not hold.
+    allow_odd: accept images of any width, as published; the law may not hold there.
     drop_path_rate: of the last block, rising from zero.
     """
 
-    # What the report on equivariance reads: which symmetries must leave the features' end alone.
+    # Read by the report on equivariance: the symmetries that must not change the final features.
     group = MIRROR
     switch = 0
 
@@ -194,7 +194,7 @@ class MirrorConvNeXt(ConvNeXt):
         self.init_weights(head_init_scale)
 
     def init_weights(self, head_init_scale: float = 1.0) -> None:
-        """Draw all weights anew: truncated normal of deviation 0.02, the halves of filters too."""
+        """Initialise all weights: truncated normal of deviation 0.02, also halves of filters."""
         self.apply(init_linear)
         for slot in MIRROR.slots:
             half = self.stem.get_submodule(f"conv_{slot.name}")
@@ -204,7 +204,7 @@ class MirrorConvNeXt(ConvNeXt):
         self.scale_head(head_init_scale)
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError for images whose columns a convolution with stride would cut unevenly."""
+        """ValueError for images whose columns a strided convolution would divide unevenly."""
         super().check_size(height, width)
         if width % self.patch_size and not self._allow_odd:
             raise ValueError(
@@ -221,13 +221,13 @@ class MirrorConvNeXt(ConvNeXt):
         return self.norm(self.invariantization(x).mean((1, 2)))
 
     def read(self, block: nn.Module, x: Tensor) -> Tensor:
-        """What the classifier reads; of the last block the even half alone, where that is all."""
+        """What the classifier reads; the last block computes only the even half if that is all."""
         if self.invariant != "trivial":
             return super().read(block, x)
         return self.norm(self._through_one(block, x, even_only=True).mean((1, 2)))
 
     def patch_map(self, x: Tensor) -> Tensor:
-        """The invariants of each place [B h w F], under the final norm."""
+        """The invariants of each place [B h w F], after the final norm."""
         return self.norm(self.invariantization(x))
 
     def full_map(self, x: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class MirrorConvNeXt(ConvNeXt):
 
 
 def check_stages(depths: Sequence[int], dims: Sequence[int], downsampling: str) -> None:
-    """ValueError for depths and widths of other numbers of stages, and an unknown downsampling."""
+    """ValueError if depths and widths differ in length, and for an unknown downsampling."""
     if len(depths) != len(dims) or not depths:
         raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} are not of equal length")
     if downsampling not in DOWNSAMPLING:

@@ -1,8 +1,9 @@
-"""Convolutions between mirror features, each half of a filter trained, the other its mirror image.
+"""Convolutions between mirror features; half of each filter is trained, the rest mirrors it.
 
 Bokman et al. 2025, "Flopping for FLOPs". Mirror features are channels-last, [B h w D], their
 channels [even | odd]: a mirrored image mirrors their columns and negates the odd half. A filter
-that the mirror keeps maps even to even and odd to odd, one that it negates swaps the two.
+that is symmetric under the mirror maps even to even and odd to odd; an antisymmetric one swaps the
+two.
 
 Letters: B images, h w places, D channels, C = D/2 of each half, k the side of a filter.
 """
@@ -43,7 +44,7 @@ class MirrorLift(OcticLift):
 
 
 class HalfFilter(nn.Module):
-    """Filters that the mirror keeps (`symmetric`) or negates, of which the left half is trained.
+    """Filters symmetric or antisymmetric under the mirror, of which the left half is trained.
 
     weight [out in k columns]: with an odd width a symmetric filter's centre column belongs to it,
     an antisymmetric one's is zero.
@@ -90,7 +91,7 @@ class MirrorDepthwiseConv(nn.Module):
 
     full: each half is split in two; its first quarters go, by a symmetric and an antisymmetric
     filter, into the even half, its second quarters into the odd one. symmetric: even stays even,
-    odd stays odd, by symmetric filters alone.
+    odd stays odd, with symmetric filters only.
     """
 
     def __init__(self, dim: int, *, kernel_size: int = 7, mixing: str = "full") -> None:
@@ -139,7 +140,7 @@ class MirrorDepthwiseConv(nn.Module):
 class MirrorDownsample(nn.Module):
     """2 x 2 convolution of stride 2, [B h w D] to [B h/2 w/2 D'], f(g x) = g f(x).
 
-    The law needs an even number of columns. allow_odd: take others, and drop the last one.
+    The law needs an even number of columns. allow_odd: accept others, and drop the last column.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, allow_odd: bool = False) -> None:
@@ -187,7 +188,7 @@ class MeanDownsample(nn.Module):
 
 
 def _side_by_side(parts: list[HalfFilter]) -> Tensor:
-    """One bias for all channels; zero where a part has none."""
+    """One bias for all channels; zero for a part without bias."""
     return torch.cat(
         [
             part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias

@@ -1,7 +1,7 @@
 """Published spellings of the parameters of "Flopping for FLOPs", and ours.
 
-Ours are those of `octic` for its layers, A1 the even and A2 the odd part. Files of ours pass as
-they are. Of a published file these are left out, by name:
+Ours are those of `octic` for its layers, A1 the even and A2 the odd part. Our own files are not
+changed. From a published file these are left out, by name:
 
     left_idx, right_idx, permutation    token orders, stored as integer parameters
     zero_center                         the antisymmetric filters' centre columns: zeros
@@ -108,7 +108,7 @@ def _as_timm(name: str, tensor: Tensor) -> Tensor:
 
 
 def _is_zero_center(name: str, tensor: Tensor) -> bool:
-    """Whether an entry is what our filters have anyway; any other value would be left over."""
+    """Whether an entry is the zero that our filters have anyway; otherwise it is left over."""
     known = name.endswith(".zero_center") or name == "zero_center"
     return known and (tensor.device.type == "meta" or not torch.any(tensor))
 

@@ -4,7 +4,7 @@
 plain twins. Each function takes any keyword of its class, to override its own.
 
 Departs from Flopping for FLOPs: its plain hierarchical ConvNeXts are `flopping_convnext_*` here,
-because `convnext_tiny` and its kin are timm's; the published code overwrote them.
+because `convnext_tiny` and so on are timm's; the published code overwrites them.
 """
 
 from collections.abc import Callable

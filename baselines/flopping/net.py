@@ -1,8 +1,8 @@
-"""What the networks of this package share: stages of blocks in turn, a head, timm's interface.
+"""Base of the networks of this package: a sequence of stages, a head, timm's interface.
 
-A network says how images enter (`embed`), what its stages are (`path`), and how features become
-what the classifier reads: one vector (`vector`), a vector for each place (`patch_map`), and all
-channels as a map (`full_map`).
+A subclass defines how images are embedded (`embed`), its stages (`path`), and three readings of
+the features: one vector for the classifier (`vector`), the same at each place (`patch_map`), and
+all channels as a map (`full_map`).
 
 Letters: B images, h w places, D channels of a feature, F channels that the classifier reads.
 """
@@ -22,14 +22,14 @@ POOLS = ("avg", "")
 
 
 class Stage(NamedTuple):
-    """What leads into a stage, and its blocks."""
+    """The entry of a stage, and its blocks."""
 
     entry: nn.Module
     blocks: Sequence[nn.Module]
 
 
 class Net(nn.Module):
-    """Base of the classifiers; see the module's docstring for what a subclass says.
+    """Base of the classifiers; see the module's docstring for what a subclass defines.
 
     Blocks are counted within the last stage in `features`, as all of these have one width; timm's
     `forward_intermediates` counts stages, or blocks where there is one stage.
@@ -65,14 +65,14 @@ class Net(nn.Module):
         init_linear(self.head)
         self.check_size(*self.img_size)
 
-    # What a subclass says.
+    # What a subclass defines.
 
     def embed(self, images: Tensor) -> Tensor:
         """Features of the first stage's entry."""
         raise NotImplementedError
 
     def path(self) -> list[Stage]:
-        """The stages in turn."""
+        """The stages, in order."""
         raise NotImplementedError
 
     def vector(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Net(nn.Module):
     def read(self, block: nn.Module, x: Tensor) -> Tensor:
         """What the classifier reads [B F] of the last block, given the block's input.
 
-        A subclass leaves out what of the block it would not read.
+        A subclass may leave out parts of the block that it would not read.
         """
         return self.vector(self._through_one(block, x))
 
@@ -153,7 +153,7 @@ class Net(nn.Module):
     ) -> Any:
         """Final features and maps [B D h w] of the asked stages, as timm's networks give them.
 
-        Of one stage, the asked blocks. norm: of the last stage, what the classifier reads instead.
+        With one stage: of the asked blocks. norm: for the last stage, what the classifier reads.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not NCHW")
@@ -170,7 +170,7 @@ class Net(nn.Module):
         return found if intermediates_only else (x, found)
 
     def _units(self) -> list[Stage]:
-        """What lies between two intermediates: a stage, or a block where there is one stage."""
+        """The units between two intermediates: stages, or blocks if there is only one stage."""
         path = self.path()
         if len(path) > 1:
             return path
@@ -216,7 +216,7 @@ class Net(nn.Module):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Where each parameter stands in the depth, for layer-wise learning rates (timm)."""
+        """The depth of each parameter, for layer-wise learning rates (timm)."""
         if len(self.path()) == 1:
             blocks = r"^(?:blocks|stages\.0)\.(\d+)"
             rest = (r"^norm", (99999,))
@@ -233,12 +233,12 @@ class Net(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Gains and shifts that are no vectors, as timm's `Affine` has them."""
+        """Gains and shifts that are not vectors, as in timm's `Affine`."""
         return {n for n, p in self.named_parameters() if n.endswith((".alpha", ".beta"))}
 
 
 def check_drop_path(rate: float) -> None:
-    """ValueError for a rate of stochastic depth that would leave out a block for good."""
+    """ValueError for a rate of stochastic depth that would always drop a block."""
     check_range("drop_path_rate", rate, 0, 1, ends="[)")
 
 

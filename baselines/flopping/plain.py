@@ -21,7 +21,7 @@ from vit.trunk import init_convolution, init_linear, take_indices
 
 
 class PlainResMlp(MlpMixer):
-    """timm's ResMLP with the features that probes read, and published files that load.
+    """timm's ResMLP with features for probes and with loading of published files.
 
     drop_rate: of the dropout before the classifier, as in timm. Departs from Flopping for FLOPs,
     whose option of that name drops within the MLPs; it is 0 in all its runs.
@@ -62,7 +62,7 @@ class PlainResMlp(MlpMixer):
         for name, parameter in self.named_parameters():
             if name.endswith((".ls1", ".ls2")):
                 nn.init.constant_(parameter, init_values)
-        # Departs from timm, which draws them otherwise: as DeiT and Flopping for FLOPs draw them.
+        # Departs from timm's initialisation: as in DeiT and Flopping for FLOPs.
         self.apply(init_linear)
         init_convolution(self.stem.proj.weight, self.stem.proj.bias)
 
@@ -168,7 +168,7 @@ class PlainConvNeXt(ConvNeXt):
         return self.norm(x.mean((2, 3)))
 
     def patch_map(self, x: Tensor) -> Tensor:
-        """Each place [B h w F] under the final norm."""
+        """Each place [B h w F] after the final norm."""
         return self.norm(x.permute(0, 2, 3, 1))
 
     def full_map(self, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """ResMLP whose layers are mirror-equivariant, over channels and over tokens.
 
 Bokman et al. 2025, "Flopping for FLOPs" (`resmlp_models_equi_d2_22rep`); Touvron et al. 2021,
-ResMLP. A token and its mirror image are held as their sum and difference, so that the mirror
-permutes nothing: features [B n 2 D] hold of each of the n = N/2 pairs of tokens the even and the
-odd part, whose D channels are [even | odd] again. A mirrored image negates what is odd in one of
-the two senses alone.
+ResMLP. A token and its mirror image are stored as their sum and difference, so that the mirror
+permutes nothing. Features [B n 2 D] contain the even and the odd part of each of the n = N/2 pairs
+of tokens; the D channels of each part are again [even | odd]. A mirrored image negates what is odd
+in exactly one of the two senses.
 
 Letters: B images, N tokens, n = N/2 pairs, D channels, C = D/2 of each half.
 """
@@ -48,8 +48,8 @@ class PairScale(nn.Module):
     """A factor for each channel, the same for both parts of a pair; optionally shifts.
 
     shift_A1 is added to the even-even part, shift_A2 to the odd-odd one.
-    Departs from Flopping for FLOPs: there the shifts (`beta_sym`, `beta_asym`) are stored, but
-    never added; they belong to these layers. bias=False computes what the published code does.
+    Departs from Flopping for FLOPs, whose layers store the shifts (`beta_sym`, `beta_asym`) but
+    never add them. bias=False computes the same as the published code.
     """
 
     def __init__(self, dim: int, init_values: float = 1.0, *, bias: bool = False) -> None:
@@ -69,7 +69,7 @@ class PairScale(nn.Module):
 
 
 def _check(given: int, own: int, what: str, layer: str) -> None:
-    # The product reads its columns by strides: it would take another width for its own.
+    # The product reads its columns by strides, so it would not notice a wrong width.
     if given != own:
         raise ValueError(f"features of {given} {what} given to a {layer} of {own}")
 
@@ -94,7 +94,7 @@ class PairLinear(nn.Module):
         return y + corners(self.lin_A1.bias, self.lin_A2.bias).flatten(1).to(y.dtype)
 
     def invariants(self, x: Tensor) -> Tensor:
-        """The even-even and the odd-odd part of the result alone [... 2 C']."""
+        """Only the even-even and the odd-odd part of the result [... 2 C']."""
         even, odd = x[..., 0, :].chunk(2, dim=-1)[0], x[..., 1, :].chunk(2, dim=-1)[1]
         return torch.stack([self.lin_A1(even), self.lin_A2(odd)], dim=-2)
 
@@ -194,7 +194,7 @@ def from_pairs(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def check_whole_patches(size: tuple[int, int], patch_size: int) -> None:
-    """ValueError for images that patches do not divide."""
+    """ValueError for images that are not whole patches."""
     if size[0] % patch_size or size[1] % patch_size:
         raise ValueError(
             f"image size {size[0]} x {size[1]} is not a multiple of the patch size {patch_size}"
@@ -224,7 +224,7 @@ class MirrorResMlp(Net):
     drop_rate: of the dropout before the classifier, not within the MLPs; see `PlainResMlp`.
     """
 
-    # What the report on equivariance reads: which symmetries must leave the features' end alone.
+    # Read by the report on equivariance: the symmetries that must not change the final features.
     group = MIRROR
     switch = 0
 
@@ -266,7 +266,7 @@ class MirrorResMlp(Net):
         self.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.pooling, self.invariant = pooling, invariant
         self.affine_bias = affine_bias
-        # The lift's own factor of sqrt(1/2) makes up for the transform's, where both are published.
+        # The lift's factor of sqrt(1/2) compensates the transform's, if both are as published.
         self.pair_scale = math.sqrt(0.5) if scaled_stem else 1.0
         self.stem = MirrorLift(in_chans, embed_dim, patch_size)
         self.blocks = nn.ModuleList(
@@ -316,14 +316,14 @@ class MirrorResMlp(Net):
         return self.norm(read[:, None])[:, 0]
 
     def read(self, block: nn.Module, x: Tensor) -> Tensor:
-        """What the classifier reads; of the last block the invariant parts, where these are all."""
+        """What the classifier reads; of the last block only the invariant parts if possible."""
         if self.pooling == "space" or self.invariant != "trivial":
             return super().read(block, x)
         parts = self._through_one(block, x, invariants_only=True)
         return self.norm(parts.mean((1, 2))[:, None])[:, 0]
 
     def patch_map(self, x: Tensor) -> Tensor:
-        """The invariant channels of each place [B h w F], under the final norm."""
+        """The invariant channels of each place [B h w F], after the final norm."""
         flat = self.invariantization(self.full_map(x)).flatten(1, 2)
         return self.norm(flat).unflatten(1, self.grid_size)
 

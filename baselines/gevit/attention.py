@@ -31,9 +31,9 @@ class _SelfAttention(nn.Module):
     """What both attentions share: projections, positions, and attention tile by tile.
 
     window: side of the neighbourhood, or None for the whole map, whose side is `map_size`.
-    memory_mb: what scores and the like may take at once, though at least one row of queries is
-    attended for. recompute: hold to that in training too, by computing them again in the backward
-    pass; without it, training keeps what is quadratic in |G|, and each window's keys and values.
+    memory_mb: memory for scores and the like at one time; at least one row of queries is computed.
+    recompute: keep this limit in training too, by recomputing them in the backward pass; without
+    it, training keeps what is quadratic in |G|, and each window's keys and values.
     """
 
     projection: type[nn.Module]  # of images, or of maps on the group
@@ -101,7 +101,7 @@ class _SelfAttention(nn.Module):
         return self.wout(y)
 
     def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Projection of maps [B C g H W] apart by head: [B c N g H W]."""
+        """Projection of maps [B C g H W], split by head: [B c N g H W]."""
         return layer(x).unflatten(1, (self.mid_channels, self.num_heads))
 
     @property

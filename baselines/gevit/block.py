@@ -14,7 +14,7 @@ from baselines.gevit.layers import crop, make_activation, make_norm
 class Block(nn.Module):
     """[B C G H W] to [B D G H-2k W-2k]: z = crop(attention(x)) + crop(shortcut(x)), z + MLP(z).
 
-    The attention stands between norms and activations, the MLP is normalised at its end. The law is
+    Norms and activations surround the attention; the MLP is normalised at its end. The law is
     that of `GroupSelfAttention`. mid_channels: of a head; None is half of the outputs.
     """
 
@@ -73,7 +73,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the block; ValueError for a map that the crop leaves nothing of."""
+        """Run the block; ValueError for a map of which the crop leaves nothing."""
         if min(x.shape[-2:]) <= 2 * self.crop:
             raise ValueError(
                 f"nothing is left of a map of {x.shape[-2]} x {x.shape[-1]} after cropping "

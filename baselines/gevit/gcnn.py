@@ -1,7 +1,7 @@
 """Convolutions over the symmetries of the pixel grid without interpolation: an exact stem.
 
 Feature maps [B C G H W], axis G in the order of the group's elements. The law is y(T_g x)[h] =
-T_g y(x)[g^-1 h]: other than in GE-ViT's attention the element acts from the left.
+T_g y(x)[g^-1 h]: unlike in GE-ViT's attention, the element acts from the left.
 
 Source: Cohen and Welling 2016, "Group Equivariant Convolutional Networks". Departs from GE-ViT,
 whose hybrid has interpolated kernels over wrongly composed elements: it is not equivariant.
@@ -114,7 +114,7 @@ class GCNN(nn.Module):
         )
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the map that comes out; ValueError where an image is too small."""
+        """Size of the output map; ValueError if an image is too small."""
         height, width = height - self.shrinkage, width - self.shrinkage
         if min(height, width) < (self.pool or 1):
             raise ValueError(

@@ -52,7 +52,7 @@ class PlaneGroup:
 
     @property
     def name(self) -> str:
-        """The published name, or SE2(n) or E2(n) where there is none."""
+        """The published name, or SE2(n) or E2(n) if there is none."""
         for name, facts in GROUPS.items():
             if facts == (self.rotations, self.mirrors):
                 return name
@@ -74,7 +74,7 @@ class PlaneGroup:
         return index if m else -k % self.rotations
 
     def index_of(self, element: Element) -> int | None:
-        """R(T): the index by which a symmetry of the pixel grid moves the group axis.
+        """R(T): index of the element by which a symmetry of the pixel grid moves the group axis.
 
         None for a symmetry that is not in the group.
         """
@@ -85,12 +85,12 @@ class PlaneGroup:
 
     @functools.cached_property
     def grid_elements(self) -> tuple[Element, ...]:
-        """The symmetries of the pixel grid in this group: what its layers are exact under."""
+        """The symmetries of the pixel grid in this group: its layers are exact under these."""
         return tuple(e for e in OCTIC_ELEMENTS if self.index_of(e) is not None)
 
     @property
     def needs_even(self) -> bool:
-        """Whether halving an odd extent breaks the symmetry: any but the identity moves the rest.
+        """Whether halving an odd extent breaks a symmetry: any grid symmetry but the identity.
 
         >>> get_group("z2").needs_even
         False
@@ -153,7 +153,7 @@ class PlaneGroup:
 
 
 class MapSymmetries(NamedTuple):
-    """What reports of equivariance read of a net whose maps, averaged over a group, turn along."""
+    """Interface of equivariance reports, for nets whose group-averaged maps turn with images."""
 
     elements: tuple[Element, ...]
 

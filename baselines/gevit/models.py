@@ -4,8 +4,9 @@
 `gevit_pcam_gcnn_p4m`: an exact G-CNN first. Each function takes any keyword of `GEViT`, to override
 its own; `group` among them.
 
-The published PCam networks pool odd maps and are not equivariant: `gevit_pcam_p4` crops one pixel
-more, so that it is (Departs from GE-ViT; same parameters), `gevit_pcam_p4_published` is as it was.
+The published PCam networks pool odd maps and are not equivariant. `gevit_pcam_p4` crops one more
+pixel, so that it is equivariant (Departs from GE-ViT; same parameters). `gevit_pcam_p4_published`
+is the original.
 """
 
 from typing import Any

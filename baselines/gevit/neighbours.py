@@ -13,7 +13,7 @@ from baselines.gevit.positions import Offsets, global_offsets, local_offsets
 
 
 class Window(nn.Module):
-    """A p x p window, p odd; what of it lies outside the map is no key. Maps of any size."""
+    """A p x p window, p odd; positions outside the map are not keys. Maps of any size."""
 
     copies = True  # every query gets keys and values of its own
 

@@ -40,8 +40,8 @@ class GEViT(nn.Module):
     window: odd side of the window a pixel attends to; None for the whole map.
     norm_between: norm and activation after each block. pool_last: a pool after the last stage too.
     stem: `none`, `patch` or `gcnn` before the lifting; stem_options: keywords of
-        `make_patch_stem`, or of `GCNN` with `keep_group`, which hands its group axis to the first
-        block instead of lifting once more.
+        `make_patch_stem`, or of `GCNN` with `keep_group`, which passes its group axis to the first
+        block instead of lifting again.
     allow_odd: build what is not equivariant because a pool meets an odd extent (published PCam).
     drop_path_rate: 0, since there is no stochastic depth. memory_mb, recompute: see
         `baselines.gevit.attention`.
@@ -136,11 +136,11 @@ class GEViT(nn.Module):
         self.whitening_scale = whitening_scale
         initialise(self, whitening_scale)
 
-    # What reports of equivariance read: nothing where the settings break the law.
+    # Read by reports of equivariance: empty if the settings break the law.
 
     @property
     def invariant(self) -> bool:
-        """Whether logits, and pooled features, stay when the image turns."""
+        """Whether logits, and pooled features, do not change when the image turns."""
         return self.group is not None
 
     @property
@@ -263,7 +263,7 @@ class GEViT(nn.Module):
         """Logits [B K] of the last map; without classes, or pre_logits, its mean [B D]."""
         if pre_logits or self.num_classes < 1:
             return x.mean(dim=(2, 3, 4)) if self.global_pool else x
-        # The classifier is linear and has no bias: it may as well follow the sum over pixels.
+        # The classifier is linear and has no bias, so it may follow the sum over pixels.
         summed = x.sum(dim=(-2, -1), keepdim=True)
         return self.head(summed).flatten(2).amax(dim=2)
 
@@ -320,7 +320,7 @@ class GEViT(nn.Module):
         initialise(self.head, self.whitening_scale)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute scores again in the backward pass instead of keeping them (on by default)."""
+        """Recompute scores in the backward pass instead of keeping them (on by default)."""
         for module in self.modules():
             if isinstance(module, LiftingSelfAttention | GroupSelfAttention):
                 module.recompute = enable
@@ -328,7 +328,7 @@ class GEViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what follows the last asked block; returns the asked indices (timm)."""
+        """Drop everything after the last asked block; returns the asked indices (timm)."""
         taken = take_indices(indices, self.depth)
         self.depth = max(taken) + 1
         self.transformer = self.transformer[: self._ends[self.depth - 1] + 1]
@@ -341,11 +341,11 @@ class GEViT(nn.Module):
         return taken
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Where each parameter stands in the depth, for layer-wise learning rates (timm)."""
+        """The depth of each parameter, for layer-wise learning rates (timm)."""
         return {"stem": r"^(?:stem|lifting)", "blocks": r"^transformer\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing beside what a recipe exempts anyway."""
+        """Nothing beyond what a recipe exempts anyway."""
         return set()
 
 
@@ -375,7 +375,7 @@ def _make_stem(
 
 
 def _behind(stem: PatchStem | GCNN | None, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Size of the map behind a stem, and the pixels one step on it stands for."""
+    """Size of the map after a stem, and the number of pixels per step on it."""
     if stem is None:
         return size, 1
     behind = stem.map_size(*size)

@@ -1,4 +1,4 @@
-"""What a GE-ViT consists of and how large its maps are, told before anything is built.
+"""The layers of a GE-ViT and the sizes of its maps, computed before anything is built.
 
 A setting that cannot be equivariant is refused here: a pool of stride 2 on an odd extent drops the
 last row or column, and a turned image loses another one.
@@ -23,8 +23,8 @@ class LayerPlan(NamedTuple):
     in_channels: int
     out_channels: int
     crop: int
-    size: Size  # of the map that comes in
-    reduction: int  # pixels of the image a step on the outgoing map stands for
+    size: Size  # of the incoming map
+    reduction: int  # pixels of the image per step on the outgoing map
 
 
 class Plan(NamedTuple):
@@ -45,7 +45,7 @@ def make_plan(
     even_pools: bool,
     reduction: int = 1,
 ) -> Plan:
-    """Widths, crops and sizes of all blocks for a map of `size` behind the stem.
+    """Widths, crops and sizes of all blocks for a map of `size` after the stem.
 
     expansion: by how much the first block of each stage widens; a stage of no blocks widens
     nothing. crop: pixels off each side after each block. even_pools: refuse pools of odd extents.
@@ -85,7 +85,7 @@ def make_plan(
 class Halve(nn.Module):
     """Maximum over 2 x 2 pixels of each element: [B C G H W] to [B C G H/2 W/2].
 
-    even: ValueError for an odd extent, which the symmetry would not survive.
+    even: ValueError for an odd extent, which would break the symmetry.
     """
 
     def __init__(self, *, even: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where a key lies as seen from a query, transformed by every element of the group, and embedded.
+"""Offsets from query to key, transformed by every element of the group, and embedded.
 
 Letters in shapes: G group elements, p side of the window, P = p p its cells, M side of a map that
 attends globally, d channels of a position.
@@ -30,7 +30,7 @@ def local_offsets(size: int) -> np.ndarray:
 def global_offsets(side: int) -> np.ndarray:
     """Offsets between any two pixels of an M x M map, over M - 1: float64 [(2M-1)^2 2].
 
-    The offset (x, y) in pixels stands in row (y + M - 1)(2M - 1) + x + M - 1. Departs from GE-ViT,
+    The offset (x, y) in pixels is in row (y + M - 1)(2M - 1) + x + M - 1. Departs from GE-ViT,
     which divides by zero on a map of one pixel: its only offset is 0 here.
     """
     if side < 1:
@@ -65,9 +65,9 @@ class PositionFunction(nn.Sequential):
 
 
 class Offsets(nn.Module):
-    """Coordinates of all offsets under all elements, as buffers that no state dict holds.
+    """Coordinates of all offsets under all elements, as buffers outside the state dict.
 
-    float64 whatever the parameters are, so that equivariance is lost to no rounding.
+    float64 whatever the parameters are, so that no rounding breaks the equivariance.
     """
 
     rows: Tensor  # [G N]

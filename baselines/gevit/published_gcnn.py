@@ -1,10 +1,10 @@
 """The published, interpolated G-CNN kernels: to read old checkpoints, not to build on.
 
-Kernels are sampled at rotated places, bilinearly in space and linearly over the group. The places
-are made here by the published formulas, in float64. A published file holds its own, made in
-float32: for some orders a sum of angles rounds to a full turn there instead of none, and elements
-of E(2) are composed wrongly, so that such layers are not equivariant. `published_kernels` loads
-them with the weights: an old network gives its own figures. For a new one take
+Kernels are sampled at rotated places, bilinearly in space and linearly over the group. Here the
+places are computed by the published formulas in float64. A published file contains its own, made in
+float32: for some orders a sum of angles rounds to a full turn instead of none, and elements of E(2)
+are composed wrongly, so that such layers are not equivariant. `published_kernels` loads them with
+the weights, so that an old network gives its original figures. For new networks use
 `baselines.gevit.gcnn`.
 
 Letters in shapes: B images, C D channels in and out, G elements, H W map, k kernel side.
@@ -20,14 +20,14 @@ from torch.nn import functional as F
 
 from baselines.gevit.groups import PlaneGroup
 
-# Follow from the tables of places.
+# These follow from the tables of places.
 _CONSTANTS = ("grid_R2", "grid_H", "group.identity")
 
 
 def published_kernels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights and places of published layers, or of a stem of them, under the names here.
 
-    Names that are not known stay as they are, for a strict load to refuse.
+    Unknown names are not changed, so that a strict load refuses them.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():

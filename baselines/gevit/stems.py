@@ -1,4 +1,4 @@
-"""What makes the map smaller before the attention between its places: patches, or a G-CNN.
+"""Stems, which make the map smaller before the attention: patches, or a G-CNN.
 
 Letters in shapes: B images, C channels, D width, H W image, h w map, G elements, p side of a patch.
 """
@@ -20,8 +20,8 @@ class PatchStem(nn.Module):
 
     Images [B C H W] to [B D h w]. The projection is linear, so patches are averaged before it
     (Departs from the published code, which projects every moved patch: same result, less work).
-    For a symmetry T of those averaged over, the map of T x is T's of the map of x.
-    elements: the symmetries; without the group's own the network behind it is not equivariant.
+    For a symmetry T of those averaged over, the map of T x is T applied to the map of x.
+    elements: the symmetries; without all of the group's the network after it is not equivariant.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PatchStem(nn.Module):
         self.layernorm = nn.LayerNorm(width)
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the map that comes out; ValueError for images that are no whole patches."""
+        """Size of the output map; ValueError for images that are not whole patches."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"images of {height} x {width} are no whole patches of {self.patch_size} pixels"
@@ -111,7 +111,7 @@ def grid_group(group: PlaneGroup) -> str:
 class AlignedGCNN(GCNN):
     """A G-CNN whose group axis is that of GE-ViT's attention, so that no lifting is needed.
 
-    Element h of the convolution's left action stands at R(h^-1) of the attention's right action:
+    Element h of the convolution's left action is at R(h^-1) of the attention's right action:
     then f(g^-1 h) = f(h) R(g), and both laws are the same.
     """
 

@@ -1,13 +1,13 @@
-"""Attention over the group in pieces: the cubic tensor of scores never stands whole.
+"""Attention over the group in pieces: the cubic tensor of scores is never built as a whole.
 
 For every head and query pixel the published attention makes a score for each output element v,
-query element g, key element m and key position j, |G|^3 J numbers. Three facts make them stream:
+query element g, key element m and key position j, |G|^3 J numbers. Three facts let them stream:
 
     score_v(g; m, j) = content(g; m, j) + position_v(g; j) + relation_v(g; m)
     y_v = sum_g sum_(m,j) softmax_(m,j)(score_v(g; .)) value(m, j)
 
 the content does not depend on v; the values do not depend on g, so probabilities are summed over g
-before they meet the values; and each v and each query pixel stands for itself.
+before they meet the values; and each v and each query pixel is independent.
 
 Letters in shapes: N images, heads and query pixels, v g m elements (output, query, key), J key
 positions.
@@ -30,8 +30,8 @@ def summed_probabilities(
     """Probabilities summed over the query's elements [N v m J], one v at a time.
 
     content [N g m J], position [N g v J] (-inf: no such key), relation [N g v m] or None.
-    drop_rate: share of the probabilities set to zero. The backward pass makes the probabilities of
-    one v at a time again. Softmax is taken in float32 at least.
+    drop_rate: share of the probabilities set to zero. The backward pass recomputes the
+    probabilities of one v at a time. Softmax is in float32 at least.
     """
     seed = 0
     if drop_rate:
@@ -40,7 +40,7 @@ def summed_probabilities(
 
 
 class _Summed(torch.autograd.Function):
-    """`summed_probabilities`, of which nothing cubic is kept for the backward pass."""
+    """`summed_probabilities`, keeping nothing cubic for the backward pass."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ def all_probabilities(content: Tensor, position: Tensor, relation: Tensor | None
 def tile_sizes(images: int, rows: int, row_bytes: int, memory_mb: float) -> tuple[int, int]:
     """Images and rows of query pixels to attend for at once, where one row takes `row_bytes`.
 
-    At least one row of one image, whatever it takes.
+    At least one row of one image, whatever its size.
     """
     fitting = max(1, int(memory_mb * MB // row_bytes))
     return (min(images, fitting // rows), rows) if fitting >= rows else (1, fitting)
@@ -109,8 +109,8 @@ def in_tiles(
 ) -> Tensor:
     """`run(images, rows)` on parts of images and rows, put together along dimensions 0 and -2.
 
-    recompute: each part is computed again in the backward pass instead of being kept; `random`
-    says that it draws numbers, which must then be the same.
+    recompute: each part is recomputed in the backward pass instead of being kept; `random`
+    says that it draws random numbers, which must then be the same.
     """
     recompute = recompute and torch.is_grad_enabled()
 
@@ -129,7 +129,7 @@ def in_tiles(
 
 
 def _slices(count: int, step: int) -> list[slice]:
-    # Of nothing one empty part, whose shape is still asked for.
+    # For an empty input one empty part, because the shape is still needed.
     steps = range(0, max(count, 1), max(step, 1))
     return [slice(first, min(first + step, count)) for first in steps]
 
@@ -148,6 +148,6 @@ def _softmax(content: Tensor, position: Tensor, relation: Tensor | None, v: int)
 
 
 def _kept(shares: Tensor, drop_rate: float, seed: int) -> Tensor:
-    """Factors of dropout that a seed alone decides: 0, or 1 / (1 - drop_rate)."""
+    """Factors of dropout, a function of the seed alone: 0, or 1 / (1 - drop_rate)."""
     generator = torch.Generator(shares.device).manual_seed(seed)
     return torch.empty_like(shares).bernoulli_(1 - drop_rate, generator=generator) / (1 - drop_rate)

@@ -1,6 +1,6 @@
 """Published GE-ViT checkpoints, loaded strictly.
 
-Their names are ours but for these, each accounted for by name:
+Their names are ours except for these, each handled by name:
 
     module.                                          left by data parallelism
     transformer.<last>.weight                        the classifier: head.weight
@@ -8,8 +8,8 @@ Their names are ours but for these, each accounted for by name:
     group.{_elements,_identity,_relative_positions}  constants, repeated in every layer
     row_indices, col_indices, g_indices              tables, which follow from the settings
 
-The tables are compared before they are dropped: weights fit a model of another window or another
-group table just as well, and would give other figures without a word.
+The tables are compared before they are dropped: the weights would also fit a model of another
+window or another group table, and silently give other figures.
 """
 
 import re

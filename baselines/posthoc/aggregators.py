@@ -1,4 +1,4 @@
-"""From the T copies of one image to one answer, whatever the order of the copies.
+"""Join the T copies of one image into one result, independent of the order of the copies.
 
 An aggregator of level `embedding` joins the inputs of the head, one of level `logit` its outputs.
 Each obeys f(P z) = f(z) for every permutation P of the copies, which makes the classifier around it
@@ -21,7 +21,7 @@ EPSILON = 1e-8  # of the published log-odds
 
 
 class Aggregator(nn.Module):
-    """Base: joins copies [B T D] to [B D]; `level` says what of the classifier they are."""
+    """Base: joins copies [B T D] to [B D]; `level`: inputs or outputs of the head."""
 
     level = "embedding"
     forms: tuple[str, ...] = ("sound",)
@@ -30,12 +30,12 @@ class Aggregator(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
-        # Without a fault the published form is the sound one.
+        # For most aggregators the published form has no fault.
         self.form = form if form in self.forms else "sound"
 
     @property
     def learned(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether there are parameters to train."""
         return any(True for _ in self.parameters())
 
 
@@ -56,7 +56,7 @@ class Max(Aggregator):
 
 
 class Sum(Aggregator):
-    """The sum of embeddings; what a head that begins with a LayerNorm takes for the mean."""
+    """The sum of embeddings; equivalent to the mean for a head that begins with a LayerNorm."""
 
     def forward(self, z: Tensor) -> Tensor:
         """Join [B T D] to [B D]."""
@@ -76,11 +76,11 @@ class MeanLogits(Aggregator):
 class MostProbable(Aggregator):
     """log p, p the normalised product of the copies' probabilities at temperature T // 2.
 
-    Computed as softmax(sum_t l_t / (T // 2)), out of which the copies' own normalisers drop, so it
+    Computed as softmax(sum_t l_t / (T // 2)), in which the normalisers of the copies cancel, so it
     neither underflows nor divides by zero for T = 1. `published` gives
-    log((p + 1e-8) / (1 - p + 1e-8)), which is the same class, but no logits whose softmax is p.
-    Departs from it: it multiplies probabilities, whose product is 0 in float32 for many classes or
-    copies.
+    log((p + 1e-8) / (1 - p + 1e-8)), which has the same class, but whose softmax is not p.
+    Departs from the published code, which multiplies probabilities: their product is 0 in float32
+    for many classes or copies.
     """
 
     level = "logit"
@@ -110,7 +110,7 @@ class MostCertain(Aggregator):
         """Join [B T C] to [B C]."""
         if self.form == "published":
             return z.gather(1, z.softmax(dim=-1).argmax(dim=1, keepdim=True))[:, 0]
-        # Probabilities near 1 round to 1, and of such copies the first would win, not the surest.
+        # Probabilities near 1 round to 1; then the first such copy would win, not the most certain.
         top, best = z.max(dim=-1, keepdim=True)
         log_odds = top[..., 0] - z.scatter(-1, best, -torch.inf).logsumexp(dim=-1)
         copy = log_odds.argmax(dim=1)
@@ -120,7 +120,7 @@ class MostCertain(Aggregator):
 class LearnedScore(Aggregator):
     """A weighted mean, sum_t w_t z_t, w the softmax over t of a two-layer score of z_t.
 
-    `published` divides the scores by their sum, which has no sign and may be near zero.
+    `published` divides the scores by their sum, which may have either sign or be near zero.
     """
 
     forms = FORMS
@@ -145,8 +145,8 @@ class LearnedAttention(Aggregator):
     """A class token that attends to the copies, which have no positions, layer by layer.
 
     x = x + MHA1(n), n = LN1(x); x = ReLU(LN2(x)), which replaces the residual stream; x = x +
-    MHA2(x). Departs from the published constructor: `hidden_dim` and `dropout`, which nothing read,
-    are gone.
+    MHA2(x). Departs from the published constructor: `hidden_dim` and `dropout`, which had no
+    effect, are gone.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def make_aggregator(
 ) -> Aggregator:
     """The aggregator of that name; `dim` is the embedding's width, needed where it learns.
 
-    One of the user's, made elsewhere with its options, is copied: no two nets share its weights.
+    An aggregator that was built elsewhere is copied, so that no two nets share its weights.
     options: `hidden_dim` of learned_score, `num_heads` and `num_layers` of learned_attention.
     """
     if isinstance(name, Aggregator):

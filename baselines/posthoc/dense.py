@@ -23,8 +23,8 @@ def average_features(
 ) -> list[Features]:
     """Features of the asked blocks over all copies of images [B C H W]; see `Symmetrized.features`.
 
-    join: class tokens [B T D] to [B D]; None is their mean. Of a map turned by other angles than
-    quarter turns only the cells count that it covers.
+    join: class tokens [B T D] to [B D]; None is their mean. A map turned by other angles than
+    quarter turns only counts in the cells that it covers.
     """
     images = group.prepare(images)
     size = chunk or len(group)

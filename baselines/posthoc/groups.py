@@ -1,4 +1,4 @@
-"""The copies of an image that a group makes, and the way back for maps of patches.
+"""The copies of an image under a group, and their inverse for maps of patches.
 
 A group is written C<n> (n rotations), D<n> (n rotations and their mirror images) or `mirror`. Copy
 t < n is turned by 360 t / n degrees counter-clockwise, copy n + t is the left-right mirror image of
@@ -38,9 +38,9 @@ class Exact(NamedTuple):
 
 
 class CopyGroup:
-    """What makes copies [B C H W] of images, one for each element of the group.
+    """Makes copies [B C H W] of images, one for each element of the group.
 
-    fill: what comes in at the corners of a turned image, a number or one per channel, in the
+    fill: the value in the corners of a turned image, a number or one per channel, in the
     normalised space of the images. disc_mask: fill outside the inscribed circle of every copy.
     interpolation of angles between the quarter turns: `bilinear` within [0, 90) followed by an
     exact quarter turn, or `nearest` as published. rectangular: `refuse` or `pad` (with `fill`)
@@ -81,13 +81,13 @@ class CopyGroup:
     def __len__(self) -> int:
         return len(self.copies)
 
-    # What reports of equivariance read (`evaluation.symmetry.equivariance.Group`).
+    # Read by reports of equivariance (`evaluation.symmetry.equivariance.Group`).
 
     @property
     def elements(self) -> list[Exact]:
         """The symmetries of the square that permute the copies exactly."""
         if self.interpolation == "nearest" and self.num_rotations not in (1, 2, 4):
-            # Ties of the nearest pixel fall otherwise in the turned, and in the mirrored, image.
+            # Ties of the nearest pixel are broken differently in the turned, or mirrored, image.
             return [Exact("e")]
         turns = math.gcd(self.num_rotations, 2 if self.rectangular == "crop" else 4)
         steps = [turn * 4 // turns for turn in range(turns)]
@@ -194,7 +194,7 @@ def _checked_fill(fill: float | Sequence[float]) -> float | list[float]:
 
 
 def parse_group(name: str) -> tuple[int, bool]:
-    """Number of rotations and whether there are mirror images; ValueError for another word."""
+    """Number of rotations and whether there are mirror images; ValueError for other names."""
     if name == "mirror":
         return 1, True
     match = re.fullmatch(r"([CD])(\d+)", str(name))
@@ -204,19 +204,19 @@ def parse_group(name: str) -> tuple[int, bool]:
 
 
 def group_name(n_rotations: int, flips: bool) -> str:
-    """The group of the published words `n_rotations` and `flips`."""
+    """The group of the published options `n_rotations` and `flips`."""
     return f"{'D' if flips else 'C'}{n_rotations}"
 
 
 def _bilinear(images: Tensor, angle: float) -> Tensor:
-    """Turned by the rest of the angle within [0, 90), then by exact quarter turns; 0 comes in."""
+    """Turned by the rest of the angle in [0, 90), then by exact quarter turns; filled with 0."""
     quarters, rest = divmod(angle % 360, 90)
     turned = _turned(images, rest, InterpolationMode.BILINEAR) if rest else images
     return turned.rot90(int(quarters), dims=(-2, -1))
 
 
 def _turned(images: Tensor, angle: float, interpolation: InterpolationMode) -> Tensor:
-    # The grid of half precision would miss the pixels it means.
+    # A grid in half precision would miss its pixels.
     wide = images.to(_at_least_float32(images.dtype))
     return functional.rotate(wide, angle, interpolation=interpolation).to(images.dtype)
 

@@ -20,9 +20,9 @@ PUBLISHED_AGGREGATORS = ("scoring_model.", "aggregation_model.")
 def rename_state(
     state: Mapping[str, Tensor], model: nn.Module, *, learned: bool
 ) -> dict[str, Tensor]:
-    """Weights in any of these spellings under our names, for the caller to hold against the model.
+    """Weights in any of these spellings under our names; the caller checks them with the model.
 
-    Those of a bare backbone must fit it to the last key: ValueError as `vit.keys.check_fit`.
+    Those of a bare backbone must fit it exactly: ValueError as of `vit.keys.check_fit`.
     """
     wrapped = [
         name for name in state if name.startswith((MODEL, AGGREGATOR, *PUBLISHED_AGGREGATORS))
@@ -53,7 +53,7 @@ def _our_name(name: str) -> str:
 
 
 def _of_backbone(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    # An adapter's own name for the net it wraps is in our own exports, and in nobody else's file.
+    # Only our own exports contain an adapter's name for the net it wraps.
     net: Any = getattr(model, "net", None)
     prefix = "net." if isinstance(net, nn.Module) and not _named(state, "net.") else ""
     inner = net if prefix else model

@@ -1,7 +1,7 @@
 """Any classifier as an embedding and a head: logits = head(embed(images)), exactly.
 
-Each split reads a model that it is handed, and keeps no reference to it, so that a copy of the
-model is cut in the same place.
+Each split gets the model as an argument and keeps no reference to it, so that a copy of the
+model is split in the same place.
 
 Letters in shapes: B images, D channels of the embedding, C classes.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Split(Protocol):
-    """How a model is cut."""
+    """How a model is split."""
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         """The head's input [B D]."""
@@ -128,7 +128,7 @@ class PublishedSplit:
 
 
 class FeatureSplit:
-    """A Backbone without a classifier: its class token is embedding and answer."""
+    """A Backbone without a classifier: its class token is embedding and output."""
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         """The class token [B D]."""
@@ -144,9 +144,9 @@ class FeatureSplit:
 
 
 class LastLinearSplit:
-    """Any other net, torchvision's among them: cut before its last linear layer.
+    """Any other net, such as torchvision's: split before its last linear layer.
 
-    The embedding is caught on its way into that layer, which is why a pass costs its product too.
+    A hook reads the embedding at the input of that layer, so a pass also computes its product.
     """
 
     def __init__(self, path: str) -> None:
@@ -183,7 +183,7 @@ class LastLinearSplit:
 
 
 def find_split(model: nn.Module) -> Split:
-    """How to cut a model; ValueError, which says what to give instead, for one that has no seam."""
+    """How to split a model; ValueError, which says what to give instead, if it cannot be split."""
     net = _inner(model)
     if isinstance(model, Pair):
         return PairSplit()
@@ -254,7 +254,7 @@ def _last_linear(model: nn.Module) -> str | None:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # Dropout and activations behind the head, and auxiliary heads, are not what a net ends in.
+    # Dropout and activations after the head, and auxiliary heads, do not count as the end.
     passive = (nn.Dropout, nn.Identity, nn.Softmax, nn.LogSoftmax)
     for name, child in module.named_children():
         if not isinstance(child, passive):

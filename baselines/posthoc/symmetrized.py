@@ -1,4 +1,4 @@
-"""Any classifier made invariant after training: its answers on all copies of an image, joined.
+"""Any classifier made invariant after training, by joining its results on copies of an image.
 
 Basu et al. 2023 ("Equi-Tuning") and the post-hoc experiments beside GE-ViT. The published models
 are called equivariant; what they are is invariant, f(g x) = f(x) for every g of the group.
@@ -40,7 +40,7 @@ class Symmetrized(nn.Module):
         of yours is an `Aggregator` that has its options already.
     chunk: copies per pass of the backbone, 0 for all: the answer is the same, the memory is not.
     trained: none | aggregator | head (and a learned aggregator) | all. What is frozen stays in
-        evaluation mode and takes no gradient, whatever the mode of the whole.
+        evaluation mode and takes no gradient, whatever the mode of the whole net.
     one_copy: while training, one random copy per image instead of all: a T-th of the cost.
     output: what a call gives: logits [B classes], the joined embedding [B D], or the averaged map
         of patches [B h w D]. `features` gives both of the latter in every case.
@@ -92,7 +92,7 @@ class Symmetrized(nn.Module):
     # What is computed.
 
     def forward(self, images: Tensor) -> Tensor:
-        """What `output` says of images [B C H W]."""
+        """The output for images [B C H W]; `output` says which."""
         if self.output == "map":
             return self._map(images)
         if self.output == "embedding":
@@ -144,7 +144,7 @@ class Symmetrized(nn.Module):
     # What is trained.
 
     def set_trained(self, trained: str) -> None:
-        """Choose what takes gradients, see `trained`; ValueError where that would be nothing."""
+        """Choose what takes gradients, see `trained`; ValueError if that would be nothing."""
         if trained not in TRAINED:
             raise ValueError(f"unknown trained {trained!r}; known: {', '.join(TRAINED)}")
         if trained == "aggregator" and not self.aggregator.learned:
@@ -164,7 +164,7 @@ class Symmetrized(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Symmetrized":
-        """Set the mode of what is trained; the rest evaluates."""
+        """Set the mode of what is trained; the rest stays in evaluation mode."""
         super().train(mode)
         if self.trained != "all":
             self.model.eval()
@@ -174,7 +174,7 @@ class Symmetrized(nn.Module):
             self.aggregator.eval()
         return self
 
-    # What others read of a net.
+    # The interface that probes and reports read.
 
     @property
     def num_classes(self) -> int:
@@ -220,7 +220,7 @@ class Symmetrized(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the backbone, seen from here."""
+        """timm's description of the backbone, with names seen from this wrapper."""
         channels = self._own("in_chans") or self._config().get("input_size", (3,))[0]
         parts = {id(part): name for name, part in self.named_modules()}
         heads = [parts[id(part)] for part in self.split.parts(self.model) if id(part) in parts]
@@ -280,7 +280,7 @@ class Symmetrized(nn.Module):
         return copies
 
     def _frozen(self) -> bool:
-        """Whether nothing in front of the head takes a gradient."""
+        """Whether nothing before the head takes a gradient."""
         return self.trained != "all"
 
     def _net(self) -> nn.Module:
@@ -314,7 +314,7 @@ def symmetrized(
 ) -> Symmetrized:
     """Build `Symmetrized` around a backbone that is still to be made (config target).
 
-    What is no keyword of it goes to the backbone: num_classes, img_size, drop_path_rate, ...
+    Other keywords go to the backbone: num_classes, img_size, drop_path_rate, ...
     """
     own = keywords_of(Symmetrized)
     return Symmetrized(

@@ -1,4 +1,4 @@
-"""Training what a symmetrised classifier has to train: its aggregator, its head, or all of it.
+"""Training of a symmetrised classifier: its aggregator, its head, or all of it.
 
 A frozen backbone gives every image the same embeddings in every epoch, so they are computed once.
 
@@ -23,7 +23,7 @@ from utils.errors import UserError
 
 
 class Embedded(NamedTuple):
-    """What the head of a classifier sees of a data set."""
+    """Inputs of the head of a classifier for a data set."""
 
     z: Tensor  # [N T D] float32, on the host
     labels: Tensor  # [N] int64
@@ -37,7 +37,7 @@ class Augmented:
     transform: Callable
 
     def __call__(self, image: Image) -> Tensor:
-        """Augment one image and convert it; TypeError for an augmentation that converts too."""
+        """Augment one image and convert it; TypeError if the augmentation already converts."""
         found = self.augmentation(image)
         if not isinstance(found, Image):
             raise TypeError(
@@ -48,7 +48,7 @@ class Augmented:
 
 
 class Fitted(NamedTuple):
-    """What a training did."""
+    """Result of a training."""
 
     epochs: int
     best_epoch: int  # 0: nothing was better than the start
@@ -60,8 +60,8 @@ class PosthocTraining:
     """Cross entropy on the joined logits; the best epoch on the validation images is kept.
 
     epochs: None is 25, or 60 for learned attention, as published. augmentation: of the training
-    images, from image to image, before the transform; None, and a frozen backbone, let embeddings
-    be computed once and trained on. optimizer: makes it of the parameters; None is Adam.
+    images, from image to image, before the transform; with None and a frozen backbone
+    embeddings are computed only once. optimizer: called with the parameters; None is Adam.
     Departs from the published training: frozen parts stay in evaluation mode, embeddings of frozen
     backbones are not computed anew, and everything random follows the seed.
     """
@@ -95,9 +95,9 @@ class PosthocTraining:
         shown: Callable[[str], None] = print,
         embedded: tuple[Embedded, Embedded] | None = None,
     ) -> Fitted:
-        """Train what `net.trained` names, in place; UserError where that is nothing.
+        """Train what `net.trained` names, in place; UserError if that is nothing.
 
-        embedded: of both data sets by the same frozen backbone, where the caller has it already.
+        embedded: of both data sets, if the caller has them already from the same frozen backbone.
         """
         trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         if net.trained == "none" or not trained:
@@ -146,7 +146,7 @@ class PosthocTraining:
         transform: Callable,
         cached: bool = True,
     ) -> tuple[Embedded, Embedded]:
-        """What a frozen backbone makes of training (unless they are augmented) and validation."""
+        """Embeddings of a frozen backbone: training (unless augmented) and validation images."""
         sizes = self.batch_size, self.num_workers
         judged = embed(net, validation, transform, *sizes)
         return (embed(net, train, transform, *sizes) if cached else judged), judged

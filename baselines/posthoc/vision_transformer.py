@@ -21,9 +21,9 @@ from vit.trunk import take_indices
 class SmallVisionTransformer(nn.Module):
     """Patches, class token and learned positions, blocks, head; parameter names as published.
 
-    num_patches: positions to learn, the grid's where it is None. Images of fewer patches take the
-    first positions. A patch is flattened channel by channel, row by row. A net of one channel takes
-    RGB images too and averages them.
+    num_patches: number of learned positions; None: as many as the grid has. Images of fewer
+    patches use the first positions. A patch is flattened channel by channel, row by row. A net of
+    one channel also accepts RGB images and averages their channels.
     """
 
     def __init__(

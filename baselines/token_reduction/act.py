@@ -56,7 +56,7 @@ def cluster_ids(keys: Tensor) -> Tensor:
 
 
 def count_clusters(ids: Tensor) -> int:
-    """Clusters of the sequence that has most of them; none where there is no sequence."""
+    """Number of clusters of the sequence with the most; 0 if there is no sequence."""
     return int(ids.max()) + 1 if ids.numel() else 0
 
 
@@ -145,7 +145,7 @@ class ClusteredAttention(Reducer):
         self.blocks: range = range(0)
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network, and draw the projections."""
+        """Fit the options to a network, and draw the projections."""
         super().bind(facts)
         self.blocks = block_range(self.start_block, self.stop_block, facts.first, facts.depth)
         check_blocks(list(self.blocks), facts, "ACT block")
@@ -154,7 +154,7 @@ class ClusteredAttention(Reducer):
             self.draws.prepare(names, facts.head_dim, hashes)
 
     def works_inside(self, index: int) -> bool:
-        """In its blocks."""
+        """Whether the block is in the range."""
         return index in self.blocks and (self.group_queries or self.group_keys)
 
     def check_training(self, attn_drop: float) -> None:

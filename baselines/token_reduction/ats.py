@@ -1,4 +1,4 @@
-"""ATS: patches are sampled from the distribution of what the class token takes from them.
+"""ATS: patches are sampled by their share in what the class token attends to.
 
 Fayyaz et al. 2022, "Adaptive Token Sampling for Efficient Vision Transformers".
 
@@ -33,7 +33,7 @@ def masked_attention(
     """Attention [B H T T] of q, k [B H T d] to live keys [B T], and of each token to itself.
 
     Not exactly a softmax: EPSILON is spread over all keys, as published; with `overlook` over the
-    live ones, so that padding leaves no trace.
+    live ones only, so that padding has no effect.
     """
     tokens = q.shape[2]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -49,7 +49,7 @@ def masked_attention(
 
 
 def significance(attention: Tensor, v: Tensor, num_prefix: int) -> Tensor:
-    """What the class token takes from each patch token [B N], summing to 1.
+    """Share of each patch token in what the class token attends to [B N], summing to 1.
 
     Attention [B H T T] times the norm of the value, both over all heads (equation 4).
     """
@@ -59,12 +59,12 @@ def significance(attention: Tensor, v: Tensor, num_prefix: int) -> Tensor:
 
 
 def sample_places(ascending: Tensor, num_samples: int, num_padding: Tensor | None = None) -> Tensor:
-    """Which places of ascending scores [B N] are picked, as booleans.
+    """Which positions of ascending scores [B N] are picked, as booleans.
 
     Inverse transform sampling on a fixed grid: equal steps from the smallest non-zero value of the
     cumulative sum, scaled to [0, 1], to 1; each step picks the nearest place (section 3.2).
-    num_padding [B]: so many of the smallest scores are padding, to be overlooked. As published it
-    is not, and moves the grid.
+    num_padding [B]: how many of the smallest scores are padding, to be ignored. The published code
+    does not ignore it, so that it shifts the grid.
     """
     total = ascending.cumsum(dim=1)
     low, high = total[:, :1], total[:, -1:]
@@ -85,13 +85,13 @@ class AdaptiveSampling(Reducer):
     """Inside the attention of some blocks, keeps the patch tokens that a fixed grid samples.
 
     locations: the blocks. Default: all (plain) ones but the first quarter, as in the paper.
-    num_samples: samples, so at most so many tokens stay: a number, or a share of the full grid's
+    num_samples: samples, and so at most this many tokens stay: a number, or a share of the grid's
         patches (at most 1.0). Default: as many as the full grid has patches, as published.
     drop_tokens: shorten the sequences to the longest of the batch; off, shapes stand still and
         dropped tokens are zeros (for torch.compile).
     residual: what the attention is added to, the block's "raw" input (the paper) or the "normed"
         one (Expedit-SWAG).
-    mask_padding: whether later blocks overlook the padding of images that kept fewer. Without, as
+    mask_padding: whether later blocks mask the padding of images that kept fewer. Without, as
         published, an image's result depends on the rest of its batch.
     Record: block<i>.sorted_scores and .sorted_indices [B N], block<i>.kept [B K], -1 for padding.
     """
@@ -119,7 +119,7 @@ class AdaptiveSampling(Reducer):
         self.blocks: frozenset[int] = frozenset()
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network; ValueError for blocks or tokens that it does not have."""
+        """Fit the options to a network; ValueError for blocks or tokens that it lacks."""
         super().bind(facts)
         check_class_token(facts, "ATS")
         start = facts.first + (facts.depth - facts.first) // 4
@@ -128,12 +128,12 @@ class AdaptiveSampling(Reducer):
         check_blocks(sorted(self.blocks), facts, "ATS block")
 
     def works_inside(self, index: int) -> bool:
-        """In its blocks, and behind the first of them where padding may be to overlook."""
+        """In the chosen blocks, and after the first of them if there may be padding to mask."""
         behind = self.mask_padding and bool(self.blocks) and index > min(self.blocks)
         return index in self.blocks or behind
 
     def before_block(self, state: State, index: int, x: Tensor) -> Tensor:
-        """The tokens as they are; what is dropped is restored with these values."""
+        """The tokens, unchanged; dropped ones are restored with these values."""
         if index in self.blocks and state.traced:
             state.memory["input"] = x
         return x
@@ -150,7 +150,7 @@ class AdaptiveSampling(Reducer):
         attention = masked_attention(q, k, live, overlook=self.mask_padding)
         with torch.no_grad():
             scores = significance(attention, v, first)
-            # Padding alone ties, at 0: its order is the framework's, as in the published code.
+            # Only padding has ties, at 0: their order is the framework's, as in the published code.
             scores, order = scores.sort(dim=1)
             padding = None
             if live is not None and self.mask_padding:
@@ -179,7 +179,7 @@ class AdaptiveSampling(Reducer):
             return x
         state.memory.pop("rows")
         valid = state.memory.pop("valid")
-        # A batch without padding needs no mask; where shapes stand still nobody asks.
+        # A batch without padding needs no mask; with constant shapes this is not checked.
         if self.drop_tokens and bool(valid.all()):
             state.live = state.key_bias = None
             return x
@@ -190,7 +190,7 @@ class AdaptiveSampling(Reducer):
         return x * valid[..., None].to(x.dtype)
 
     def after_block(self, state: State, index: int, x: Tensor) -> Tensor:
-        """The same, padding zero again."""
+        """The same tokens, with padding set to zero again."""
         if index not in self.blocks or state.live is None:
             return x
         return x * state.live[..., None].to(x.dtype)
@@ -203,9 +203,9 @@ class AdaptiveSampling(Reducer):
         return min(self.num_samples, state.num_patches)
 
     def _listed(self, picked: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch tokens at the picked places [B K] in ascending order of place, and which are real.
+        """Patch tokens at the picked positions [B K] in ascending order, and which are real.
 
-        Behind them stands token 0, as padding.
+        After them comes token 0, as padding.
         """
         counts = picked.sum(dim=1)
         width = int(counts.max()) if self.drop_tokens and len(counts) else picked.shape[1]
@@ -218,7 +218,7 @@ class AdaptiveSampling(Reducer):
         """Where each token goes [B T]; padding comes from nowhere."""
         rows, valid = state.memory["rows"], state.memory["valid"]
         batch, width = rows.shape
-        # Padding is written to one place more, which is cut off.
+        # Padding is written to an extra place, which is cut off.
         target = torch.where(valid, rows, num_tokens)
         places = rows.new_full((batch, num_tokens + 1), -1)
         numbers = torch.arange(width, device=rows.device).expand(batch, -1)

@@ -1,4 +1,4 @@
-"""Expedit ("hourglass"): tokens clustered once, and full resolution won back at the end.
+"""Expedit ("hourglass"): tokens are clustered once, full resolution is restored at the end.
 
 Liang et al. 2022, "Expediting Large-Scale Vision Transformer for Dense Prediction without
 Fine-tuning", section 3.
@@ -114,14 +114,14 @@ def reconstruct_tokens(
 
 
 class Hourglass(Reducer):
-    """Clusters the patch tokens at one block; the blocks behind it see K of them.
+    """Clusters the patch tokens at one block; the blocks after it see K clusters.
 
     location: the block whose input is clustered, or whose output (`after_output`); the depth: none.
         Default: the middle of the plain blocks.
     num_clusters: K, a square number, or (rows, columns). Default: half of the patches.
     iterations, temperature, window: of the clustering.
-    nearest, reconstruction_temperature, reconstruction ("sum" | "l2"): of the way back, see
-        `reconstruct_tokens`; published defaults but for "sum".
+    nearest, reconstruction_temperature, reconstruction ("sum" | "l2"): of the reconstruction,
+        see `reconstruct_tokens`; the defaults are the published ones, except "sum".
     Record: cluster.input [B N D], cluster.centroids [B K D], cluster.hard_labels [B N].
     """
 
@@ -157,7 +157,7 @@ class Hourglass(Reducer):
         self.reconstruction_temperature = reconstruction_temperature
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network; ValueError for a location that it does not have."""
+        """Fit the options to a network; ValueError for a location that it lacks."""
         super().bind(facts)
         middle = facts.first + (facts.depth - facts.first) // 2
         self.at = middle if self.location is None else self.location
@@ -169,7 +169,7 @@ class Hourglass(Reducer):
         return self._clustered(state, x) if self._is_here(index, False) else x
 
     def after_block(self, state: State, index: int, x: Tensor) -> Tensor:
-        """The same behind the block."""
+        """The same after the block."""
         return self._clustered(state, x) if self._is_here(index, True) else x
 
     def restore(self, state: State, x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Hourglass(Reducer):
 
 
 def cluster_grid(num_clusters: "int | tuple[int, int] | list[int]") -> tuple[int, int]:
-    """Rows and columns of a number of clusters; ValueError where it is no square number."""
+    """Rows and columns of a number of clusters; ValueError if it is no square number."""
     given = each("num_clusters", num_clusters, lambda key, count: check_count(key, count, 1))
     if not isinstance(num_clusters, int):
         if len(given) != 2:

@@ -168,7 +168,7 @@ def evo_vit(shape: Shape, *, location: int, keep_rate: float) -> Cost:
     """Blocks from `location` on run on the class token and the most attended patch tokens."""
     full, last = shape.num_tokens, shape.depth - 1
     if keep_rate == 1.0 or location > last:
-        return base(shape)  # nobody reads the class attention
+        return base(shape)  # the class attention is not used
     cost = stem(shape, full)
     for index in range(shape.depth):
         n = int(shape.num_patches * keep_rate) + 1 if index >= location else full

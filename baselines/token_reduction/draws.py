@@ -22,7 +22,7 @@ class Draws:
     stored: dict[str, Draw] = field(default_factory=dict)
 
     def prepare(self, names: Iterable[str], channels: int, hashes: int) -> None:
-        """Draw what is not there yet."""
+        """Draw the missing projections."""
         if self.seed is None:
             return
         generator = torch.Generator().manual_seed(self.seed)
@@ -32,7 +32,7 @@ class Draws:
             self.stored.setdefault(name, (gaussian, shift))
 
     def get(self, name: str, channels: int, hashes: int, like: Tensor) -> Draw:
-        """The projection of that name, or a fresh one, of the type of `like` and beside it."""
+        """The projection of that name, or a fresh one, with the dtype and device of `like`."""
         if name in self.stored:
             gaussian, shift = self.stored[name]
         else:
@@ -42,7 +42,7 @@ class Draws:
 
 
 def check_draw(start: int | None, stop: int | None, seed: int | None) -> None:
-    """ValueError for blocks and a seed that are no whole numbers; -1 as `stop` is the end."""
+    """ValueError for blocks or a seed that are not integers; -1 as `stop` means the end."""
     check_counts(start=start, seed=seed)
     check_counts(-1, stop=stop)
 

@@ -1,4 +1,4 @@
-"""EViT: the patches that the class token attends to go on, the others are dropped or fused.
+"""EViT: the patches that the class token attends to are kept, the others dropped or fused.
 
 Liang et al. 2022, "Not All Patches Are What You Need: Expediting Vision Transformers via Token
 Reorganizations".
@@ -64,7 +64,7 @@ class EViT(Reducer):
     locations: a block, or several. By default three, a quarter of the (plain) depth apart, as
         published.
     keep_rates: instead, the rate of every block, or of some as {block: rate}.
-    fuse_token: whether the dropped ones go on as one token more.
+    fuse_token: whether the dropped ones become one additional token.
     score: what ranks a token: "class", the class token's attention to it (the paper); "all", that
         of all tokens (Expedit-SWAG).
     A fused token belongs to no patch: a dropped patch is restored with its own last value.
@@ -95,7 +95,7 @@ class EViT(Reducer):
         self.rates: dict[int, float] = {}
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network; ValueError for blocks or tokens that it does not have."""
+        """Fit the options to a network; ValueError for blocks or tokens that it lacks."""
         super().bind(facts)
         self.rates = {i: rate for i, rate in self._rate_of_blocks(facts).items() if rate < 1.0}
         check_blocks(list(self.rates), facts, "EViT block")

@@ -1,4 +1,4 @@
-"""Evo-ViT: the tokens that the class token attends to run through the block, the others around it.
+"""Evo-ViT: tokens that the class token attends to run through the block, the others bypass it.
 
 Xu et al. 2022, "Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer".
 
@@ -47,7 +47,7 @@ class EvoViT(Reducer):
 
     location: the first such block, behind at least one plain block. Default: a third of the way.
     keep_rate: share of all patches that runs through it, or a list with one for every block, which
-        stands for the location too.
+        sets the location too.
     tradeoff: weight of a block's own class attention in the running one, or a list.
     fast_update: whether a token that stands for the others runs with the chosen ones, and what the
         block adds to it is added to the others (the paper). Off: they pass unchanged, which is
@@ -79,7 +79,7 @@ class EvoViT(Reducer):
         self.tradeoffs: list[float] = []
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network; ValueError for a location without a plain block in front of it."""
+        """Fit the options to a network; ValueError for a location with no plain block before it."""
         super().bind(facts)
         depth, first = facts.depth, facts.first
         check_class_token(facts, "Evo-ViT")
@@ -105,11 +105,11 @@ class EvoViT(Reducer):
             )
 
     def works_inside(self, index: int) -> bool:
-        """Everywhere, if any block selects: each has its say in the running class attention."""
+        """In all blocks, if any block selects: each contributes to the running class attention."""
         return any(rate < 1.0 for rate in self.rates)
 
     def before_block(self, state: State, index: int, x: Tensor) -> Tensor:
-        """The tokens that run through the block [B P+S(+1) D]; the others wait in the state."""
+        """The tokens that run through the block [B P+S(+1) D]; the others are kept in the state."""
         rate, first = self.rates[index], state.num_prefix
         if rate == 1.0:
             return x

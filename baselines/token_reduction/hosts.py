@@ -1,11 +1,12 @@
 """Networks whose blocks a reducer may enter: timm's ViTs, our trunks, the plain half of a hybrid.
 
-A host owns the loop over the blocks. A block in which the reducer has nothing to do runs as it is;
-one that it works inside is opened: norm1, qkv (with q/k norm), the reducer's attention, projection,
-layer scale, stochastic depth, the reducer's turn, then the MLP branch. Octic blocks are left alone.
+A host owns the loop over the blocks. A block in which the reducer has nothing to do runs unchanged.
+A block that the reducer works inside is run step by step: norm1, qkv (with q/k norm), the reducer's
+attention, projection, layer scale, stochastic depth, the reducer's `after_attention`, then the MLP
+branch. Octic blocks always run unchanged.
 
 Letters in shapes: B images, T tokens, P prefix tokens, N patches, H heads, d channels of a head, D
-channels, M tokens that go on.
+channels, M tokens that are kept.
 """
 
 from collections.abc import Iterable
@@ -61,7 +62,7 @@ class Host:
         raise NotImplementedError
 
     def classless(self, x: Tensor) -> Tensor:
-        """What stands for the class token of normed tokens [B T D] in a network without one.
+        """Replacement for the class token of normed tokens [B T D] in a network without one.
 
         Mean of the patches, as `vit.adapters.TimmBackbone` and `vit.trunk.Trunk.features` give it.
         """
@@ -261,8 +262,8 @@ class TrunkHost(Host):
     def keep(self, block: Any, branch: int, update: Tensor) -> Tensor:
         """The update [B M D] under the block's stochastic depth.
 
-        Mode `subset` draws its sequences as the block does, but computes all of them: what a
-        reducer knows of the others must stay true.
+        Mode `subset` draws its sequences as the block does, but computes all of them: what the
+        reducer has stored about the others must stay valid.
         """
         rate = block.drop_path_rate if block.training else 0.0
         if rate == 0.0:
@@ -282,7 +283,7 @@ class TrunkHost(Host):
 
 
 def find_host(model: nn.Module) -> Host:
-    """The host of a network, or of the one in its adapter; ValueError where there is none."""
+    """The host of a network, or of the one in its adapter; ValueError if there is none."""
     net = getattr(model, "net", model)
     if isinstance(net, Trunk):
         return TrunkHost(net)

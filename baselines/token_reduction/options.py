@@ -1,7 +1,7 @@
-"""What the options of reducers may be, held against the mark where they are given.
+"""Checks of the options of reducers, made where the options are given.
 
-Options come from files and command lines as whatever they look like there, and no annotation is
-read on that way: a word for a number would fail deep inside, or not at all.
+Options come from files and command lines without type checks: a word instead of a number would
+fail deep inside, or not at all.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +43,7 @@ def each(key: str, value: Any, check: Callable[[str, Any], None]) -> list[Any]:
 
 
 def block_list(key: str, value: Any) -> list[int]:
-    """One block, or several, as a list; OutOfRange for what numbers no block."""
+    """One block, or several, as a list; OutOfRange for anything that is not a block number."""
     return each(key, value, check_count)
 
 

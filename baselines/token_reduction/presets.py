@@ -22,7 +22,7 @@ METHODS: dict[str, type[Reducer]] = {
     "smyrf": Smyrf,
 }
 FORMS = ("sound", "published")
-# What the Expedit-SWAG code computes where that is not what the constructors do by default.
+# What Expedit-SWAG computes, where it differs from the defaults of the constructors.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "hourglass": {"reconstruction": "l2"},
     "evit": {"score": "all", "fuse_token": False},
@@ -37,11 +37,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def make_reducer(method: str | Reducer, /, form: str = "sound", **options: Any) -> Reducer:
     """The reducer of that name: hourglass, evit, tome, evo_vit, ats, act, smyrf.
 
-    One of the user's, made elsewhere with its options, is taken as it is.
+    A reducer that was built elsewhere, with its options, is returned unchanged.
 
-    form: "sound", which is the original papers' form without the faults of the code that measured
-        them; or "published", what Expedit-SWAG computes and the published rows were measured with.
-    options: keywords of the reducer's class, before those of the form.
+    form: "sound", the form of the original papers without the faults of Expedit-SWAG; or
+        "published", what Expedit-SWAG computes and the published rows were measured with.
+    options: keywords of the reducer's class; they override those of the form.
     """
     if isinstance(method, Reducer):
         return method

@@ -25,7 +25,7 @@ NET = "net."
 
 
 class Inspection(NamedTuple):
-    """A pass laid open."""
+    """A forward pass with all its intermediate decisions."""
 
     logits: Any  # what a call gives
     tokens: Tensor  # [B T D] tokens that are left, after the final norm
@@ -40,10 +40,10 @@ class Reduced(nn.Module):
         an octic hybrid, whose octic blocks stay as they are.
     reducer: one of the seven methods; `baselines.token_reduction.presets.make_reducer` names them.
 
-    No parameters are added: what the network's own files load into it, they load into this.
+    No parameters are added, so the network's own files load into this one as well.
     Features and `forward_features` are at full resolution whatever was dropped or merged. A network
-    that pools by the mean takes the mean of the tokens that are left, each weighted by the patches
-    it stands for where the method counts them.
+    that pools by the mean takes the mean of the tokens that are left, each weighted by the number
+    of its patches if the method counts them.
     """
 
     def __init__(self, net: nn.Module, reducer: Reducer) -> None:
@@ -53,7 +53,7 @@ class Reduced(nn.Module):
         self.set_reducer(reducer)
 
     def set_reducer(self, reducer: Reducer) -> None:
-        """Put another method, or other options, around the same weights."""
+        """Switch to another method, or other options, with the same weights."""
         reducer = copy.deepcopy(reducer)
         reducer.bind(self.host.facts)
         self.reducer = reducer
@@ -108,7 +108,7 @@ class Reduced(nn.Module):
 
     @torch.no_grad()
     def inspect(self, images: Tensor) -> Inspection:
-        """A pass with all that the method decided in it: for pictures, costs and tests."""
+        """A pass with all decisions of the method: for pictures, costs and tests."""
         record: dict[str, Tensor] = {}
         x, state = self._run(images, record=record)
         tokens = self.net.norm(x)
@@ -155,7 +155,7 @@ class Reduced(nn.Module):
         return State(self.host.facts.num_prefix, grid, dense=dense, record=record)
 
     def _weights(self, state: State) -> Tensor | None:
-        """Share of each patch token [B T-P] in a mean, where tokens differ."""
+        """Share of each patch token [B T-P] in a mean, if tokens have different shares."""
         parts = []
         if state.size is not None and self.reducer.weighs_mean:
             parts.append(state.size.squeeze(-1))
@@ -166,7 +166,7 @@ class Reduced(nn.Module):
         weights = parts[0] if len(parts) == 1 else parts[0] * parts[1]
         return weights[:, state.num_prefix :]
 
-    # What others read of a net.
+    # The interface that probes and reports read.
 
     @property
     def embed_dim(self) -> int:
@@ -202,7 +202,7 @@ class Reduced(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the network, seen from here."""
+        """timm's description of the network, with names seen from this wrapper."""
         config = dict(getattr(self.net, "pretrained_cfg", None) or {})
         heads = config.get("classifier", "head") or "head"
         named = [heads] if isinstance(heads, str) else list(heads)
@@ -213,7 +213,7 @@ class Reduced(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks that run as they are: what may be sharded, compiled or recomputed alone."""
+        """The blocks that run unchanged: these may be sharded, compiled or recomputed alone."""
         return [
             block
             for index, block in enumerate(self.net.blocks)
@@ -233,13 +233,13 @@ class Reduced(nn.Module):
         self.net.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of what the network does not decay."""
+        """Names of the parameters that the network does not decay."""
         return {NET + name for name in self.net.no_weight_decay()}
 
     def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's weights under our names: ours, or the bare network's in any spelling.
 
-        Those of a bare network must fit it to the last key: ValueError as `vit.keys.check_fit`.
+        Those of a bare network must fit it exactly: ValueError as of `vit.keys.check_fit`.
         """
         if any(name.startswith(NET) for name in state):
             return dict(state)
@@ -264,8 +264,8 @@ def reduced(
 ) -> Reduced:
     """Build `Reduced` around a backbone that is still to be made (config target).
 
-    method, form, options: see `baselines.token_reduction.presets.make_reducer`. What is no keyword
-    of it goes to the backbone: num_classes, img_size, drop_path_rate, ...
+    method, form, options: see `baselines.token_reduction.presets.make_reducer`. Other
+    keywords go to the backbone: num_classes, img_size, drop_path_rate, ...
     """
     try:
         reducer = make_reducer(method, form=form, **(options or {}))

@@ -1,10 +1,9 @@
 """What a token reduction is: hooks around and inside the blocks of a Vision Transformer.
 
-A host (`baselines.token_reduction.hosts`) owns the loop over the blocks and calls the hooks; what a
-pass of the network remembers stands in a `State` of its own, so a reducer is the same before and
-after every pass. Adds no parameters.
+A host (`baselines.token_reduction.hosts`) owns the loop over the blocks and calls the hooks. Each
+pass of the network has its own `State`, so a pass does not change the reducer. Adds no parameters.
 
-Letters in shapes: B images, T tokens, of which P prefix tokens stand first (class token, registers,
+Letters in shapes: B images, T tokens, of which P prefix tokens come first (class token, registers,
 distillation token), N patches of the full grid, h w that grid, H heads, d channels of a head, D
 channels.
 """
@@ -22,34 +21,34 @@ class Facts(NamedTuple):
     """What a reducer must know of the network it works in."""
 
     depth: int
-    first: int  # the first block that may be reduced: behind the octic blocks of a hybrid
+    first: int  # the first block that may be reduced: after the octic blocks of a hybrid
     num_prefix: int
     has_class_token: bool
     head_dim: int
 
 
 class Attended(NamedTuple):
-    """What the attention of one block gave."""
+    """Result of the attention of one block."""
 
-    out: Tensor  # [B H M d] for the M tokens that go on
-    scores: Tensor | None = None  # what the reducer wants to find again behind the attention
-    rows: Tensor | None = None  # [B M] the tokens that go on; None: all of them
+    out: Tensor  # [B H M d] for the M tokens that are kept
+    scores: Tensor | None = None  # what the reducer needs again after the attention
+    rows: Tensor | None = None  # [B M] the tokens that are kept; None: all of them
     residual: Tensor | None = None  # [B M D] what the update is added to; None: the block's input
 
 
 @dataclass
 class State:
-    """What one pass remembers. Tensors are replaced, never written into."""
+    """The state of one pass. Tensors are replaced, never modified in place."""
 
     num_prefix: int
     grid: tuple[int, int]
     dense: bool = False  # whether full-resolution features are wanted at the end
-    record: dict[str, Tensor] | None = None  # filled where somebody wants to look inside
+    record: dict[str, Tensor] | None = None  # filled for `inspect`; None otherwise
     attn_drop: float = 0.0  # dropout of attention weights in the block that runs
     origin: Tensor | None = None  # [B N] token that carries each patch, -1: dropped; None: its own
     held: Tensor | None = None  # [B N D] last value of the dropped patches
-    size: Tensor | None = None  # [B T 1] patches that a token stands for
-    live: Tensor | None = None  # [B T] whether a token is one, or padding
+    size: Tensor | None = None  # [B T 1] number of patches that a token represents
+    live: Tensor | None = None  # [B T] whether a token is real, not padding
     key_bias: Tensor | None = None  # [B 1 1 T] added to every attention score of a key
     memory: dict[str, Tensor] = field(default_factory=dict)  # the method's own
 
@@ -65,17 +64,17 @@ class State:
         return twin
 
     def note(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor for whoever looks inside."""
+        """Record a tensor, if there is a record."""
         if self.record is not None:
             self.record[name] = tensor
 
     @property
     def traced(self) -> bool:
-        """Whether anybody will ask where the patches went."""
+        """Whether the origin of the patches is needed at the end."""
         return self.dense or self.record is not None
 
     def move(self, new_place: Tensor, x: Tensor) -> None:
-        """Tokens x [B T D] change places: new_place [B T] is where each goes, -1: it is dropped.
+        """Move tokens x [B T D]: new_place [B T] is the new position of each, -1: it is dropped.
 
         Keeps the origin map, and the last value of what is dropped.
         """
@@ -91,34 +90,34 @@ class State:
         if self.dense:
             now = rows_of(x, self.origin.clamp(min=0))
             held = now if self.held is None else self.held.to(now.dtype)
-            # Of a patch that stays the value is looked up again when it is asked for.
+            # The value of a patch that stays is looked up when it is needed.
             self.held = torch.where(present[..., None], now, held)
         self.origin = place
 
 
 class Reducer:
-    """Base of the methods: every hook does nothing, every block runs as it is.
+    """Base of the methods: every hook does nothing, every block runs unchanged.
 
-    A method says in `bind` what it refuses, and keeps nothing of a pass in itself.
+    A method refuses networks in `bind`, and stores nothing of a pass in itself.
     """
 
     facts: Facts
     weighs_mean = True  # whether a network that pools by the mean counts tokens by their patches
-    watches = False  # whether blocks it leaves alone are opened too where somebody looks inside
+    watches = False  # whether unchanged blocks are also run step by step for `inspect`
 
     def bind(self, facts: Facts) -> None:
-        """Fit the options to a network; ValueError for what it does not have."""
+        """Fit the options to a network; ValueError for blocks or tokens that it lacks."""
         self.facts = facts
 
     def start(self, state: State, x: Tensor) -> None:
         """The tokens [B T D] as they enter the first block that may be reduced."""
 
     def works_inside(self, index: int) -> bool:
-        """Whether the block is opened: `attend` and `after_attention` are called in it."""
+        """Whether the block runs step by step: `attend` and `after_attention` are called in it."""
         return False
 
     def before_block(self, state: State, index: int, x: Tensor) -> Tensor:
-        """Tokens [B T D] to those that enter the block."""
+        """Map tokens [B T D] to those that enter the block."""
         return x
 
     def attend(
@@ -134,13 +133,13 @@ class Reducer:
         return x
 
     def after_block(self, state: State, index: int, x: Tensor) -> Tensor:
-        """Tokens [B T D] behind the block."""
+        """Tokens [B T D] after the block."""
         return x
 
     def restore(self, state: State, x: Tensor) -> Tensor:
         """Tokens [B T D] at full resolution [B P+N D]; the state's pass must have been `dense`.
 
-        Each patch reads the token that carries it; a dropped one keeps its last value.
+        Each patch has the value of the token that carries it; a dropped one keeps its last value.
         """
         if state.origin is None:
             return x
@@ -151,7 +150,7 @@ class Reducer:
         return torch.cat([x[:, : state.num_prefix], patches], dim=1)
 
     def check_training(self, attn_drop: float) -> None:
-        """ValueError where the method cannot be trained in a network of such dropout."""
+        """ValueError if the method cannot be trained in a network with this dropout."""
 
     @staticmethod
     def softmax_attention(state: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
 
 
 def check_blocks(blocks: "list[int] | tuple[int, ...]", facts: Facts, what: str) -> None:
-    """Refuse blocks that the network lacks or that stand in its octic half."""
+    """Refuse blocks that the network lacks or that are in its octic half."""
     for index in blocks:
         if not 0 <= index < facts.depth:
             raise ValueError(f"{what} {index}: the network has blocks 0 to {facts.depth - 1}")

@@ -77,10 +77,10 @@ def straddling_attention(
     key_cluster_size: int,
     scale: float,
 ) -> Tensor:
-    """The published form [S Q V]: all hashes and sequences stand in one line and are cut.
+    """The published form [S Q V]: all hashes and sequences form one line, which is cut into chunks.
 
-    Where the sizes do not divide the tokens, a chunk holds tokens of two sequences, which then see
-    each other. ValueError where the line cannot be cut.
+    If the sizes do not divide the tokens, a chunk holds tokens of two sequences, which then see
+    each other. ValueError if the line cannot be cut.
     """
     rows, columns = orders[0].numel(), orders[1].numel()
     if q.shape[1] // query_cluster_size != k.shape[1] // key_cluster_size:
@@ -148,7 +148,7 @@ class Smyrf(Reducer):
     """Attention within hashed clusters in a range of blocks.
 
     start, stop: the blocks, stop exclusive; by default all plain ones.
-    num_hashes: rounds, each with a sorting of its own; query_cluster_size, key_cluster_size: tokens
+    num_hashes: rounds, each with its own sorting; query_cluster_size, key_cluster_size: tokens
         of a cluster.
     form: "sound": each sequence is padded to whole clusters, prefix tokens attend to all and are
         seen by all; "published": chunks straddle heads, hashes and images where the size does not
@@ -183,7 +183,7 @@ class Smyrf(Reducer):
         self.blocks: range = range(0)
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network, and draw the projections."""
+        """Fit the options to a network, and draw the projections."""
         super().bind(facts)
         self.blocks = block_range(self.start_block, self.stop_block, facts.first, facts.depth)
         check_blocks(list(self.blocks), facts, "SMYRF block")
@@ -191,7 +191,7 @@ class Smyrf(Reducer):
         self.draws.prepare(names, facts.head_dim + 2, self.num_hashes)
 
     def works_inside(self, index: int) -> bool:
-        """In its blocks."""
+        """Whether the block is in the range."""
         return index in self.blocks
 
     def check_training(self, attn_drop: float) -> None:

@@ -48,7 +48,7 @@ class PublishedTable:
                 raise ValueError(f"{file}: no such weights file")
 
     def words(self, row: Row) -> tuple[str, str, str]:
-        """Method, model and parameters of a row, to be read."""
+        """Method, model and parameters of a row, as text."""
         options = ", ".join(f"{key}={value}" for key, value in row.options.items())
         return NAMES[row.method], SIZES[row.model], options
 
@@ -96,7 +96,7 @@ class PublishedTable:
         return reduced(net, method=row.method, form="published", options=_options(row)).eval()
 
     def measure(self, row: Row, net: nn.Module, image: Tensor) -> list[float]:
-        """Clusters of each block (ACT), or tokens behind the block (ATS), for one image."""
+        """Clusters of each block (ACT), or tokens after the block (ATS), for one image."""
         found = self.reduce(row, net)
         assert isinstance(found, Reduced), "only reduced nets have such counts"
         record = found.inspect(image).record
@@ -125,6 +125,6 @@ def _quarters(depth: int) -> list[int]:
 
 
 def _options(row: Row) -> dict[str, Any]:
-    """Keywords of the reducer; what is drawn is drawn from a seed, so that two passes agree."""
+    """Keywords of the reducer; projections are drawn from a seed, so that two passes agree."""
     drawn = {"seed": 0} if row.method in ("act", "smyrf") else {}
     return {**row.options, **drawn}

@@ -32,10 +32,10 @@ class Matching(NamedTuple):
 def match_bipartite(
     metric: Tensor, r: int, *, protected_even: int = 0, protected_odd: int = 0
 ) -> Matching | None:
-    """Bipartite soft matching on metric [B T d]: even positions find their likest odd one.
+    """Bipartite soft matching on metric [B T d]: even positions find their most similar odd one.
 
-    The r most alike even tokens are merged. protected_even, protected_odd: so many leading even and
-    odd positions are never merged, nor merged into; they stay in front. None where r, cut to half
+    The r most similar even tokens are merged. protected_even, protected_odd: how many leading even
+    and odd positions are never merged, nor merged into; they stay in front. None if r, cut to half
     of the free tokens, is 0.
     """
     batch, num_tokens, _ = metric.shape
@@ -73,9 +73,9 @@ def match_bipartite(
 
 
 def match_every_kth(metric: Tensor, k: int) -> Matching | None:
-    """Every k-th token takes in those of the others that are likest to it; None for k below 2.
+    """Each other token is merged into the most similar k-th token; None for k below 2.
 
-    Tokens behind the last multiple of k are lost.
+    Tokens after the last multiple of k are lost.
     """
     if k < 2:
         return None
@@ -97,7 +97,7 @@ def match_every_kth(metric: Tensor, k: int) -> Matching | None:
 def match_random(
     metric: Tensor, r: int, generator: torch.Generator | None = None
 ) -> Matching | None:
-    """r random tokens of each image are merged into the likest of the others; None for r = 0."""
+    """r random tokens of each image are merged into the most similar others; None for r = 0."""
     batch, num_tokens, _ = metric.shape
     if r <= 0:
         return None
@@ -125,7 +125,7 @@ def merge(matching: Matching, x: Tensor, mode: str = "mean") -> Tensor:
 
 
 def unmerge(matching: Matching, y: Tensor) -> Tensor:
-    """Rows of y [B U+G C] back at the places they came from [B T C], sources as their targets."""
+    """Rows of y [B U+G C] at their original places [B T C], sources with their targets' values."""
     if matching.order is not None:
         y = y[:, matching.order.argsort()]
     alone, merged = y.split([matching.unmerged.shape[1], matching.targets.shape[1]], dim=1)
@@ -142,7 +142,7 @@ def merge_weighted(matching: Matching, x: Tensor, size: Tensor) -> tuple[Tensor,
 
 
 def merge_source(matching: Matching, source: Tensor) -> Tensor:
-    """Which of the first tokens each one holds, 0 or 1: source [B T T0] to [B U+G T0]."""
+    """Which of the first tokens each one contains, 0 or 1: source [B T T0] to [B U+G T0]."""
     return merge(matching, source, "amax")
 
 
@@ -176,9 +176,9 @@ class ToMe(Reducer):
     r: tokens merged in each (plain) block, or a list with a number for every block of the network.
     inflection: slope of the schedule, see `make_schedule`; -1 merges twice as many at first and
         none at the end.
-    proportional: whether attention counts a token as the patches it stands for (log size on every
+    proportional: whether attention counts a token as often as it has patches (log size on every
         score); off for masked autoencoders.
-    trace_source: whether a pass laid open also holds the 0/1 map of tokens to first tokens.
+    trace_source: whether `inspect` also records the 0/1 map of tokens to first tokens.
     weighs_mean: whether a network without class token takes the mean of its patches, as before, or,
         as published for SWAG, that of the tokens that are left.
     All prefix tokens are protected. Departs from the published code, which protects the class and
@@ -205,7 +205,7 @@ class ToMe(Reducer):
         self.start_of_bias = 0
 
     def bind(self, facts: Facts) -> None:
-        """Fit to a network; ValueError for merges in blocks that are octic."""
+        """Fit the options to a network; ValueError for merges in octic blocks."""
         super().bind(facts)
         if isinstance(self.r, int):
             plain = make_schedule(self.r, facts.depth - facts.first, self.inflection)
@@ -227,7 +227,7 @@ class ToMe(Reducer):
             state.memory["source"] = eye.expand(len(x), -1, -1)
 
     def works_inside(self, index: int) -> bool:
-        """Where tokens are merged, and behind it where their sizes count."""
+        """In blocks that merge tokens, and after the first one if attention uses sizes."""
         biased = self.proportional and index > self.start_of_bias
         return self.schedule[index] > 0 or biased
 
