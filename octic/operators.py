@@ -7,7 +7,7 @@ calls cost here, and an octic block makes seven of them (docs/performance.md has
 
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,7 +46,7 @@ def runs_triton(x: Tensor) -> bool:
     return takes_triton(x) and _triton_starts()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _triton_starts() -> bool:
     """Whether Triton can launch kernels here: it needs a C compiler and a writable cache."""
     from triton.runtime import driver

@@ -41,7 +41,7 @@ def find_process(env: Mapping[str, str] | None = None) -> Process:
 
     Raises UserError if it is half given, or no place among so many processes.
     """
-    process = _told_process(os.environ if env is None else env)
+    process = _read_process(os.environ if env is None else env)
     if not 0 <= process.rank < process.world_size:  # it would wait for peers that never come
         raise UserError(
             f"the environment says rank {process.rank} of {process.world_size} processes (RANK and "
@@ -50,7 +50,7 @@ def find_process(env: Mapping[str, str] | None = None) -> Process:
     return process
 
 
-def _told_process(env: Mapping[str, str]) -> Process:
+def _read_process(env: Mapping[str, str]) -> Process:
     if "RANK" in env or "WORLD_SIZE" in env:
         needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if name not in env]

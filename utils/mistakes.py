@@ -20,6 +20,7 @@ NEEDS_COMPILER = (
     "others in CC and CXX, or do without, training.compile=false"
 )
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
+_SHOWN = "_octic_shown"  # attribute of an error whose traceback was printed
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # A place that the user named, or its owner, is in the way.
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -48,7 +49,7 @@ def mistakes_told() -> Iterator[None]:
     except RuntimeError as error:
         if _NO_COMPILER.search(str(error)):
             told = NEEDS_COMPILER
-        elif _is_short_of_memory(error):
+        elif is_short_of_memory(error):
             told = f"{_first_sentences(error)}; {LESS_MEMORY}"
         else:
             raise
@@ -56,7 +57,8 @@ def mistakes_told() -> Iterator[None]:
         raise UserError(told) from None
 
 
-def _is_short_of_memory(error: RuntimeError) -> bool:
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether torch, or a library of CUDA that it calls, lacked memory on the device or host."""
     torch = sys.modules.get("torch")  # a launcher does without
     on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # A library of CUDA that takes its own memory has no error of that kind.
@@ -89,4 +91,6 @@ def _show_origin(error: BaseException) -> None:
         return
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
-    traceback.print_exception(error)
+    if not getattr(error, _SHOWN, False):  # by a `mistakes_told` inside this one
+        setattr(error, _SHOWN, True)
+        traceback.print_exception(error)

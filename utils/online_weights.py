@@ -23,15 +23,15 @@ def with_files(config: Mapping[str, Any]) -> dict[str, Any]:
     A file is downloaded once, by one of the processes that ask for it, into torch.hub's folder.
     Raises UserError, in one line with the steps by hand, for an address that gives none.
     """
-    return {key: _with_files(value, key == KEY) for key, value in config.items()}
+    return _with_files(config, inside=False)
 
 
-def _with_files(value: Any, inside: bool) -> Any:
+def _with_files(value: Any, *, inside: bool) -> Any:
     """inside: below a key `weights`, where every text is a place of some."""
     if isinstance(value, Mapping):
-        return {key: _with_files(part, inside or key == KEY) for key, part in value.items()}
+        return {key: _with_files(part, inside=inside or key == KEY) for key, part in value.items()}
     if isinstance(value, list):
-        return [_with_files(part, inside) for part in value]
+        return [_with_files(part, inside=inside) for part in value]
     return str(_file_of(value)) if inside and _is_address(value) else value
 
 

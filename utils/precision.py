@@ -30,7 +30,7 @@ class Precision:
         self.device_type = torch.device(device).type
         check_mode(mode)
         if mode == "auto":
-            mode = _auto_mode(self.device_type)
+            mode = auto_mode(self.device_type)
         self.mode, self.dtype = mode, _MODES[mode]
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=mode == "fp16")
         if self.device_type == "cuda":
@@ -85,7 +85,8 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
-def _auto_mode(device_type: str) -> str:
+def auto_mode(device_type: str) -> str:
+    """What `auto` is on this machine's device of a type."""
     if device_type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -4,6 +4,7 @@ Letters in shapes: B sequences, T tokens, H heads, K channels of a head, D = H K
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,12 @@ def _takes_varlen(q: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # a compiler asks the device, which it cannot trace
 def _has_flash_attention(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _capability(device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)  # too slow to be asked in every block
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.mistakes import is_short_of_memory
 
 # Steps before the recording, in which kernels are compiled and chosen, and workspaces allocated.
 WARMUP = 3
@@ -70,11 +71,9 @@ def _capture(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory was short, on the device or the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_short_of_memory(error) or isinstance(error, MemoryError):
         return True
-    # The last one is from CUDA's libraries, which allocate memory themselves.
-    said = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
-    return any(words in str(error) for words in said)
+    return any(words in str(error) for words in ("out of memory", "allocate memory"))
 
 
 def _what_broke(error: BaseException) -> tuple[bool, str]:

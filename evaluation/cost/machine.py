@@ -17,6 +17,7 @@ import torch
 from evaluation.cost.peaks import device_name
 from utils.data.loaders import available_cores
 from utils.errors import UserError
+from utils.precision import auto_mode
 from utils.run_folder import describe_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,7 @@ def describe() -> dict[str, Any]:
     return {
         "device_type": kind,
         "device": device_name(torch.device(kind)),
+        "auto_precision": auto_mode(kind),
         "driver": _driver() if kind == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -175,7 +175,7 @@ def _training(
     memory = [1024 * line["memory_gb"] for line in windows if "memory_gb" in line]
     precision = config["training"]["precision"]
     if precision == "auto":
-        precision = "bf16" if facts["device_type"] == "cuda" else "fp32"
+        precision = facts["auto_precision"]
     peak = known_peak(facts["device"], precision)
     flops, operations = peak.flops if peak else peaks.get(precision), _operations(folder)
     mfu = statistics.median(rates) * operations / flops if flops and operations else None

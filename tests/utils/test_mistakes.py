@@ -61,12 +61,14 @@ def test_the_whole_traceback_for_who_asks(asked, monkeypatch, capsys) -> None:
     """A slip in one's own probe or encoder is cut to the line of the file that built it."""
     if asked:
         monkeypatch.setenv("OCTIC_TRACEBACK", "1")
-    with pytest.raises(UserError, match="cannot be built"), mistakes_told():
+    # A launcher's and the run's own: what it shows, it shows once.
+    with pytest.raises(UserError, match="cannot be built"), mistakes_told(), mistakes_told():
         try:
             Fraction(1, 0)
         except ZeroDivisionError as error:
             raise UserError(f"it cannot be built: {error}") from None
     said = capsys.readouterr().err
+    assert said.count("Traceback") == int(asked)
     assert ("Fraction(1, 0)" in said and "ZeroDivisionError" in said) == asked
 
 

@@ -82,7 +82,7 @@ def test_auto_takes_varlen_where_its_kernel_runs(
         return q
 
     monkeypatch.setattr("vit.attention._varlen", varlen)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("vit.attention._capability", lambda _: capability)
     with FakeTensorMode():
         parts = [torch.empty(2, tokens, 2, width, dtype=dtype, device="cuda") for tokens in (5, 3)]
         x, packing = pack(parts)

@@ -21,7 +21,14 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 FACTS = {
-    **{"device_type": "cpu", "device": "a device", "driver": None, "python": "3", "torch": "2"},
+    **{
+        "device_type": "cpu",
+        "device": "a device",
+        "auto_precision": "fp32",
+        "driver": None,
+        "python": "3",
+        "torch": "2",
+    },
     **{"triton": None, "timm": "1", "cores": 4, "code": "abc torch 2"},
 }
 SAYS = "import sys; print('said', *sys.argv[1:])"
