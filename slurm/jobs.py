@@ -21,6 +21,8 @@ from slurm.runs import Run
 from utils.errors import UserError
 
 _SACCT = "JobID,State,ExitCode,ElapsedRaw,Timelimit,NodeList"
+_SQUEUE = ("JobID", "State", "Reason", "Elapsed", "Timelimit", "NodeList")
+_SQUEUE_FORMAT = "%i|%T|%r|%M|%l|%N"
 _EARLIER = {"NODE_FAIL": "node failure", "PREEMPTED": "pre-emption", "TIMEOUT": "time limit"}
 _ONGOING = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING")
 _ENDED = ("COMPLETED", "FAILED", "STOPPED", "KILLED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
@@ -102,7 +104,8 @@ def judge(run: Run, facts: dict[str, str]) -> None:
         "BOOT_FAIL": "a node did not start",
         "CANCELLED": _cancelled(run, facts),
     }
-    fallback = said or f"exit code {facts.get('ExitCode', '')}{log}"
+    code = f"exit code {facts['ExitCode']}" if facts.get("ExitCode") else "it failed"
+    fallback = said or f"{code}{log}"
     run.state = state
     run.why = "; ".join(part for part in (reasons.get(state, fallback), restarts) if part)
 
@@ -122,12 +125,19 @@ def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
             known = [before.get("Earlier", ""), _EARLIER.get(before["State"].split()[0], "")]
             facts["Earlier"] = ", ".join(dict.fromkeys(part for part in known if part))
         found[job] = facts
-    # squeue knows more about waiting jobs, and sooner; %i is the id as users write it.
-    queue = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
+    # squeue knows more about waiting jobs; of every job it knows sooner what became of it, as the
+    # accounting is told with some delay (or not kept at all). %i is the id as users write it.
+    queue = ["squeue", "--noheader", "--array", "--states=all", f"--format={_SQUEUE_FORMAT}"]
     for line in _ask([*queue, f"--jobs={listed}"]):
-        job, state, reason = (line.split("|") + ["", ""])[:3]
-        if state in _ONGOING:
-            found[job] = {**found.get(job, {}), "State": state, "Reason": reason}
+        facts = dict(zip(_SQUEUE, line.split("|"), strict=False))
+        job, elapsed = facts.pop("JobID"), facts.pop("Elapsed", "")
+        facts["ElapsedRaw"] = str(_seconds(elapsed))
+        before = found.get(job, {})
+        if facts.get("State") in _ONGOING:
+            now = {key: facts.get(key, "") for key in ("State", "Reason")}
+            found[job] = {**facts, **before, **now}
+        elif _is_ongoing(before.get("State", "PENDING")):
+            found[job] = {**facts, "Earlier": before.get("Earlier", "")}
     for job, facts in list(found.items()):  # an array listed as a whole while it waits: 12_[0-3%2]
         base, _, rest = job.partition("_[")
         if rest:
@@ -136,6 +146,19 @@ def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
                 if array == base and _among(task, rest):
                     found.setdefault(run, facts)
     return found
+
+
+def _is_ongoing(state: str) -> bool:
+    return state.partition(" ")[0].rstrip("+") in _ONGOING
+
+
+def _seconds(elapsed: str) -> int:
+    """The seconds of squeue's [days-][hours:]minutes:seconds; 0 of anything else."""
+    days, _, rest = elapsed.rpartition("-")
+    parts = [days or "0", *["0", "0", *rest.split(":")][-3:]]
+    if not all(part.isdigit() for part in parts):
+        return 0
+    return sum(int(part) * size for part, size in zip(parts, (86400, 3600, 60, 1), strict=True))
 
 
 def _among(task: str, ranges: str) -> bool:

@@ -156,6 +156,7 @@ def test_the_list_finds_runs_and_no_parts_of_them(tmp_path: Path, capsys) -> Non
         ({"State": "NODE_FAIL", "NodeList": "n7"}, "NODE_FAIL", "a node failed (n7)"),
         ({"State": "CANCELLED by 0", "ElapsedRaw": "9"}, "CANCELLED", "cancelled by root"),
         ({"State": "FAILED", "ExitCode": "3:0"}, "FAILED", "exit code 3:0: see the.log"),
+        ({"State": "FAILED"}, "FAILED", "it failed: see the.log"),
         ({"State": "PENDING", "Reason": "Priority"}, "PENDING", "waits: Priority"),
         ({"State": "COMPLETED"}, "COMPLETED", ""),
     ],
@@ -186,6 +187,27 @@ def test_slurms_two_answers_are_joined(monkeypatch) -> None:
     found = jobs.ask_slurm(["12", "14_0", "14_1"])
     assert found["12"]["State"] == "RUNNING" and found["12"]["Earlier"] == "node failure"
     assert found["14_1"]["Reason"] == "JobArrayTaskLimit"
+
+
+def test_what_became_of_a_job_is_known_before_the_accounting_is_told(monkeypatch) -> None:
+    answers = {
+        "sacct": [
+            "15_0|COMPLETED|0:0|65|1:00|n1",
+            "15_1|RUNNING|0:0|60|1:00|n1",
+            "15_2|PENDING|0:0|0|1:00|",
+        ],
+        "squeue": [
+            "15_0|COMPLETED|None|1:04|1:00|n1",
+            "15_1|TIMEOUT|TimeLimit|1:02|1:00|n1",
+            "15_2|CANCELLED|DependencyNeverSatisfied|0:00|1:00|",
+            "15_3|FAILED|NonZeroExitCode|1-02:03:04|2-00:00:00|n1",
+        ],
+    }
+    monkeypatch.setattr(jobs, "_ask", lambda words: answers[words[0]])
+    found = jobs.ask_slurm([f"15_{task}" for task in range(4)])
+    said = [(found[f"15_{task}"]["State"], found[f"15_{task}"]["ElapsedRaw"]) for task in range(4)]
+    expected = [("COMPLETED", "65"), ("TIMEOUT", "62"), ("CANCELLED", "0"), ("FAILED", "93784")]
+    assert said == expected
 
 
 def test_without_a_slurm_a_job_is_known_by_its_folder(tmp_path: Path, monkeypatch) -> None:
