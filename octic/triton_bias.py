@@ -53,4 +53,5 @@ def add(y: Tensor, bias: Tensor) -> None:
         BLOCK_R=rows,
         BLOCK_C=block,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -182,6 +182,7 @@ def options(heads: int, widths: tuple[int, ...], parts: int, columns: int) -> di
         # So many channels stay neighbours, from a multiple of this on: the width of a load.
         "RUN": min(8, *(width & -width for width in widths)),
         "num_warps": 4,
+        "enable_fp_fusion": True,
     }
 
 

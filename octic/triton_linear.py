@@ -155,6 +155,7 @@ def options(
         "BLOCK_N": block_n,
         "BLOCK_K": 64 if half and line_in % 64 == 0 else 32,
         "num_warps": 8 if block_n == 128 else 4,
+        "enable_fp_fusion": True,
         "num_stages": 2 if transposed else 3,  # either way at most 128 KiB of a multiprocessor
     }
 

@@ -153,7 +153,11 @@ def stack(layers: Sequence[Sources], dtype: torch.dtype) -> list[Tensor]:
         sources += [*weights, *([] if bias is None else [bias])]
     factors = (first, *(factor for layer in layers for factor in layer.factors))
     stack_kernel[(tiles,)](
-        *map(_dense, (sources, factors, out)), JOBS=jobs, BLOCK=BLOCK, num_warps=4
+        *map(_dense, (sources, factors, out)),
+        JOBS=jobs,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -179,6 +183,7 @@ def unstack(pairs: Sequence[tuple[Matrices, Sources]]) -> list[Tensor]:
         BLOCK_R=BLOCK_R,
         BLOCK_C=BLOCK_C,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     of_weights, of_biases, of_factors = map(iter, (d_weights, d_biases, d_factors))
     found = []

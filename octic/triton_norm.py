@@ -296,7 +296,12 @@ def _sum_programs(sums: Tensor) -> Tensor:
         return sums.new_zeros(width)
     totals = sums.new_empty(width)
     sum_kernel[(ceil_div(width, 32),)](
-        sums, totals, programs, WIDTH=width, BLOCK_P=64, BLOCK_W=32, num_warps=4
+        *(sums, totals, programs),
+        WIDTH=width,
+        BLOCK_P=64,
+        BLOCK_W=32,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return totals
 

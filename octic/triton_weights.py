@@ -187,7 +187,11 @@ def backward(
     names = ("LINE_VALUES", "PLANE_VALUES", "BIAS_VALUES")
     sizes = dict(zip(names, values, strict=True))
     add_kernel[(ceil_div(sum(values), 512),)](
-        *(sums, d_lines, d_plane, d_bias, shares), **sizes, BLOCK=512, num_warps=4
+        *(sums, d_lines, d_plane, d_bias, shares),
+        **sizes,
+        BLOCK=512,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return d_lines, d_plane, d_bias
 
@@ -223,6 +227,7 @@ def options(
         "PLANE_OUT": plane_out,
         "BLOCK_M": BLOCK_M,
         "num_warps": 4,
+        "enable_fp_fusion": True,
         "num_stages": 3 if half else 2,
     }
     return arguments | blocks, tiles
