@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from utils.environment import whole_number
 from utils.errors import UserError
 from utils.host_memory import keep_freed_memory
+from utils.signals import ended_by_signals
 
 NAMED_WITHIN_S = 60
 
@@ -124,7 +125,7 @@ def setup(device: str = "auto", *, timeout_min: float = 30) -> torch.device:
     else:
         keep_freed_memory()
     if process.world_size > 1 and not _joined():
-        with _meeting(process):
+        with _meeting(process), ended_by_signals():  # the others may not come for half an hour
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
                 init_method="env://"  # torchrun keeps the store itself

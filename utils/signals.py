@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -27,6 +27,26 @@ def forget_lost_terminal() -> None:
             os.dup2(nowhere, stream)
             if nowhere != stream:
                 os.close(nowhere)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let INT, TERM and USR2 end the process at once inside a `with` block.
+
+    For a wait in foreign code: a handler of Python's would not run before the wait is over.
+    """
+    handled: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # outside the main thread nothing can be changed
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                signal.signal(number, signal.SIG_DFL)
+                handled[number] = handler
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 class Handlers:

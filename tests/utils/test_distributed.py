@@ -1,5 +1,13 @@
 """A process finds its place, whoever started it; the helpers work alone and in company."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -8,6 +16,7 @@ from utils import distributed
 from utils.distributed import Process, find_process, first_host
 from utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = {
     "RANK": "5",
     "LOCAL_RANK": "1",
@@ -98,8 +107,6 @@ def test_helpers_in_company(tmp_path):
 
 
 def _company(rank: int, world: int) -> None:
-    import os
-
     # As submitit's local executor starts it.
     os.environ |= {
         **SUBMITIT,
@@ -122,3 +129,42 @@ def _company(rank: int, world: int) -> None:
         assert distributed.gather_objects(rank) == [0, 1]
         assert distributed.broadcast_object(rank) == 0
     assert not torch.distributed.is_initialized()
+
+
+# A job's handler for signals, and a peer that never comes.
+WAITING = """
+import signal, sys
+from utils import distributed
+
+def leave(number, frame):
+    raise SystemExit(128 + number)
+
+signal.signal(signal.SIGUSR2, leave)
+print("waits", flush=True)
+distributed.setup("cpu")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name)
+def test_a_process_that_waits_for_the_others_can_be_ended(number: signal.Signals) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(words, env=os.environ | place, cwd=ROOT, stdout=subprocess.PIPE) as alone:
+        try:
+            alone.stdout.readline()
+            until = time.monotonic() + 60
+            while not listens(port) and time.monotonic() < until:
+                time.sleep(0.05)
+            alone.send_signal(number)
+            assert alone.wait(60) == -number
+        finally:
+            alone.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as visitor:
+        return not visitor.connect_ex(("127.0.0.1", port))
