@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurm.checks import check_launch
-from slurm.launch import Task, launch_all
+from slurm.launch import launch_all
+from slurm.task import Task
 from utils.checkpoints.exported import EXPORTED
 from utils.config.build import nearest, plain
 from utils.console import open_closed_streams

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from slurm.checks import check_cluster, check_launch
 from slurm.cluster import check_machine
 from slurm.job import Function, Job
 from slurm.local import run_apart, run_processes
+from slurm.printing import show_outcomes, show_points
 from slurm.submission import Submission, with_id
+from slurm.task import Task
 from utils.config.build import check_targets, plain
 from utils.environment import whole_number
 from utils.errors import UserError, fail
@@ -28,31 +30,6 @@ from utils.online_weights import with_files
 
 if TYPE_CHECKING:
     import submitit
-
-
-@dataclass
-class Task:
-    """One run: a function with its config, and the tasks that start once it has succeeded.
-
-    values: the swept keys, if the task is a point of a sweep.
-    """
-
-    function: Function
-    config: dict[str, Any]
-    values: dict[str, str] = field(default_factory=dict)
-    then: list["Task"] = field(default_factory=list)
-    command: str = ""  # of a task that follows another: the --then command as the user wrote it
-    job_name: str = ""  # if it is not the config's name: of a sweep, or of a --then command
-
-    @property
-    def label(self) -> str:
-        """The --then command it came from, or its swept values as `key=value,...`."""
-        return self.command or ",".join(f"{key}={value}" for key, value in self.values.items())
-
-    @property
-    def folder(self) -> Path:
-        """The run folder; %j in it stands for a job's id."""
-        return Path(self.config["output_dir"]).absolute()
 
 
 def launch(function: Function, config: Mapping[str, Any]) -> Any:
@@ -190,8 +167,6 @@ def _run_in_turn(tasks: Sequence[Task]) -> None:
                     _announce("then", then)
                 codes.append((then, run_apart(_run_one, then) if code == 0 else None))
     finally:
-        from slurm.printing import show_outcomes
-
         show_outcomes(codes)
     if bad := sum(code != 0 for _, code in codes):
         print(f"error: {bad} of {len(codes)} did not succeed", file=sys.stderr)
@@ -207,8 +182,6 @@ def _announce(which: str, task: Task) -> None:
 
 
 def _show_plan(tasks: Sequence[Task], kind: str) -> None:
-    from slurm.printing import show_points
-
     count = tasks[0].config["launcher"]["gpus_per_node"] if kind == "local" else 1
     print(f"dry run: nothing is started; launcher={kind}, {count} process{'es' * (count > 1)} each")
     show_points(list(_all(tasks)))
@@ -233,8 +206,6 @@ def _submit(tasks: Sequence[Task], folder: Path) -> None:
         print(f"State: squeue -j {shared}; after its end: sacct -j {shared}")
         print(f"Cancel: scancel {shared}")
     if len(tasks) > 1:
-        from slurm.printing import show_points
-
         show_points([_placed(task, shared) for task in tasks], [str(job.job_id) for job in jobs])
     for number in range(len(tasks[0].then)):
         _submit_next([_placed(task.then[number], shared) for task in tasks], run, shared)
@@ -292,8 +263,6 @@ def _show_scripts(tasks: Sequence[Task], folder: Path) -> None:
     submission = _submission(tasks, folder)
     print(submission.script())
     if len(tasks) > 1:
-        from slurm.printing import show_points
-
         show_points(tasks)
     for number, then in enumerate(tasks[0].then):
         followers = [task.then[number] for task in tasks]

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from slurm import runs
 from slurm.jobs import chosen_figures
+from slurm.task import Task
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from slurm.launch import Task
 
-
-def show_points(tasks: Sequence["Task"], jobs: Sequence[str] = ()) -> None:
+def show_points(tasks: Sequence[Task], jobs: Sequence[str] = ()) -> None:
     """Print each point with its job (if it has one), values and run folder."""
     keys = _keys(tasks)
     table = _table(["job"] if jobs else [], keys, ["run folder"])
@@ -22,7 +21,7 @@ def show_points(tasks: Sequence["Task"], jobs: Sequence[str] = ()) -> None:
     _print(table)
 
 
-def show_outcomes(codes: Sequence[tuple["Task", int | None]]) -> None:
+def show_outcomes(codes: Sequence[tuple[Task, int | None]]) -> None:
     """Print each point with its outcome; an exit code of None means it was not started."""
     keys = _keys([task for task, _ in codes])
     table = _table([], keys, ["outcome", "last figures", "run folder"])
@@ -37,11 +36,11 @@ def show_outcomes(codes: Sequence[tuple["Task", int | None]]) -> None:
     _print(table)
 
 
-def _keys(tasks: Sequence["Task"]) -> list[str]:
+def _keys(tasks: Sequence[Task]) -> list[str]:
     return list(dict.fromkeys(key for task in tasks for key in task.values)) or ["name"]
 
 
-def _values(task: "Task", keys: list[str]) -> list[str]:
+def _values(task: Task, keys: list[str]) -> list[str]:
     if task.values:
         return [task.values.get(key, "") for key in keys]
     return [task.command or str(task.config["name"]), *[""] * (len(keys) - 1)]

@@ -9,7 +9,7 @@ import pytest
 
 from slurm import record
 from slurm.command import ROOT, capture, main
-from slurm.launch import Task
+from slurm.task import Task
 from utils.config.build import plain
 from utils.config.compose import parse_config
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from slurm.launch import Task, launch_all
+from slurm.launch import launch_all
+from slurm.task import Task
 from utils.config.build import plain
 from utils.config.compose import compose_config
 

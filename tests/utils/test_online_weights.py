@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm.launch import Task, launch_all
+from slurm.launch import launch_all
+from slurm.task import Task
 from tests.utils.file_server import Server
 from utils.config.build import plain
 from utils.config.compose import compose_config
