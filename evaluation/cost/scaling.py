@@ -20,6 +20,7 @@ from utils.errors import UserError, fail
 from utils.flops import count_one_image
 
 LAYOUTS = ("replicate", "shard", "hybrid")
+GATHERINGS = 3  # of a sharded unit: student's forward and backward pass, teacher's forward pass
 NETS = {"octic": "hybrid_dinov2_vit_small_patch16", "plain": "dinov2_vit_small_patch16"}
 SMALL = [
     *("backbone.embed_dim=64", "backbone.depth=4", "backbone.num_heads=4", "device=cpu"),
@@ -88,10 +89,11 @@ def predict(
         )
         rate = cluster.node_gb_s if within else cluster.network_gb_s
         seconds += sent_bytes(kind, size, groups[kind]) / (rate * 1e9)
-        passes = 1 if layout == "replicate" else micro_batches
+        times = 1 if layout == "replicate" else micro_batches
+        times *= GATHERINGS if kind == "all_gather" else 1
         hops = (groups[kind] - 1) * (2 if kind == "all_reduce" else 1)
         if size and hops:
-            seconds += hops * work.num_units * passes * cluster.latency_us * 1e-6
+            seconds += hops * work.num_units * times * cluster.latency_us * 1e-6
     return Step(gpus, layout, micro_batches, compute, seconds)
 
 

@@ -127,6 +127,27 @@ def test_what_is_kept_is_the_best_epoch():
     assert not net.training and fitted.validation_accuracy >= 100 / 3
 
 
+def test_it_is_adam_on_the_cross_entropy_and_the_best_epoch_comes_first():
+    """Written out for batches of all images, whose order cannot matter."""
+    net, plain = wrapped("head"), wrapped("head")
+    fitted, train, validation = fit(net, epochs=8, batch_size=48)
+    stored, held = (embed(plain, data, TRANSFORM) for data in (train, validation))
+    head = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(head, lr=1e-2)
+    weights, found = [plain.model.head.weight.clone()], [accuracy(plain, iter([held]))]
+    for _ in range(8):
+        plain.train()
+        optimizer.zero_grad()
+        logits = plain.aggregate(stored.z)
+        torch.nn.functional.cross_entropy(logits, stored.labels).backward()
+        optimizer.step()
+        weights.append(plain.model.head.weight.detach().clone())
+        found.append(accuracy(plain, iter([held])))
+    assert fitted.best_epoch == found.index(max(found)) > 0
+    assert fitted.validation_accuracy == pytest.approx(max(found))
+    torch.testing.assert_close(net.model.head.weight, weights[fitted.best_epoch])
+
+
 def test_all_of_it_trains_on_one_random_copy():
     net = wrapped("all", one_copy=True)
     before = net.model.blocks[0].attn.qkv.weight.clone()

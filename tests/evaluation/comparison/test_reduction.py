@@ -111,7 +111,7 @@ def test_a_head_of_the_whole_net_judges_reduced_ones():
     net, (images, labels) = nets()["plain"], squares()
     head = fit_dense_head(net, images, labels, DENSE | {"C": 1e4}, 5)
     whole = mean_iou(net, head, images, labels, 0.5, 5)
-    assert whole > 95
+    assert 95 < whole <= 100
     config = {
         "methods": {
             "few": {

@@ -25,7 +25,7 @@ from evaluation.symmetry.posthoc import answers
 from utils.checkpoints.checkpoint import export_weights
 from utils.data.classes import class_metadata
 from utils.errors import UserError
-from utils.symmetry import transform_image
+from utils.symmetry import SYMMETRIES, transform_image
 from vit.models import deit_small_patch16_LS
 
 ONLY_PLAIN = [
@@ -123,14 +123,14 @@ def test_turning_is_exact_for_quarter_turns_and_black_comes_in():
 
 
 class Bright(nn.Module):
-    """Tells bright from dark whichever way up, or by a corner: (mean, -mean), or the corner's."""
+    """Tells bright from dark whichever way up, or by a part off the middle: (-mean, mean)."""
 
     def __init__(self, corner: bool) -> None:
         super().__init__()
         self.corner, self.scale = corner, nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value = x[..., :8, :8] if self.corner else x
+        value = x[..., 8:16, 8:16] if self.corner else x
         mean = value.mean(dim=(1, 2, 3)) * self.scale
         return torch.stack([-mean, mean], dim=1)
 
@@ -146,6 +146,29 @@ def test_an_invariant_net_has_one_accuracy_and_no_error():
     assert judged["corner"].figures["equivariance_error"] > 0.1
     assert judged["all"].by_angle.keys() == {0.0, 30.0, 90.0}
     assert judged["all"].there_and_back.keys() == {30.0}
+
+
+def test_a_net_of_no_law_is_judged_view_by_view():
+    """Accuracies are counted anew by hand; the columns are their mean, their worst, and so on."""
+    x, net = normalised(200), Bright(True)
+    labels = net(x).argmax(dim=1)
+    labels[:20] = 1 - labels[:20]  # right in nine of ten, upright
+    judged = judge_views({"net": net}, x, labels, [0.0, 30.0, 60.0, 90.0, 120.0], batch_size=7)
+
+    def share(view: torch.Tensor) -> float:
+        return pytest.approx(100 * float((net(view).argmax(dim=1) == labels).float().mean()))
+
+    found = judged["net"]
+    assert found.by_element == {g: share(transform_image(x, g)) for g in SYMMETRIES}
+    assert found.by_angle == {a: share(turn(x, a)) for a in (0.0, 30.0, 60.0, 90.0, 120.0)}
+    assert found.there_and_back == {a: share(turn_and_back(x, a)) for a in (30.0, 60.0, 120.0)}
+    figures, by_element, by_angle = found.figures, found.by_element, found.by_angle
+    assert figures["upright"] == by_element["e"] == pytest.approx(90)
+    assert figures["mean_of_eight"] == pytest.approx(sum(by_element.values()) / 8)
+    assert figures["worst_element"] == min(by_element.values()) < figures["mean_of_eight"]
+    assert figures["any_angle"] == pytest.approx(sum(by_angle[a] for a in (30, 60, 120)) / 3)
+    control = sum(found.there_and_back.values()) / 3
+    assert figures["any_angle_control"] == pytest.approx(control) != figures["any_angle"]
 
 
 def test_nets_of_one_backbone_share_its_embeddings():

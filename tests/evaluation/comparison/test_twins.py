@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from evaluation.comparison import twins
 from evaluation.comparison.twins import compare
 from utils.config.build import plain
 from utils.config.compose import compose_config
@@ -38,6 +39,23 @@ def config(tmp_path_factory):
         for name, file in RUNS.items()
     }
     return {"output_dir": str(folder), "device": "cpu", "runs": runs}
+
+
+def test_a_slow_start_or_spell_does_not_count_against_a_net(tmp_path):
+    """The time is that of all windows of the log, the rate the median of theirs."""
+    lines = [
+        {"step": 10, "steps_per_second": 0.5, "images_per_second": 2.0},
+        {"step": 15, "knn/top1": 3.0},
+        {"step": 30, "steps_per_second": 4.0, "images_per_second": 16.0},
+        {"step": 40, "steps_per_second": 2.0, "images_per_second": 8.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert twins._speed(tmp_path) == {
+        "steps": 40,
+        "training time (s)": 10 / 0.5 + 20 / 4 + 10 / 2,
+        "training images/s, median": 8.0,
+    }
 
 
 @pytest.mark.slow

@@ -47,6 +47,11 @@ def test_least_times_have_the_operations_of_the_counter(size):
         counted = count_operations(block, torch.empty(1, tokens, width, device="meta"))
         layers = layers_of(size, octic=kind is OcticBlock, batch=1)
         assert sum(layer.operations for layer in layers) == counted.forward
+        # Twice the images move twice the tokens, and the same weights.
+        twice = layers_of(size, octic=kind is OcticBlock, batch=2)
+        pairs = zip(layers, twice, strict=True)
+        weights = sum(2 * one.moved_bytes - two.moved_bytes for one, two in pairs)
+        assert weights == 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
     (fc1,) = (layer for layer in layers if layer.name == "fc1")
     assert fc1.seconds(1e15, 1e30) == fc1.operations / 1e15
     assert fc1.seconds(1e30, BANDWIDTHS["H100"]) == fc1.moved_bytes / 3.35e12
@@ -68,7 +73,10 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
     deeper = [row["mib"] for row in rows if row["varied"] == "depth" and "hybrid" in row["net"]]
     assert deeper[1] > 1.2 * deeper[0]
     assert (tmp_path / "growth.png").stat().st_size > 10_000
-    assert "batch 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "batch 2" in out
+    for octic, plain in zip(rows[::2], rows[1::2], strict=True):  # how many times as fast
+        assert f" {plain['inference'] / octic['inference']:.2f} " in out
 
 
 @pytest.mark.parametrize("kind", (Block, OcticBlock))

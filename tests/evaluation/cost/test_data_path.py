@@ -1,4 +1,6 @@
-"""What a stage of the data path does, it does while it is timed."""
+"""What a stage of the data path does, it does while it is timed; rates are of whole rounds."""
+
+import json
 
 import numpy as np
 from PIL import Image
@@ -16,3 +18,30 @@ def test_ours_decodes_other_formats_than_jpeg_within_its_stage(tmp_path, monkeyp
         opened.clear()
         stage.run()
         assert opened, stage.name
+
+
+def test_rates_are_medians_and_ratios_are_taken_round_by_round(tmp_path, monkeypatch, capsys):
+    """The warm-up does not count; a slow spell of the machine falls on both stages of a round."""
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(tmp_path / "a.png")
+    now = [0.0]
+
+    def stage(name, *seconds):
+        left = iter(seconds)
+
+        def work():
+            now[0] += next(left)
+
+        return data_path.Stage(data_path.DECODING, name, data_path.WORKER, 10, work)
+
+    stages = [stage("Pillow", 99.0, 1.0, 2.0, 4.0), stage("ours", 99.0, 4.0, 0.25, 0.5)]
+    monkeypatch.setattr(data_path, "_decoders", lambda files: stages)
+    monkeypatch.setattr(data_path.time, "perf_counter", lambda: now[0])
+    config = {
+        **{"images": 1, "batch_size": 1, "rounds": 3, "reading": 0, "device": "cpu", "seed": 0},
+        **{"root": str(tmp_path), "pipelines": {}, "json_file": str(tmp_path / "rates.json")},
+    }
+    rates = data_path.measure(config)
+    assert rates == {"decoding/Pillow/worker": 5.0, "decoding/ours/worker": 20.0}
+    assert json.loads((tmp_path / "rates.json").read_text())["figures"] == rates
+    out = capsys.readouterr().out
+    assert "8.00 (0.25-8.00)" in out and out.count(" 200.00 ") == 1 and out.count(" 50.00 ") == 1

@@ -3,8 +3,12 @@
 import pytest
 
 from evaluation.commands.scaling import main
-from evaluation.cost.scaling import Cluster, Work, predict
+from evaluation.cost.scaling import Cluster, Work, predict, work_of
 from utils.communication import Part
+from utils.config.build import plain
+from utils.config.check import networks
+from utils.config.compose import compose_config
+from utils.flops import count_one_image
 
 FAST = Cluster(4, 100.0, 1e9, 1e9, 0.0)
 SLOW = Cluster(4, 100.0, 200.0, 12.5, 0.0)
@@ -29,6 +33,30 @@ def test_sharded_sends_bf16_parameters_three_times_and_sums_float32():
     assert predict(WORK, SLOW, "hybrid", 4, batch=128, most=32).send_s == step.send_s
 
 
+def test_hybrid_sends_within_a_node_and_shards_over_the_network():
+    """On 8 nodes of 4, in each of 2 micro-batches: as a sharded node, then a quarter over 8."""
+    step = predict(WORK, SLOW, "hybrid", 32, batch=1024, most=16)
+    node = 3 / 4 * (2 * 3 + 4) * 4e8 / 200e9
+    assert step.micro_batches == 2
+    assert step.send_s == pytest.approx(2 * (node + 2 * 7 / 8 * 4 * 4e8 / 4 / 12.5e9))
+
+
+@pytest.mark.parametrize(
+    ("layout", "rounds"),
+    [
+        ("replicate", 2 * 31),  # an all-reduce goes around twice, once a step
+        ("shard", 2 * (3 + 1) * 31),  # two micro-batches: gathered three times, reduced once
+        ("hybrid", 2 * ((3 + 1) * 3 + 2 * 7)),  # among four, and over eight nodes
+    ],
+)
+def test_a_message_of_each_unit_waits_for_every_hop_of_the_ring(layout, rounds):
+    steps = [
+        predict(WORK, SLOW._replace(latency_us=wait), layout, 32, batch=1024, most=16)
+        for wait in (0.0, 10.0)
+    ]
+    assert steps[1].send_s - steps[0].send_s == pytest.approx(rounds * 34 * 10e-6)
+
+
 def test_hybrid_spares_the_network():
     steps = {
         layout: predict(WORK, SLOW, layout, 256, batch=1024, most=32)
@@ -38,6 +66,31 @@ def test_hybrid_spares_the_network():
     waiting = predict(WORK, SLOW._replace(latency_us=10.0), "shard", 256, batch=1024, most=32)
     assert waiting.send_s > steps["shard"].send_s
     assert predict(WORK, FAST, "shard", 256, batch=1024, most=32).send_s < 1e-3
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_work_of_a_step_is_that_of_student_and_teacher(again, tmp_path):
+    """Forward and twice that backward on all crops, the teacher's forward on the global ones."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "defaults: [/dinov2/quickstart, _self_]\n"
+        f"training: {{activation_checkpointing: {str(again).lower()}}}\n"
+    )
+    work, images = work_of(str(file))
+    config = plain(compose_config(str(file)))
+    net, recipe = networks(config)
+    large, small = (
+        count_one_image(net, size, backward=False).forward
+        for size in (recipe.crops.global_crops_size, recipe.crops.local_crops_size)
+    )
+    student = 2 * large + recipe.crops.local_crops_number * small
+    passes = 4 if again else 3  # the forward pass once more, where it is recomputed
+    assert work.operations_per_image == passes * student + 2 * large
+    backbone = sum(p.numel() for p in net.parameters())
+    for trained in (True, False):
+        assert sum(part.parameters for part in work.parts if part.trained == trained) > backbone
+    assert work.num_units == len(net.blocks) + len(recipe.student)
+    assert images == config["recipe"]["batch_size_per_gpu"]
 
 
 @pytest.mark.parametrize(
@@ -62,3 +115,5 @@ def test_the_table(capsys):
     said = capsys.readouterr().out
     assert "model of a step: dinov2/hybrid_vith16.yaml" in said and "hybrid" in said
     assert "assumed: 50 TFLOP/s sustained per GPU" in said
+    # One GPU loses nothing, eight only what they cannot send while they compute.
+    assert said.count("100 to 100") == 1 and said.count("100 to ") == 4

@@ -12,6 +12,7 @@ import pytest
 
 from evaluation.commands import speed as speed_command
 from evaluation.cost import child, machine, speed
+from evaluation.cost.scaling import work_of
 from evaluation.cost.speed import Session
 from evaluation.cost.speed_figures import tables_of, write_markdown
 from evaluation.cost.speed_list import Measurement, read_list
@@ -307,7 +308,7 @@ def test_a_state_that_cannot_be_read_is_one_line(tmp_path, make):
 def comparison():
     """A file of experiments/complexity.py, shortened."""
     speed = {"images_per_second": 1234.0, "mfu": 0.25, "peak_mib": 100.4, "times_the_twin": None}
-    protocol = {"arithmetic": "bf16", "mode": "compiled", "batch_size": 64, "peak_flops": 1e15}
+    protocol = {"arithmetic": "bf16", "mode": "compiled", "batch_size": 64, "peak_flops": 1e11}
     ratio = {"median": 1.5, "least": 1.4, "greatest": 1.6}
     nets = {
         "plain": {"out_of_memory": ["training step"], "passes": {"inference": speed}},
@@ -326,7 +327,9 @@ def training(folder, model, rates):
     config = plain(parse([*words, "--output-dir", str(folder)]))
     folder.mkdir()
     (folder / "config.yaml").write_text(json.dumps(config))
-    lines = [{"step": n, "images_per_second": rate} for n, rate in enumerate(rates)]
+    lines = [
+        {"step": n, "images_per_second": rate, "memory_gb": n / 2} for n, rate in enumerate(rates)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -352,6 +355,11 @@ def test_figures_become_tables_and_markdown(tmp_path, make):
     twin, hybrid = nets.rows[3:]
     assert twin[:2] == ["dinov2_vit_small_patch16", "DINOv2 step"]
     assert twin[3:5] == ["100 (90.0-110)", None] and hybrid[3:5] == ["130 (130-130)", "1.30"]
+    for row, rate, mib in ((twin, 100, "2048"), (hybrid, 130, "1024")):  # the most of a window
+        folder = "plain" if row is twin else "hybrid"
+        work = work_of(str(tmp_path / folder / "config.yaml"))[0].operations_per_image
+        assert float(row[5]) == pytest.approx(100 * rate * work / 1e11, abs=0.05)
+        assert float(row[5]) > 10 and row[6] == mib
     assert blocks.rows == [["net", "OcticBlock", "eager", "50", "2.00", None, None]]
     assert data.rows == [["2 x 224", "ours", "one core", "12.3"]]
     path = write_markdown(tmp_path / "t.md", [nets, blocks, data], "a machine", ["python x.py"])

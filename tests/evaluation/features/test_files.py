@@ -19,7 +19,7 @@ from evaluation.probes.knn import KnnProbe
 from evaluation.probes.logreg import LogregProbe
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
-from utils.data.images import ImageError
+from utils.data.images import ImageError, Subset
 from utils.errors import UserError
 
 
@@ -256,6 +256,24 @@ def test_figures_are_the_same_from_disk_and_both_probes_share(tmp_path, capsys):
     assert [figures_of(probe, str(tmp_path)) for probe in PROBES] == without
     assert capsys.readouterr().out.count("read from") == 6
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("kept", [False, True], ids=["extracted", "from disk"])
+def test_images_that_were_left_out_are_as_if_they_had_never_been_there(probe, kept, tmp_path):
+    """Rows, labels and draws among them are those of a data set without the damaged images."""
+    damaged = {"train": Damaged(101, 0), "val": Damaged(37, 1)}
+    whole = {
+        split: Subset(ToyImages(len(images), seed), [i for i in range(len(images)) if i % 5 != 4])
+        for seed, (split, images) in enumerate(damaged.items())
+    }
+    transform = Unaugmented(input_size=8)
+    expected = probe(transform=transform)(ToyNet(), whole, tmp_path / "whole")
+    skipping = probe(
+        transform=transform, on_error="skip", features_dir=str(tmp_path / "f") if kept else None
+    )
+    for _ in range(1 + kept):
+        assert skipping(ToyNet(), damaged, tmp_path / "skipping") == expected
 
 
 @any_backbone

@@ -198,6 +198,17 @@ def test_fewer_than_five_classes(tmp_path):
     assert found["acc5"] == 100
 
 
+def test_classes_need_no_names(tmp_path):
+    """Then the net's logits say how many there are, and labels must be among them."""
+    named, bare = ToyImages(9, seed=2), ToyImages(9, seed=2)
+    bare.class_names = []
+    probe = AccuracyProbe(**OPTIONS)
+    found, expected = (probe(ToyClassifier(), {"val": x}, tmp_path) for x in (bare, named))
+    assert found == expected
+    with pytest.raises(UserError, match="the net tells 3 classes apart"):
+        probe(ToyClassifier(3), {"val": bare}, tmp_path)
+
+
 def test_mistakes_are_one_line(tmp_path):
     probe, images = AccuracyProbe(**OPTIONS), ToyImages(6, seed=2)
     with pytest.raises(UserError, match="the net tells 7 classes apart, .* has 6"):

@@ -51,6 +51,26 @@ def test_definitions():
         assert macro1[head] == pytest.approx(sum(by_class1[head]) / CLASSES)
 
 
+def test_a_class_without_images_counts_for_those_who_predict_it():
+    """As in torchmetrics: once is enough, and a classifier that never does is spared."""
+    labels = torch.tensor([0, 0, 1])
+    answers = torch.tensor([[0, 0, 1], [0, 2, 1]])  # class 2 has no image
+    counts = ClassCounts(2, 3)
+    counts.add(torch.eye(3)[answers], labels)
+    found = counts.fractions("mean_per_class_accuracy")[1]
+    assert found.tolist() == pytest.approx([1.0, (1 / 2 + 1 + 0) / 3])
+
+
+@pytest.mark.parametrize("kind", [ClassCounts, AnyMatchCounts])
+def test_one_image_or_none(kind):
+    """One image is judged in full; none is 0 rather than a division by zero."""
+    counts = kind(1, 2)
+    assert counts.fractions()[1].item() == 0
+    labels = torch.tensor([1])
+    counts.add(torch.tensor([[[0.0, 1.0]]]), labels if kind is ClassCounts else labels[:, None])
+    assert counts.fractions()[1].item() == 1
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     alone = count_mine()
@@ -120,6 +140,8 @@ def test_real_labels_go_by_the_number_in_the_name(tmp_path):
     [
         ("{", "x_1", "real_labels .*Expecting"),
         ('{"a": 1}', "x_1", "must be a JSON list with a list of classes per image"),
+        ("[1]", "x_1", "must be a JSON list with a list of classes per image"),
+        ("[[-1]]", "x_1", "must be a JSON list with a list of classes per image"),
         ("[[1]]", "x_2", "x_2.JPEG: real_labels holds 1 images"),
         ("[[1]]", "x", "this is none of them"),
     ],

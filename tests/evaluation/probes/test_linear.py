@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from deit.unaugmented import Unaugmented
+from evaluation.probes.exams import split_tenth
 from evaluation.probes.files import checksum
 from evaluation.probes.linear import LinearProbe
 from tests.evaluation.backbones import any_backbone, make
@@ -194,6 +195,15 @@ def test_given_unfinished_heads_are_trained_on(tmp_path, capsys):
     assert (tmp_path / "b/model_final.pth").exists()
 
 
+def test_the_tenth_is_one_of_each_ten_of_a_class():
+    """A class of nine gives none; no image is both learnt from and judged on."""
+    images = ToyImages(44, 0)
+    images.labels = np.array([0] * 10 + [1] * 9 + [2] * 25)
+    held_out, rest = split_tenth(images)
+    assert np.bincount(held_out.labels).tolist() == [1, 0, 2]
+    assert sorted([*held_out.indices, *rest.indices]) == list(range(44))
+
+
 def test_selection_on_a_tenth_of_train(tmp_path):
     data = make_data(train=150)
     figures = make_probe(select_on="train")(ToyNet(), data, tmp_path)
@@ -237,6 +247,19 @@ def test_further_test_sets_judge_the_chosen_head(tmp_path):
     assert plain["test1_top1"] <= figures["two_top1"]
 
 
+def test_a_mapping_says_which_column_each_class_of_a_test_set_is(tmp_path):
+    """Class i of the set is column columns[i] of the heads: other numbers, the same answers."""
+    data, columns = make_data(), np.array([4, 2, 5, 0, 1, 3])
+    renumbered = ToyImages(37, 1)
+    renumbered.labels = columns.argsort()[data["val"].labels]
+    np.save(tmp_path / "columns.npy", columns)
+    files = [str(tmp_path / "columns.npy")]
+    probe = make_probe(test_datasets=[renumbered], test_class_mappings=files)
+    figures = probe(ToyNet(), data, tmp_path)
+    assert figures["test1_top1"] == figures["linear_top1"] > 40
+    assert figures["test1_top5"] == figures["linear_top5"]
+
+
 def test_several_right_answers(tmp_path):
     class Named(ToyImages):
         def path(self, index):
@@ -264,9 +287,9 @@ def test_wrong_data_is_one_line(tmp_path):
     bare.labels = None
     with pytest.raises(UserError, match="images without labels"):
         probe(ToyNet(), data | {"train": bare}, tmp_path)
-    more = ToyImages(90, 1, num_classes=9)
+    more = ToyImages(90, 1, num_classes=7)
     more.class_names = []
-    with pytest.raises(UserError, match="val has images of class 8, but .* only classes 0 to 5"):
+    with pytest.raises(UserError, match="val has images of class 6, but .* only classes 0 to 5"):
         probe(ToyNet(), data | {"val": more}, tmp_path)
     renamed = ToyImages(9, 1)
     renamed.class_names[0] = "x"

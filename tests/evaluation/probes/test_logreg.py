@@ -79,6 +79,22 @@ def test_selection_on_val_and_on_a_data_set_of_its_own():
     assert own["logreg_C"] in CS
 
 
+def test_the_set_that_chose_C_is_learnt_from_in_the_end():
+    """Few training images and many others judge as well as all of them together."""
+    few, many, val = (
+        extract_features(ToyNet(), images, transform=to_tensor, normalized=False, shown=False)
+        for images in (ToyImages(11, 0), ToyImages(90, 7), ToyImages(200, 1))
+    )
+    both = FeatureSet(*(torch.cat(pair) for pair in zip(few, many, strict=True)))
+    both = both._replace(indices=torch.arange(101))
+    probe = LogregProbe(Cs=[0.3])
+    apart, together, alone = (
+        probe.evaluate({**parts, "val": val})[0]["logreg_top1"]
+        for parts in ({"train": few, "finetune": many}, {"train": both}, {"train": few})
+    )
+    assert apart == together > alone + 5
+
+
 @pytest.mark.parametrize("options", [{"chunk_size": 7}, {"features_on": "device"}], ids=str)
 def test_what_only_changes_speed_changes_no_figure(options):
     assert judge(**options) == judge()

@@ -246,6 +246,30 @@ def test_crops_keep_image_and_mask_aligned(scale: tuple[float, float]) -> None:
     assert len(mirrored) == 2
 
 
+@pytest.mark.parametrize("around", [0, 3], ids=["ignored", "one class"])
+def test_crops_look_for_a_place_that_no_class_fills(around: int) -> None:
+    """Of 57 places, 7 have less than three quarters of one class; ignored pixels have none."""
+    torch.manual_seed(0)
+    mask = np.full((8, 64), around, dtype=np.uint8)
+    mask[:, 30:32], mask[:, 32:34] = 1, 2
+    crop = TrainingCrop(
+        ClassTable(4, (0, 255)),
+        crop_size=8,
+        image_size=8,
+        scale=(1.0, 1.0),
+        hflip_probability=0.0,
+        photometric=False,
+    )
+    shares = []
+    for _ in range(60):
+        _, classes, _ = crop((Image.fromarray(COLOURS[mask]), mask))
+        counts = np.bincount(classes[classes != 255], minlength=3)
+        shares.append(counts.max() / max(counts.sum(), 1))
+    found = [share for share in shares if 0 < share < 0.75]
+    assert len(found) > 30  # after ten tries 3 of 4; 7 without looking
+    assert len(found) < 60, "after that, any place is taken"
+
+
 def test_whole_images_keep_their_masks() -> None:
     mask = np.zeros((30, 20), dtype=np.uint8)
     image, kept = WholeImage(image_size=40)((Image.fromarray(COLOURS[mask]), mask))
@@ -258,6 +282,31 @@ def test_distortion_changes_colours_only() -> None:
     found = [distort(pixels) for _ in range(20)]
     assert all(part.dtype == torch.uint8 and part.shape == pixels.shape for part in found)
     assert sum(torch.equal(part, pixels) for part in found) < 8
+
+
+def test_distortion_is_as_strong_as_published() -> None:
+    """Grey knows brightness and contrast alone; black is moved by brightness alone."""
+    torch.manual_seed(0)
+    grey, black = (torch.full((3, 2, 2), value, dtype=torch.uint8) for value in (100, 0))
+    found = torch.stack([distort(grey) for _ in range(400)]).float()
+    assert (found == found[:, :1, :1, :1]).all()
+    levels = found[:, 0, 0, 0]
+    assert 34 <= levels.min() < 50 and 170 < levels.max() <= 198  # (100 -+ 32) times 0.5 to 1.5
+    same = (levels - 100).abs() <= 1  # the saturation of grey rounds down
+    assert float(same.float().mean()) == pytest.approx(1 / 4, abs=0.06)
+    dark = torch.stack([distort(black) for _ in range(400)])[:, 0, 0, 0]
+    assert 32 < dark.max() <= 48
+    assert float((dark > 0).float().mean()) == pytest.approx(1 / 4, abs=0.06)
+
+
+def test_distortion_turns_hues_and_changes_saturation() -> None:
+    """A pale red keeps being the reddest in half of the draws and some more."""
+    torch.manual_seed(0)
+    red = torch.tensor([200, 100, 100], dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
+    found = torch.stack([distort(red) for _ in range(400)])[..., 0, 0].float()
+    assert 0.6 < float((found.argmax(1) == 0).float().mean()) < 0.75  # 1/2 + 1/2 * 1/3
+    saturation = 1 - found.min(1).values / found.max(1).values
+    assert saturation.min() < 0.3 and saturation.max() > 0.7
 
 
 def test_sizes_become_whole_patches() -> None:

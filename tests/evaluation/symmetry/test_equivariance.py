@@ -11,12 +11,14 @@ from evaluation.symmetry.equivariance import (
     logit_errors,
     measure,
     octic_only,
+    relative_error,
     worst_error,
 )
 from octic.vision_transformer import OcticVisionTransformer
 from tests.evaluation.backbones import DEPTH, any_backbone, make
 from utils.symmetry import SYMMETRIES
 from vit.adapters import timm_backbone
+from vit.backbone import Features
 from vit.vision_transformer import VisionTransformer
 
 SIZES = {
@@ -110,6 +112,38 @@ def test_a_net_without_blocks_of_tokens_is_measured_by_its_maps():
     assert list(layers) == [f"features.{index}" for index in range(net.depth)]
     assert layers["features.4"].errors["e"] == 0 < layers["features.4"].errors["m"]
     assert turns["m"].cls > 0
+
+
+class Dropping(torch.nn.Module):
+    """Mean colours of patches, of which the second block gets half; no map is left."""
+
+    embed_dim, patch_size = 3, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+
+    def features(self, images, layers=(-1,)):
+        tokens = torch.nn.functional.avg_pool2d(images, 4).flatten(2).movedim(1, 2)
+        tokens = self.blocks[1](self.blocks[0](tokens)[:, :8])
+        return [Features(tokens.mean(1), None)]
+
+
+def test_a_net_that_drops_tokens_is_measured_while_it_has_them_all():
+    """Layers that see every patch in its own way obey the law; what half of them say does not."""
+    layers, turns = measure(Dropping().double(), torch.randn(2, 3, 16, 16).double())
+    assert list(layers) == ["patch_embed", "blocks.0"]
+    assert max(max(layer.errors.values()) for layer in layers.values()) < 1e-12
+    assert turns["rr"].patches is None and turns["rr"].cls > 1e-3
+
+
+def test_an_error_is_a_distance_in_lengths_of_what_is_expected():
+    """So it is the same for a net whose features are a thousand times as large."""
+    x = torch.randn(2, 5, 3)
+    for scale in (1.0, 1e3):
+        assert relative_error(1.5 * scale * x, scale * x) == pytest.approx(0.5)
+        assert relative_error(torch.zeros_like(x), scale * x) == pytest.approx(1)
+    assert relative_error(0 * x, 0 * x) == 0
 
 
 def test_logits():

@@ -10,9 +10,18 @@ import torch
 from evaluation.classifier import complete, make_classifier
 from evaluation.commands.posthoc import parse_posthoc, read_posthoc_arguments
 from evaluation.judge import make_net
-from evaluation.symmetry.posthoc import CSV_COLUMNS, compare_aggregators, make_transform, split_data
+from evaluation.probes.accuracy import AccuracyProbe
+from evaluation.symmetry.posthoc import (
+    ALONE,
+    CSV_COLUMNS,
+    compare_aggregators,
+    load_classifier,
+    make_transform,
+    split_data,
+)
 from utils.data.embedded import digits
 from utils.errors import UserError
+from utils.symmetry import SYMMETRIES
 from vit.weights import read_metadata, read_state
 
 TINY = ["backbone.img_size=32", "backbone.patch_size=16", "backbone.embed_dim=16"]
@@ -107,6 +116,28 @@ def test_a_table_a_csv_and_nets_that_other_judges_load(tmp_path, capsys):
     whole = complete(node, read_metadata(path), state, digits(split="val"))
     net = make_classifier(whole, state, str(path), seed=0)
     assert net.aggregator_name == "learned_score" and net.num_classes == 10
+
+
+def test_a_net_of_no_law_has_a_worst_symmetry(tmp_path):
+    """Upright, mean and worst accuracy are those that the accuracy probe counts."""
+    words = [f"weights={tmp_path}/net.pt", f"output_dir={tmp_path}", "aggregators=[mean]"]
+    asked = config("--only_3_and_8", *words)
+    parts = split_data(asked)
+    net = load_classifier({**asked, "weights": None}, parts.test)[1]
+    torch.manual_seed(2)
+    for parameter in net.parameters():
+        parameter.data += torch.randn_like(parameter)
+    net.head.bias.data[[3, 8]] += 4  # the two that there are
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    alone = compare_aggregators(asked)[ALONE]
+    probe = AccuracyProbe(symmetries=True, transform=make_transform(asked, net))
+    counted, held = (probe(net, {"val": part}, tmp_path) for part in (parts.test, parts.validation))
+    each = [counted["acc1" if name == "e" else f"{name}_acc1"] for name in SYMMETRIES]
+    assert min(each) < each[0] != sum(each) / 8
+    assert alone["test"] == pytest.approx(each[0])
+    assert alone["test_symmetries"] == pytest.approx(sum(each) / 8)
+    assert alone["test_worst_symmetry"] == pytest.approx(min(each))
+    assert alone["validation"] == pytest.approx(held["acc1"])
 
 
 def test_weights_of_a_classifier_alone_are_judged_under_a_wrapper(tmp_path):
