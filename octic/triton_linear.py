@@ -42,7 +42,10 @@ def _write_tile(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Columns of x [M IN] from x_ptr on, K of them, times a matrix [N K] (TRANSPOSED: [K N])."""
+    """Columns of x [M IN] from x_ptr on, K of them, times a matrix [N K] (TRANSPOSED: [K N]).
+
+    The first `biased` columns of the result get a bias.
+    """
     valid, inside = (token < rows)[:, None], (column < N)[None, :]
     total = tl.zeros((token.shape[0], column.shape[0]), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -56,7 +59,7 @@ def _write_tile(
         matrix = tl.load(matrix_ptr + offsets, mask=(inner < K)[:, None] & inside, other=0.0)
         total = tl.dot(x, matrix, total, input_precision=PRECISION)
     if BIAS:
-        bias = tl.load(bias_ptr + column, mask=(column < N) & biased, other=0.0)
+        bias = tl.load(bias_ptr + column, mask=column < biased, other=0.0)
         total += bias.to(tl.float32)[None, :]
     y_offsets = token[:, None] * OUT + column[None, :]
     tl.store(y_ptr + y_offsets, total.to(y_ptr.dtype.element_ty), mask=valid & inside)
@@ -100,7 +103,7 @@ def product_kernel(
             token,
             rows,
             (tile % TILES) * BLOCK_N + tl.arange(0, BLOCK_N),
-            line == 0,
+            tl.where(line == 0, LINE_OUT, 0),
             *(IN, OUT, LINE_IN, LINE_OUT, BIAS, TRANSPOSED, PRECISION, BLOCK_K),
         )
     else:
@@ -113,7 +116,7 @@ def product_kernel(
             token,
             rows,
             ((tile - LINES * TILES) % PLANE_TILES) * BLOCK_N + tl.arange(0, BLOCK_N),
-            False,
+            0,
             *(IN, OUT, PLANE_IN, PLANE_OUT, False, TRANSPOSED, PRECISION, BLOCK_K),
         )
 
