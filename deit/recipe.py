@@ -129,8 +129,8 @@ class DeiT(nn.Module):
         self.num_classes = _count_classes(self.model, dataset)
         self.mix = mixing.build(self.num_classes, smoothing) if mixing else None
         self.distillation = distillation
-        if distillation is not None and hasattr(self.model, "set_distilled_training"):
-            self.model.set_distilled_training(True)  # two heads, as in Touvron et al. 2021
+        if distillation is not None:
+            _use_two_heads(self.model)
         self.ema: nn.Module | None = None
         self._start_from_model()
 
@@ -287,6 +287,16 @@ class DeiT(nn.Module):
                 f"{self.num_classes} classes; set backbone.num_classes={self.num_classes}"
             )
         return at_least_float32(logits), at_least_float32(student)
+
+
+def _use_two_heads(model: nn.Module) -> None:
+    """Have a distilled network of timm's give both heads' logits in training, adapted or not.
+
+    As in Touvron et al. 2021; otherwise it gives their mean.
+    """
+    for module in model.modules():
+        if hasattr(module, "set_distilled_training"):
+            module.set_distilled_training(True)
 
 
 def _count_classes(model: nn.Module, dataset: ImageDataset) -> int:

@@ -90,6 +90,41 @@ def test_what_timm_does_not_know_is_told_before_a_run(options, message):
         TimmAugmentation(**options)
 
 
+def levels(seed: int, image: Image.Image, **options) -> torch.Tensor:
+    """Pixels [3 S S] of an image under timm's augmentation without a policy, as whole levels."""
+    still = {"auto_augment": None, "color_jitter": 0.0, "mean": (0,) * 3, "std": (1 / 255,) * 3}
+    made = TimmAugmentation(**{"input_size": 40, "erase_probability": 0.0, **still, **options})
+    seed_cpu(seed)
+    return made(image).round()
+
+
+def test_erasing_and_jitter_do_what_they_are_asked():
+    """Seen on an image of one colour; a box of colour is one more colour in it."""
+
+    def colours(**options) -> set[int]:
+        flat = Image.new("RGB", (60, 50), (90, 120, 150))
+        made = [levels(seed, flat, **options).flatten(1) for seed in range(10)]
+        return {len(pixels.unique(dim=1).T) for pixels in made}
+
+    assert colours() == {1}
+    const = {"erase_probability": 1.0, "erase_mode": "const"}
+    assert colours(**const) == {2}
+    assert colours(**const, erase_count=3) == {2}
+    assert colours(**const | {"erase_mode": "rand"}) == {2}
+    assert colours(**const | {"erase_mode": "rand"}, erase_count=3) == {2, 3, 4}
+    assert min(colours(**const | {"erase_mode": "pixel"})) > 10
+    flat = Image.new("RGB", (60, 50), (90, 120, 150))
+    plain, jittered = (levels(0, flat, color_jitter=strength) for strength in (0.0, 0.8))
+    assert plain[:, 0, 0].tolist() == [90, 120, 150] != jittered[:, 0, 0].tolist()
+
+
+def test_the_nearest_pixel_brings_no_new_level():
+    stripes = Image.fromarray(np.tile(np.uint8([0, 200]), (50, 60))).convert("RGB")
+    for seed in range(5):
+        assert set(levels(seed, stripes, interpolation="nearest").unique().tolist()) == {0, 200}
+        assert len(levels(seed, stripes, interpolation="bicubic").unique()) > 2
+
+
 def test_images_smaller_than_the_crop_are_padded():
     assert TimmAugmentation(input_size=32)(Image.new("RGB", (16, 16))).shape == (3, 32, 32)
 
@@ -145,6 +180,45 @@ def test_mixtures_tell_their_shares():
         torch.testing.assert_close(batch["targets"] @ classes, mean, atol=1e-4, rtol=1e-4)
         kinds.add("cutmix" if (batch["images"] % 1 == 0).all() else "mixup")
     assert kinds == {"cutmix", "mixup"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"mixup": 0.0}, {"cutmix"}),
+        ({"cutmix": 0.0}, {"mixup"}),
+        ({"switch_probability": 1.0}, {"cutmix"}),
+        ({"switch_probability": 0.0}, {"mixup"}),
+        ({"probability": 0.0}, {"nothing"}),
+        ({"probability": 0.5, "cutmix": 0.0}, {"mixup", "nothing"}),
+    ],
+)
+def test_which_of_the_two_mixes(options, kinds):
+    found = set()
+    for seed in range(20):
+        batch = collate(seed, **{"cutmix": 1e4} | options)  # boxes of a half are never empty
+        whole = (batch["images"] % 1 == 0).all()
+        plain = torch.equal(batch["targets"], torch.eye(6))
+        found.add("nothing" if plain else "cutmix" if whole else "mixup")
+    assert found == kinds
+
+
+def own_shares(**options) -> torch.Tensor:
+    """What each image keeps of itself, over some batches [batches images]."""
+    return torch.stack([collate(seed, **options)["targets"].diagonal() for seed in range(20)])
+
+
+def test_shares_are_drawn_as_asked():
+    assert (own_shares(mixup=1e4, cutmix=0.0) - 0.5).abs().max() < 0.05
+    assert (own_shares(mixup=0.1, cutmix=0.0) - 0.5).abs().mean() > 0.3
+    assert own_shares(mixup=0.0, cutmix=1e4).min() > 0.5  # half of an image, less at its border
+    boxes = own_shares(mixup=0.0, cutmix_minmax=(0.25, 0.75))  # 2 to 5 of 8 pixels a side
+    assert (boxes >= 39 / 64).all() and (boxes <= 60 / 64).all()
+    torch.testing.assert_close(own_shares(), own_shares()[:, :1].expand(20, 6))
+    pairs = own_shares(mode="pair")
+    torch.testing.assert_close(pairs, pairs.flip(1))
+    for apart in (pairs[:, :3], own_shares(mode="elem")):
+        assert any(len(row.unique()) == len(row) for row in apart)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torchvision.transforms.functional import to_tensor
 
 from deit.augment import ThreeAugment
 from deit.fast_augment import FastThreeAugment
@@ -55,13 +56,19 @@ def test_exactly_one_of_three():
     assert sum(counts) == 300 and min(counts) > 70
 
 
-def test_without_colours_nothing_changes():
-    options = {"input_size": 16, "three_probability": 0.0, "color_jitter": 0.0, "scale": (1, 1)}
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [ThreeAugment, FastThreeAugment])
+def test_without_colours_an_image_is_what_was_cut(kind, flip):
+    """Here the whole of it, mirrored always or never, in the mean and deviation asked for."""
     square = PHOTOGRAPH.resize((20, 20))
-    ours, theirs = FastThreeAugment(**options), ThreeAugment(**options)
-    sample = {"images": torch.stack([ours(square)["images"]])}
-    levels = (theirs(square) * 0.225 * 255).round()
-    assert sample["images"].shape == (1, 3, 16, 16) and levels.shape == (3, 16, 16)
+    whole = to_tensor(square.resize((16, 16), Image.Resampling.BICUBIC))
+    expected = (whole.flip(-1) if flip else whole) / 0.5 - 0.25
+    options = {"input_size": 16, "scale": (1, 1), "mean": (0.125,) * 3, "std": (0.5,) * 3}
+    still = kind(flip_probability=flip, three_probability=0.0, color_jitter=0.0, **options)
+    for seed in range(5):
+        seed_cpu(seed)
+        batch = still.finish(Collate()([(still(square), 0)], torch.Generator()))
+        assert (batch["images"][0] - expected).abs().max() < 4 / 255
 
 
 def test_a_recipe_trains_on_them_and_mixes_them():

@@ -62,6 +62,11 @@ def test_a_batch_that_takes_the_rate_below_its_end():
         schedules.build(epochs=1, epoch_length=9, batch_size=32)
 
 
+def test_steps_may_start_below_what_a_cosine_would_end_at():
+    """Nothing but the warm-up and the factor tells their rates: `min_lr` is of the cosine alone."""
+    assert rate(0, shape="step", lr=1e-6, min_lr=1e-5, warmup_epochs=0) == 1e-6
+
+
 def test_a_warm_up_longer_than_the_run():
     with pytest.raises(ValueError, match="more than the 3 epochs"):
         Schedules().build(epochs=3, epoch_length=2, batch_size=8)

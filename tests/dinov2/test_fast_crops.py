@@ -44,18 +44,41 @@ def test_a_batch_is_that_of_the_published_crops():
     assert batch["global_crops"].dtype == torch.uint8, "a batch is not changed in place"
 
 
-def test_crops_come_crop_major_with_their_own_colours():
-    """The second global crop alone is solarized, wherever the batch puts it."""
-    crops = FastMultiCrop(**SIZES | STILL | {"solarize_probability": 1.0})
-    batch = batch_of(crops, 5)
-    done = crops.finish(batch)
-    plain = FastMultiCrop(**SIZES | STILL).finish(batch_of(FastMultiCrop(**SIZES | STILL), 5))
-    assert torch.equal(done["local_crops"], plain["local_crops"])
-    assert torch.equal(done["global_crops"][:5], plain["global_crops"][:5])
-    assert all(
-        not torch.equal(*pair)
-        for pair in zip(done["global_crops"][5:], plain["global_crops"][5:], strict=True)
-    )
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [MultiCrop, FastMultiCrop])
+def test_crops_are_mirrored_as_often_as_asked(kind, flip):
+    """Of an image that brightens from left to right, both kinds of crops tell it."""
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    crops = kind(**SIZES | STILL, flip_probability=flip)
+    for seed in range(5):
+        seed_cpu(seed)
+        made = crops(Image.fromarray(ramp))
+        for name in ("global_crops", "local_crops"):
+            rise = made[name][..., -1].double() - made[name][..., 0].double()
+            assert (rise < 0).all() if flip else (rise > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "coloured", "share"),
+    [
+        ({"solarize_probability": 1.0}, "second", 1.0),
+        # The smallest blurs change no level.
+        ({"blur_probabilities": (1.0, 0.0, 0.0)}, "first", 0.6),
+        ({"blur_probabilities": (0.0, 1.0, 0.0)}, "second", 0.6),
+        ({"blur_probabilities": (0.0, 0.0, 1.0)}, "local", 0.6),
+    ],
+)
+def test_crops_come_crop_major_with_their_own_colours(options, coloured, share):
+    """The second global crop alone is solarized, each is blurred for itself, wherever it comes."""
+    found = []
+    for chosen in ({}, options):
+        crops = FastMultiCrop(**SIZES | STILL | chosen)
+        done = crops.finish(batch_of(crops, 5))
+        first, second = done["global_crops"].chunk(2)
+        found.append({"first": first, "second": second, "local": done["local_crops"]})
+    for name, plain in found[0].items():
+        changed = [not torch.equal(*pair) for pair in zip(found[1][name], plain, strict=True)]
+        assert sum(changed) >= share * len(plain) if name == coloured else not any(changed), name
 
 
 @pytest.mark.parametrize("moment", ["mean", "std", "roughness", "greyness"])

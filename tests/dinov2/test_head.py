@@ -16,6 +16,14 @@ def test_published_names():
     assert list(make_head(num_layers=1).state_dict())[:2] == ["mlp.weight", "mlp.bias"]
 
 
+def test_a_head_starts_small_without_biases_and_with_prototypes_of_length_one():
+    head = DINOHead(64, num_prototypes=100, hidden_dim=96, bottleneck_dim=64)
+    for name, values in head.mlp.named_parameters():
+        assert values.std().item() == pytest.approx(0.02 * name.endswith("weight"), rel=0.1), name
+    assert torch.equal(head.last_layer.weight_g, torch.ones(100, 1))
+    assert head.last_layer.weight_v.std() > 0
+
+
 def test_logits_are_cosines_times_lengths():
     head, x = make_head(), torch.randn(5, 6)
     assert head(x).abs().max() <= 1 + 1e-6

@@ -45,6 +45,16 @@ def test_half_of_the_images_are_masked_within_the_ratios():
     assert int(counts.sum()) <= MaskSampler().upperbound(20, 196)
 
 
+def test_every_place_in_a_batch_is_masked_alike():
+    """The first crops of a batch are global crops 0: none may have more masks than the others."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.stack([MaskSampler().sample(4, (8, 8), generator) for _ in range(200)])
+    masked = masks.any(dim=2).double().mean(dim=0)  # of each place, how often
+    assert (masked - 0.5).abs().max() < 0.15
+    cells = masks.double().mean(dim=(0, 2))  # and how much
+    assert cells.max() < 1.3 * cells.min()
+
+
 def test_weights_of_an_image_sum_to_one():
     masks = torch.rand(5, 12) < 0.4
     masks[2] = False

@@ -70,3 +70,18 @@ def test_only_the_last_layers_have_their_own_schedule():
     ]
     expected = [p for n, p in recipe.student.named_parameters() if "last_layer" in n]
     assert {id(p) for p in last} == {id(p) for p in expected}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_recipe_hands_its_options_on(published):
+    options = {"layerwise_decay": 0.5, "patch_embed_lr_multiplier": 0.1}
+    recipe = make_recipe("invariant", published_param_groups=published, **options)
+    told = {
+        id(p): (g["lr_multiplier"], g["weight_decay_multiplier"])
+        for g in recipe.param_groups()
+        for p in g["params"]
+    }
+    backbone = recipe.student["backbone"]
+    wanted = multipliers(backbone, published=published, **options)
+    for name, parameter in backbone.named_parameters():
+        assert told[id(parameter)] == (wanted[name].lr, wanted[name].weight_decay), name

@@ -1,0 +1,85 @@
+"""What recipes and tools rely on in every network: hidden patches, encoded parts, fresh heads."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from octic.vision_transformer import OcticVisionTransformer
+from vit.vision_transformer import VisionTransformer
+
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4}
+SIZES |= {"num_heads": 2, "num_classes": 5, "init_values": 0.5}
+SIZES |= {"mask_token": True, "num_register_tokens": 2}
+NETS = {
+    "plain": lambda: VisionTransformer(**SIZES, class_position=True),
+    "hybrid": lambda: OcticVisionTransformer(**SIZES),
+    "invariant": lambda: OcticVisionTransformer(**SIZES, invariant=True),
+    "invariant head": lambda: OcticVisionTransformer(**SIZES, invariant_at="head"),
+}
+kinds = pytest.mark.parametrize("kind", NETS)
+
+
+def make(kind: str) -> Any:
+    net = NETS[kind]().double().eval()
+    for parameter in net.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return net
+
+
+def make_crops() -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Large and small crops, and which patches of the large ones are hidden."""
+    crops = [torch.randn(count, 3, side, side).double() for count, side in ((2, 32), (3, 16))]
+    return crops, torch.rand(2, 64) < 0.4
+
+
+@kinds
+def test_what_hidden_patches_show_does_not_count(kind):
+    net, (crops, masks) = make(kind), make_crops()
+    hidden = masks.view(2, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.randn_like(crops[0])
+    before = net.encode(crops, [masks, None])[0]
+    unseen = net.encode([torch.where(hidden, other, crops[0]), crops[1]], [masks, None])[0]
+    torch.testing.assert_close(unseen, before)
+    seen = net.encode([torch.where(hidden, crops[0], other), crops[1]], [masks, None])[0]
+    assert not torch.allclose(seen.cls, before.cls)
+    # With all patches hidden, their places are what tells them apart.
+    (places,) = net.encode(crops[:1], [torch.ones_like(masks)])
+    assert not torch.allclose(places.patches[:, 0], places.patches[:, 9])
+    torch.testing.assert_close(places.patches[0], places.patches[1])
+
+
+@kinds
+def test_encoded_parts_are_all_tokens_before_and_after_the_norm(kind):
+    net, (crops, masks) = make(kind), make_crops()
+    packed = net.encode(crops, [masks, None])
+    alone = [*net.encode(crops[:1], [masks]), *net.encode(crops[1:])]
+    for crop, mask, *encodings in zip(crops, (masks, None), packed, alone, strict=True):
+        tokens = net.forward_features(crop, mask)
+        for encoded in encodings:
+            parts = torch.cat([encoded.cls[:, None], encoded.registers, encoded.patches], dim=1)
+            assert encoded.registers.shape[1] == 2
+            torch.testing.assert_close(parts, tokens)
+            torch.testing.assert_close(net.norm(encoded.prenorm), tokens)
+
+
+@kinds
+def test_a_head_that_is_reset_starts_as_a_new_one(kind):
+    net = make(kind)
+    net.reset_classifier(200)
+    assert net.head.weight.dtype == torch.float64
+    assert net.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not net.head.bias.any()
+
+
+@kinds
+@pytest.mark.parametrize("prune_norm", [False, True])
+def test_pruning_leaves_out_what_no_asked_block_needs(kind, prune_norm):
+    net, (crops, _) = make(kind), make_crops()
+    expected = net.forward_intermediates(crops[0], [0, 2], intermediates_only=True)
+    assert net.prune_intermediate_layers([0, 2], prune_norm=prune_norm) == [0, 2]
+    assert isinstance(net.norm, nn.Identity) == prune_norm
+    assert isinstance(net.get_classifier(), nn.Identity) and len(net.blocks) == 3
+    found = net.forward_intermediates(crops[0], [0, 2], intermediates_only=True)
+    torch.testing.assert_close(found, expected)
