@@ -110,6 +110,7 @@ def test_a_script_that_hands_on_its_outcome_is_captured() -> None:
         (["-m", "seed=1,2", "sed=1"], "error: seed=1: unknown key 'sed'; did you mean 'seed'?"),
         (["seed=1,2"], "gives several values: -m tries one after another"),
         (["-m", "seed=1,2", "cluster.mem_gb=1,2", "--nodes", "2"], "cannot be swept"),
+        (["-m", "launcher=here,local"], "need one launcher"),
     ],
 )
 def test_mistakes_are_one_line_and_start_nothing(

@@ -140,6 +140,7 @@ def test_the_list_finds_runs_and_no_parts_of_them(tmp_path: Path, capsys) -> Non
     assert main([str(tmp_path), "--last", "1"]) == 0
     told = capsys.readouterr().out
     assert "run folder" in told and told.count("mine") <= 1
+    assert main([str(tmp_path)]) == 0 and "7/10" in capsys.readouterr().out
     assert main([str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: there is no folder ")
 
@@ -171,6 +172,57 @@ def test_a_cancelled_follower_names_the_job_that_did_not_succeed(tmp_path: Path)
     run = describe(lines(tmp_path, {"event": "submitted", "job": "13", "after": "afterok:12"}))
     judge(run, {"State": "CANCELLED", "ElapsedRaw": "0"})
     assert run.why == "did not start: job 12, which it was to follow, did not succeed"
+
+
+def test_a_job_that_starts_again_tells_how_often_and_why(tmp_path: Path) -> None:
+    job, saved = {"job": "12"}, "told to stop (pre-emption or time limit), saved at checkpoint 4"
+    begin = {**BEGAN, **job}
+
+    def seen(*events: dict, **facts: str) -> tuple[Run, str]:
+        run = describe(lines(tmp_path, *events))
+        said = run.why
+        judge(run, facts)
+        return run, said
+
+    again = {"event": "again", **job, "kind": "stopped", "status": 140, "step": "4"}
+    run, said = seen(
+        {"event": "submitted", **job}, begin, again, State="PENDING", Reason="Priority"
+    )
+    assert (run.state, said) == ("PENDING", f"{saved}; starts again")
+    assert run.why == f"waits: Priority; {said}" and run.restarts == 0
+    run, _ = seen({**begin, "attempt": 1}, State="RUNNING", Earlier="pre-emption", ElapsedRaw="7")
+    assert (run.why, run.restarts, run.seconds) == ("1 restart (after pre-emption)", 1, 7.0)
+    ended = {"event": "ended", **job, "attempt": 2}
+    run, _ = seen({**begin, "attempt": 2}, ended, State="COMPLETED")
+    assert (run.state, run.why) == ("COMPLETED", "2 restarts")
+
+
+def test_the_newest_run_stands_last(tmp_path: Path, capsys) -> None:
+    for name, when in (("b", 100), ("c", 300), ("a", 200)):
+        lines(tmp_path / name, BEGAN, {"event": "ended"})
+        for path in (tmp_path / name / record.NAME, tmp_path / name):
+            os.utime(path, (when, when))
+    shown = []
+    for last in ("0", "2"):
+        assert main(["--json", "--last", last, str(tmp_path)]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert {row["seconds"] for row in rows} == {1.0}
+        shown.append([row["name"] for row in rows])
+    assert shown == [["b", "a", "c"], ["a", "c"]]
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        ({"event": "stopped", "signal": "SIGTERM"}, "cancelled by root, saved at checkpoint 7"),
+        ({"event": "lost_peer", "error": "x"}, "cancelled by root"),
+    ],
+)
+def test_of_a_cancelled_run_what_it_saved_is_told(tmp_path: Path, event: dict, why: str) -> None:
+    trained(tmp_path, 7, 10)
+    run = describe(lines(tmp_path, {**BEGAN, "job": "12"}, {**event, "job": "12"}))
+    judge(run, {"State": "CANCELLED by 0", "ElapsedRaw": "9"})
+    assert (run.state, run.why) == ("CANCELLED", why)
 
 
 def test_slurms_two_answers_are_joined(monkeypatch) -> None:
@@ -215,6 +267,17 @@ def test_without_a_slurm_a_job_is_known_by_its_folder(tmp_path: Path, monkeypatc
     lines(tmp_path / "run", {"event": "submitted", "job": "12", "name": "x"})
     (run,) = list_runs([tmp_path])
     assert run.state == "UNKNOWN" and "ask sacct" in run.why
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "TIMEOUT"), (1, "UNKNOWN")])
+def test_what_a_command_prints_before_it_fails_is_no_answer(tmp_path, monkeypatch, code, state):
+    for name, line in (("sacct", f"echo '12|TIMEOUT|0:0|60|1:00|n1'; exit {code}"), ("squeue", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines(tmp_path / "run", {"event": "submitted", "job": "12", "name": "x"})
+    (run,) = list_runs([tmp_path])
+    assert run.state == state
 
 
 @pytest.mark.parametrize(
@@ -298,6 +361,8 @@ def test_steps_that_were_asked_for_are_a_completed_attempt(tmp_path: Path) -> No
     assert (describe(tmp_path).state, describe(tmp_path).why) == said
     run = describe(lines(tmp_path, BEGAN, {"event": "ended"}))
     assert (run.state, run.why) == said
+    trained(tmp_path, 616, 616)
+    assert (describe(tmp_path).state, describe(tmp_path).why) == ("COMPLETED", "")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 
 from slurm.cluster import parameters
 from slurm.job import Job
-from slurm.launch import launch, submit
+from slurm.launch import launch, launch_all, submit
+from slurm.task import Task
 from utils.config.build import plain
 from utils.config.compose import compose_config
 from utils.errors import UserError
@@ -75,6 +76,17 @@ def test_other_errors_are_raised_on(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(RuntimeError, match="had enough"):
         launch(f"{WORK}.fail_on_second", config_for(tmp_path))
+
+
+def test_two_runs_in_one_folder_are_refused_before_either_starts(tmp_path: Path, capsys) -> None:
+    """What would come of the second hangs on the first, and neither would be found again."""
+    task = Task(f"{WORK}.report", config_for(tmp_path / "same"))
+    follower = Task(f"{WORK}.report", task.config)
+    for tasks in ([task, follower], [Task(task.function, task.config, then=[follower])]):
+        with pytest.raises(SystemExit):
+            launch_all(tasks)
+        assert f"error: two runs would write to {task.folder}" in capsys.readouterr().err
+    assert not task.folder.exists()
 
 
 # Several processes on this machine

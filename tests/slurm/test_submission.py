@@ -21,7 +21,7 @@ def submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(line: str, *words: str) -> Submission:
         place = tmp_path / "bin"
         place.mkdir()
-        for name in ("sbatch", "srun"):
+        for name in ("sbatch", "srun", "squeue"):
             (place / name).write_text(f"#!/bin/sh\n{line}\n")
             (place / name).chmod(stat.S_IRWXU)
         monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
@@ -59,6 +59,19 @@ def test_a_refusal_without_a_reason(tmp_path: Path, submission, line: str, said:
     with pytest.raises(UserError, match=rf"Slurm refused the job: {said} \(asked for nodes=1"):
         submission(line).submit()
     assert not left_of(tmp_path / "runs")
+
+
+def test_the_folder_of_a_job_that_has_not_ended_is_refused(tmp_path: Path, submission) -> None:
+    """Its job would find the folder in use, or go on with a run that it was not meant for."""
+    state, place = tmp_path / "state", f"output_dir='{tmp_path / 'run'}'"
+    asked = submission(f"case $0 in *squeue) cat {state};; *) echo 77;; esac", place)
+    asked.submit()
+    again = Submission("tests.slurm.work.report", asked.configs)
+    state.write_text("PENDING\n")
+    with pytest.raises(UserError, match="run is the run folder of job 77, PENDING: .*scancel 77"):
+        again.submit()
+    state.write_text("")
+    assert again.submit()[0].job_id == "77"
 
 
 def test_a_python_whose_path_has_a_space_is_one_word(tmp_path: Path, submission) -> None:

@@ -43,6 +43,11 @@ def test_glob_lists_the_options_of_a_group() -> None:
     ]
 
 
+def test_quotes_belong_to_the_word_and_not_to_the_value() -> None:
+    found = points(["text='a,b',\"c d\",e"])
+    assert [point.values["text"] for point in found] == ["a,b", "c d", "e"]
+
+
 @pytest.mark.parametrize(
     ("words", "labels"),
     [

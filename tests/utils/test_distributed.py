@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from utils import distributed
+from utils import distributed, parallel
 from utils.distributed import Process, find_process, first_host
 from utils.errors import UserError
 
@@ -121,6 +121,16 @@ def _company(rank: int, world: int) -> None:
         assert distributed.all_reduce_mean(torch.tensor(float(rank))) == 0.5
         assert distributed.all_reduce_max(torch.tensor([1 - rank, rank])).tolist() == [1, 1]
         assert distributed.all_gather_variable(own).tolist() == [[0, 0], [1, 1], [1, 1]]
+        unlike = torch.nn.BatchNorm2d(2)
+        unlike.weight.data.fill_(rank)
+        unlike.running_mean.fill_(rank)
+        parallel.broadcast_state(unlike)
+        assert unlike.weight.tolist() == unlike.running_mean.tolist() == [0, 0]
+        # A parameter that one rank alone used, and one that nobody did.
+        loose = torch.nn.Linear(1, 2)
+        loose.weight.grad = torch.full((2, 1), 3.0) if rank else None
+        parallel.Gradients(loose).finish()
+        assert loose.weight.grad.tolist() == [[1.5], [1.5]] and loose.bias.grad is None
         norm = torch.nn.BatchNorm2d(2)
         norm.running_mean.fill_(rank)
         norm.num_batches_tracked.fill_(3)

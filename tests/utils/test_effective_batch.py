@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from utils.effective_batch import micro_batches, shared_batches
+from utils.effective_batch import count_steps, micro_batches, shared_batches
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,18 @@ def test_a_step_that_cannot_be_shared():
         shared_batches(64, 64, 3)
     with pytest.raises(ValueError, match="2 images .* by 4 processes; 4 images per step can"):
         shared_batches(2, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch_length", "images", "steps"),
+    [(3, 0, 100, (3, 9)), (2.5, 4, 100, (4, 10)), (2, 0, 7, (1, 2))],
+)
+def test_steps_of_a_run(epochs, epoch_length, images, steps):
+    """An epoch of no length is a pass over the images, without the tail that fills no batch."""
+    assert count_steps(epochs, epoch_length, images=images, batch_size=32) == steps
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 0.1, float("inf")])
+def test_a_run_without_a_step_is_refused(epochs):
+    with pytest.raises(ValueError, match="epochs"):
+        count_steps(epochs, 4, images=100, batch_size=32)

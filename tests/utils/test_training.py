@@ -81,9 +81,13 @@ def test_resume_at_any_step_is_exact(tmp_path, accumulation):
         assert_same(folder, tmp_path / "whole")
 
 
-def test_probes_logs_and_saves_do_not_change_the_training(tmp_path):
+@pytest.mark.parametrize("judged", ["teacher", "student"])
+def test_probes_logs_and_saves_do_not_change_the_training(tmp_path, monkeypatch, judged):
+    """Also where the network that is judged is the one that is trained, with dropout."""
+    monkeypatch.setattr(TinyRecipe, "exported", property(lambda recipe: getattr(recipe, judged)))
+
     def probe(net, *, data, output_dir, step):
-        assert not net.training
+        assert not any(part.training for part in net.modules()) and not torch.is_grad_enabled()
         return {"draw": torch.rand(()).item()}
 
     train_tiny(tmp_path / "plain")
@@ -129,6 +133,9 @@ def test_accumulation_equals_the_big_batch(tmp_path):
     left, right = weights_of(tmp_path / "big"), weights_of(tmp_path / "small")
     for name in left.keys() - {"centre"}:  # the centre moves with every micro-batch
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-6)
+    # AdamW and clipping alone would hide gradients that are too large by a factor.
+    for one, other in zip(*(metrics_of(tmp_path / name) for name in ("big", "small")), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
@@ -149,6 +156,11 @@ def test_two_processes_equal_one(tmp_path, company, sharding):
 @pytest.mark.parametrize("name", ["replicate", "shard", "random"])
 def test_two_processes_resume_exactly(company, name):
     assert_same(company / name / "stopped", company / name / "whole")
+
+
+def test_each_rank_has_a_dropout_of_its_own(company):
+    first, second = parts_of(company / "random" / "whole")["progress"]["random"]
+    assert not torch.equal(first["torch"], second["torch"])
 
 
 def test_one_bad_step_is_skipped_without_a_trace(tmp_path):
@@ -212,6 +224,37 @@ def test_fp16_scaler_state_is_saved_and_an_overflow_is_not_counted(tmp_path):
     assert parts_of(tmp_path)["progress"]["scaler"]["_growth_tracker"] == 4
     train_tiny(tmp_path, precision="fp16", max_steps=6)
     assert parts_of(tmp_path)["progress"]["scaler"]["_growth_tracker"] == 6
+
+
+def test_fp16_takes_the_steps_of_fp32(tmp_path):
+    """What is clipped, logged and applied are the true gradients, not the scaled ones."""
+    options = {"optimizer": torch.optim.SGD, "recipe": {"dropout": 0.0}, "max_steps": 6}
+    train_tiny(tmp_path / "half", precision="fp16", **options)
+    train_tiny(tmp_path / "full", **options)
+    assert_same(tmp_path / "half", tmp_path / "full", tolerance=2e-3)
+
+
+def test_overflows_of_fp16_halve_the_scale_until_gradients_fit(tmp_path, monkeypatch):
+    """However many steps in a row that takes: they are skipped, and the run goes on."""
+    quiet = TinyRecipe.losses
+
+    def loud(recipe, batch, step):
+        return {name: 1000 * loss for name, loss in quiet(recipe, batch, step).items()}
+
+    monkeypatch.setattr(TinyRecipe, "losses", loud)
+    summary, _ = train_tiny(tmp_path, precision="fp16", nan_patience=2)
+    scaler, skipped = parts_of(tmp_path)["progress"]["scaler"], summary["skipped_steps"]
+    assert summary["finished"] and 2 < skipped < 12
+    assert scaler["scale"] == 2.0 ** (16 - skipped)
+    assert scaler["_growth_tracker"] == 12 - skipped
+
+
+def test_a_run_may_change_to_fp16_and_back(tmp_path):
+    scalers = []
+    for last, precision in (2, "fp32"), (4, "fp16"), (6, "fp32"):
+        train_tiny(tmp_path, precision=precision, max_steps=last)
+        scalers.append(parts_of(tmp_path)["progress"]["scaler"])
+    assert scalers[0] == scalers[2] == {} and scalers[1]["_growth_tracker"] == 2
 
 
 def test_bf16_and_recomputation_train(tmp_path):

@@ -241,6 +241,16 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path):
     assert checkpoints.load()[0] == 4
 
 
+def test_what_a_killed_save_left_is_no_obstacle(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, parts(4))
+    for name in (".writing-5", ".removing-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".last.tmp").write_text("5")
+    assert checkpoints.load()[0] == 4 and checkpoints.save(5, parts(5)) == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"4", "5", "last"}
+
+
 class Hostile:
     def __init__(self, folder: Path) -> None:
         self.command = f"touch {folder / 'owned'}"

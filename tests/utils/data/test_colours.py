@@ -161,3 +161,21 @@ def test_draws_are_spread_as_published():
     orders, counts = np.unique(draws[:, SLOTS], axis=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 0.8 * count / 24
     assert len(JITTER) == draws[:, SLOTS].shape[1]
+
+
+def test_draws_hang_on_nothing_else_that_is_drawn():
+    """Each pair of choices comes as often as chance has it, and blurs as strong as published."""
+
+    def draw(jitter_probability: float) -> np.ndarray:
+        np.random.seed(0)
+        others = {f"{name}_probability": 0.5 for name in ("greyscale", "blur", "solarize")}
+        jitter = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_probability": jitter_probability}
+        return draw_colours(20_000, **jitter, **others)
+
+    always = draw(1.0)
+    acts = ~np.isnan(draw(0.5)[:, [0, 4, 5, 6]])  # jitter, greyscale, blur, solarize
+    chosen = np.column_stack([always[:, :4], always[:, SLOTS.start], acts])
+    related = np.corrcoef(chosen, rowvar=False) - np.eye(chosen.shape[1])
+    assert np.abs(related).max() < 0.03
+    blurs = np.sort(always[acts[:, 2], 5])
+    assert np.abs(blurs - np.linspace(0.1, 2.0, len(blurs))).max() < 0.04

@@ -111,6 +111,38 @@ def test_masks_differ_between_ranks_and_steps(images: ImageFolder) -> None:
     assert all(len(draws[:, column].unique()) == 6 for column in (0, 1))
 
 
+def test_another_seed_draws_anew(images: ImageFolder) -> None:
+    """In another order alone the same images would be augmented and masked as before."""
+    draws = [
+        {
+            value
+            for rows, _, masks in batches
+            for value in (*rows[:, 1:].flatten().tolist(), *masks.tolist())
+        }
+        for batches in (_batches(images, 3, batch_size=COUNT, seed=seed) for seed in (3, 4))
+    ]
+    assert not draws[0] & draws[1]
+
+
+def test_a_random_transform_judges_an_image_alike_in_any_company(images: ImageFolder) -> None:
+    def rows(batch_size: int, world_size: int) -> torch.Tensor:
+        parts = [
+            evaluation_batches(images, augment, batch_size, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        return torch.cat([batch[0] for part in parts for batch in part]).unique(dim=0)
+
+    alone = rows(1, 1)
+    assert len(alone[:, 1].unique()) == COUNT
+    assert torch.equal(alone, rows(4, 1)) and torch.equal(alone, rows(3, 2))
+
+
+def test_masks_do_not_hang_on_what_the_augmentation_draws(images: ImageFolder) -> None:
+    still = training_batches(images, lambda image: torch.zeros(4), collate, 4)
+    masks = [batch[2] for batch in _batches(images, 3)]
+    assert all(torch.equal(next(still)[2], own) for own in masks)
+
+
 def test_the_global_generators_are_left_alone(images: ImageFolder) -> None:
     draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())  # noqa: E731
     torch.manual_seed(1), np.random.seed(1), random.seed(1)

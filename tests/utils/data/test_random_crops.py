@@ -26,7 +26,7 @@ def jpeg(image: Image.Image, **options) -> bytes:
 
 
 @pytest.mark.parametrize("scale", [(0.05, 0.32), (0.32, 1.0), (0.08, 1.0)])
-@pytest.mark.parametrize("shape", [(375, 500), (500, 90)])
+@pytest.mark.parametrize("shape", [(375, 500), (500, 90), (90, 500)])
 def test_boxes_are_spread_as_torchvisions(shape, scale):
     """Area, aspect ratio and position, by Kolmogorov and Smirnov's distance."""
     np.random.seed(0)
@@ -53,6 +53,14 @@ def test_half_of_the_boxes_are_mirrored():
     mirrored = [box.mirrored for box in draw_boxes(40, 50, 4000, (0.1, 1.0))]
     assert np.mean(mirrored) == pytest.approx(0.5, abs=0.03)
     assert not any(box.mirrored for box in draw_boxes(9, 9, 50, (0.1, 1.0), flip_probability=0.0))
+
+
+def test_place_size_shape_and_mirroring_hang_on_nothing_but_chance():
+    np.random.seed(0)
+    top, left, height, width, mirrored = np.array(draw_boxes(400, 500, 4000, (0.1, 0.3)), float).T
+    places = [top / (400 - height), left / (500 - width)]
+    related = np.corrcoef([*places, height * width, width / height, mirrored]) - np.eye(5)
+    assert np.abs(related).max() < 0.06
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -96,6 +104,11 @@ def test_crops_of_a_large_photograph_look_the_same():
     found = cut_crops(encoded, kinds)
     np.random.seed(3)
     expected = cut_crops(large, kinds)
+    np.random.seed(3)
+    for kind, crops in zip(kinds, expected, strict=True):
+        boxes = draw_boxes(1708, 2560, kind.number, kind.scale)
+        cut = [resized_crop(pixels_of(large), box, kind.size) for box in boxes]
+        assert torch.equal(crops, torch.stack(cut)), "the boxes are those of the whole image"
     assert [tuple(crops.shape) for crops in found] == [(2, 3, 200, 200), (3, 3, 128, 128)]
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.float() - theirs.float()).abs().mean() < 3

@@ -1,5 +1,6 @@
 """The default order shows every image once per pass; every order can start anywhere."""
 
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_every_order_can_start_at_any_batch(sampler: str, world_size: int) -> No
     assert _take(1200, **options) == whole
     for first_batch in (1, 50, 149, 150, 151, 273):
         assert _take(40, first_batch=first_batch, **options) == whole[4 * first_batch :][:40]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_order_is_new_in_each_pass_and_shared_by_the_ranks(sampler: str) -> None:
+    """Another seed gives another order, but for the published one that goes by the epoch alone."""
+    repeats, length, world_size = sampler == "repeated_augmentation", 1024, 4
+    options = {"sampler": sampler, "sample_count": length, "world_size": world_size}
+    share = length // world_size
+    ranks = [_take(2 * share, rank=rank, seed=7, **options) for rank in range(world_size)]
+    for first, second in (ranks[0][:share], ranks[0][share:]), (ranks[1][:share], ranks[0][:share]):
+        assert first != second
+    assert all(len(set(own[:share])) == len(set(own[share:])) == share for own in ranks)
+    seen = Counter(index for own in ranks for index in own[:share])
+    assert max(seen.values()) == (3 if repeats else 1)
+    assert (_take(2 * share, seed=8, **options)[share:] == ranks[0][share:]) == repeats
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
