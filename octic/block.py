@@ -85,7 +85,8 @@ class OcticBlock(ResidualBlock):
     def _add_and_norm(
         self, x: Tensor, addend: Addend | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        if addend is None or has_hooks(norm):
+        # A norm put in the place of ours may know no sums.
+        if addend is None or has_hooks(norm) or not isinstance(norm, OcticLayerNorm):
             return super()._add_and_norm(x, addend, norm)
         return norm.after(x, *addend)
 

@@ -287,8 +287,8 @@ class OcticMlp(nn.Module):
         return [(self.fc1, None), (self.fc2, scale)]
 
     def _hidden(self, x: Tensor, matrices: Matrices | None) -> Tensor:
-        if has_hooks(self.act):
-            return self.norm(self.act(self.fc1(x, None, matrices)))
+        if has_hooks(self.act) or not isinstance(self.act, OcticGELU):
+            return self.norm(self.act(self.fc1(x, None, matrices)))  # of features with their bias
         return self.norm(self.act(*self.fc1.without_bias(x, None, matrices)))
 
 

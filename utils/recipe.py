@@ -5,11 +5,13 @@ optimiser's class or the probes; it receives a backbone factory and a data set. 
 recipe's, a schedule's or a probe's business and never an `if` in the loop.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.parallel import Wrap
 from utils.schedules import Schedule
 
@@ -47,3 +49,14 @@ class Recipe(Protocol):
 
     def after_step(self, step: int) -> None:
         """Called after the optimiser's step (EMA of a teacher)."""
+
+
+def check_recipe(recipe: object) -> None:
+    """UserError that names all members which a recipe lacks."""
+    methods = [name for name, member in vars(Recipe).items() if inspect.isfunction(member)]
+    asked = [*Recipe.__annotations__, *(name for name in methods if not name.startswith("_"))]
+    # Of the class too: a property may fail on the object, and that is another mistake.
+    lacking = [n for n in asked if not hasattr(type(recipe), n) and not hasattr(recipe, n)]
+    if lacking or not isinstance(recipe, nn.Module):
+        what = f"it lacks {', '.join(lacking)}" if lacking else "it must be an nn.Module"
+        raise UserError(f"recipe: {type(recipe).__name__} is no recipe: {what}")

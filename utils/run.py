@@ -25,7 +25,7 @@ from utils.optimizers import make_optimizer
 from utils.precision import Precision
 from utils.probing import ProbeRunner
 from utils.randomness import seed_everything
-from utils.recipe import Recipe
+from utils.recipe import Recipe, check_recipe
 from utils.run_folder import BATCH, describe_code, fingerprint, prepare_folder, refuse_overwriting
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
@@ -359,6 +359,7 @@ def _build_and_run(
         if not hasattr(data[split], "read"):
             raise UserError(f"data.{split}: {config['data'][split]['_target_']} is no data set")
     recipe = built["recipe"](backbone=built["backbone"], dataset=data["train"])
+    check_recipe(recipe)
     factories = {"optimizer": {**config["optimizer"], "_partial_": True}}
     built = build({"probes": config["probes"] or {}, **factories})
     probes = {name: probe for name, probe in built["probes"].items() if probe is not None}

@@ -1,5 +1,6 @@
 """The flags of DINOv2's classification evaluations, as overrides of configs/evaluate.yaml."""
 
+import argparse
 import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import compose_config, parse_config
-from utils.config.files import CONFIGS
+from utils.config.files import CONFIGS, find_file
 from utils.config.flags import read_arguments
 from utils.errors import UserError
 
@@ -153,7 +154,8 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         word = words.pop(0)
         name, _, inline = word.partition("=")
         if name == CHOICE:
-            found.argv.extend(_choose_probes(inline or (words.pop(0) if words else "")))
+            listed = inline or (words.pop(0) if words else "")
+            found.argv.extend(_choose_probes(listed, _own_probes(argv)))
         elif name == MODEL:
             found.argv.extend(backbone_words(take_value(name, inline, words)))
         elif name in OPTIONS:
@@ -198,10 +200,19 @@ def _read(argv: list[str]) -> tuple[EvaluationArguments, list[str]]:
     return found, [*settings, *found.argv]
 
 
-def _choose_probes(listed: str) -> list[str]:
-    """Overrides that keep only the probes of a comma list."""
+def _own_probes(argv: Sequence[str]) -> list[str]:
+    """The probes in a folder `probe` beside the run file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", nargs="?")  # without a file, the next reader complains
+    file = parser.parse_known_args(argv)[0].config_file
+    folder = find_file(file).parent / "probe" if file else CONFIGS / "probe"
+    return [path.stem for path in folder.glob("*.yaml")]
+
+
+def _choose_probes(listed: str, own: Sequence[str]) -> list[str]:
+    """Overrides that keep only the probes of a comma list; `own` are offered besides ours."""
     chosen = [name for name in listed.split(",") if name]
-    known = sorted(path.stem for path in (CONFIGS / "probe").glob("*.yaml"))
+    known = sorted({path.stem for path in (CONFIGS / "probe").glob("*.yaml")} | {*own})
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         what = f"{unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "nothing"

@@ -200,6 +200,28 @@ def test_hooks_see_whole_results_where_biases_are_handed_on(monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
+def test_other_norms_and_activations_need_nothing_but_a_forward_of_features(gpu, monkeypatch):
+    """In place of ours, which also take sums and biases that are handed on."""
+
+    class Other(nn.Module):
+        def __init__(self, ours):
+            super().__init__()
+            self.ours = ours
+
+        def forward(self, x):
+            return self.ours(x)
+
+    block, x, grad = randomised(LAYERS["block"](get_group("D4"))), features(), features()
+    reference = values_and_gradients(block, x, grad)
+    if gpu:
+        as_on_a_gpu(monkeypatch)
+    block.norm1, block.norm2 = Other(block.norm1), Other(block.norm2)
+    block.mlp.act = Other(block.mlp.act)
+    for ours, theirs in zip(values_and_gradients(block, x, grad), reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
 def test_hooks_on_norms_and_scales_fire_once_in_each_block(gpu, monkeypatch):
     """Norms that take a sum along, and scales that go into matrices, do not where they are seen."""
     if gpu:

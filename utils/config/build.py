@@ -326,12 +326,15 @@ def _refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None
 
 
 def place_of(error: BaseException) -> str:
-    """` (file:line)` of the last line of this repository in a traceback; "" if there is none."""
+    """` (file:line)` of a traceback's last line that is ours or in a user's package; "" if none."""
     place, frame = "", error.__traceback__
     while frame is not None:
         file = Path(frame.tb_frame.f_code.co_filename).resolve()
+        module = frame.tb_frame.f_globals.get("__name__", "")
         if ROOT in file.parents and "site-packages" not in file.parts and file != Path(__file__):
             place = f" ({file.relative_to(ROOT)}:{frame.tb_lineno})"
+        elif any(f"{module}.".startswith(f"{package}.") for package in own_packages()):
+            place = f" ({file}:{frame.tb_lineno})"
         frame = frame.tb_next
     return place
 

@@ -67,6 +67,7 @@ def compose_config(
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
             raise UserError(f"{path}: a config is a mapping of keys to values")
+        _refuse_training(content, base, path)
         if "defaults" not in content:
             words = [word for word in words if not _is_launcher_of(content, word)]
         if vocabulary.is_dinov2(content):
@@ -84,6 +85,17 @@ def compose_config(
                 raise UserError(f"{key} must be text, got {value!r}")
         OmegaConf.resolve(config)
     return config
+
+
+def _refuse_training(content: "DictConfig", base: str, path: Path) -> None:
+    """Refuse the file of a training where a command evaluates: it says which weights to give."""
+    schema = _schema(base)
+    is_training = "recipe" in content and not vocabulary.is_dinov2(content)
+    if is_training and "recipe" not in schema and "weights" in schema:
+        raise UserError(
+            f"{path} describes a training; without --config-file, the folder of the run as "
+            "--weights (eval_deit.py: --eval) evaluates its network"
+        )
 
 
 def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:

@@ -181,3 +181,18 @@ def test_probes_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_evaluation(["--probes=linar"])
     assert "got 'linar'; did you mean 'linear'?" in capsys.readouterr().err
+
+
+def test_a_probe_beside_the_run_file_is_chosen_by_name(tmp_path):
+    (tmp_path / "run.yaml").write_text("defaults: [/evaluate, _self_]")
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe/mine.yaml").write_text((CONFIGS / "probe/knn.yaml").read_text())
+    file = str(tmp_path / "run.yaml")
+    config = parse_evaluation(["--probes", "mine", "--config-file", file, "probes.mine.ks=[3]"])
+    assert {name: node["ks"] for name, node in config["probes"].items() if node} == {"mine": [3]}
+
+
+def test_the_file_of_a_training_is_refused_with_what_to_give_instead(capsys):
+    with pytest.raises(SystemExit):
+        parse_evaluation(["--config-file", "configs/dinov2/quickstart.yaml", "--weights", "run"])
+    assert "describes a training" in capsys.readouterr().err

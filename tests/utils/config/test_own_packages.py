@@ -11,7 +11,8 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_nets.py").write_text(
         "import os\nfrom os.path import join\n\n\nclass Mine:\n"
-        "    def __init__(self, width: int = 8):\n        self.width = width\n"
+        "    def __init__(self, width: int = 8):\n        self.width = width\n\n\n"
+        "class Failing:\n    def __init__(self):\n        {}['label']\n"
     )
 
 
@@ -57,3 +58,9 @@ def test_a_package_that_is_not_there_is_one_line(monkeypatch, value, message):
     monkeypatch.setenv("OCTIC_PACKAGES", value)
     with pytest.raises(UserError, match=message):
         resolve("no_such_nets.Mine")
+
+
+def test_what_fails_in_a_package_is_told_with_its_line(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    with pytest.raises(UserError, match=r"KeyError: 'label' \(.*my_nets\.py:12\)"):
+        build({"_target_": "my_nets.Failing"})
