@@ -126,6 +126,8 @@ def attempt(folder: Path, *, job: str = "", **facts: Any) -> Iterator[None]:
         elif code:
             error = getattr(left, "why", f"it left with code {code}")
             note(folder, "failed", **who, rank=rank, error=error)
+        elif is_main:
+            note(folder, "ended", **who)
         raise
     except KeyboardInterrupt:
         if is_main:

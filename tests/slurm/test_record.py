@@ -38,6 +38,7 @@ def test_values_of_another_kind_count_as_none(tmp_path, line):
 
 WAYS_OUT = [
     (None, "ended", {}),
+    (SystemExit(0), "ended", {}),
     (SystemExit(128 + 15), "stopped", {"signal": "SIGTERM"}),
     (KeyboardInterrupt(), "stopped", {"signal": "SIGINT"}),
     (SystemExit(3), "failed", {"error": "it left with code 3"}),
