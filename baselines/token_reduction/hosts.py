@@ -146,6 +146,7 @@ class Host:
         if weights is None or self.net.global_pool != "avg":
             return self.net.forward_head(x)
         first = self.facts.num_prefix
+        weights = weights.to(torch.promote_types(x.dtype, torch.float32))
         shares = weights / weights.sum(dim=1, keepdim=True)
         mean = (x[:, first:] * shares[..., None].to(x.dtype)).sum(dim=1, keepdim=True)
         # The mean of one token is that token: the network's own head does the rest.

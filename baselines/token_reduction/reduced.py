@@ -160,7 +160,7 @@ class Reduced(nn.Module):
         if state.size is not None and self.reducer.weighs_mean:
             parts.append(state.size.squeeze(-1))
         if state.live is not None:
-            parts.append(state.live.to(torch.get_default_dtype()))
+            parts.append(state.live)
         if not parts:
             return None
         weights = parts[0] if len(parts) == 1 else parts[0] * parts[1]

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from baselines.token_reduction import act, ats, clustering, evit, evo_vit, smyrf, tome
 from baselines.token_reduction.draws import Draws, block_range
+from baselines.token_reduction.reduced import Reduced
 from baselines.token_reduction.reducer import State
 from tests.baselines.token_reduction.toys import DEPTH, images, net_of, reduced
 
@@ -87,6 +88,22 @@ def test_proportional_attention_is_attention_to_all_copies():
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, *spread))
 
 
+@pytest.mark.parametrize("host", ["ours", "pooled"])
+def test_equal_patches_are_merged_without_a_trace(host):
+    """Attention, and a mean, count them as often as they were; without sizes they count once."""
+    net = net_of(host)
+    torch.nn.init.zeros_(net.pos_embed)
+    columns = images().unflatten(-1, (4, 2, 4))
+    x = columns[..., :1, :].expand_as(columns).flatten(-3).double()  # each patch beside its equal
+    logits, gaps = net.double()(x), {}
+    for proportional in (True, False):
+        merging = tome.ToMe([0, 10], proportional=proportional)
+        wrapped = Reduced(net, merging).eval()
+        assert wrapped.inspect(x).tokens.shape[1] == 55
+        gaps[proportional] = float((wrapped(x) - logits).detach().abs().max())
+    assert gaps[True] < 1e-6 and gaps[False] > 1e-3
+
+
 # Hourglass.
 
 
@@ -131,6 +148,30 @@ def test_reconstruction_is_a_mean_whatever_the_distance(nearest):
         before, after, ones, nearest=nearest, normalisation="l2"
     )
     assert (published == 0).any()
+
+
+@pytest.mark.parametrize(("nearest", "count"), [(0, 1), (1, 1), (3, 3), (-1, 8), (99, 8)])
+def test_reconstruction_weighs_clusters_by_their_distance(nearest, count):
+    """exp(-temperature |before - after|^2) of the nearest ones, over its sum; no others count."""
+    before, after = draw(2, 20, 6), draw(2, 8, 6, seed=1)
+    names = torch.eye(8, dtype=torch.float64).expand(2, -1, -1)
+    found = clustering.reconstruct_tokens(before, after, names, nearest=nearest, temperature=0.3)
+    squares = torch.cdist(before, after).square()
+    near = squares <= squares.sort(dim=2).values[..., count - 1 : count]
+    weights = torch.exp(-0.3 * squares) * near
+    torch.testing.assert_close(found, weights / weights.sum(dim=2, keepdim=True))
+
+
+def test_temperatures_of_the_hourglass_at_their_ends():
+    """Of the way back: the nearest cluster alone counts; of clustering: all patches count alike."""
+    alone, hard = (
+        reduced("ours", "hourglass", **options).features(images())[0].patches
+        for options in ({"nearest": 1}, {"reconstruction_temperature": 1e6})
+    )
+    torch.testing.assert_close(hard, alone)
+    record = reduced("ours", "hourglass", temperature=1e-9, window=99).inspect(images()).record
+    mean = record["cluster.input"].mean(dim=1, keepdim=True)
+    torch.testing.assert_close(record["cluster.centroids"], mean.expand(-1, 16, -1))
 
 
 def test_bad_options_of_the_hourglass_are_one_line():
@@ -211,10 +252,12 @@ def test_samples_are_a_budget_and_the_best_is_always_picked():
     assert ats.sample_places(even, 64).sum() >= 63  # all but the one where the sum begins
 
 
-def test_shortened_and_standing_sequences_agree():
+@pytest.mark.parametrize("host", ["ours", "pooled"])
+@pytest.mark.parametrize("residual", ats.RESIDUALS)
+def test_shortened_and_standing_sequences_agree(host, residual):
     """drop_tokens changes shapes and nothing else."""
-    first = reduced("ours", "ats").double()
-    second = reduced("ours", "ats", drop_tokens=False).double()
+    first = reduced(host, "ats", residual=residual).double()
+    second = reduced(host, "ats", residual=residual, drop_tokens=False).double()
     x = images().double()
     torch.testing.assert_close(first(x), second(x), rtol=1e-6, atol=1e-7)
     ours, theirs = first.features(x)[0], second.features(x)[0]
@@ -265,6 +308,28 @@ def test_only_equal_rows_share_a_fingerprint():
     assert int(act.cluster_ids(act.fingerprint_keys(many)).max()) == 199
     with pytest.raises(ValueError, match="at most 32"):
         act.ClusteredAttention(query_hashes=40, form="published")
+
+
+def test_distance_alone_tells_tokens_apart():
+    """The shift covers a bucket, so that a hash parts two tokens as often in any place."""
+    reducer, names = act.ClusteredAttention(), [str(number) for number in range(1500)]
+    reducer.draws.prepare(names, 4, 1)
+    places = torch.tensor([-20.0, -1.0, 0.0, 2.0, 5.0, 40.0])
+    pairs = F.pad(torch.stack([places, places + 2], dim=1)[..., None], (0, 3))
+    ids = torch.stack([reducer.group(pairs, name, 1) for name in names])
+    parted = (ids[..., 0] != ids[..., 1]).double().mean(dim=0)
+    expected = 2 * (2 / torch.pi) ** 0.5 / act.BUCKET  # their mean distance on a line, of a bucket
+    torch.testing.assert_close(parted, torch.full_like(parted, expected), rtol=0, atol=0.035)
+
+
+@pytest.mark.parametrize("form", act.FORMS)
+def test_prefix_tokens_are_alone_in_their_clusters(form):
+    """Of queries and of keys; as published they are clustered like any other token."""
+    record = reduced("dinov2", "act", form=form, query_hashes=1, key_hashes=1).inspect(images())
+    for name in ("block2.q.groups", "block5.k.groups"):
+        groups = record.record[name]
+        shared = (groups[:, :4, None] == groups[:, None]).sum(dim=2) > 1
+        assert shared.any() == (form == "published")
 
 
 def test_one_cluster_of_all_tokens_is_attention():

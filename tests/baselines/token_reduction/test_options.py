@@ -94,6 +94,24 @@ def test_every_method_is_built_without_options():
         make_reducer(method).bind(FACTS)
 
 
+def test_defaults_divide_the_plain_blocks_of_a_hybrid():
+    """As the papers divide the blocks of a net that is plain from the start."""
+    plain, hybrid = FACTS._replace(depth=8), FACTS._replace(depth=14, first=6)
+    for offset, facts in ((0, plain), (6, hybrid)):
+        made = {method: make_reducer(method) for method in METHODS}
+        for one in made.values():
+            one.bind(facts)
+        assert made["hourglass"].at == offset + 4
+        assert set(made["evit"].rates) == {offset + 2, offset + 4, offset + 6}
+        assert made["evo_vit"].rates == [1.0] * (offset + 2) + [0.5] * 6
+        assert made["ats"].blocks == set(range(offset + 2, offset + 8))
+        assert made["act"].blocks == made["smyrf"].blocks == range(offset, offset + 8)
+        assert made["tome"].schedule == [0] * offset + [8] * 8
+    falling = make_reducer("tome", r=6, inflection=-1.0)
+    falling.bind(hybrid._replace(depth=12))
+    assert falling.schedule == [0] * 6 + [12, 9, 7, 4, 2, 0]
+
+
 def test_a_config_names_the_option_with_its_place():
     node = {
         "_target_": "baselines.token_reduction.reduced.reduced",

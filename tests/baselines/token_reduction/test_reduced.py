@@ -17,6 +17,7 @@ from tests.baselines.token_reduction.toys import (
     METHODS,
     SIDE,
     SMALL,
+    Opened,
     images,
     net_of,
     reduced,
@@ -43,13 +44,6 @@ NEUTRAL = {
 
 # For a net of 4 blocks, of which 2 are plain.
 EARLY = {"hourglass": {"location": 2}, "evit": {"locations": [2]}, "ats": {"locations": [2]}}
-
-
-class Opened(Reducer):
-    """Enters every block and changes nothing."""
-
-    def works_inside(self, index: int) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -156,10 +150,11 @@ def test_what_stays_is_restored_where_it_was(method):
     assert whole[~carried].isfinite().all() and (whole[~carried].norm(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("host", ["ours", "pooled"])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_image_does_not_depend_on_its_batch(method):
-    """Padding and clusters of other images are not seen (sound form)."""
-    wrapped, x = reduced("ours", method).double(), images(4).double()
+def test_an_image_does_not_depend_on_its_batch(method, host):
+    """Padding and clusters of other images are not seen, nor meant (sound form)."""
+    wrapped, x = reduced(host, method).double(), images(4).double()
     together = wrapped.features(x)[0]
     for index in range(len(x)):
         alone = wrapped.features(x[index : index + 1])[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from baselines.token_reduction.presets import make_reducer
+from baselines.token_reduction.presets import FORMS, make_reducer
 from baselines.token_reduction.reduced import Reduced
 from tests.baselines.token_reduction.toys import METHODS, images, net_of, reducer
 
@@ -27,10 +27,11 @@ def test_every_parameter_is_trained(host, method):
     assert all(g.isfinite().all() for g in found.values())
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
-def test_recomputation_gives_the_same_gradients(method):
-    """The second run of a block finds the state that the first one found."""
-    wrapped = Reduced(net_of("ours", drop_path_rate=0.2), reducer(method)).train()
+def test_recomputation_gives_the_same_gradients(method, form):
+    """The second run of a block finds the state, and the draws, that the first one found."""
+    wrapped = Reduced(net_of("ours", drop_path_rate=0.2), reducer(method, form=form)).train()
     plain = gradients(wrapped)
     wrapped.set_grad_checkpointing()
     recomputed = gradients(wrapped)

@@ -70,6 +70,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Opened(Reducer):
+    """Enters every block and changes nothing."""
+
+    def works_inside(self, index: int) -> bool:
+        return True
+
+
 def reducer(method: str, **options: Any) -> Reducer:
     return make_reducer(method, **{**METHODS[method], **options})
 
