@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.config.build import check_targets, plain
+from utils.config.build import check_targets, keywords_of, plain, resolve
 from utils.config.check import describe, networks
 from utils.config.compose import compose_config
 from utils.config.files import CONFIGS
@@ -80,6 +80,20 @@ def test_backbones_build(path: Path, tmp_path: Path) -> None:
 def test_every_option_composes(group: str) -> None:
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         check_targets(compose_config("train.yaml", [f"{group}={path.stem}"]))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=name_of)
+def test_a_key_of_the_data_is_for_all_the_images_that_can_take_it(path: Path) -> None:
+    """To train on and to judge on, but for the fraction to train on; and none is for nothing."""
+    for key in OmegaConf.load(path).keys() - {"train", "val"}:
+        config = OmegaConf.create({"data": OmegaConf.load(path)})
+        config.data[key] = "told"
+        nodes = {name: plain(config.data[name]) for name in config.data.keys() & {"train", "val"}}
+        told = {name for name, node in nodes.items() if "told" in node.values()}
+        takes = {
+            name for name, node in nodes.items() if key in keywords_of(resolve(node["_target_"]))
+        }
+        assert told and (takes <= told or key == "fraction"), key
 
 
 def test_probes_compose() -> None:

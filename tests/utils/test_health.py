@@ -63,6 +63,11 @@ def steps_in(folder: Path) -> list[int]:
     return Checkpoints(folder / "checkpoints").steps()
 
 
+def test_bad_steps_that_are_not_in_a_row_end_nothing(tmp_path):
+    summary, _ = train_tiny(tmp_path, recipe={"poison": (3, 5, 9)})
+    assert summary["finished"] and summary["skipped_steps"] == 3
+
+
 def test_weights_broken_by_a_finite_step_make_no_checkpoint(tmp_path):
     train_tiny(tmp_path, max_steps=4)
     expected = (

@@ -147,6 +147,19 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_that_was_killed_while_it_took_over_is_no_obstacle(tmp_path):
+    hold(tmp_path, machine="another")
+    age(tmp_path, 500)
+    (tmp_path / ".lock.taking").mkdir()
+    past = time.time() - 500
+    os.utime(tmp_path / ".lock.taking", (past, past))
+    ours = FolderLock(tmp_path, beat_s=0.1)
+    ours.acquire()
+    assert holder(tmp_path) == ours.owner["token"]
+    ours.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_holder_that_lost_its_lock_ends_itself(tmp_path):
     """As one that was frozen, and stirs when another has taken over."""
     code = (

@@ -68,6 +68,8 @@ def test_what_is_not_finite_stays_valid_json(tmp_path):
     metrics.record(1, {"loss": math.inf})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"])
+    make(tmp_path, first_step=1)  # a run that goes on writes the lines anew
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
 def test_curves_are_drawn(tmp_path):

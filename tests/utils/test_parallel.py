@@ -119,6 +119,16 @@ def test_each_part_is_clipped_by_its_own_norm():
     assert norms["a"] < 1 < norms["b"] and norms["none"] == 0
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.0])
+def test_without_a_largest_norm_gradients_are_only_measured(max_norm):
+    net = Net()
+    net(torch.randn(4, 6)).square().sum().backward()
+    before = [p.grad.clone() for p in net.parameters()]
+    expected = torch.stack([gradient.square().sum() for gradient in before]).sum().sqrt()
+    torch.testing.assert_close(clip_parts({"net": net}, max_norm)["net"], expected)
+    assert all(map(torch.equal, before, (p.grad for p in net.parameters())))
+
+
 def test_schedules_reach_every_group():
     recipe = TinyRecipe()
     optimizer = make_optimizer(torch.optim.AdamW, recipe.param_groups(), recipe)

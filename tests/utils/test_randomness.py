@@ -6,9 +6,12 @@ from itertools import product
 import numpy as np
 import torch
 
+from tests.utils.loop_case import TinyRecipe, parts_of, train_tiny
 from utils import distributed
 from utils.checkpoints.checkpoint import Checkpoints
-from utils.checkpoints.state import rank_seed
+from utils.checkpoints.state import rank_seed, restore
+from utils.optimizers import make_optimizer
+from utils.precision import Precision
 from utils.randomness import preserved_randomness, random_state, seed_everything, set_random_state
 
 
@@ -46,3 +49,17 @@ def test_no_two_ranks_steps_or_seeds_share_a_stream(monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         found.add(rank_seed(seed, step))
     assert len(found) == 16 * 3 * 4
+
+
+def test_on_another_number_of_processes_the_streams_are_those_of_the_step(tmp_path, monkeypatch):
+    """Not once more those that the run began with."""
+    monkeypatch.setattr("utils.metrics.draw_curves", lambda path: None)
+    train_tiny(tmp_path, max_steps=2)
+    recipe = TinyRecipe()
+    optimizer = make_optimizer(torch.optim.AdamW, recipe.param_groups(), recipe)
+    seed_everything(rank_seed(3))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    restore(parts_of(tmp_path), recipe, optimizer, Precision("fp32"), seed=3, step=2)
+    found = draws()
+    seed_everything(rank_seed(3, 2))
+    assert found == draws()

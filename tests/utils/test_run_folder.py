@@ -13,7 +13,7 @@ import torch
 from tests.utils.loop_case import train_tiny
 from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
-from utils.run_folder import changed_plan
+from utils.run_folder import changed_keys, changed_plan, fingerprint, prepare_folder, saved_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +44,44 @@ def test_another_batch_is_told_with_what_would_keep_it(tmp_path: Path) -> None:
     assert "total steps 100 -> 50, images per step 4 -> 8; as many processes" in line
     (line,) = changed_plan({"recipe": {"effective_batch_size": None}}, checkpoints)
     assert "8; recipe.effective_batch_size=4 would keep the batch" in line
+
+
+def test_what_changes_the_weights_is_told_and_nothing_else() -> None:
+    """Whatever is named alike: what is judged on is harmless, what part of the images is not."""
+    before = {
+        "name": "a",
+        "data": {"val_fraction": 0.1, "val": {"split": "val"}},
+        "recipe": {"num_workers": 2, "augmentation": {}, "smoothing": 0.1},
+        "training": {"max_steps": 5, "clip_grad": 1.0},
+    }
+    harmless = {
+        "name": "b",
+        "data": {**before["data"], "val": {"split": "test", "fraction": 0.5}},
+        "recipe": {**before["recipe"], "num_workers": 8},
+        "training": {"clip_grad": 1.0},
+    }
+    assert changed_keys(before, harmless) == [] and fingerprint(before) == fingerprint(harmless)
+    other = {
+        **harmless,
+        "data": {**before["data"], "val_fraction": 0.2},
+        "recipe": {"augmentation": {"crop": "simple"}},
+        "seed": 1,
+    }
+    assert changed_keys(before, other) == [
+        "data.val_fraction: 0.1 -> 0.2",
+        "recipe.augmentation: {} -> absent",
+        "recipe.smoothing: 0.1 -> absent",
+        "recipe.augmentation.crop: absent -> simple",
+        "seed: absent -> 1",
+    ]
+    assert fingerprint(before) != fingerprint(other)
+
+
+def test_every_config_that_a_run_had_is_kept(tmp_path: Path) -> None:
+    for value in (1, 2, 2, 3):
+        prepare_folder(tmp_path, {"value": value}, Checkpoints(tmp_path))
+    kept = {path.name: saved_config(path)["value"] for path in tmp_path.glob("config*.yaml")}
+    assert kept == {"config.1.yaml": 1, "config.2.yaml": 2, "config.yaml": 3}
 
 
 UNREAD = """

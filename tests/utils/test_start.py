@@ -72,6 +72,15 @@ def test_a_run_that_has_lost_its_checkpoints_still_has_its_network(run: Path) ->
         load_weights(Other(), str(run))
 
 
+def test_an_older_run_has_its_network_under_another_name(run: Path) -> None:
+    formerly = run / "exported" / "teacher.safetensors"
+    (run / EXPORTED).rename(formerly)
+    recipe = Other()
+    (line,) = load_weights(recipe, str(run))
+    weight = load_file(formerly)["blocks.0.weight"]
+    assert line.endswith(str(formerly)) and torch.equal(recipe.student.blocks[0].weight, weight)
+
+
 def test_weights_that_are_not_finite_begin_nothing(run: Path, tmp_path: Path) -> None:
     weights = load_file(run / EXPORTED)
     weights["blocks.0.weight"][0] = torch.nan

@@ -1,6 +1,7 @@
 """summary.json says how a run ended, over all its attempts; a command with no step left adds."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -75,22 +76,24 @@ def test_what_trains_nothing_leaves_the_config(tmp_path):
     assert not (tmp_path / "config.1.yaml").exists()
 
 
-def test_a_probe_of_other_settings_judges_again(tmp_path):
+@pytest.mark.parametrize("changed", ["probes", "data"])
+def test_a_probe_of_other_settings_or_images_judges_again(tmp_path, changed):
     calls: list[int] = []
     train_tiny(tmp_path, probes={"a": judging(50.0, calls)})
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    written["probes"] = {"a": {"ks": [5]}}
+    written[changed] = {"a": {"ks": [5]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     summary, _ = train_tiny(tmp_path, probes={"a": judging(60.0, calls)})
     assert calls == [12, 12] and summary["a/top1"] == 60.0
 
 
 def test_a_run_that_ended_without_its_summary_gets_one_from_the_log(tmp_path):
-    train_tiny(tmp_path, recipe={"poison": (3,)})
+    train_tiny(tmp_path, recipe={"poison": (3,)}, probes={"a": judging(50.0)})
     for name in ("summary.json", "exported/model.safetensors"):
         (tmp_path / name).unlink()
     summary, _ = train_tiny(tmp_path)
-    assert summary["finished"] and summary["skipped_steps"] == 1 and summary["loss"] > 0
+    assert summary["finished"] and summary["skipped_steps"] == 1
+    assert summary["loss"] > 0 and summary["a/top1"] == 50.0
     assert (tmp_path / "exported/model.safetensors").is_file()
 
 
@@ -104,13 +107,29 @@ def test_seconds_and_skipped_steps_add_up(tmp_path):
     assert second["seconds"] >= first["seconds"] and second["skipped_steps"] == 2
 
 
-def test_the_seconds_of_a_killed_attempt_count_up_to_its_checkpoint(tmp_path):
+def test_a_killed_attempt_counts_up_to_its_checkpoint(tmp_path):
+    """Its seconds and its skipped steps: those behind it are made anew."""
+
     def die(step):
         time.sleep(0.1)
         if step == 8:
             raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        train_tiny(tmp_path, recipe={"on_step": die, "poison": (1,)}, every=6)
+        train_tiny(tmp_path, recipe={"on_step": die, "poison": (1, 7)}, every=6)
+    assert any(math.isnan(line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")[6:])
     summary, _ = train_tiny(tmp_path)
     assert summary["seconds"] >= 0.6 and summary["skipped_steps"] == 1
+
+
+def test_the_summary_of_an_earlier_step_tells_nothing_of_a_later_one(tmp_path):
+    """An attempt that is killed at its end leaves it: no figures and no values are taken over."""
+    calls: list[int] = []
+    probes = {"a": judging(50.0, calls)}
+    train_tiny(tmp_path, probes=probes, max_steps=5)
+    earlier = (tmp_path / "summary.json").read_text()
+    train_tiny(tmp_path, probes=probes, max_steps=6)
+    (tmp_path / "summary.json").write_text(earlier)
+    summary, _ = train_tiny(tmp_path, probes=probes, max_steps=6)
+    logged = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert calls == [5, 6, 6] and summary["loss"] == logged[5]

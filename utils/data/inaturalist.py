@@ -1,7 +1,7 @@
 """iNaturalist 2018 and 2019 as their competitions hand them out: COCO-style json beside the images.
 
     ROOT/train2018.json, ROOT/val2018.json    images, annotations, categories
-    ROOT/categories.json                      optional: the ranks of 2018's categories
+    ROOT/categories.json                      optional: the names and ranks of 2018's categories
     ROOT/train_val2018/<group>/<category>/<name>.jpg, as the json's file_name says
 
 The folder of the group may be missing, as after DeiT's preparation.
@@ -57,7 +57,8 @@ class INaturalist(ImageFiles):
             if not entries:
                 raise UserError(f"{where} lists no {key}")
             _check_entries(entries, needed, f"{where}: {key}")
-        class_of, self.class_names = _classes(self._categories(content), category, where)
+        categories = self._categories(content, category)
+        class_of, self.class_names = _classes(categories, category, where)
         category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
         images = content["images"]
         without = [i["file_name"] for i in images if category_of.get(i["id"]) not in class_of]
@@ -85,16 +86,19 @@ class INaturalist(ImageFiles):
         """File of an image."""
         return os.path.join(self.root, os.fsdecode(self._files[index]))
 
-    def _categories(self, content: dict[str, Any]) -> list[dict[str, Any]]:
-        """The json's categories, or those of categories.json, which has all their ranks."""
-        path = Path(self.root, "categories.json")
-        if not path.is_file():
-            return content["categories"]
+    def _categories(self, content: dict[str, Any], rank: str) -> list[dict[str, Any]]:
+        """The json's categories, or those of categories.json where the json's lack the rank.
+
+        2018's have numbers for names. 2019's have all, and beside them may lie the other year's.
+        """
+        own, path = content["categories"], Path(self.root, "categories.json")
+        if not path.is_file() or all(_is_told(entry.get(rank)) for entry in own):
+            return own
         found = _load(path)
         listed = found.get("categories", []) if isinstance(found, dict) else found
         _check_entries(listed, NEEDED["categories"], str(path))
         known = {entry["id"] for entry in listed}
-        lacking = [entry["id"] for entry in content["categories"] if entry["id"] not in known]
+        lacking = [entry["id"] for entry in own if entry["id"] not in known]
         if lacking:
             raise UserError(f"{path} lacks {len(lacking)} categories of {self.year}")
         return listed
@@ -118,6 +122,11 @@ def _classes(
     names = sorted({str(entry[rank]) for entry in ordered})
     number = {name: index for index, name in enumerate(names)}
     return {entry["id"]: number[str(entry[rank])] for entry in ordered}, names
+
+
+def _is_told(name: object) -> bool:
+    """Whether a category is told by a name, which a number is not."""
+    return name is not None and not str(name).isdecimal()
 
 
 def _check_entries(entries: Any, needed: set[str], where: str) -> None:

@@ -362,6 +362,7 @@ def test_build_nests_and_overrides() -> None:
         ("epohs", 3, "recipe: DINOv2 takes no 'epohs'; did you mean 'epochs'? (known: "),
         ("epochs", "ten", "recipe.epochs must be a number, got 'ten'"),
         ("batch_size_per_gpu", 2.5, "recipe.batch_size_per_gpu must be a whole number"),
+        ("batch_size_per_gpu", True, "recipe.batch_size_per_gpu must be a whole number, got True"),
         ("separate_head", 1, "recipe.separate_head must be true or false"),
         ("crops", 3, "recipe.crops must be MultiCrop or FastMultiCrop or null, got 3"),
         ("_recursive_", True, "recipe: _recursive_ is not understood"),

@@ -177,6 +177,25 @@ def test_every_flag_of_deit_is_known():
             "data=inaturalist data.year=2018 backbone.num_classes=8142 data.category='name'",
         ),
         ("--data-set IMNET --use-lmdb", "backbone.num_classes=1000 --use-lmdb"),
+        (
+            "--data-set INAT19",
+            "data=inaturalist data.year=2019 backbone.num_classes=1010",
+        ),
+        ("--data-set CIFAR-10", "data=cifar10 backbone.num_classes=10"),
+        (
+            "--data-set sketch",
+            "data=domainnet data.domain=sketch backbone.num_classes=345",
+        ),
+        (
+            "--mixup-prob 0.7 --mixup-switch-prob 0.3",
+            "recipe.mixing.probability=0.7 recipe.mixing.switch_probability=0.3",
+        ),
+        (
+            "--opt sgd",
+            "optimizer._target_='torch.optim.SGD' ~optimizer.betas ~optimizer.eps "
+            "optimizer.nesterov=true optimizer.momentum=0.9",
+        ),
+        ("--drop 0.1", "backbone.drop_rate=0.1"),
         ("--dr 0.2", "recipe.schedules.decay_rate=0.2"),
         ("--use_volta32", "--use-volta32"),
         ("--distillation-type none", "recipe.distillation=null"),
@@ -240,6 +259,14 @@ def test_flags_that_go_together():
     teacher = distillation["teacher"]
     assert (teacher["model_name"], teacher["num_classes"]) == ("regnety_160", 100)
     assert teacher["pretrained"] is True
+
+
+def test_a_teacher_of_a_file_needs_no_weights_of_timms():
+    words = "--distillation-type hard --distillation-alpha 0.3 --teacher-path t.pth"
+    (word,), _ = read_deit_training(f"{words} --teacher-model resnet18".split())
+    node = plain(compose_config("deit/imagenet.yaml", [word]))["recipe"]["distillation"]
+    assert (node["kind"], node["alpha"], node["weights"]) == ("hard", 0.3, "t.pth")
+    assert node["teacher"]["model_name"] == "resnet18" and node["teacher"]["pretrained"] is False
 
 
 def test_a_network_that_takes_any_image_is_not_told_its_size():

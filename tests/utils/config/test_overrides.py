@@ -76,3 +76,27 @@ def test_a_saved_run_keeps_its_launchers_keys(tmp_path: Path) -> None:
     launcher = compose_config(saved, ["launcher=slurm", "launcher.nodes=8"]).launcher
     assert launcher == {"kind": "slurm", "nodes": 8, "gpus_per_node": 4, "timeout_min": 60}
     assert compose_config(saved, ["launcher=local"]).launcher.timeout_min == 2800
+
+
+def test_what_is_put_into_a_saved_run_takes_the_runs_own_keys(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    OmegaConf.save(compose_config("train.yaml", ["seed=5"]), saved)
+    config = compose_config(saved, ["recipe=deit", "data=folder", "data.root=/x"])
+    assert config.recipe.seed == config.seed == 5 and config.data.train.root == "/x"
+
+
+def test_a_run_of_before_a_key_was_offered_goes_on_with_its_default(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    whole = compose_config("train.yaml", ["training.log_every=3"])
+    older = OmegaConf.to_container(whole)
+    del older["training"]["hang_timeout_s"], older["launcher"]["timeout_min"]
+    OmegaConf.save(OmegaConf.create(older), saved)
+    assert compose_config(saved) == whole
+
+
+def test_a_training_is_no_evaluation_to_compose(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    OmegaConf.save(compose_config("train.yaml"), saved)
+    for file in (saved, "deit/quickstart.yaml"):
+        with pytest.raises(UserError, match="describes a training; without --config-file, the fol"):
+            compose_config(file, base="evaluate")

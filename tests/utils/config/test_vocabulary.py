@@ -167,6 +167,12 @@ def test_published_files_equal_our_published_configs(name: str, tmp_path: Path, 
     assert theirs.checkpoint == ours.checkpoint and theirs.probe_every == ours.probe_every
 
 
+@pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "student.pretrained_weights"])
+def test_an_evaluation_judges_the_weights_that_the_file_names(key: str) -> None:
+    run, _ = translated(nested({key: "w.pth", "student.arch": "vit_large"}), base="evaluate")
+    assert run["weights"] == "w.pth" and "recipe" not in run
+
+
 def test_octic_layer_scale_starts_where_the_file_says() -> None:
     octic = {"student": {"arch": "hybrid_vit_large"}}
     assert translated(octic)[0]["backbone"]["init_values"] == 1e-5
@@ -206,6 +212,7 @@ def test_text_needs_no_quotes_on_dinov2s_command_line(tmp_path: Path) -> None:
     string = "ImageNet22k:root=/a b:extra=/it's"
     config = compose_config(path, [f"train.dataset_path={string}"])
     assert config.data.train.string == string
+    assert config.data.val is None, "no images to judge on, rather than those trained on"
     with pytest.raises(UserError, match="must be a whole number"):
         compose_config(path, ["optim.epochs='a:b'"])
     with pytest.raises(UserError, match="quotes of its own"):

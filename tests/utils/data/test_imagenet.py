@@ -134,6 +134,9 @@ def test_wrong_labels_and_metadata_files_are_named(root: Path, tmp_path: Path) -
     np.save(tmp_path / "class-names-TRAIN.npy", np.array(["tench"]))
     with pytest.raises(UserError, match="contradict one another: 2 class ids, 1 names, labels up"):
         ImageNetTree(root, extra=tmp_path)
+    np.save(tmp_path / "class-ids-TRAIN.npy", np.array(["n01"]))
+    with pytest.raises(UserError, match="contradict one another: 1 class ids, .* labels up to 1"):
+        ImageNetTree(root, extra=tmp_path)
     (tmp_path / "entries-TRAIN.npy").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot read the metadata file"):
         ImageNetTree(root, extra=tmp_path)

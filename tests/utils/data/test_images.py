@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
+from utils.data.imagenet import ImageNetTree
 from utils.data.images import ImageError, ImageFolder, Subset, folder, read_image
 from utils.errors import UserError
 
@@ -110,6 +111,8 @@ def test_a_folder_splits_by_class(tmp_path: Path) -> None:
     assert np.bincount(val.labels).tolist() == [2, 2]
     together = [data.path(i) for data in (train, val) for i in range(len(data))]
     assert len(set(together)) == 20
+    chosen = [Path(val.path(index)).name for index in range(len(val))]
+    assert chosen == ["4.png", "9.png"] * 2, "a run that goes on judges on what it never trained on"
     assert val.read(0).size == (4, 3)
 
 
@@ -255,6 +258,9 @@ def test_exif_orientation_is_applied_only_when_asked(tmp_path: Path) -> None:
     image.save(tmp_path / "x.jpg", exif=exif)
     assert read_image(tmp_path / "x.jpg").size == (6, 4)
     assert ImageFolder(tmp_path, exif_orientation=True).read(0).size == (4, 6)
+    (tmp_path / "train" / "n01").mkdir(parents=True)
+    (tmp_path / "x.jpg").rename(tmp_path / "train" / "n01" / "x.jpg")
+    assert ImageNetTree(tmp_path).read(0).size == ImageFolder(tmp_path).read(0).size == (6, 4)
 
 
 def test_32_bit_pixels_are_refused_as_no_range_is_theirs(tmp_path):

@@ -74,6 +74,9 @@ def test_damaged_and_missing_cifar_is_one_line(cifar10, tmp_path):
     (cifar10 / "batches.meta.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot read the names of classes"):
         Cifar(cifar10)
+    (cifar10 / "batches.meta.txt").write_text("airplane\nautomobile\n")
+    with pytest.raises(UserError, match="label 2 has no name"):
+        Cifar(cifar10)
     (cifar10 / "batches.meta.txt").write_bytes(names)
     (cifar10 / "data_batch_3.bin").unlink()
     with pytest.raises(UserError, match="lacks data_batch_3.bin of CIFAR-10"):
@@ -158,6 +161,17 @@ def test_inaturalist_2018_takes_its_ranks_from_categories_json(inat):
     (inat / "categories.json").write_text(json.dumps(full))
     assert INaturalist(inat, category="family").class_names == ["Anatidae", "Corvidae"]
     assert INaturalist(inat).class_names[0] == "Pica pica"
+
+
+def test_the_ranks_of_2018_are_not_taken_for_those_of_2019(inat):
+    """categories.json lies beside both years, whose ids mean other species."""
+    expected = {rank: INaturalist(inat, year=2019, category=rank) for rank in ("name", "family")}
+    other = [{"id": n, **taxonomy(f"Homo {n}", f"Hominidae {n}")} for n in range(30)]
+    (inat / "categories.json").write_text(json.dumps(other))
+    for rank, alone in expected.items():
+        found = INaturalist(inat, year=2019, category=rank)
+        assert found.class_names == alone.class_names
+        assert found.labels.tolist() == alone.labels.tolist()
 
 
 def test_mistakes_with_inaturalist_are_one_line(inat):

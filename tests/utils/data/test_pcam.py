@@ -32,7 +32,8 @@ def test_splits(root):
 
 
 def test_a_fraction_takes_as_much_of_each_class(root):
-    assert pcam(root, fraction=0.5).labels.tolist() == [0, 0, 1, 1]
+    half = pcam(root, fraction=0.5)
+    assert half.labels.tolist() == [0, 0, 1, 1] and half.path(3).endswith("train/tumor/2.png")
     for fraction in (0.0, 1.5):
         with pytest.raises(UserError, match=f"fraction is {fraction}"):
             pcam(root, fraction=fraction)

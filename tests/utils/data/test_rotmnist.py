@@ -1,6 +1,7 @@
 """Rotated MNIST from small files of its own format, and one line for everything that is wrong."""
 
 import hashlib
+import os
 import zipfile
 
 import numpy as np
@@ -69,6 +70,10 @@ def test_bytes_of_another_file_are_not_taken(folder):
     assert len(RotMnist(folder, **SIZES)) == 3
     with pytest.raises(UserError, match="has 5 rows, not 12,000: is it cut short"):
         RotMnist(folder)
+    source, later = folder / FILES["train"], kept.stat().st_mtime + 1
+    source.write_text(text(*rows(5, 2)))
+    os.utime(source, (later, later))
+    assert list(RotMnist(folder, **SIZES).labels) == list(rows(5, 2)[1][:3])
 
 
 def test_the_archive_is_read_in_place_after_its_checksum(folder, tmp_path, monkeypatch):

@@ -74,9 +74,14 @@ def test_a_stopped_writing_goes_on(tree: Path, tmp_path: Path) -> None:
     assert not list(out.glob("*.partial")) and not list(out.glob(".*.partial"))
     with pytest.raises(UserError, match="not all written"):
         shards(out)
-    with pytest.raises(UserError, match="unfinished writing of train with other images"):
-        write_splits(tree, output=out, seed=1, **SMALL)
+    for other in ({**SMALL, "seed": 1}, {"shard_mb": 0.06}):
+        with pytest.raises(UserError, match="unfinished writing of train with other images"):
+            write_splits(tree, output=out, **other)
     victim.write_bytes(kept)
+    (tree / "train" / "0").mkdir()  # an empty class before the others gives these new numbers
+    with pytest.raises(UserError, match="unfinished writing of train with other images"):
+        write_splits(tree, output=out, **SMALL)
+    (tree / "train" / "0").rmdir()
     (out / ".train-000001.tar.1.partial").touch()  # as kill -9 leaves it
     write_splits(tree, output=out, **SMALL)
     assert not list(out.glob(".*.partial")) and first.stat().st_mtime_ns == before

@@ -182,6 +182,11 @@ def test_the_index_is_stored_and_lasts_while_shards_do(written, monkeypatch) -> 
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
         with pytest.raises(AssertionError):
             shards(written)
+        with shard.open("ab") as file:
+            file.write(bytes(512))
+        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(AssertionError):
+            shards(written)
     assert shards(written).path(1) == before.path(1)
     index = next(written.glob(".train*.npz"))
     index.write_bytes(index.read_bytes()[:1000])
@@ -281,6 +286,30 @@ def test_the_part_that_is_the_image_can_be_said(tmp_path: Path) -> None:
     path = make(tmp_path / "x.tar", {"x.jpg": png(1), "x.seg.png": png(9)})
     assert TarShards(path, image="jpg").read(0).getpixel((0, 0))[0] == 1
     assert TarShards(path, image=".SEG.png").read(0).getpixel((0, 0))[0] == 9
+
+
+def test_a_key_of_the_json_is_a_label_of_its_own(tmp_path: Path) -> None:
+    """Whichever was asked for first: the index that was stored for one is not the other's."""
+    part = {"x.jpg": png(), "x.json": b'{"label": 2, "genus": "Pica", "order": "7"}'}
+    part["x.seg.png"] = png()
+    for split in ("train", "val"):
+        make(tmp_path / f"{split}-0.tar", part)
+    for split in ("train", "val", "train"):
+        labels = [
+            shards(tmp_path, split=split, image="jpg", **keywords).labels.tolist()
+            for keywords in ({}, {"label_key": "order"}, {"label_key": "genus"})
+        ]
+        assert labels == [[2], [7], [0]]
+    folder = tmp_path / "elsewhere"
+    assert len(shards(tmp_path, image="jpg", index_folder=folder)) == 1
+    assert len(list(folder.glob(".train-0.*.npz"))) == 1
+
+
+def test_a_file_server_may_give_an_image_in_pieces(written: Path, monkeypatch) -> None:
+    images, pread = shards(written), os.pread
+    whole = [images.read_bytes(index) for index in range(len(images))]
+    monkeypatch.setattr(os, "pread", lambda file, size, start: pread(file, min(size, 99), start))
+    assert [images.read_bytes(index) for index in range(len(images))] == whole
 
 
 def test_links_are_refused(tmp_path: Path) -> None:
