@@ -46,8 +46,9 @@ def adapt_state(
     """Weights in any published spelling as a state dict of `model`, and what was changed, in words.
 
     Position embeddings are resampled to the model's grid. A head for another number of classes, or
-    none, is replaced by the model's own, freshly drawn one. A class position is added to the class
-    token where the model has no place for it. Raises ValueError for all else that does not fit.
+    none, is replaced by the model's own, freshly drawn one. Positions of class token and registers
+    are added to these tokens where the model has no place for them. Raises ValueError for all else
+    that does not fit.
     """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
@@ -129,13 +130,25 @@ def _adapt_positions(
         notes.append(
             f"{POSITIONS}: resampled from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches"
         )
-    if extra and not wanted and "cls_token" in found:
-        found["cls_token"] = found["cls_token"] + first[:, :1]
-        notes.append(f"{POSITIONS}: that of the class token is added to the class token itself")
+    if extra and not wanted:
+        notes += _add_to_tokens(found, first)
     elif wanted and not extra:
         first = torch.zeros_like(theirs[:, :wanted])
         notes.append(f"{POSITIONS}: the file has none of the class token, it starts at zero")
     found[POSITIONS] = torch.cat([first[:, :wanted], patches], dim=1)
+    return notes
+
+
+def _add_to_tokens(found: dict[str, Tensor], first: Tensor) -> list[str]:
+    """Give positions [1 n D] to the prefix tokens themselves, in the order of both."""
+    notes, start = [], 0
+    for name in (name for name in PREFIXES if name in found):
+        positions = first[:, start : start + found[name].shape[1]]
+        start += found[name].shape[1]
+        if positions.shape[1]:
+            found[name] = found[name] + positions
+            called = "the class token" if name == "cls_token" else name
+            notes.append(f"{POSITIONS}: that of {called} is added to {called} itself")
     return notes
 
 

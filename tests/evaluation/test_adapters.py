@@ -32,6 +32,21 @@ def test_torchvision_takes_other_sizes_and_oblong_images():
     assert net(torch.zeros(1, 3, 48, 64)).shape == (1, 1000)
 
 
+def test_torchvision_positions_keep_their_places_on_an_oblong_grid():
+    """Channel 0 tells the row and channel 1 the column, from 0 at one edge to 1 at the other."""
+    net, seen = make(BACKBONES["torchvision"]), []
+    line = torch.linspace(0, 1, 4)
+    with torch.no_grad():
+        net.net.conv_proj.weight.zero_(), net.net.conv_proj.bias.zero_()
+        grid = net.net.encoder.pos_embedding[0, 1:].view(4, 4, -1)
+        grid[..., 0], grid[..., 1] = line[:, None], line[None]
+        net.net.encoder.dropout.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+        net.features(torch.zeros(1, 3, 48, 64))
+    found = seen[0][0, 1:].view(6, 8, -1)
+    assert (found[1:, :, 0] > found[:-1, :, 0]).all() and (found[:, 1:, 1] > found[:, :-1, 1]).all()
+    assert found[..., 0].std(1).max() < 1e-5 and found[..., 1].std(0).max() < 1e-5
+
+
 def test_torchvision_weights_load_strictly(tmp_path):
     node = BACKBONES["torchvision"]
     net = make(node, seed=1)

@@ -1,17 +1,19 @@
 """Octic nets under torch.func, torch.export with gradients, and derivatives of derivatives."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from octic import composed
+from octic import composed, matrices
 from octic.irrep_linear import irrep_linear
 from octic.irrep_norm import irrep_norm, residual_norm
 from octic.layers import OcticGELU, OcticLayerNorm
 from octic.vision_transformer import OcticVisionTransformer
+from tests.octic.kernel_cases import matrix_sources
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 SIZES |= {"num_classes": 3, "init_values": 0.5}
@@ -131,6 +133,42 @@ def test_operators_agree_with_their_spelling_and_differentiate_twice(name, monke
     monkeypatch.undo()
     assert torch.autograd.gradcheck(run, tensors)
     assert torch.autograd.gradgradcheck(run, tensors)
+
+
+def partial_operators():
+    """Operators that do less, or leave a bias to the next one, as functions of tensors."""
+    torch.manual_seed(2)
+    x, branch = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 32)
+    lines, plane, bias = (torch.randn(*shape).double() for shape in ((4, 4, 4), (8, 8), (4,)))
+    segments, gelu = OcticLayerNorm(32).segments, OcticGELU()
+    layer = matrix_sources(scaled=True, biased=True, dtype=torch.float64)
+    stack = partial(matrices._Stack.apply, matrices._layout([layer]), torch.float64)
+    return {
+        "linear, bias later": (partial(irrep_linear, add_bias=False), (x, lines, plane, bias)),
+        "linear, lines alone": (lambda x, w: irrep_linear(x, w, None, None), (x[..., :16], lines)),
+        "gelu of a bias": (lambda x: gelu(x, bias), (x,)),
+        "norm alone": (lambda x: irrep_norm(x, segments=segments), (x,)),
+        "norm of x and a float32 branch": (
+            lambda x, b: residual_norm(x, b, segments=segments, bias=bias),
+            (x, branch),
+        ),
+        "matrices": (stack, layer.tensors),
+    }
+
+
+@pytest.mark.parametrize("name", [*operators(), *partial_operators()])
+def test_gradients_to_be_differentiated_again_are_the_usual_ones(name):
+    """Other code computes them, and a penalty on gradients is to be one on those of training."""
+    function, tensors = (operators() | partial_operators())[name][:2]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.randn_like(output) for output in outputs]
+    usual, again = (
+        torch.autograd.grad(outputs, tensors, grads, retain_graph=True, create_graph=create)
+        for create in (False, True)
+    )
+    torch.testing.assert_close(again, usual, rtol=1e-10, atol=1e-12)
 
 
 def test_a_program_exported_with_gradients_can_be_trained(net, images):

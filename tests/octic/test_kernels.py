@@ -186,6 +186,21 @@ def test_strided_inputs_equal_dense_ones():
             assert torch.equal(ours, reference)
 
 
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, 5:29], lambda x: x.mT[:, 5:29], lambda x: x[0].expand(40, -1)[:, 5:29]]
+)
+def test_linear_reads_features_of_any_strides(view):
+    """Its products take them as they lie, and the gradient of its result too."""
+    inputs = [torch.randn(*shape).double() for shape in ((40, 40), (4, 5, 3), (10, 6), (5,))]
+    grad = torch.randn(40, 40).double().mT
+    found = [
+        gradients(lambda x, *own, read=read: irrep_linear(read(x), *own), inputs, grad)
+        for read in (view, lambda x: view(x).contiguous())
+    ]
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+
+
 def test_large_offsets_do_not_harm_the_variance():
     x = torch.randn(5, 16) + 1e4
     exact = norm_by_definition(x.double(), None, None, OCTIC, 1e-5)

@@ -117,6 +117,14 @@ def test_invariantizations(name: str, group: str) -> None:
     assert relative(layer(x + 0.1 * features()), y) > 1e-3
 
 
+@pytest.mark.parametrize("name", INVARIANTIZATIONS)
+def test_invariants_of_zero_have_finite_gradients(name: str) -> None:
+    """A class token has no channels but the trivial irrep's until a block has mixed them."""
+    x = torch.zeros(2, 5, DIM, dtype=torch.float64, requires_grad=True)
+    make_invariantization(name, DIM).double()(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_octic_linear_costs_a_fifth() -> None:
     """Parameters in*out/8 + out/8; multiply-adds 3/16 of the dense layer's."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -246,6 +254,18 @@ def test_hooks_on_norms_and_scales_fire_once_in_each_block(gpu, monkeypatch):
     torch.testing.assert_close(seen[4][1], seen[2][1] + seen[3][2], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_gradients_fire_where_biases_are_handed_on(kind, monkeypatch):
+    """As where they are not: what is fused is not fused where somebody looks."""
+    as_on_a_gpu(monkeypatch)
+    names = ["norm1", "attn", "attn.qkv", "ls1", "norm2", "mlp", "mlp.fc1", "mlp.act", "ls2"]
+    for name in names:
+        block, seen = randomised(LAYERS["block"](get_group("D4"))), []
+        getattr(block.get_submodule(name), kind)(lambda *_, seen=seen: seen.append(True))
+        block(features().requires_grad_()).square().sum().backward()
+        assert seen == [True], name
+
+
 def test_features_of_another_width_are_refused():
     """Not read by strides as if they had the layer's own."""
     layer = OcticLinear(32, 64)
@@ -311,3 +331,11 @@ def test_a_scale_in_the_weights_is_a_scale_of_the_result(name, dtype):
         # In float16 the two are the same computation: small weights would vanish.
         tolerance = 0.0 if dtype == torch.float16 else 1e-14
         torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_a_small_scale_survives_autocast_to_float16():
+    """There too it is kept out of the weights, some of which it would make zero."""
+    layer, scale, x = OcticLinear(32, 64), OcticScale(64, 1e-7), torch.randn(5, 32)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(layer(x, scale), scale(layer(x)))
+    torch.testing.assert_close(layer(x, scale), scale(layer(x)), rtol=1e-5, atol=1e-12)

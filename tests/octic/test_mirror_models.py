@@ -11,7 +11,7 @@ from octic.actions import act, act_on_tokens
 from octic.debug_models import HalvesAttentionViT, HalvesViT
 from octic.groups import get_group
 from octic.layers import OcticAttention
-from octic.mirror_models import EQUIVARIANT, HYBRID, INVARIANT
+from octic.mirror_models import EQUIVARIANT, FAMILIES, HYBRID, INVARIANT
 from octic.patch_embed import OcticLift
 from utils.flops import multiply_adds
 from vit.models import DEIT
@@ -168,6 +168,19 @@ def test_scaled_bias_is_the_bias_times_the_filters_factor() -> None:
     plain.conv_A1.bias.data *= 0.5**0.5
     x = images(8, 12)
     assert relative(scaled(x), plain(x)) <= 1e-15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_registered_nets_have_the_options_of_the_published_ones(family: str) -> None:
+    """The patches' bias takes the filters' factor; a hybrid's plain half sees sums, differences."""
+    net = timm.create_model(f"{family}_deit_small_patch16_LS", depth=2).double()
+    grey = net.patch_embed(torch.zeros(1, 3, 32, 32).double())[0, 0, 0]
+    torch.testing.assert_close(grey[:192], net.patch_embed.lift8.conv_A1.bias * 0.5**0.5)
+    if family == "hybrid":
+        x = torch.randn(2, 5, 384, dtype=torch.float64)
+        still, signed = x.chunk(2, dim=-1)
+        both = torch.cat([still + signed, still - signed], dim=-1) * 0.5**0.5
+        torch.testing.assert_close(net.transition(x), both)
 
 
 @pytest.mark.parametrize("net", (HalvesAttentionViT, HalvesViT))

@@ -190,6 +190,22 @@ def test_every_prefix_token_keeps_its_position(name):
     new.load_state_dict(state)
 
 
+@pytest.mark.parametrize("options", [{"reg_tokens": 3}, {"reg_tokens": 3, "class_token": False}])
+def test_positions_that_have_no_place_are_added_to_their_tokens(options):
+    """Of timm's registers as of its class token: the network computes what it did."""
+    options |= {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    options |= {"num_classes": 3, "global_pool": "avg"}
+    old, new = (
+        timm.create_model("vit_tiny_patch16_224", no_embed_class=without, **options).eval()
+        for without in (False, True)
+    )
+    torch.nn.init.normal_(old.pos_embed)
+    new.load_state_dict(adapt_state(old.state_dict(), new)[0])
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(new(images), old(images), atol=1e-5)
+
+
 def test_registers_without_positions_of_their_own_are_no_patches():
     """As in DINOv2 with registers: the class token alone has one."""
     options = TINY | {"num_register_tokens": 3, "class_position": True}

@@ -146,6 +146,18 @@ def test_pushing_without_token_or_network_is_one_line(monkeypatch):
         hub.push(net, "user/name", options=OCTIC)
 
 
+def test_a_mistake_of_ours_is_not_taken_for_the_networks(monkeypatch):
+    import huggingface_hub
+
+    def broken(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(hub, "push_to_hf_hub", broken)
+    with pytest.raises(RuntimeError, match="^a bug"):
+        hub.push(create("hybrid_deit_small_patch16", OCTIC), "user/name", options=OCTIC)
+
+
 def test_what_is_pushed_is_what_is_written(monkeypatch):
     import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""Every network starts as the published one does: means and deviations of all parameters."""
+"""Every network starts as the published one does, in parameters and in what they do not tell."""
 
 import math
 import re
@@ -35,12 +35,30 @@ OCTIC = [
     (r"patch_embed", 0.0, uniform(3 * (PATCH // 2) ** 2)),
     (r"pos_embed", 0.0, 0.16 * math.sqrt(0.5)),
 ]
+MIRROR = [
+    (r"patch_embed", 0.0, uniform(3 * PATCH**2 // 2)),
+    (r"pos_embed", 0.0, 0.02),
+]
 FAMILIES = {  # deviation of the class token, initial layer scale
     "deit_small_patch16_LS": (0.02, 1e-4, PLAIN),
     "dinov2_vit_small_patch16": (1e-6, 1e-5, PLAIN),
     "hybrid_deit_small_patch16": (0.16, 1e-4, OCTIC),
     "d8_inv_early_deit_small_patch16": (0.16, 1e-4, OCTIC),
     "hybrid_dinov2_vit_small_patch16": (1e-6, 1e-5, OCTIC),
+    "d2_deit_small_patch16_LS": (0.02, 1e-4, MIRROR),
+    "hybrid_deit_small_patch16_LS": (0.02, 1e-4, MIRROR),
+    "d2_inv_early_deit_small_patch16_LS": (0.02, 1e-4, MIRROR),
+}
+# Epsilons of the norms, how branches are dropped, and the offset in resampling positions.
+UNTOLD = {
+    "deit_small_patch16_LS": ({1e-6}, "sample", 0.0),
+    "dinov2_vit_small_patch16": ({1e-6}, "subset", 0.1),
+    "hybrid_deit_small_patch16": ({1e-5, 1e-6}, "sample", 0.0),
+    "d8_inv_early_deit_small_patch16": ({1e-5, 1e-6}, "sample", 0.0),
+    "hybrid_dinov2_vit_small_patch16": ({1e-5, 1e-6}, "subset", 0.0),
+    "d2_deit_small_patch16_LS": ({1e-6}, "sample", 0.0),
+    "hybrid_deit_small_patch16_LS": ({1e-6}, "sample", 0.0),
+    "d2_inv_early_deit_small_patch16_LS": ({1e-6}, "sample", 0.0),
 }
 
 
@@ -55,3 +73,12 @@ def test_a_network_starts_as_the_published_one(name):
         error = 4 / math.sqrt(len(centred))  # four standard errors, of the mean and of the root
         assert centred.mean().abs() <= error * std + 1e-9, key
         assert centred.square().mean().sqrt().item() == pytest.approx(std, rel=error, abs=1e-9), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_no_parameter_tells_is_as_published(name):
+    """A file of weights loads without it, and gives other features."""
+    net = timm.create_model(name, **SMALL)
+    epsilons = {layer.eps for layer in net.modules() if hasattr(layer, "eps")}
+    (mode,) = {block.drop_path_mode for block in net.blocks}
+    assert (epsilons, mode, getattr(net, "position_offset", 0.0)) == UNTOLD[name]

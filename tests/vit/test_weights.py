@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import octic  # noqa: F401  (registers the models)
 from octic import OcticVisionTransformer
+from octic.invariants import INVARIANTIZATIONS
 from vit.finetune import adapt_state, load_adapted
 from vit.keys import from_published, rename_published, to_published
 from vit.weights import load_state, load_weights, read_state
@@ -100,13 +101,47 @@ def test_files_round_trip(tmp_path: Path, file: str, deit: bool) -> None:
 
 def test_safetensors_and_invariantization_detection(tmp_path: Path) -> None:
     """A file of polynomials turns a power-spectrum model into what the file needs."""
-    for name in ("polynomial", "third_order", "linear", "max_filtering", "canonization"):
+    for name in (n for n in INVARIANTIZATIONS if n not in ("trivial", "power_spectrum")):
         source, target = small(invariant=name), small()
         save_file(source.state_dict(), tmp_path / "x.safetensors")
         load_weights(target, tmp_path / "x.safetensors")
         assert target.invariant == name
         x = torch.randn(1, 3, 32, 32)
         assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def test_a_net_that_changes_itself_to_a_file_keeps_its_dtype() -> None:
+    source, target = small(invariant="max_filtering").double(), small().double()
+    load_state(target, source.state_dict())
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+@pytest.mark.parametrize("old", (False, True))
+def test_what_a_published_file_holds_besides_is_no_obstacle(tmp_path: Path, old: bool) -> None:
+    """Blocks in chunks, constants, both heads, numpy's numbers; torch's older format of files."""
+    source, target = small(), small()
+    state = {re.sub(r"^blocks", "blocks.0", key): v for key, v in source.state_dict().items()}
+    for name in ("dino_head.w", "ibot_head.w", "invariantization.rotation_action"):
+        state[name] = torch.ones(2)
+    content = {"teacher": state, "best": np.float32(1), "seen": np.int64(3), "done": np.bool_(True)}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not old)
+    load_weights(target, tmp_path / "x.pth")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def test_weights_are_taken_from_where_they_are_asked_for(tmp_path: Path) -> None:
+    """A teacher before the model that it taught, unless another is named."""
+    nets = {name: small("dinov2_vit_small_patch16") for name in ("model", "teacher", "ema")}
+    path, x = tmp_path / "both.pth", torch.randn(1, 3, 32, 32)
+    torch.save({name: net.state_dict() for name, net in nets.items()}, path)
+    for container, expected in ((None, "teacher"), ("model", "model"), ("ema", "ema")):
+        target = small("dinov2_vit_small_patch16")
+        load_weights(target, path, container=container)
+        assert torch.equal(target.eval()(x), nets[expected].eval()(x))
+    with pytest.raises(ValueError, match=r"both\.pth: no key 'student'; it has model, teach"):
+        read_state(path, container="student")
 
 
 def test_invariants_of_one_width_stay_the_models_own() -> None:
@@ -141,6 +176,16 @@ def test_a_file_of_ours_that_does_not_fit_tells_of_what_network_it_is(tmp_path: 
             load(small(embed_dim=128), path)
         assert str(told.value).endswith("; the file is of hybrid_x with embed_dim=64, depth=2")
         assert str(told.value).count(str(path)) == 1
+
+
+def test_a_weight_under_two_names_is_refused() -> None:
+    """Which of the two counts is not for us to say."""
+    net = small()
+    state = dict(net.state_dict())
+    state["module.norm.weight"] = 2 * state["norm.weight"]
+    for load in (load_state, lambda net, state: adapt_state(state, net)):
+        with pytest.raises(ValueError, match=r"left over: module\.norm\.weight"):
+            load(net, state)
 
 
 def test_tokens_outside_the_trivial_irrep_are_refused() -> None:

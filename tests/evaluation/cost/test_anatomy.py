@@ -9,7 +9,9 @@ from evaluation.commands import anatomy as command
 from evaluation.cost import block_times, growth
 from evaluation.cost.blocks import cost_of_block, kept_bytes
 from evaluation.cost.growth import Point
+from evaluation.cost.models import find_backbone, make_net
 from evaluation.cost.roofline import BANDWIDTHS, SIZES, layers_of
+from evaluation.cost.timing import PASSES, Turn
 from octic.block import OcticBlock
 from vit.block import Block
 
@@ -77,6 +79,24 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
     assert "batch 2" in out
     for octic, plain in zip(rows[::2], rows[1::2], strict=True):  # how many times as fast
         assert f" {plain['inference'] / octic['inference']:.2f} " in out
+
+
+def test_growth_is_in_seconds_of_a_pass(monkeypatch):
+    """A larger batch is not divided by its images; memory is what its own pass keeps."""
+    seen = []
+
+    def turns(nets, kind, **_):
+        seen.append({(*nets[n].images.shape[::3], len(nets[n].net.blocks)) for n in nets})
+        return {name: [Turn([2.0], None)] for name in nets}, []
+
+    monkeypatch.setattr(growth, "measure_in_turn", turns)
+    names = "hybrid_deit_small_patch16", "deit_small_patch16_LS"
+    rows = growth.measure(*names, varied={"batch": [3]}, base=Point(size=32, depth=2))
+    assert seen == [{(3, 32, 2)}] * 2 and [row["net"] for row in rows] == [*names]
+    assert {row[kind] for row in rows for kind in PASSES} == {2.0}
+    net = make_net(names[1], find_backbone(names[1], size=32, keywords={"depth": 2}), "cpu").train()
+    kept = kept_bytes(net, torch.randn(3, 3, 32, 32)) / 2**20
+    assert rows[1]["mib"] == pytest.approx(kept, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", (Block, OcticBlock))

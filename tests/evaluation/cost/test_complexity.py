@@ -114,6 +114,26 @@ def test_out_of_memory_of_one_leaves_the_others(failing, monkeypatch, capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
+def test_speeds_and_ratios_are_those_of_the_turns(monkeypatch):
+    """A net of half the seconds is twice as fast as its twin, at the batch and precision asked."""
+    seconds, asked = {PLAIN: 1.0, HYBRID: 0.5}, []
+
+    def turns(contestants, kind, **more):
+        asked.append((kind, more, {(c.images.shape, c.dtype) for c in contestants.values()}))
+        return {name: [Turn([seconds[name]], None)] for name in contestants}, []
+
+    monkeypatch.setattr(complexity, "measure_in_turn", turns)
+    monkeypatch.setattr(settings, "has_bfloat16", lambda device: True)
+    words = ["--steps", "7", "--rounds", "4", "--warmup", "5", "--amp"]
+    results = measure(tiny(*words))
+    lengths, nets = {"steps": 7, "rounds": 4, "warmup": 5}, {((2, 3, 32, 32), torch.bfloat16)}
+    assert asked == [(kind, lengths, nets) for kind in (INFERENCE, TRAINING)]
+    for kind in (INFERENCE, TRAINING):
+        assert results[HYBRID].ratios[kind] == (2, 2, 2)
+        rates = [results[name].speeds[kind].images_per_second for name in (PLAIN, HYBRID)]
+        assert rates == [2 / 1.0, 2 / 0.5]
+
+
 def test_bfloat16_that_a_cpu_has_not_is_told_and_left_out(monkeypatch, capsys):
     monkeypatch.setattr(settings, "has_bfloat16", lambda device: False)
     measure(tiny("--amp", "--no-training", "--steps", "1"))

@@ -8,6 +8,7 @@ import torch
 from evaluation.commands.complexity import parse_complexity
 from evaluation.cost import published_table
 from evaluation.cost.complexity import measure
+from evaluation.cost.timing import Turn
 from utils.errors import UserError
 
 WORDS = ["--table", "token_reduction", "--device", "cpu", "--counts", "none"]
@@ -70,9 +71,10 @@ class Stub:
     title, protocol, base = "stub", "none", "base"
 
     class Row:
-        def __init__(self, method, stated, free=None):
+        def __init__(self, method, stated, free=None, throughput=None):
             self.method, self.model, self.options, self.free = method, "net", {}, free
-            values = {"gflops": 1e-9, "fps": stated, "throughput": stated, "accuracy": 1.0}
+            values = {"gflops": 1e-9, "fps": stated, "accuracy": 1.0}
+            values["throughput"] = throughput or stated
             self.stated = type("Stated", (), {**values, "_asdict": lambda stated: values})()
 
     rows = (Row("base", 10.0), Row("fast", 20.0), Row("slow", 5.0))
@@ -107,11 +109,39 @@ def test_speeds_are_held_against_the_stated_ratio():
     assert cells[2] == ["60.0", "0.60", "0.50", "yes"]
 
 
+SETTINGS = published_table.Settings(
+    *(torch.device("cpu"), 3, 224, 2, 2, 0, torch.bfloat16, False, False, ("inference",), 0, ()),
+)
+
+
+def test_the_first_batch_is_held_against_fps_and_the_others_against_throughput(capsys):
+    rows = (Stub.Row("base", 10.0), Stub.Row("fast", 20.0, throughput=15.0))
+    lines = [
+        published_table.Line(row, None, None, None, {1: speed, 4: speed})
+        for row, speed in zip(rows, (100.0, 180.0), strict=True)
+    ]
+    published_table._print_speeds(Stub(), lines, SETTINGS)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "180.0" in line)
+    cells = [cell.strip() for cell in line.split("│")]
+    assert cells[4:12] == ["180.0", "1.80", "2.00", "no", "180.0", "1.80", "1.50", "yes"]
+
+
+def test_a_rate_counts_the_images_of_its_batch(monkeypatch):
+    formats = set()
+
+    def turns(contestants, kind, **_):
+        formats.update(contestant.dtype for contestant in contestants.values())
+        return {name: [Turn([0.5], None)] for name in contestants}, []
+
+    monkeypatch.setattr(published_table, "measure_in_turn", turns)
+    net, config = Stub().net("net"), parse_complexity([*WORDS, "--batch-size", "3"])
+    found = published_table._speeds(Stub(), list(Stub.rows), net, config, SETTINGS)
+    assert found == dict.fromkeys(range(3), {1: 2.0, 3: 6.0})
+    assert formats == {torch.bfloat16}
+
+
 def test_speeds_of_every_row_and_batch():
     config = parse_complexity([*WORDS, "--steps", "2", "--warmup", "0", "--batch-size", "3"])
-    settings = published_table.Settings(
-        *(torch.device("cpu"), 3, 224, 2, 2, 0, None, False, False, ("inference",), 0, ()),
-    )
-    found = published_table._speeds(Stub(), list(Stub.rows), Stub().net("net"), config, settings)
+    found = published_table._speeds(Stub(), list(Stub.rows), Stub().net("net"), config, SETTINGS)
     assert found.keys() == {0, 1, 2} and all(row.keys() == {1, 3} for row in found.values())
     assert all(speed > 0 for row in found.values() for speed in row.values())

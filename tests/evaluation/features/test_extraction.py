@@ -12,9 +12,10 @@ from PIL import Image
 from evaluation.commands.extract_features import parse_extraction, read_extraction_arguments
 from evaluation.features.extraction import FeatureReader, extract
 from evaluation.probes.knn import KnnProbe
-from tests.evaluation.backbones import EMBED_DIM, IMAGE_SIZE, any_backbone, make
+from tests.evaluation.backbones import BACKBONES, EMBED_DIM, IMAGE_SIZE, any_backbone, make
 from tests.evaluation.toys import ToyNet
 from utils.data.images import ImageFolder
+from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from vit.backbone import Features
 
@@ -75,6 +76,22 @@ def test_several_blocks_normalised_in_half_precision(images, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=1e-3)
     meta = json.loads(Path(folder, "meta.json").read_text())
     assert meta["feature"] == "class token of blocks -2, -1 after the final norm"
+
+
+def test_features_are_of_the_transform_and_precision_that_are_told(images, tmp_path):
+    """The white pixel near the corner is enlarged, then cut off."""
+    sizes = {"resize_size": 48, "crop_size": IMAGE_SIZE}
+    settings = config(images, tmp_path, backbone=BACKBONES["octic"], precision="bf16", **sizes)
+    folder = extract(settings)
+    net, transform = make(BACKBONES["octic"], seed=settings["seed"]), evaluation_transform(**sizes)
+    shown = ImageFolder(images)
+    pixels = torch.stack([transform(shown.read(index)) for index in range(8)])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = net.features(pixels)[0].cls.float()
+    np.testing.assert_allclose(np.load(f"{folder}/features.npy"), expected, rtol=1e-5, atol=1e-6)
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    assert meta["transform"] == f"resize 48, centre crop {IMAGE_SIZE}, bicubic"
+    assert meta["precision"] == "bf16"
 
 
 def test_images_without_labels(images, tmp_path):

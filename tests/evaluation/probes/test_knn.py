@@ -5,8 +5,11 @@ import json
 import tempfile
 
 import pytest
+from torch.nn.functional import one_hot
 
+from evaluation.features.dataset import extract_features
 from evaluation.probes.knn import KnnProbe
+from evaluation.probes.neighbours import choose_rows
 from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
 
 OPTIONS = {"ks": (5, 20), "n_per_class_list": (-1, 3), "num_tries": 2, "batch_size": 16}
@@ -26,6 +29,28 @@ def test_toy_classes_are_found():
     assert set(figures) == {
         f"{name}_top{top}" for name in ("knn5", "knn20", "knn3_3_per_class") for top in (1, 5)
     }
+
+
+def test_figures_are_votes_counted_by_hand():
+    """Over all rows, and over a few of each class, whose figure is the mean of the draws."""
+    train, val = (
+        extract_features(ToyNet(), ToyImages(*size_and_seed), transform=to_tensor, shown=False)
+        for size_and_seed in ((101, 0), (37, 1))
+    )
+
+    def by_hand(k, rows=slice(None)):
+        nearest = (val.features @ train.features[rows].T).topk(k)
+        weights = (nearest.values / 0.07).exp()[..., None]
+        votes = weights * one_hot(train.labels[rows][nearest.indices], 6)
+        return 100 * float((votes.sum(1).argmax(1) == val.labels).float().mean())
+
+    draws = choose_rows(train.labels, [3], n_per_class=3, num_tries=2)
+    first, second = (by_hand(3, rows) for rows, _ in draws)
+    assert first != second
+    found = judge()
+    assert found["knn5_top1"] == pytest.approx(by_hand(5))
+    assert found["knn20_top1"] == pytest.approx(by_hand(20))
+    assert found["knn3_3_per_class_top1"] == pytest.approx((first + second) / 2)
 
 
 def test_chunks_and_batches_do_not_matter():

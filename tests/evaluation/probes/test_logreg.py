@@ -9,6 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from evaluation.features.dataset import FeatureSet, extract_features
+from evaluation.probes.knn import KnnProbe
 from evaluation.probes.logreg import PUBLISHED_C, LogregProbe, draw_tenth
 from tests.evaluation.backbones import IMAGE_SIZE, any_backbone, make
 from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
@@ -24,7 +25,7 @@ def judge(train_length: int = 101, output: str | None = None, **options) -> dict
         return probe(ToyNet(), data, Path(output or folder), step=3)
 
 
-def test_figures_are_scikit_learns():
+def test_figures_are_scikit_learns(tmp_path):
     """Selection on the tenth of a seeded permutation, refit on all of train, judged on val."""
     data = {"train": ToyImages(101, 0), "val": ToyImages(37, 1)}
     train, val = (
@@ -45,8 +46,10 @@ def test_figures_are_scikit_learns():
 
     scores = {C: score(fit(C, rest), train, held_out) for C in CS}
     best = max(CS, key=scores.get)
-    figures = judge()
+    figures = judge(output=str(tmp_path))
     assert figures["logreg_C"] == best
+    trials = json.loads((tmp_path / "results.json").read_text())["logreg"]["figures"]["selection"]
+    assert {trial["C"]: trial["top1"] for trial in trials} == pytest.approx(scores)
     assert figures["logreg_top1"] == pytest.approx(score(fit(best, slice(None)), val))
     assert figures["logreg_top5"] > figures["logreg_top1"] > 40  # chance: 17
 
@@ -93,6 +96,32 @@ def test_the_set_that_chose_C_is_learnt_from_in_the_end():
         for parts in ({"train": few, "finetune": many}, {"train": both}, {"train": few})
     )
     assert apart == together > alone + 5
+
+
+def test_what_chooses_C_is_not_learnt_from_meanwhile():
+    """Random labels of images fewer than the features can all be learnt, and not foretold."""
+    rows = FeatureSet(torch.randn(100, 120), torch.arange(100) % 2, torch.arange(100))
+    figures, (trial,) = LogregProbe(Cs=[1e3]).evaluate({"train": rows, "val": rows})
+    assert figures["logreg_top1"] == 100 and trial.top1 < 100
+
+
+def test_a_fit_takes_no_more_steps_than_asked(tmp_path):
+    def steps(name, **options):
+        judge(output=str(tmp_path / name), **options)
+        results = json.loads((tmp_path / name / "results.json").read_text())["logreg"]
+        return [trial["steps"] for trial in results["figures"]["selection"]]
+
+    assert steps("few", max_iter=2) == [2, 2, 2]
+    assert sum(steps("coarse", tol=0.1)) < sum(steps("whole")) / 2
+
+
+def test_a_class_without_training_images_is_never_right():
+    features, labels = 10 * torch.eye(4), torch.arange(4)
+    val = FeatureSet(features, labels, torch.arange(4))
+    train = FeatureSet(*(part[:3] for part in val))
+    figures, _ = LogregProbe(Cs=[1.0], select_on="val").evaluate({"train": train, "val": val})
+    assert figures["logreg_top1"] == 75
+    assert KnnProbe(ks=[1]).evaluate(train, val)["full", 1][1] == 75
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 7}, {"features_on": "device"}], ids=str)

@@ -68,6 +68,12 @@ def test_warm_start_leads_to_the_same():
         assert grids[1][key].acc == pytest.approx(score.acc, abs=0.02)
 
 
+@pytest.mark.parametrize("change", [{"max_iter": 2}, {"tol": 0.1}, {"history": 1}], ids=str)
+def test_a_setting_reaches_the_fit(change):
+    one, other = (fitted(**{"max_iter": 9, **more})[0]["coef_"] for more in ({}, change))
+    assert (one - other).abs().max() > 1e-4
+
+
 def test_published_grid():
     assert list(map(float, 10 ** torch.linspace(-6, 5, 8, dtype=torch.float64))) == pytest.approx(
         list(PUBLISHED_C)

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,11 +11,12 @@ import yaml
 from evaluation.judge import judge
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.patch_logreg import PatchLogreg
-from evaluation.segmentation.patches import split_images
+from evaluation.segmentation.patches import label_patches, split_images
 from evaluation.segmentation.probe import SegmentationProbe
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.segmentation.toys import ToyMasks
 from tests.evaluation.toys import ToyNet, in_processes
+from utils.data.segmentation_transforms import squash
 from utils.errors import UserError
 
 
@@ -88,11 +90,11 @@ class Part(ToyMasks):
 
 
 def test_a_validation_set_of_its_own_chooses(tmp_path):
-    """It stands for the tenth, and train is then learnt from whole."""
+    """It stands for the tenth that the seed draws, and train is then learnt from whole."""
     whole = ToyMasks(23, seed=1)
-    rest, tenth = (Part(whole, order) for order in split_images(23))
-    apart = make_probe(train=rest, val=tenth)
-    assert apart(ToyNet(), {}, tmp_path / "a") == make_probe()(ToyNet(), {}, tmp_path / "b")
+    rest, tenth = (Part(whole, order) for order in split_images(23, seed=5))
+    apart, own = make_probe(train=rest, val=tenth), make_probe(seed=5)
+    assert apart(ToyNet(), {}, tmp_path / "a") == own(ToyNet(), {}, tmp_path / "b")
     results = [
         json.loads((tmp_path / name / "results_eval_segmentation.json").read_text())
         for name in ("a", "b")
@@ -103,6 +105,53 @@ def test_a_validation_set_of_its_own_chooses(tmp_path):
     assert "toy (2 images)" in apart.protocol["selection"]
     one = make_probe(train=Part(whole, range(5)), val=tenth)
     assert len(one(ToyNet(), {}, tmp_path / "c")) == 6
+
+
+def test_what_chose_is_learnt_from_in_the_end(tmp_path):
+    """Two of the four classes are in the validation images alone."""
+    sets = {"train": ToyMasks(12, seed=1, num_classes=2), "val": ToyMasks(12, seed=3)}
+    figures = make_probe(**sets, logreg=PatchLogreg(C=[1.0]))(ToyNet(), {}, tmp_path)
+    assert min(figures["knn_acc"], figures["logreg_acc"]) > 75
+    stored = json.loads((tmp_path / "results.json").read_text())["segmentation"]
+    assert max(stored["figures"]["knn"]["val_miou"].values()) < 50, "not while they choose"
+
+
+def test_figures_are_counted_from_the_predictions(tmp_path):
+    """By hand, from the files; two of the four classes are in no target. Features stay as asked."""
+    test = ToyMasks(7, seed=2, size=16, num_classes=2)
+    test.pixels[0] = np.random.RandomState(0).randint(256, size=test.pixels[0].shape)
+    logreg = PatchLogreg(C=[1e-4])
+    probe = make_probe(
+        test=test, logreg=logreg, standardization="none", dump_features=True, dump_predictions=True
+    )
+    figures = probe(ToyNet(), {}, tmp_path)
+    pairs = [squash(test.read(i), test.read_mask(i), 16) for i in range(7)]
+    images, masks = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    tokens = ToyNet().eval().features(images)[0].patches
+    features = torch.load(tmp_path / "features.pth")["features"]["test"]
+    torch.testing.assert_close(features, tokens.flatten(0, 2))
+    target = label_patches(masks, 4).flatten(0, 2)
+    counted = target != 255
+    for name in ("knn", "logreg"):
+        found, wanted = torch.load(tmp_path / f"preds_{name}.pth")[counted], target[counted]
+        ious = {
+            label: float(((found == label) & (wanted == label)).sum())
+            / float(((found == label) | (wanted == label)).sum())
+            for label in {*found.tolist(), *wanted.tolist()}
+        }
+        assert figures[f"{name}_acc"] == pytest.approx(
+            100 * float((found == wanted).float().mean())
+        )
+        assert figures[f"{name}_miou"] == pytest.approx(100 * sum(ious.values()) / len(ious))
+        assert figures[f"{name}_miou_classes"] == pytest.approx(50 * (ious[0] + ious[1]))
+        assert figures[f"{name}_miou"] < figures[f"{name}_miou_classes"] < figures[f"{name}_acc"]
+
+
+def test_subsampling_is_of_the_patches_of_the_classifier_that_asks(tmp_path, capsys):
+    """Of 23 x 16 patches every 400th is the first one."""
+    knn = PatchKnn(num_neighbors=[2], distances=["L2"], subsampling=400)
+    make_probe(classifiers=["knn"], knn=knn)(ToyNet(), {}, tmp_path)
+    assert "k = 2 asked, all 1 training patches vote" in capsys.readouterr().out
 
 
 def judged_in(folder):
