@@ -77,7 +77,8 @@ def test_a_step_optimises_the_definition(separate, step):
     parameters = list(recipe.student.parameters())
     pairs = zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True)
     for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+        # KoLeo adds 1e-8 to its distances, which the definition does not.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_centres_follow_whole_crops_and_hidden_patches_alone():

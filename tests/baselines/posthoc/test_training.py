@@ -143,7 +143,7 @@ def test_it_is_adam_on_the_cross_entropy_and_the_best_epoch_comes_first():
         optimizer.step()
         weights.append(plain.model.head.weight.detach().clone())
         found.append(accuracy(plain, iter([held])))
-    assert fitted.best_epoch == found.index(max(found)) > 0
+    assert fitted.best_epoch == found.index(max(found))
     assert fitted.validation_accuracy == pytest.approx(max(found))
     torch.testing.assert_close(net.model.head.weight, weights[fitted.best_epoch])
 
