@@ -150,6 +150,7 @@ def leave(number, frame):
     raise SystemExit(128 + number)
 
 signal.signal(signal.SIGUSR2, leave)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 print("waits", flush=True)
 distributed.setup("cpu")
 """
