@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.precision import at_least_float32
-from utils.ranges import check_range, check_share
+from utils.ranges import check_range, check_share, check_word
 from vit.weights import load_net, read_state
 
 LOSSES = ("bce", "ce")
@@ -76,8 +76,7 @@ class Distillation(nn.Module):
         tau: float = 1.0,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r} of distillation; known: {', '.join(KINDS)}")
+        check_word("kind", kind, KINDS)
         check_share("alpha", alpha)
         check_range("tau", tau, ends="()")
         self.kind, self.alpha, self.tau = kind, alpha, tau

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from deit.fast_augment import STAGES
 from utils.data.colour_plan import plan_colours
-from utils.ranges import check_order, check_range, check_share
+from utils.ranges import check_order, check_range, check_share, check_word
 
 MODES = ("batch", "pair", "elem")
 
@@ -35,8 +35,7 @@ class Mixing:
         switch_probability: float = 0.5,
         mode: str = "batch",
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r} of mixing; known: {', '.join(MODES)}")
+        check_word("mode", mode, MODES)
         check_range("mixup", mixup)
         check_range("cutmix", cutmix)
         if cutmix_minmax is not None:

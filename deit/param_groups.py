@@ -7,6 +7,8 @@ from typing import Any
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from utils.ranges import check_word
+
 TRAINABLE = ("all", "attention", "head")
 _ATTENDS = re.compile(r"attn\d*|pos_embed")  # attn and attn1 of blocks in parallel
 
@@ -72,8 +74,7 @@ def freeze(model: nn.Module, trainable: str) -> None:
     layers, classifier and positions (Touvron et al. 2022, "Three things everyone should know about
     Vision Transformers").
     """
-    if trainable not in TRAINABLE:
-        raise ValueError(f"unknown trainable {trainable!r}; known: {', '.join(TRAINABLE)}")
+    check_word("trainable", trainable, TRAINABLE)
     if trainable != "all":
         kept = set(_kept(model, trainable))
         for name, parameter in model.named_parameters():

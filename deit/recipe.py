@@ -31,7 +31,7 @@ from utils.distributed import average_buffers, is_main, rank, world_size
 from utils.effective_batch import count_steps, micro_batches
 from utils.parallel import blocks_of
 from utils.precision import at_least_float32
-from utils.ranges import check_range
+from utils.ranges import check_range, check_word
 from vit.finetune import head_of, load_adapted
 from vit.weights import read_metadata
 
@@ -318,10 +318,8 @@ def _count_classes(model: nn.Module, dataset: ImageDataset) -> int:
 def _check_loss(
     loss: str, smoothing: float, cosub: bool, distillation: Distillation | None
 ) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}")
+    check_word("loss", loss, LOSSES)
+    check_range("smoothing", smoothing, 0, 1, ends="[)")
     if loss == "bce" and smoothing:
         raise ValueError(
             f"smoothing {smoothing} with loss=bce would make every class a target; "

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from utils.ranges import OutOfRange, check_range
+from utils.ranges import OutOfRange, check_range, check_word
 from utils.schedules import Constant, Schedule, check_lr_scaling, peak_lr
 
 SHAPES = ("cosine", "step")
@@ -107,10 +107,8 @@ class Schedules:
         decay_rate: float = 0.1,
     ) -> None:
         check_lr_scaling(lr_scaling)
-        if update not in UPDATES:
-            raise ValueError(f"unknown update {update!r}; known: {', '.join(UPDATES)}")
-        if shape not in SHAPES:
-            raise ValueError(f"unknown shape {shape!r} of the rate; known: {', '.join(SHAPES)}")
+        check_word("update", update, UPDATES)
+        check_word("shape", shape, SHAPES)
         values = {"lr": lr, "min_lr": min_lr, "warmup_lr": warmup_lr, "weight_decay": weight_decay}
         for key, value in {**values, "warmup_epochs": warmup_epochs}.items():
             check_range(key, value)

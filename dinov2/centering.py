@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.distributed import all_reduce_max, all_reduce_mean
 from utils.precision import at_least_float32
+from utils.ranges import check_word
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
 PIECE = 2**23  # logits that Sinkhorn-Knopp works on at a time
@@ -26,8 +27,7 @@ class Targets(nn.Module):
 
     def __init__(self, num_prototypes: int, *, centering: str = "centering") -> None:
         super().__init__()
-        if centering not in CENTERINGS:
-            raise ValueError(f"unknown centering {centering!r}; known: {', '.join(CENTERINGS)}")
+        check_word("centering", centering, CENTERINGS)
         self.centering = centering
         self.ema = EmaCenter(num_prototypes)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.precision import at_least_float32
+from utils.ranges import check_count
 
 
 class DINOHead(nn.Module):
@@ -38,8 +39,7 @@ class DINOHead(nn.Module):
             "num_layers": num_layers,
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} of a head must be at least 1, not {size}")
+            check_count(name, size, 1)
         self.num_prototypes = num_prototypes
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
         pairs = zip(widths[:-1], widths[1:], strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinov2.fast_crops import STAGES
 from utils.data.colour_plan import plan_colours
+from utils.ranges import check_order, check_share
 
 MIN_BLOCK = 4  # patches
 MIN_ASPECT = 0.3
@@ -30,13 +31,10 @@ class MaskSampler:
     def __init__(
         self, *, sample_probability: float = 0.5, ratio_min_max: Sequence[float] = (0.1, 0.5)
     ) -> None:
-        low, high = ratio_min_max
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"ratio_min_max must rise within [0, 1], not {list(ratio_min_max)}")
-        if not 0 <= sample_probability <= 1:
-            raise ValueError(f"sample_probability must lie in [0, 1], not {sample_probability}")
+        check_order("ratio_min_max", ratio_min_max, 0, 1)
+        check_share("sample_probability", sample_probability)
         self.sample_probability = sample_probability
-        self.ratio_min_max = (float(low), float(high))
+        self.ratio_min_max = (float(ratio_min_max[0]), float(ratio_min_max[1]))
 
     def intervals(self, num_images: int, num_patches: int) -> list[tuple[float, float]]:
         """For each image that gets a mask, the least and greatest number of patches to mask."""

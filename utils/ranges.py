@@ -4,7 +4,7 @@ NaN is in no range, and an infinite value only where the range is said to have n
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 
 class OutOfRange(ValueError):
@@ -37,10 +37,35 @@ def check_share(key: str, value: float) -> None:
     check_range(key, value, 0.0, 1.0)
 
 
-def check_word(key: str, word: str, known: Iterable[str]) -> None:
+def check_word(key: str, word: str, known: Collection[str]) -> None:
     """OutOfRange unless `word` is one of those known."""
-    if word not in (words := list(known)):
-        raise OutOfRange(f"{key} must be one of {', '.join(words)}, not {word!r}")
+    if word not in list(known):  # a list, which also takes what has no hash
+        raise OutOfRange(f"{key} must be one of {', '.join(known)}, not {word!r}")
+
+
+def check_words(key: str, words: Sequence[str], known: Collection[str]) -> None:
+    """OutOfRange unless there is at least one word, and each is one of those known."""
+    if isinstance(words, str) or not words:
+        raise OutOfRange(f"{key} must be a list of {', '.join(known)}, not {words!r}")
+    for word in words:
+        check_word(key, word, known)
+
+
+def check_list(key: str, values: Sequence[float], low: float, *, ends: str = "[)") -> list:
+    """The values as a list; OutOfRange if there are none, one is repeated or one is too low.
+
+    ends: `[)` where `low` itself belongs to the range, `()` where it does not.
+    """
+    for value in check_distinct(key, values):
+        check_range(key, value, low, ends=ends)
+    return list(values)
+
+
+def check_distinct(key: str, values: Sequence[float]) -> list:
+    """The values as a list; OutOfRange if there are none, or one is repeated."""
+    if not values or len(set(values)) < len(values):
+        raise OutOfRange(f"{key} needs values, each of them once, not {list(values)}")
+    return list(values)
 
 
 def check_order(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from utils.ranges import OutOfRange
+from utils.ranges import OutOfRange, check_word
 
 Schedule = Callable[[int], float]
 
@@ -90,8 +90,7 @@ LR_SCALINGS = ("sqrt_wrt_1024", "linear_wrt_256", "linear_wrt_512", "none")
 
 def check_lr_scaling(rule: str) -> None:
     """ValueError for an unknown rule."""
-    if rule not in LR_SCALINGS:
-        raise ValueError(f"unknown lr_scaling {rule!r}; known: {', '.join(LR_SCALINGS)}")
+    check_word("lr_scaling", rule, LR_SCALINGS)
 
 
 def scale_lr(lr: float, rule: str, batch_size: int) -> float:

@@ -7,6 +7,8 @@ Letters: H W height and width.
 
 from torch import Tensor
 
+from utils.ranges import check_word
+
 SYMMETRIES: dict[str, tuple[int, bool]] = {
     "e": (0, False),
     "r": (1, False),
@@ -48,8 +50,7 @@ def transform_map(patches: Tensor, element: str) -> Tensor:
 
 
 def _parts(element: str) -> tuple[int, bool]:
-    if element not in SYMMETRIES:
-        raise ValueError(f"unknown symmetry {element!r}; known: {', '.join(SYMMETRIES)}")
+    check_word("symmetry", element, SYMMETRIES)
     return SYMMETRIES[element]
 
 

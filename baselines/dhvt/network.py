@@ -14,7 +14,7 @@ from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
 from baselines.dhvt.norms import check_sync
 from baselines.dhvt.stem import OverlappingPatchEmbed
 from baselines.tapped import TappedTrunk, check_sizes
-from utils.ranges import check_range
+from utils.ranges import check_range, check_word
 from vit.stochastic_depth import drop_path_rates
 from vit.trunk import init_linear
 
@@ -64,8 +64,7 @@ class DHVT(TappedTrunk):
     ) -> None:
         if distilled:
             raise ValueError("DHVT has no distilled form; use distilled=False")
-        if decay not in DECAYS:
-            raise ValueError(f"unknown decay {decay!r}; known: {', '.join(DECAYS)}")
+        check_word("decay", decay, DECAYS)
         check_sync(sync_batch_norm)
         check_sizes(patch_size=patch_size, num_heads=num_heads)
         check_range("attn_drop_rate", attn_drop_rate, 0, 1, ends="[)")

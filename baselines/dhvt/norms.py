@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.ranges import check_word
+
 SYNC = ("all", "stem", "none")
 
 
@@ -21,6 +23,4 @@ def batch_norm(channels: int, *, sync: bool = True) -> nn.BatchNorm2d | nn.SyncB
 
 def check_sync(sync_batch_norm: str) -> None:
     """Refuse an unknown choice of norms to synchronise."""
-    if sync_batch_norm not in SYNC:
-        known = ", ".join(SYNC)
-        raise ValueError(f"unknown sync_batch_norm {sync_batch_norm!r}; known: {known}")
+    check_word("sync_batch_norm", sync_batch_norm, SYNC)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.regular_gelu import regular_gelu
+from utils.ranges import check_word
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -38,8 +39,7 @@ class RegularActivation(nn.Module):
 
     def __init__(self, kind: str = "gelu", *, num_signs: int = 1) -> None:
         super().__init__()
-        if kind not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {kind!r}; known: {', '.join(ACTIVATIONS)}")
+        check_word("activation", kind, ACTIVATIONS)
         self.kind, self.num_signs = kind, num_signs
         self.transform = hadamard(num_signs)
 

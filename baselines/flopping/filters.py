@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from octic.groups import get_group
 from octic.layers import OcticLinear, channels_per_copy
 from octic.patch_embed import OcticLift
+from utils.ranges import check_word
 
 MIRROR = get_group("mirror")
 DEPTHWISE = ("full", "symmetric")
@@ -98,8 +99,7 @@ class MirrorDepthwiseConv(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"the depthwise kernel's side must be odd, not {kernel_size}")
-        if mixing not in DEPTHWISE:
-            raise ValueError(f"unknown depthwise mixing {mixing!r}; known: {', '.join(DEPTHWISE)}")
+        check_word("depthwise", mixing, DEPTHWISE)
         parts = 4 if mixing == "full" else 2
         if dim % parts:
             nearest = max(1, round(dim / parts)) * parts

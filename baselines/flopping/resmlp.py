@@ -24,6 +24,7 @@ from baselines.flopping.net import Net, Stage, check_drop_path
 from octic.invariants import make_invariantization
 from octic.irrep_linear import irrep_linear
 from octic.layers import channels_per_copy
+from utils.ranges import check_word
 from vit.trunk import init_linear
 
 POOLINGS = ("spectrum", "space")
@@ -248,8 +249,7 @@ class MirrorResMlp(Net):
         affine_bias: bool = True,
     ) -> None:
         check_drop_path(drop_path_rate)
-        if pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
+        check_word("pooling", pooling, POOLINGS)
         if pooling == "spectrum" and invariant not in SPECTRAL:
             raise ValueError(f"pooling=spectrum goes with invariant {' or '.join(SPECTRAL)}")
         invariantization = make_invariantization(invariant, embed_dim, MIRROR)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from octic.groups import OCTIC_ELEMENTS, Element
+from utils.ranges import check_word
 
 TABLES = ("exact", "reference")
 # Name -> rotations, mirrorings or not; as on the published command line.
@@ -132,8 +133,7 @@ class PlaneGroup:
         right. reference: the published table, the same for rotations alone and for one mirroring,
         and not equivariant where a group holds both (Departs from GE-ViT: not the default).
         """
-        if table not in TABLES:
-            raise ValueError(f"unknown group_table {table!r}; known: {', '.join(TABLES)}")
+        check_word("group_table", table, TABLES)
         count = range(self.order)
         entry = self._exact if table == "exact" else self._published
         return np.array([[[entry(v, g, m) for m in count] for g in count] for v in count])
@@ -166,8 +166,7 @@ def get_group(name: "str | PlaneGroup" = "p4") -> PlaneGroup:
     """The group of a name: z2, p4, p8, p12, p16, mz2 (mirroring alone), p4m, p8m."""
     if isinstance(name, PlaneGroup):
         return name
-    if name not in GROUPS:
-        raise ValueError(f"unknown group {name!r}; known: {', '.join(GROUPS)}")
+    check_word("group", name, GROUPS)
     return PlaneGroup(*GROUPS[name])
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.ranges import check_word
+
 EPS = 1e-12
 
 
@@ -39,15 +41,13 @@ ACTIVATIONS = {"swish": Swish, "relu": nn.ReLU}
 
 def make_norm(name: str, channels: int) -> nn.Module:
     """Norm of a group map [B C G H W]: `layer` or `batch`."""
-    if name not in NORMS:
-        raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+    check_word("norm", name, NORMS)
     return NORMS[name](channels)
 
 
 def make_activation(name: str) -> nn.Module:
     """Activation: `swish` or `relu`."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown act {name!r}; known: {', '.join(ACTIVATIONS)}")
+    check_word("act", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 

@@ -18,7 +18,7 @@ from baselines.gevit.layers import initialise, make_activation, make_norm
 from baselines.gevit.plan import Halve, LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
-from utils.ranges import check_share
+from utils.ranges import check_share, check_word
 from vit.backbone import Features
 from vit.trunk import take_indices
 
@@ -352,8 +352,7 @@ class GEViT(nn.Module):
 def _make_stem(
     stem: str, group: PlaneGroup, in_chans: int, num_channels: int, options: dict[str, Any]
 ) -> PatchStem | GCNN | None:
-    if stem not in STEMS:
-        raise ValueError(f"unknown stem {stem!r}; known: {', '.join(STEMS)}")
+    check_word("stem", stem, STEMS)
     if stem == "none":
         if options:
             raise ValueError(f"stem_options {', '.join(options)} go with stem=patch or stem=gcnn")

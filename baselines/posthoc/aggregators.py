@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.ranges import check_count
+from utils.ranges import check_count, check_word
 
 FORMS = ("sound", "published")
 EPSILON = 1e-8  # of the published log-odds
@@ -28,8 +28,7 @@ class Aggregator(nn.Module):
 
     def __init__(self, *, form: str = "sound") -> None:
         super().__init__()
-        if form not in FORMS:
-            raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+        check_word("form", form, FORMS)
         # For most aggregators the published form has no fault.
         self.form = form if form in self.forms else "sound"
 
@@ -221,8 +220,7 @@ def make_aggregator(
     """
     if isinstance(name, Aggregator):
         return copy.deepcopy(name)
-    if name not in AGGREGATORS:
-        raise ValueError(f"unknown aggregator {name!r}; known: {', '.join(AGGREGATORS)}")
+    check_word("aggregator", name, AGGREGATORS)
     if name not in LEARNED:
         if options:
             raise ValueError(f"aggregator {name} takes no {', '.join(options)}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from utils.ranges import check_word
 from utils.symmetry import SYMMETRIES
 
 INTERPOLATIONS = ("bilinear", "nearest")
@@ -61,14 +62,8 @@ class CopyGroup:
     ) -> None:
         self.name = name
         self.num_rotations, self.mirrored = parse_group(name)
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"unknown interpolation {interpolation!r}; known: {', '.join(INTERPOLATIONS)}"
-            )
-        if rectangular not in RECTANGULAR:
-            raise ValueError(
-                f"unknown rectangular {rectangular!r}; known: {', '.join(RECTANGULAR)}"
-            )
+        check_word("interpolation", interpolation, INTERPOLATIONS)
+        check_word("rectangular", rectangular, RECTANGULAR)
         if rectangular == "crop" and interpolation != "nearest":
             raise ValueError("rectangular=crop goes with interpolation=nearest alone")
         self.fill = _checked_fill(fill)

@@ -21,7 +21,7 @@ from baselines.posthoc.keys import rename_state
 from baselines.posthoc.split import Pair, find_split, head_classes, head_width
 from baselines.wrapping import make_backbone
 from utils.config.build import keywords_of
-from utils.ranges import check_count
+from utils.ranges import check_count, check_word
 from vit.backbone import Features
 
 TRAINED = ("none", "aggregator", "head", "all")
@@ -68,8 +68,7 @@ class Symmetrized(nn.Module):
         aggregator_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if output not in OUTPUTS:
-            raise ValueError(f"unknown output {output!r}; known: {', '.join(OUTPUTS)}")
+        check_word("output", output, OUTPUTS)
         check_count("chunk", chunk)
         self.model = backbone if isinstance(backbone, nn.Module) else Pair(*backbone)
         self.split = find_split(self.model)
@@ -145,8 +144,7 @@ class Symmetrized(nn.Module):
 
     def set_trained(self, trained: str) -> None:
         """Choose what takes gradients, see `trained`; ValueError if that would be nothing."""
-        if trained not in TRAINED:
-            raise ValueError(f"unknown trained {trained!r}; known: {', '.join(TRAINED)}")
+        check_word("trained", trained, TRAINED)
         if trained == "aggregator" and not self.aggregator.learned:
             raise ValueError(
                 f"aggregator {self.aggregator_name} has nothing to train; trained=head, all or none"

@@ -20,6 +20,7 @@ from baselines.posthoc.symmetrized import Symmetrized
 from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
+from utils.ranges import check_count
 
 
 class Embedded(NamedTuple):
@@ -78,8 +79,8 @@ class PosthocTraining:
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        if batch_size < 1 or (epochs is not None and epochs < 1):
-            raise ValueError(f"{batch_size=} and {epochs=} must be at least 1")
+        check_count("batch_size", batch_size, 1)
+        check_count("epochs", 1 if epochs is None else epochs, 1)
         self.lr, self.epochs, self.batch_size = lr, epochs, batch_size
         self.weight_decay, self.augmentation = weight_decay, augmentation
         self.optimizer = optimizer or torch.optim.Adam

@@ -15,7 +15,7 @@ from baselines.token_reduction.draws import Draws, block_range, check_draw
 from baselines.token_reduction.options import check_flags
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
 from utils.precision import at_least_float32
-from utils.ranges import check_count
+from utils.ranges import check_count, check_word
 
 BUCKET = 8.0  # width of a hash bucket
 FORMS = ("sound", "published")
@@ -127,8 +127,7 @@ class ClusteredAttention(Reducer):
         form: str = "sound",
         seed: int | None = 0,
     ) -> None:
-        if form not in FORMS:
-            raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+        check_word("form", form, FORMS)
         check_draw(start, stop, seed)
         check_flags(group_queries=group_queries, group_keys=group_keys)
         for name, count in (("query_hashes", query_hashes), ("key_hashes", key_hashes)):

@@ -22,6 +22,7 @@ from baselines.token_reduction.reducer import (
     check_class_token,
     rows_of,
 )
+from utils.ranges import check_word
 
 EPSILON = 1e-6
 RESIDUALS = ("raw", "normed")
@@ -105,8 +106,7 @@ class AdaptiveSampling(Reducer):
         residual: str = "raw",
         mask_padding: bool = True,
     ) -> None:
-        if residual not in RESIDUALS:
-            raise ValueError(f"unknown residual {residual!r}; known: {', '.join(RESIDUALS)}")
+        check_word("residual", residual, RESIDUALS)
         check_flags(drop_tokens=drop_tokens, mask_padding=mask_padding)
         if num_samples is not None and not _can_be_sampled(num_samples):
             raise ValueError(

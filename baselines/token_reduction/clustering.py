@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from baselines.token_reduction.options import check_counts, check_flags, each
 from baselines.token_reduction.reducer import Facts, Reducer, State, check_blocks
 from utils.precision import at_least_float32
-from utils.ranges import OutOfRange, check_count, check_range
+from utils.ranges import OutOfRange, check_count, check_range, check_word
 
 FORBIDDEN = 1e16  # added to the distance of a patch to a centroid outside of its window
 RECONSTRUCTIONS = ("sum", "l2")
@@ -146,9 +146,7 @@ class Hourglass(Reducer):
         # Above 0: nearer tokens weigh more.
         check_range("temperature", temperature, ends="()")
         check_range("reconstruction_temperature", reconstruction_temperature, ends="()")
-        if reconstruction not in RECONSTRUCTIONS:
-            known = ", ".join(RECONSTRUCTIONS)
-            raise ValueError(f"unknown reconstruction {reconstruction!r}; known: {known}")
+        check_word("reconstruction", reconstruction, RECONSTRUCTIONS)
         self.location, self.after_output = location, after_output
         self.clusters = None if num_clusters is None else cluster_grid(num_clusters)
         self.iterations, self.temperature, self.window = iterations, temperature, window

@@ -30,6 +30,7 @@ from baselines.token_reduction.reducer import (
     class_attention,
     rows_of,
 )
+from utils.ranges import check_word
 
 SCORES = ("class", "all")
 KEEP_RATE = 0.7  # the published one
@@ -80,8 +81,7 @@ class EViT(Reducer):
         fuse_token: bool = True,
         score: str = "class",
     ) -> None:
-        if score not in SCORES:
-            raise ValueError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
+        check_word("score", score, SCORES)
         check_flags(fuse_token=fuse_token)
         if keep_rates is not None and locations is not None:
             raise ValueError("locations and keep_rates both say where; give one of them")

@@ -11,6 +11,7 @@ from baselines.token_reduction.evo_vit import EvoViT
 from baselines.token_reduction.reducer import Reducer
 from baselines.token_reduction.smyrf import Smyrf
 from baselines.token_reduction.tome import ToMe
+from utils.ranges import OutOfRange, check_word
 
 METHODS: dict[str, type[Reducer]] = {
     "hourglass": Hourglass,
@@ -45,10 +46,8 @@ def make_reducer(method: str | Reducer, /, form: str = "sound", **options: Any) 
     """
     if isinstance(method, Reducer):
         return method
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    check_word("method", method, METHODS)
+    check_word("form", form, FORMS)
     known = inspect.signature(METHODS[method]).parameters
     strange = sorted(set(options) - set(known))
     if strange:
@@ -56,4 +55,7 @@ def make_reducer(method: str | Reducer, /, form: str = "sound", **options: Any) 
             f"{method} takes no {', '.join(strange)} (known: {', '.join(sorted(known))})"
         )
     preset = PUBLISHED.get(method, {}) if form == "published" else {}
-    return METHODS[method](**{**preset, **options})
+    try:
+        return METHODS[method](**{**preset, **options})
+    except OutOfRange as error:
+        raise OutOfRange(f"options.{error}") from error

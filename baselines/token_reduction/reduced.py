@@ -15,7 +15,6 @@ from baselines.token_reduction.hosts import find_host
 from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reducer import Reducer, State
 from baselines.wrapping import make_backbone
-from utils.ranges import OutOfRange
 from vit.backbone import Encoded, Features
 from vit.keys import from_published
 from vit.trunk import take_indices
@@ -267,9 +266,6 @@ def reduced(
     method, form, options: see `baselines.token_reduction.presets.make_reducer`. Other
     keywords go to the backbone: num_classes, img_size, drop_path_rate, ...
     """
-    try:
-        reducer = make_reducer(method, form=form, **(options or {}))
-    except OutOfRange as error:
-        raise OutOfRange(f"options.{error}") from error
+    reducer = make_reducer(method, form=form, **(options or {}))
     own = ("method", "form", "options")
     return Reduced(make_backbone(backbone, backbone_keywords, "Reduced", own), reducer)

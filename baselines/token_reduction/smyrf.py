@@ -14,6 +14,7 @@ from baselines.token_reduction.draws import Draws, block_range, check_draw
 from baselines.token_reduction.options import check_counts
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
 from utils.precision import at_least_float32
+from utils.ranges import check_word
 
 FORMS = ("sound", "published")
 
@@ -168,8 +169,7 @@ class Smyrf(Reducer):
         form: str = "sound",
         seed: int | None = 0,
     ) -> None:
-        if form not in FORMS:
-            raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+        check_word("form", form, FORMS)
         check_draw(start, stop, seed)
         check_counts(1, num_hashes=num_hashes, query_cluster_size=query_cluster_size)
         key_cluster_size = query_cluster_size if key_cluster_size is None else key_cluster_size

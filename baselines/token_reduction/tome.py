@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baselines.token_reduction.options import check_flags, each
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, rows_of
-from utils.ranges import check_count, check_range
+from utils.ranges import check_count, check_range, check_word
 
 MODES = ("mean", "sum", "amax")
 
@@ -114,8 +114,7 @@ def merge(matching: Matching, x: Tensor, mode: str = "mean") -> Tensor:
 
     mode: mean of a target and its sources, their sum, or their largest value (amax).
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown merge mode {mode!r}; known: {', '.join(MODES)}")
+    check_word("mode", mode, MODES)
     index = matching.chosen[..., None].expand(-1, -1, x.shape[-1])
     merged = rows_of(x, matching.targets).scatter_reduce(
         1, index, rows_of(x, matching.sources), reduce=mode, include_self=True

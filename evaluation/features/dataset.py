@@ -17,6 +17,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches
 from utils.errors import UserError
 from utils.precision import float32_products_in
+from utils.ranges import check_word
 from vit.backbone import Backbone, eval_mode
 
 logger = logging.getLogger(__name__)
@@ -222,8 +223,7 @@ def autocast_of(net: Backbone, precision: str) -> torch.dtype | None:
 @contextmanager
 def evaluating(net: Backbone, precision: str = "fp32") -> Iterator[torch.device]:
     """Eval mode and the autocast of `precision` for a `with` block; yields the net's device."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    check_word("precision", precision, PRECISIONS)
     device, dtype = device_of(net), autocast_of(net, precision)
     with (
         eval_mode(net) if isinstance(net, nn.Module) else nullcontext(),

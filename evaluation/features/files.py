@@ -26,6 +26,7 @@ from torch import Tensor
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.errors import UserError
+from utils.ranges import check_word
 
 FEATURES, LABELS, INDEX, META = "features.npy", "labels.npy", "index.csv", "meta.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -110,8 +111,7 @@ class FeatureWriter:
     """
 
     def __init__(self, folder: str | Path, *, dtype: str = "float32") -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        check_word("dtype", dtype, DTYPES)
         self.folder, self.dtype = Path(folder), dtype
         mark = distributed.broadcast_object(f"{socket.gethostname()}-{os.getpid()}")
         self.partial = self.folder.with_name(f".{self.folder.name}.{mark}.partial")

@@ -23,6 +23,7 @@ from utils.data.images import ImageDataset
 from utils.data.transforms import deit_evaluation_transform
 from utils.errors import UserError
 from utils.folders import make_folder
+from utils.ranges import check_count
 
 SHOWN = 8  # rows of the overview
 
@@ -117,8 +118,8 @@ class TokenMaskProbe:
         batch_size: int = 32,
         transform: Callable | None = None,
     ) -> None:
-        if num_images < 1 or batch_size < 1:
-            raise ValueError("num_images and batch_size must be at least 1")
+        check_count("num_images", num_images, 1)
+        check_count("batch_size", batch_size, 1)
         self.num_images, self.input_size = num_images, input_size
         self.eval_crop_ratio, self.batch_size = eval_crop_ratio, batch_size
         self.transform = transform

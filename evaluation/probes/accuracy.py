@@ -21,6 +21,7 @@ from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset
 from utils.data.transforms import deit_evaluation_transform
 from utils.errors import UserError
+from utils.ranges import check_count, check_word
 from utils.symmetry import SYMMETRIES, transform_image
 
 UPRIGHT = "e"
@@ -76,10 +77,8 @@ class AccuracyProbe:
         precision: str = "fp32",
         transform: Callable | None = None,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        check_word("precision", precision, PRECISIONS)
+        check_count("batch_size", batch_size, 1)
         self.input_size, self.eval_crop_ratio = input_size, eval_crop_ratio
         self.rot_eval, self.flop_eval, self.symmetries = rot_eval, flop_eval, symmetries
         self.batch_size, self.num_workers = batch_size, num_workers

@@ -17,11 +17,12 @@ from evaluation.probes.exams import Exam, TestSet, count_classes, prepare_exam
 from evaluation.probes.files import ProbeFiles, checksum
 from evaluation.probes.head_results import by_head, print_heads
 from evaluation.probes.run import HeadRun
-from evaluation.probes.training import HeadTraining, best_head, check_list
+from evaluation.probes.training import HeadTraining, best_head
 from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset, Subset
 from utils.errors import UserError
+from utils.ranges import check_list, check_range, check_words
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Backbone
 
@@ -65,15 +66,11 @@ class AttentiveProbe:
         resume: bool = True,
         on_error: str = "raise",
     ) -> None:
-        unknown = [name for name in representations if name not in REPRESENTATIONS]
-        if unknown or not representations:
-            known = ", ".join(REPRESENTATIONS)
-            raise ValueError(f"unknown representations {unknown}; known: {known}")
-        if not 0 <= warmup_epochs <= epochs:
-            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be 0 to epochs={epochs}")
+        check_words("representations", representations, REPRESENTATIONS)
+        check_range("warmup_epochs", warmup_epochs, 0, epochs)
         self.representations = [name for name in REPRESENTATIONS if name in representations]
-        self.learning_rates = check_list("learning_rates", learning_rates, above=0)
-        self.weight_decays = check_list("weight_decays", weight_decays, above=-1e-12)
+        self.learning_rates = check_list("learning_rates", learning_rates, 0, ends="()")
+        self.weight_decays = check_list("weight_decays", weight_decays, 0)
         self.warmup_epochs, self.resume = warmup_epochs, resume
         self.given = HeadTraining(
             epochs=epochs,

@@ -28,7 +28,7 @@ from evaluation.progress import say
 from evaluation.results import append_lines, write_results
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.ranges import check_count, check_range
+from utils.ranges import check_count, check_range, check_word
 from vit.backbone import Backbone
 
 Figures = dict[tuple[str, int], dict[int, float]]
@@ -72,11 +72,8 @@ class KnnProbe:
         check_count("num_tries", num_tries, 1)
         check_count("batch_size", batch_size, 1)
         check_count("chunk_size", chunk_size, 1)
-        if search_precision not in SEARCH_DTYPES:
-            known = ", ".join(SEARCH_DTYPES)
-            raise ValueError(f"unknown search_precision {search_precision!r}; known: {known}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        check_word("search_precision", search_precision, SEARCH_DTYPES)
+        check_word("precision", precision, PRECISIONS)
         if any(n == 0 for n in n_per_class_list):
             raise ValueError("n_per_class_list: 0 per class leave no neighbour; -1 means all")
         self.ks = list(dict.fromkeys(ks))  # in the order given, which is that of the results

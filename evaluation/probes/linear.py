@@ -26,11 +26,12 @@ from evaluation.probes.files import ProbeFiles, checksum
 from evaluation.probes.head_results import by_head, print_heads
 from evaluation.probes.linear_heads import LinearHeads, make_grid
 from evaluation.probes.run import HeadRun
-from evaluation.probes.training import HeadTraining, best_head, check_list
+from evaluation.probes.training import HeadTraining, best_head
 from evaluation.progress import say
 from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset
+from utils.ranges import check_distinct, check_list, check_word
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Backbone
 
@@ -103,13 +104,12 @@ class LinearProbe:
             on_error=on_error,
         )
         self.training = self.given  # completed from the data and the net when called
-        if select_on not in ("val", "train"):
-            raise ValueError(f"unknown select_on {select_on!r}; known: val, train")
+        check_word("select_on", select_on, ("val", "train"))
         # The head is chosen by this metric, so it must be one number, not one per class.
         check_metric(val_metric_type, [name for name in METRICS if name != "per_class_accuracy"])
-        self.n_last_blocks = check_list("n_last_blocks", n_last_blocks, above=0)
-        self.avgpools = check_list("avgpools", avgpools)
-        self.learning_rates = check_list("learning_rates", learning_rates, above=0)
+        self.n_last_blocks = check_list("n_last_blocks", n_last_blocks, 1)
+        self.avgpools = check_distinct("avgpools", avgpools)
+        self.learning_rates = check_list("learning_rates", learning_rates, 0, ends="()")
         self.eval_period, self.select_on, self.resume = eval_period, select_on, resume
         self.val_metric_type, self.val_class_mapping = val_metric_type, val_class_mapping
         self.real_labels, self.classifier = real_labels, classifier

@@ -18,6 +18,7 @@ from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.errors import UserError
+from utils.ranges import check_count, check_list, check_word
 from vit.backbone import Backbone
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -76,20 +77,18 @@ class LogregProbe:
         on_error: str = "raise",
         features_dir: str | None = None,
     ) -> None:
-        if not Cs or min(Cs) <= 0:
-            raise ValueError(f"Cs needs values above 0, got {list(Cs)}")
+        check_list("Cs", Cs, 0, ends="()")
         for name, value, known in (
             ("select_on", select_on, SELECT_ON),
             ("dtype", dtype, tuple(DTYPES)),
             ("precision", precision, tuple(PRECISIONS)),
             ("features_on", features_on, ("cpu", "device")),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+            check_word(name, value, known)
         if finetune is not None and select_on == "val":
             raise ValueError("select_on=val and finetune exclude each other: C is chosen on one")
-        if max_iter < 1 or chunk_size < 1:
-            raise ValueError(f"{max_iter=} and {chunk_size=} must be at least 1")
+        check_count("max_iter", max_iter, 1)
+        check_count("chunk_size", chunk_size, 1)
         self.Cs = sorted(set(Cs))
         self.select_on, self.finetune = select_on, finetune
         self.metric_type = check_metric(metric_type, METRICS)

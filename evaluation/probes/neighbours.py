@@ -14,6 +14,7 @@ from torch import Tensor
 from evaluation.features.dataset import full_float32_products
 from evaluation.probes.class_metrics import AnyMatchCounts
 from utils import distributed
+from utils.ranges import check_word
 
 SEARCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -42,8 +43,7 @@ def find_neighbours(
     `indices` [N] names the rows (default 0..N-1). Equal similarities are ordered by index, but
     which of several rows that tie for place k are found is undefined.
     """
-    if precision not in SEARCH_DTYPES:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(SEARCH_DTYPES)}")
+    check_word("precision", precision, SEARCH_DTYPES)
     device, dtype = queries.device, SEARCH_DTYPES[precision]
     names = torch.arange(len(rows)) if indices is None else indices
     blocks = queries.to(dtype).split(query_batch)

@@ -20,6 +20,7 @@ from evaluation.sample import image_size_of
 from utils import distributed
 from utils.errors import UserError
 from utils.flops import count_one_image
+from utils.ranges import check_count, check_word
 
 
 class ThroughputProbe:
@@ -41,10 +42,10 @@ class ThroughputProbe:
         input_size: int | None = None,
         precision: str = "fp32",
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-        if batch_size < 1 or steps < 1 or repeats < 2:
-            raise ValueError("batch_size and steps must be at least 1, repeats at least 2")
+        check_word("precision", precision, PRECISIONS)
+        check_count("batch_size", batch_size, 1)
+        check_count("steps", steps, 1)
+        check_count("repeats", repeats, 2)
         self.batch_size, self.steps, self.repeats = batch_size, steps, repeats
         self.input_size, self.precision = input_size, precision
 

@@ -25,6 +25,7 @@ from utils.data.samplers import SAMPLERS
 from utils.data.transforms import evaluation_transform, training_transform
 from utils.effective_batch import shared_batches
 from utils.errors import UserError
+from utils.ranges import check_count, check_word
 from utils.schedules import Schedule
 from vit.backbone import Backbone, Features
 
@@ -82,16 +83,14 @@ class HeadTraining:
         counts = ("epochs", "global_batch_size", "batch_size")
         for name in (*counts, "epoch_length", "resize_size", "crop_size"):
             value = getattr(self, name)
-            if (value is not None or name in counts) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if value is not None or name in counts:
+                check_count(name, value, 1)
         for name, known in (
             ("precision", PRECISIONS),
             ("sampler", SAMPLERS),
             ("on_error", ON_ERROR),
         ):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+            check_word(name, getattr(self, name), known)
 
     def on(self, num_images: int) -> "HeadTraining":
         """A copy with `epoch_length` set for that many training images, if it was None."""
@@ -306,15 +305,6 @@ def best_head(top1: Tensor) -> int:
     """Index of the highest of the fractions [H], the first one on a tie."""
     values = top1.tolist()
     return values.index(max(values))
-
-
-def check_list(name: str, values: Sequence[float], *, above: float | None = None) -> list:
-    """The values as a list; ValueError if it is empty, one is repeated, or one is too low."""
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name} is {list(values)}; it needs values, each of them once")
-    if above is not None and min(values) <= above:
-        raise ValueError(f"{name} holds {min(values)}; each must be above {above}")
-    return list(values)
 
 
 @torch.enable_grad()

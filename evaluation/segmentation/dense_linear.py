@@ -29,7 +29,7 @@ from evaluation.segmentation.sliding_window import corners, slide
 from utils import distributed
 from utils.data.loaders import evaluation_batches
 from utils.data.segmentation import SegmentationDataset
-from utils.ranges import check_count
+from utils.ranges import check_count, check_word
 from vit.backbone import Backbone
 
 NAME = "seg_linear"
@@ -77,8 +77,7 @@ class PixelLinearProbe:
         checkpoint_every: int = 1000,
         num_overlays: int = 6,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        check_word("precision", precision, PRECISIONS)
         check_count("num_overlays", num_overlays)
         if image_size < crop_size or not 0 < stride <= crop_size:
             raise ValueError(

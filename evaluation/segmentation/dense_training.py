@@ -4,6 +4,7 @@ Letters: B images of a micro-batch, S side of a crop, h w grid of patches, D cha
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from utils.checkpoints.checkpoint import Checkpoints
 from utils.data.loaders import training_batches
 from utils.data.segmentation import SegmentationDataset
 from utils.effective_batch import shared_batches
+from utils.ranges import check_count, check_order, check_range
 from vit.backbone import Backbone
 
 LOG_EVERY = 50
@@ -49,17 +51,10 @@ class HeadRecipe:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or not 0 <= self.warmup_steps <= self.num_steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} must lie between 0 and num_steps "
-                f"{self.num_steps}, which must be at least 1"
-            )
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"scale {list(self.scale)} must be two positive numbers, smaller first"
-            )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate {self.dropout_rate} must be at least 0 and below 1")
+        check_count("num_steps", self.num_steps, 1)
+        check_range("warmup_steps", self.warmup_steps, 0, self.num_steps)
+        check_order("scale", self.scale, 0, math.inf, ends="()")
+        check_range("dropout_rate", self.dropout_rate, 0, 1, ends="[)")
 
 
 class HeadTraining:

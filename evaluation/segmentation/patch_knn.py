@@ -26,6 +26,7 @@ from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
 from evaluation.segmentation.store import PatchStore
 from utils import distributed
+from utils.ranges import check_count, check_list, check_range, check_word, check_words
 
 GATHERED_ROWS = 8192  # queries read, standardised and shared at once
 SEARCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,17 +90,13 @@ class PatchKnn:
         query_batch: int = 1024,
         query_gb: float = 2.5,
     ) -> None:
-        if not num_neighbors or min(num_neighbors) < 1:
-            raise ValueError(f"num_neighbors must be 1 or more, got {list(num_neighbors)}")
-        unknown = [name for name in distances if name not in DISTANCES]
-        if unknown or not distances:
-            asked = f"unknown distance {unknown[0]!r}" if unknown else "no distance given"
-            raise ValueError(f"{asked}; known: {', '.join(DISTANCES)}")
-        if search_precision not in SEARCH_DTYPES:
-            known = ", ".join(SEARCH_DTYPES)
-            raise ValueError(f"unknown search_precision {search_precision!r}; known: {known}")
-        if subsampling < 1 or chunk_size < 1 or query_batch < 1 or query_gb <= 0:
-            raise ValueError("subsampling, chunk_size, query_batch and query_gb must be positive")
+        check_list("num_neighbors", num_neighbors, 1)
+        check_words("distances", distances, DISTANCES)
+        check_word("search_precision", search_precision, SEARCH_DTYPES)
+        check_count("subsampling", subsampling, 1)
+        check_count("chunk_size", chunk_size, 1)
+        check_count("query_batch", query_batch, 1)
+        check_range("query_gb", query_gb, ends="()")
         self.num_neighbors, self.distances = list(num_neighbors), list(distances)
         self.search_precision, self.subsampling = search_precision, subsampling
         self.chunk_size, self.query_batch, self.query_gb = chunk_size, query_batch, query_gb

@@ -17,6 +17,7 @@ from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
 from evaluation.segmentation.store import PatchStore
 from utils import distributed
 from utils.errors import UserError
+from utils.ranges import check_count, check_list
 
 # 10^linspace(-6, 5, 8), to the last digit, because they are part of the published keys.
 PUBLISHED_C = (
@@ -51,10 +52,11 @@ class PatchLogreg:
         chunk_size: int = 65536,
         hold_gb: float | None = None,
     ) -> None:
-        if not C or min(C) <= 0:
-            raise ValueError(f"C must be positive numbers, got {list(C)}")
-        if min(max_iter, history, subsampling, chunk_size) < 1:
-            raise ValueError("max_iter, history, subsampling and chunk_size must be 1 or more")
+        check_list("C", C, 0, ends="()")
+        check_count("max_iter", max_iter, 1)
+        check_count("history", history, 1)
+        check_count("subsampling", subsampling, 1)
+        check_count("chunk_size", chunk_size, 1)
         self.C, self.max_iter, self.tol, self.history = list(map(float, C)), max_iter, tol, history
         self.warm_start, self.subsampling = warm_start, subsampling
         self.chunk_size, self.hold_gb = chunk_size, hold_gb

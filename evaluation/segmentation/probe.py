@@ -35,6 +35,7 @@ from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.segmentation import SegmentationDataset
 from utils.errors import UserError
+from utils.ranges import check_word, check_words
 from vit.backbone import Backbone
 
 MOMENT_ROWS = 16384  # float64 copies of this many rows are made
@@ -80,10 +81,10 @@ class SegmentationProbe:
         dump_predictions: bool = False,
         dump_classifier: bool = False,
     ) -> None:
-        _check_word("classifier", classifiers, CLASSIFIERS)
-        _check_word("standardization", [standardization], METHODS)
-        _check_word("precision", [precision], ["auto", *PRECISIONS])
-        _check_word("feature_dtype", [feature_dtype], FEATURE_DTYPES)
+        check_words("classifiers", classifiers, CLASSIFIERS)
+        check_word("standardization", standardization, METHODS)
+        check_word("precision", precision, ("auto", *PRECISIONS))
+        check_word("feature_dtype", feature_dtype, FEATURE_DTYPES)
         self.train, self.val, self.test, self.seed = train, val, test, seed
         known: dict[str, PatchKnn | PatchLogreg] = {
             "knn": knn or PatchKnn(),
@@ -312,10 +313,3 @@ class SegmentationProbe:
         write_results(
             folder, "segmentation", protocol=self.protocol | {"step": step}, figures=outcomes
         )
-
-
-def _check_word(what: str, given: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
-    unknown = [word for word in given if word not in known]
-    if unknown or not given:
-        asked = f"unknown {what} {unknown[0]!r}" if unknown else f"no {what} given"
-        raise ValueError(f"{asked}; known: {', '.join(known)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from evaluation.features.dataset import full_float32_products
 from utils import distributed
 from utils.errors import UserError
+from utils.ranges import check_word
 
 METHODS = ("StandardScaler", "center", "center_div", "RobustScaler", "pca", "pca_whiten", "none")
 QUANTILE_ROWS = 65536
@@ -60,8 +61,7 @@ def fit_standardizer(
     They are scikit-learn's, but center_div divides the centred features by one standard deviation,
     of all entries about their common mean, plus 1e-8. Moments are sums in float64.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown standardization {method!r}; known: {', '.join(METHODS)}")
+    check_word("standardization", method, METHODS)
     if method == "none":
         return Standardizer()
     if method == "RobustScaler":

@@ -18,7 +18,7 @@ def test_rows_sum_to_one_in_both_modes():
 
 
 def test_unknown_mode_lists_the_known_ones():
-    with pytest.raises(ValueError, match="known: centering, sinkhorn_knopp"):
+    with pytest.raises(ValueError, match="centering must be one of centering, sinkhorn_knopp"):
         Targets(10, centering="sinkhorn")
 
 

@@ -34,9 +34,9 @@ def test_logits_are_cosines_times_lengths():
 
 
 def test_a_head_without_layers_or_prototypes_is_refused():
-    with pytest.raises(ValueError, match="num_layers of a head must be at least 1"):
+    with pytest.raises(ValueError, match="num_layers must be a whole number from 1"):
         make_head(num_layers=0)
-    with pytest.raises(ValueError, match="num_prototypes of a head must be at least 1"):
+    with pytest.raises(ValueError, match="num_prototypes must be a whole number from 1"):
         DINOHead(6, num_prototypes=0)
 
 

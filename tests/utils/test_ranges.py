@@ -63,7 +63,7 @@ CASES = {
         ("recipe.augmentation.flip_probability=3", "recipe.augmentation.flip_probability must"),
         ("recipe.effective_batch_size=-64", "recipe.effective_batch_size must be a whole"),
         ("recipe.num_workers=-1", "recipe.num_workers must be a whole number from 0, not -1"),
-        ("recipe.sampler=none", "recipe: unknown sampler 'none'"),
+        ("recipe.sampler=none", "recipe.sampler must be one of .*not 'none'"),
         ("recipe.seed=-1", "recipe.seed must be a whole number"),
         ("optimizer.betas=[2,3]", r"optimizer.betas must lie in \[0, 1\)"),
         ("training.precision=fp8", "training.precision=fp8 is unknown"),

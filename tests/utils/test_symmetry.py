@@ -41,5 +41,5 @@ def test_map_moves_patches_and_leaves_channels():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="'rm'; known: e, r, rr"):
+    with pytest.raises(ValueError, match="symmetry must be one of e, r, rr"):
         transform_image(torch.zeros(2, 2), "rm")

@@ -31,7 +31,7 @@ from utils.data.sources import (
     Transform,
 )
 from utils.errors import UserError
-from utils.ranges import check_count
+from utils.ranges import check_count, check_word
 
 ON_ERROR = ("raise", "skip")
 # Part of every seed, so that those of samples, collation (masks) and evaluation never coincide.
@@ -46,10 +46,8 @@ def check_loading(
     """ValueError for bad options of a loader; recipes call it early, in their constructors."""
     check_count("num_workers", num_workers)
     check_count("seed", seed)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    if on_error not in ON_ERROR:
-        raise ValueError(f"unknown on_error {on_error!r}; known: {', '.join(ON_ERROR)}")
+    check_word("sampler", sampler, SAMPLERS)
+    check_word("on_error", on_error, ON_ERROR)
 
 
 class TrainingBatches:

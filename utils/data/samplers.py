@@ -18,6 +18,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DistributedSampler
 
+from utils.ranges import check_word
+
 SAMPLERS = (
     "shuffled",
     "sharded_infinite",
@@ -44,8 +46,7 @@ def rank_indices(
     Starting anywhere gives the same as starting at 0 and skipping. ValueError for an unknown
     sampler and for too few images.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    check_word("sampler", sampler, SAMPLERS)
     if sampler == "shuffled":
         return _shuffled_rank(sample_count, seed, batch_size, first_batch, rank, world_size)
     first = first_batch * batch_size

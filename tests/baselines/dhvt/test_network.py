@@ -206,8 +206,8 @@ def test_an_image_alone_has_the_gradients_it_has_in_a_batch(patch_size):
     [
         ({"patch_size": 8}, "patches of 2, 4, 16 pixels, not of 8"),
         ({"distilled": True}, "no distilled form"),
-        ({"decay": "none"}, "known: exempt, published"),
-        ({"sync_batch_norm": "some"}, "known: all, stem, none"),
+        ({"decay": "none"}, "decay must be one of exempt, published"),
+        ({"sync_batch_norm": "some"}, "sync_batch_norm must be one of all, stem, none"),
         ({"embed_dim": 17, "num_heads": 1}, "not a multiple of 2"),
         ({"num_heads": 3}, "num_heads 3"),
         ({"num_heads": 0}, "num_heads must be a whole number from 1, not 0"),

@@ -244,7 +244,7 @@ def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
         ),
         (lambda: resmlp(patch_size=5, img_size=40), "even number of columns"),
         (lambda: resmlp(embed_dim=15), "not a multiple of 2"),
-        (lambda: resmlp(pooling="max"), "known: spectrum, space"),
+        (lambda: resmlp(pooling="max"), "pooling must be one of spectrum, space"),
         (lambda: resmlp(invariant="canonization"), "trivial or power_spectrum"),
         (lambda: resmlp(invariant="abs", pooling="space"), "unknown invariantization 'abs'"),
         (lambda: convnext(img_size=48), "width must be a multiple of 32"),
@@ -252,7 +252,7 @@ def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
         (lambda: convnext()(torch.zeros(1, 1, 64, 64).double()), "for a network of 3 channels"),
         (lambda: convnext(dims=(8, 12, 16, 22)), "22 is not a multiple of 4"),
         (lambda: convnext(dims=(8, 12)), "not of equal length"),
-        (lambda: convnext(downsampling="max"), "known: conv, mean"),
+        (lambda: convnext(downsampling="max"), "downsampling must be one of conv, mean"),
         *(
             (lambda make=make, rate=rate: make(rate), rf"drop_path_rate must lie.*, not {rate}")
             for make in (

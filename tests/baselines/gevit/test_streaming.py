@@ -158,7 +158,7 @@ def test_half_precision(dtype):
         (lambda: GroupSelfAttention("p4", 2, 6, 3, 2, window=4), "odd side.*4 is even"),
         (lambda: GroupSelfAttention("p4", 2, 6, 3, 2, window=-3), "positive odd side, not -3"),
         (lambda: GroupSelfAttention("p4", 2, 6, 3, 2), "needs a window, or map_size"),
-        (lambda: GroupSelfAttention("q4", 2, 6, 3, 2, window=3), "unknown group 'q4'"),
+        (lambda: GroupSelfAttention("q4", 2, 6, 3, 2, window=3), "group must be one of .*not 'q4'"),
     ],
 )
 def test_settings_that_cannot_be(make, said):

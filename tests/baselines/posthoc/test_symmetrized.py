@@ -317,8 +317,8 @@ def test_no_images_give_no_logits(group, options):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"output": "features"}, "unknown output 'features'; known: logits, embedding, map"),
-        ({"trained": "tail"}, "unknown trained 'tail'; known: none, aggregator, head, all"),
+        ({"output": "features"}, "output must be one of logits, embedding, map"),
+        ({"trained": "tail"}, "trained must be one of none, aggregator, head, all"),
         ({"trained": "aggregator"}, "aggregator mean has nothing to train"),
         ({"chunk": -1}, "chunk must be a whole number from 0, not -1"),
         ({"chunk": 1.5}, "chunk must be a whole number from 0, not 1.5"),

@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_weights():
 def test_nothing_to_train_is_one_line():
     with pytest.raises(UserError, match="trained=none leaves nothing to train"):
         fit(wrapped("none"))
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="epochs must be a whole number from 1"):
         PosthocTraining(epochs=0)
 
 

@@ -179,7 +179,7 @@ def test_bad_options_of_the_hourglass_are_one_line():
         "no square number; 9 and 16 are": lambda: clustering.Hourglass(1, 12),
         "window 4 must be odd": lambda: clustering.Hourglass(window=4),
         "iterations": lambda: clustering.Hourglass(iterations=-1),
-        "unknown reconstruction": lambda: clustering.Hourglass(reconstruction="l1"),
+        "reconstruction must be one of": lambda: clustering.Hourglass(reconstruction="l1"),
         "9 x 9 clusters of 8 x 8": lambda: reduced("ours", "hourglass", num_clusters=81)(images()),
     }
     for message, call in cases.items():

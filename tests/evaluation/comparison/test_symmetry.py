@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line(words, said, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["posthoc.aggregators=[mean,media]"], "unknown aggregator 'media'"),
+        (["posthoc.aggregators=[mean,media]"], "aggregator must be one of .*not 'media'"),
         (["posthoc.validation_share=1.0"], "leave nothing"),
     ],
 )

@@ -224,7 +224,7 @@ def test_mistakes_are_one_line(tmp_path):
     images.labels = -np.ones(6, dtype=np.int64)
     with pytest.raises(UserError, match="without labels"):
         probe(ToyClassifier(), {"val": images}, tmp_path)
-    with pytest.raises(ValueError, match="unknown precision"):
+    with pytest.raises(ValueError, match="precision must be one of .*not 'fp8'"):
         AccuracyProbe(precision="fp8")
 
 

@@ -170,11 +170,14 @@ def test_a_net_without_patches(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"representations": ["cls", "tokens"]}, "'tokens'.*known: cls, avg_patch, patch"),
-        ({"representations": []}, "known: cls, avg_patch, patch"),
-        ({"warmup_epochs": 5}, "warmup_epochs is 5; it must be 0 to epochs=4"),
-        ({"weight_decays": (-1.0,)}, "weight_decays holds -1"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        (
+            {"representations": ["cls", "tokens"]},
+            "representations must be one of cls, avg_patch",
+        ),
+        ({"representations": []}, "representations must be a list of cls"),
+        ({"warmup_epochs": 5}, "warmup_epochs must lie in .0, 4., not 5"),
+        ({"weight_decays": (-1.0,)}, "weight_decays must be finite and at least 0, not -1"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
     ],
 )
 def test_wrong_options_are_one_line(options, message):

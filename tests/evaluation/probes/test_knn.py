@@ -96,8 +96,8 @@ def test_images_without_labels_are_refused(tmp_path):
     [
         ({"ks": ()}, "at least 1"),
         ({"ks": (0, 5)}, "at least 1"),
-        ({"search_precision": "bf16"}, "known: fp32, fp16"),
-        ({"precision": "half"}, "known: fp32, bf16, fp16"),
+        ({"search_precision": "bf16"}, "search_precision must be one of fp32, fp16"),
+        ({"precision": "half"}, "precision must be one of fp32, bf16, fp16"),
         ({"n_per_class_list": (0,)}, "-1 means all"),
         ({"num_tries": 0}, "num_tries must be a whole number from 1"),
         ({"chunk_size": 0}, "chunk_size must be a whole number from 1"),

@@ -172,12 +172,12 @@ def test_any_backbone(backbone, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"Cs": [0.0]}, "values above 0"),
-        ({"Cs": []}, "values above 0"),
-        ({"select_on": "test"}, "unknown select_on 'test'; known: train, val"),
+        ({"Cs": [0.0]}, "Cs must be finite and above 0"),
+        ({"Cs": []}, "Cs needs values"),
+        ({"select_on": "test"}, "select_on must be one of train, val"),
         ({"metric_type": "per_class_accuracy"}, "known: mean_accuracy, mean_per_class_accuracy"),
-        ({"dtype": "fp16"}, "unknown dtype 'fp16'; known: float64, float32"),
-        ({"precision": "half"}, "known: fp32, bf16, fp16"),
+        ({"dtype": "fp16"}, "dtype must be one of float64, float32"),
+        ({"precision": "half"}, "precision must be one of fp32, bf16, fp16"),
         ({"select_on": "val", "finetune": ToyImages(3, 0)}, "exclude each other"),
     ],
 )

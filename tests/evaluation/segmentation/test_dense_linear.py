@@ -321,13 +321,13 @@ class Blind(ToyNet):
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
-    ({"precision": "fp8"}, "unknown precision 'fp8'"),
+    ({"precision": "fp8"}, "precision must be one of .*not 'fp8'"),
     ({"image_size": 8}, "image_size 8 must be at least crop_size 16"),
     ({"stride": 17}, "stride 17"),
     ({"num_overlays": -1}, "num_overlays must be a whole number from 0"),
-    ({"warmup_steps": 7}, "warmup_steps 7 must lie between 0 and num_steps 6"),
-    ({"scale": (2.0, 0.5)}, "scale .2.0, 0.5. must be two positive numbers"),
-    ({"dropout_rate": 1.0}, "dropout_rate 1.0"),
+    ({"warmup_steps": 7}, "warmup_steps must lie in .0, 6., not 7"),
+    ({"scale": (2.0, 0.5)}, "scale takes the lesser value first"),
+    ({"dropout_rate": 1.0}, "dropout_rate must lie in .0, 1., not 1.0"),
 ])  # fmt: skip
 def test_bad_settings_are_one_line(changes, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as error:

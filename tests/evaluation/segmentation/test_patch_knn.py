@@ -140,14 +140,14 @@ def test_processes_find_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_neighbors": [0]}, "num_neighbors must be 1 or more"),
+        ({"num_neighbors": [0]}, "num_neighbors must be finite and at least 1, not 0"),
         (
             {"distances": ["L3"]},
-            "unknown distance 'L3'; known: cosine, L2, L1, Linf, ",
+            "distances must be one of cosine, L2, L1, Linf, ",
         ),
-        ({"distances": []}, "no distance given"),
-        ({"search_precision": "fp8"}, "unknown search_precision 'fp8'; known: fp32, bf16"),
-        ({"chunk_size": 0}, "must be positive"),
+        ({"distances": []}, "distances must be a list of cosine, L2"),
+        ({"search_precision": "fp8"}, "search_precision must be one of fp32, bf16"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number from 1"),
     ],
 )
 def test_mistakes(settings, message):

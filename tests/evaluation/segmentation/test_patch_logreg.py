@@ -83,7 +83,7 @@ def test_published_grid():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="C must be positive numbers"):
+    with pytest.raises(ValueError, match="C must be finite and above 0"):
         PatchLogreg(C=[0.0])
-    with pytest.raises(ValueError, match="must be 1 or more"):
+    with pytest.raises(ValueError, match="max_iter must be a whole number from 1"):
         PatchLogreg(max_iter=0)

@@ -216,11 +216,11 @@ def test_within_a_judgement(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"classifiers": ["linear"]}, "unknown classifier 'linear'; known: logreg, knn"),
-        ({"classifiers": []}, "no classifier given"),
-        ({"standardization": "zscore"}, "unknown standardization 'zscore'"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'; known: auto, fp32"),
-        ({"feature_dtype": "int8"}, "unknown feature_dtype 'int8'; known: fp32"),
+        ({"classifiers": ["linear"]}, "classifiers must be one of logreg, knn"),
+        ({"classifiers": []}, "classifiers must be a list of logreg, knn"),
+        ({"standardization": "zscore"}, "standardization must be one of .*not 'zscore'"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32"),
+        ({"feature_dtype": "int8"}, "feature_dtype must be one of fp32"),
         ({"ignore_labels": [-1]}, "ignore_labels lie between 0 and 255"),
     ],
 )

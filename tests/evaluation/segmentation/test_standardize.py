@@ -65,7 +65,7 @@ def test_quantiles_of_a_sample(monkeypatch):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="unknown standardization 'scale'; known: StandardScaler"):
+    with pytest.raises(ValueError, match="standardization must be one of StandardScaler"):
         fit_standardizer("scale", lambda: [rows()], dim=5)
     with pytest.raises(UserError, match="inf or nan"):
         fit_standardizer("center", lambda: [rows() / 0], dim=5)
