@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.judge import chosen_backbone, make_data, make_net
+from evaluation.judge import make_data
+from evaluation.nets import chosen_backbone, make_net
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps, patch_maps

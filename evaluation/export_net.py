@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.classifier import complete, count_classes
-from evaluation.judge import brings_weights, load_strictly, name_of, weights_file, weights_in_words
+from evaluation.nets import (
+    brings_weights,
+    complete,
+    count_classes,
+    load_strictly,
+    name_of,
+    weights_file,
+    weights_in_words,
+)
 from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.features.dataset import device_of
-from evaluation.judge import make_net, weights_file
+from evaluation.nets import make_net, weights_file
 from evaluation.progress import say
 from evaluation.sample import image_size_of
 from utils import distributed

@@ -21,7 +21,8 @@ from evaluation.features.files import (
     open_features,
 )
 from evaluation.image_size import settle_sizes
-from evaluation.judge import chosen_backbone, make_data, make_net
+from evaluation.judge import make_data
+from evaluation.nets import chosen_backbone, make_net
 from evaluation.progress import say
 from utils import distributed
 from utils.config.build import build, nearest, plain

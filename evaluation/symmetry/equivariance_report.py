@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.features.dataset import full_float32_products
-from evaluation.judge import chosen_backbone, make_net
+from evaluation.nets import chosen_backbone, make_net
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
 from evaluation.sample import image_size_of, num_classes_of, sample_images

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from evaluation.judge import make_net
+from evaluation.nets import make_net
 
 IMAGE_SIZE, PATCH_SIZE, EMBED_DIM, DEPTH = 32, 8, 64, 4
 OURS = {

@@ -5,7 +5,7 @@ import torch
 from torchvision.models.vision_transformer import VisionTransformer
 
 from evaluation.adapters import CallableBackbone, TorchvisionBackbone, encoder_from_file
-from evaluation.judge import make_net
+from evaluation.nets import make_net
 from tests.evaluation.backbones import BACKBONES, IMAGE_SIZE, make
 from utils.errors import UserError
 from vit.backbone import Backbone

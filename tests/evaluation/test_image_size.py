@@ -8,7 +8,8 @@ from evaluation.commands.eval_dinov2_classification import parse_evaluation
 from evaluation.commands.extract_features import parse_extraction
 from evaluation.features.extraction import extract
 from evaluation.image_size import built_for, settle_sizes
-from evaluation.judge import judge, make_net
+from evaluation.judge import judge
+from evaluation.nets import make_net
 from tests.evaluation.backbones import BACKBONES
 from utils.config.build import build
 from utils.config.compose import compose_config

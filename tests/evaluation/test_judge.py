@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evaluation.judge import _report, judge, make_net, weights_file, weights_in_words
+from evaluation.judge import _report, judge
+from evaluation.nets import make_net, weights_file, weights_in_words
 from evaluation.results import in_words
 from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES

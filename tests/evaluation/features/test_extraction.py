@@ -122,7 +122,7 @@ def test_probes_read_what_the_command_wrote(images, tmp_path, capsys):
     settings = config(images, tmp_path, split="train")
     settings["data"]["train"] = {"_target_": "utils.data.images.ImageFolder", "root": str(images)}
     extract(settings)
-    from evaluation.judge import make_net
+    from evaluation.nets import make_net
 
     net = make_net(settings["backbone"], None)
     options = {"resize_size": IMAGE_SIZE, "crop_size": IMAGE_SIZE}

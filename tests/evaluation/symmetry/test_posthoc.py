@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.classifier import complete, make_classifier
 from evaluation.commands.posthoc import parse_posthoc, read_posthoc_arguments
-from evaluation.judge import make_net
+from evaluation.nets import complete, make_classifier, make_net
 from evaluation.probes.accuracy import AccuracyProbe
 from evaluation.symmetry.posthoc import (
     ALONE,
