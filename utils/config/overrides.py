@@ -65,6 +65,11 @@ def known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any
     if override.is_force_add() or override.is_add():
         return line
     words = override.value()
+    if words == {} and OmegaConf.select(config, key, throw_on_missing=False):
+        raise UserError(
+            f"{line!r} changes nothing, as a mapping is merged into the one that is there; "
+            f"{key}=null leaves out all of it, ~{key}.NAME one key"
+        )
     if key in _OPEN and isinstance(words, dict):
         return f"++{line}"  # merge its keys into those of the files
     parent, _, name = key.rpartition(".")

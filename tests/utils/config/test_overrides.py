@@ -30,6 +30,14 @@ def test_a_null_may_be_filled_before_its_keys_are_set() -> None:
     assert config.recipe.mixing.mode == "elem" and config.probes.knn_2
 
 
+def test_an_empty_mapping_leaves_nothing_out_and_says_so() -> None:
+    """A reader takes `probes={}` for no probes; merged into those that are there, it is nothing."""
+    with pytest.raises(UserError, match="'probes={}' changes nothing.*; probes=null leaves out"):
+        compose_config("deit/quickstart.yaml", ["probes={}"])
+    assert compose_config("deit/quickstart.yaml", ["probes=null"]).probes is None
+    assert compose_config("deit/quickstart.yaml", ["cluster.env={}"]).cluster.env == {}
+
+
 def test_a_mapping_brings_what_its_constructor_takes() -> None:
     words = ["backbone={_target_:octic.models.hybrid_deit_small_patch16,group:C4}"]
     words += [

@@ -304,9 +304,11 @@ def test_an_error_in_a_loop_over_batches_ends_the_process(images: ImageFolder) -
     """Its workers do not hear Python's SIGTERM; the process must not wait for them for ever."""
     program = (
         "import sys\n"
+        "from torchvision.transforms import PILToTensor\n"
         "from utils.data.images import ImageFolder\n"
         "from utils.data.loaders import evaluation_batches\n"
-        "batches = evaluation_batches(ImageFolder(sys.argv[1]), lambda i: 0, 1, num_workers=1)\n"
+        "images = ImageFolder(sys.argv[1])\n"
+        "batches = evaluation_batches(images, PILToTensor(), 1, num_workers=1)\n"
         "for batch in batches:\n"
         "    raise ValueError('the net does not take it')\n"
     )
