@@ -5,6 +5,7 @@ a Slurm step, else it is alone. Torchrun comes first because it may run inside a
 """
 
 import datetime
+import functools
 import gc
 import os
 import re
@@ -228,7 +229,9 @@ def average_buffers(module: nn.Module) -> None:
     buffers = [b for b in module.buffers() if b.is_floating_point()]
     if world_size() == 1 or not buffers:
         return
-    mean = all_reduce_mean(torch.cat([buffer.flatten().float() for buffer in buffers]))
+    # Wide enough for the widest: tables in float64 would lose half of their digits in float32.
+    dtype = functools.reduce(torch.promote_types, (b.dtype for b in buffers), torch.float32)
+    mean = all_reduce_mean(torch.cat([buffer.flatten().to(dtype) for buffer in buffers]))
     parts = mean.split([buffer.numel() for buffer in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.view_as(buffer))

@@ -25,7 +25,8 @@ class Shrink:
     def rate_at(self, rate: float, step: int, epoch_length: int) -> float:
         """The rate of a training step for one that ends at `rate`; epoch_length in steps.
 
-        Where the cosine begins and ends is decided by whole epochs, as published.
+        Where the cosine begins and ends is decided by whole epochs, as published. One that is over
+        before its last epoch stays at the rate.
         """
         epoch = step // epoch_length
         if epoch < self.start_epoch:
@@ -33,4 +34,4 @@ class Shrink:
         if epoch >= self.start_epoch + self.epochs:
             return rate
         passed = (step - epoch_length * self.start_epoch) / (epoch_length * self.epochs)
-        return rate + (self.highest - rate) * 0.5 * (1 + math.cos(math.pi * passed))
+        return rate + (self.highest - rate) * 0.5 * (1 + math.cos(math.pi * min(passed, 1.0)))

@@ -198,7 +198,8 @@ class LiftingSelfAttention(_SelfAttention):
 
     def probabilities(self, images: Tensor) -> Tensor:
         """What each pixel attends to [B N G H W J], J positions row by row."""
-        return self.attend(images.unsqueeze(2), keep_probabilities=True).flatten(3, 4)
+        found = self.attend(images.unsqueeze(2), keep_probabilities=True)
+        return found[:, :, :, 0, :, :, 0]  # images have no group axis, nor have their keys
 
     def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
         return super()._heads(layer, x.squeeze(2)).unsqueeze(3)

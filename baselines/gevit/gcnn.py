@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.groups import Group, get_group, inverse, multiply
+from utils.ranges import check_count
 
 
 class LiftingConv(nn.Module):
@@ -98,11 +99,11 @@ class GCNN(nn.Module):
         group: str | Group = "D4",
     ) -> None:
         super().__init__()
-        if num_hidden < 1 or kernel_size < 1:
-            raise ValueError(
-                f"a G-CNN stem has at least one convolution of at least one pixel, not "
-                f"num_hidden {num_hidden} of kernel_size {kernel_size}"
-            )
+        check_count("out_channels", out_channels, 1)
+        check_count("hidden_channels", hidden_channels, 1)
+        check_count("kernel_size", kernel_size, 1)
+        check_count("num_hidden", num_hidden, 1)
+        check_count("pool", 1 if pool is None else pool, 1)
         self.group, self.pool, self.pool_group = get_group(group), pool, pool_group
         self.num_channels = out_channels
         self.shrinkage = num_hidden * (kernel_size - 1)

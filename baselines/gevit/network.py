@@ -18,7 +18,7 @@ from baselines.gevit.layers import initialise, make_activation, make_norm
 from baselines.gevit.plan import Halve, LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
-from utils.ranges import check_share, check_word
+from utils.ranges import check_count, check_share, check_word
 from vit.backbone import Features
 from vit.trunk import take_indices
 
@@ -84,6 +84,8 @@ class GEViT(nn.Module):
             raise ValueError(
                 f"GE-ViT has no stochastic depth: drop_path_rate must be 0, not {drop_path_rate}"
             )
+        check_count("in_chans", in_chans, 1)
+        check_count("num_channels", num_channels, 1)
         for key, rate in (
             ("value_drop_rate", value_drop_rate),
             ("input_drop_rate", input_drop_rate),

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.ranges import check_count
+
 Size = tuple[int, int]
 ODD = (
     "a pool of stride 2 drops a row or column of {0} x {1}, so turned or mirrored images give "
@@ -51,10 +53,13 @@ def make_plan(
     nothing. crop: pixels off each side after each block. even_pools: refuse pools of odd extents.
     ValueError, in one line, for lists of another length, maps that vanish and odd pools.
     """
-    if not sum(block_sizes) or min(block_sizes) < 0:
+    counts = list(block_sizes) if isinstance(block_sizes, Sequence) else []
+    for count in counts:
+        check_count("block_sizes", count)
+    if not sum(counts):
         raise ValueError(
             f"block_sizes are numbers of blocks, 0 or more each and some at least, not "
-            f"{list(block_sizes)}"
+            f"{counts or block_sizes}"
         )
     expansions = _spread("expansion", expansion or 1, len(block_sizes), "stage")
     crops = iter(_spread("crop", crop or 0, sum(block_sizes), "block"))
@@ -115,8 +120,10 @@ def _halved(size: Size, stage: int, even: bool) -> Size:
 
 
 def _spread(name: str, value: int | Sequence[int], count: int, what: str) -> list[int]:
-    if isinstance(value, int):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} {what}s: {list(value)}")
-    return list(value)
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} {what}s: {values}")
+    found = [one or 0 for one in values]
+    for one in found:
+        check_count(name, one)
+    return found

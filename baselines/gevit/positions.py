@@ -16,10 +16,10 @@ HIDDEN = 16  # channels inside the position functions
 
 def local_offsets(size: int) -> np.ndarray:
     """Offset (x right, y down) of each cell of a p x p window, in [-1, 1]: float64 [P 2]."""
-    if size < 1 or size % 2 == 0:
+    if not isinstance(size, int) or size < 1 or size % 2 == 0:
         raise ValueError(
             f"a window must have an odd side, to have a pixel in its middle; {size} is even"
-            if size > 0
+            if size > 0 and size % 2 == 0
             else f"a window must have a positive odd side, not {size}"
         )
     half = (size - 1) // 2

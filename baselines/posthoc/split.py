@@ -254,7 +254,7 @@ def _last_linear(model: nn.Module) -> str | None:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # Dropout and activations after the head, and auxiliary heads, do not count as the end.
+    # Dropout and activations after the head do not count as the end.
     passive = (nn.Dropout, nn.Identity, nn.Softmax, nn.LogSoftmax)
     for name, child in module.named_children():
         if not isinstance(child, passive):

@@ -20,6 +20,7 @@ from baselines.posthoc.symmetrized import Symmetrized
 from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
+from utils.randomness import ShieldedBatches, preserved_randomness, seed_everything
 from utils.ranges import check_count
 
 
@@ -100,9 +101,21 @@ class PosthocTraining:
 
         embedded: of both data sets, if the caller has them already from the same frozen backbone.
         """
-        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        if net.trained == "none" or not trained:
+        if net.trained == "none" or not any(p.requires_grad for p in net.parameters()):
             raise UserError(f"trained={net.trained} leaves nothing to train")
+        with preserved_randomness():
+            seed_everything(self.seed)  # of dropout, stochastic depth and single copies
+            return self._fit(net, train, validation, transform, shown, embedded)
+
+    def _fit(
+        self,
+        net: Symmetrized,
+        train: ImageDataset,
+        validation: ImageDataset,
+        transform: Callable,
+        shown: Callable[[str], None],
+        embedded: tuple[Embedded, Embedded] | None,
+    ) -> Fitted:
         epochs = self.epochs or (60 if isinstance(net.aggregator, LearnedAttention) else 25)
         cached = net.trained != "all" and self.augmentation is None
         if net.trained == "all":
@@ -113,7 +126,8 @@ class PosthocTraining:
         batches = (
             self._of_cache(stored[0], net) if cached else self._of_images(net, train, transform)
         )
-        optimizer = self.optimizer(trained.values(), lr=self.lr, weight_decay=self.weight_decay)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = self.optimizer(trained, lr=self.lr, weight_decay=self.weight_decay)
         best, best_epoch, kept = accuracy(net, judged()), 0, _state(net)
         for epoch in range(1, epochs + 1):
             loss = self._epoch(net, optimizer, batches(epoch))
@@ -173,13 +187,15 @@ class PosthocTraining:
         device, steps = device_of(net), max(1, len(train) // self.batch_size)
         if self.augmentation is not None:
             transform = Augmented(self.augmentation, transform)
-        endless = training_batches(
-            train,
-            transform,
-            _collate,
-            self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
+        endless = ShieldedBatches(
+            training_batches(
+                train,
+                transform,
+                _collate,
+                self.batch_size,
+                seed=self.seed,
+                num_workers=self.num_workers,
+            )
         )
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -191,8 +207,17 @@ class PosthocTraining:
 
 
 def answer(net: Symmetrized, source: Tensor) -> Tensor:
-    """Logits of images [B C H W], or of embeddings of all their copies [B T D]."""
-    return net.aggregate(source) if source.ndim == 3 else net(source)
+    """Logits of images [B C H W], or of embeddings of all their copies [B T D].
+
+    With `one_copy` a net in training reads one random copy of each, of embeddings too.
+    """
+    if source.ndim != 3:
+        return net(source)
+    if net.training and net.one_copy:
+        rows = torch.arange(len(source), device=source.device)
+        drawn = torch.randint(source.shape[1], (len(source),), device=source.device)
+        source = source[rows, drawn][:, None]
+    return net.aggregate(source)
 
 
 @torch.no_grad()

@@ -84,6 +84,23 @@ def test_the_average_follows_parameters_and_buffers():
             assert torch.equal(ours, theirs[name])
 
 
+def test_the_average_follows_the_statistics_of_all_processes(monkeypatch):
+    """Not those that one process had before they became one."""
+    recipe = make_recipe(ema_decay=0.75, backbone=make_timm)
+
+    def become_five(module):
+        for buffer in module.buffers():
+            buffer.fill_(5)
+
+    before = {name: b.clone() for name, b in recipe.ema.named_buffers() if b.is_floating_point()}
+    monkeypatch.setattr("deit.recipe.average_buffers", become_five)
+    recipe.after_step(0)
+    assert before and all((b == 5).all() for b in recipe.model.buffers())
+    ours = dict(recipe.ema.named_buffers())
+    for name, old in before.items():
+        torch.testing.assert_close(ours[name], 0.75 * old + 0.25 * 5)
+
+
 def test_export_chooses_model_or_average():
     recipe = make_recipe()
     assert recipe.exported is recipe.model and recipe.model.training and not recipe.ema.training

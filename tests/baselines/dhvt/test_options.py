@@ -40,3 +40,21 @@ def test_batch_norms_are_synchronised_where_that_is_asked_for(choice, stem, bloc
     for part, wanted in ((model.patch_embed, stem), (model.blocks, blocks)):
         norms = [m for m in part.modules() if "BatchNorm" in type(m).__name__]
         assert norms and all(isinstance(m, nn.SyncBatchNorm) == wanted for m in norms)
+
+
+def test_sizes_biases_and_norms_reach_every_block():
+    model = net(mlp_ratio=2.0, qkv_bias=False, norm_eps=1e-3)
+    for block in model.blocks:
+        assert block.mlp.conv1.out_channels == 2 * model.embed_dim
+        assert block.attn.qkv.bias is None
+        assert block.norm1.eps == block.norm2.eps == model.norm.eps == 1e-3
+
+
+def test_a_fresh_net_has_linear_layers_and_tokens_of_one_deviation():
+    """0.02; convolutions are torch's."""
+    model = net(embed_dim=64)
+    for name, parameter in model.named_parameters():
+        drawn = name.endswith(("cls_token", "pos_embed")) or "qkv.weight" in name
+        if drawn or name.endswith(("proj.weight", "compress.weight", "head.weight")):
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.3), name
+    assert float(model.blocks[0].mlp.conv1.weight.detach().std()) > 0.04

@@ -120,3 +120,14 @@ def test_published_schedule(step, rate):
         Shrink(epochs=-1)
     with pytest.raises(ValueError, match="shrink_start_epoch must be a number, not 'late'"):
         Shrink(start_epoch="late")
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 2.5])
+@pytest.mark.parametrize("start_epoch", [0, 1.5])
+def test_a_shrinking_rate_never_rises(start_epoch, epochs):
+    """Also where it begins or ends within an epoch: it stays at its end until the next one."""
+    shrink = Shrink(start_epoch=start_epoch, epochs=epochs)
+    rates = [shrink.rate_at(0.3, step, 8) for step in range(48)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0.3 and rates[0] == 1
+    ended = [rate for step, rate in enumerate(rates) if step >= 8 * (start_epoch + epochs)]
+    assert ended == pytest.approx([0.3] * len(ended), abs=1e-12)

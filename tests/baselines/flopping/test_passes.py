@@ -1,9 +1,12 @@
 """Ways through a net: the short one of training, and timm's maps of stages and blocks."""
 
+from itertools import combinations
+
 import pytest
 import timm
 import torch
 
+from baselines.flopping.activation import ACTIVATIONS
 from baselines.flopping.convnext import MirrorConvNeXt
 from baselines.flopping.plain import PlainConvNeXt, PlainResMlp
 from baselines.flopping.resmlp import MirrorResMlp
@@ -145,3 +148,51 @@ def test_the_smallest_image_is_one_place() -> None:
     net = convnext(img_size=32, num_classes=1)
     assert net(images(net)).shape == (2, 1)
     assert net.features(images(net))[0].patches.shape == (2, 1, 1, net.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "shapes"),
+    [
+        (
+            isotropic,
+            {"kernel_size": 5, "mlp_ratio": 2.0, "depthwise": "symmetric"},
+            {"stages.0.1.dwconv.sym_to_sym": (8, 1, 5, 3), "stages.0.1.pwconv1.lin_A1": (16, 8)},
+        ),
+        (
+            lambda **options: shaken(PlainConvNeXt(**{**ISOTROPIC, **options})),
+            {"kernel_size": 5, "mlp_ratio": 2.0},
+            {"stages.0.1.conv_dw": (16, 1, 5, 5), "stages.0.1.mlp.fc1": (32, 16)},
+        ),
+        (resmlp, {"mlp_ratio": 2.0}, {"blocks.1.mlp.fc1.lin_A1": (16, 8)}),
+        (
+            lambda **options: shaken(PlainResMlp(**{**RESMLP, **options})),
+            {"mlp_ratio": 2.0},
+            {"blocks.1.mlp_channels.fc1": (32, 16)},
+        ),
+    ],
+)
+def test_sizes_reach_every_block(make, options: dict, shapes: dict) -> None:
+    """Of kernels and hidden layers."""
+    state = make(**options).state_dict()
+    assert {name: tuple(state[f"{name}.weight"].shape) for name in shapes} == shapes
+
+
+@pytest.mark.parametrize("make", (resmlp, isotropic))
+def test_every_activation_is_a_function_of_its_own(make) -> None:
+    """Of the same weights."""
+    nets = [make(activation=kind) for kind in ACTIVATIONS]
+    x, found = images(nets[0]), []
+    for net in nets:
+        net.load_state_dict(nets[0].state_dict())
+        found.append(net(x))
+    assert all((a - b).abs().max() > 1e-6 for a, b in combinations(found, 2))
+
+
+def test_a_fresh_convnext_has_weights_of_one_deviation() -> None:
+    """0.02 in every layer, in the stored halves of filters too; biases are zero."""
+    net = MirrorConvNeXt(**{**ISOTROPIC, "dims": (64,)})
+    for name, parameter in net.named_parameters():
+        if parameter.ndim > 1:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.25), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name

@@ -183,6 +183,19 @@ def test_stems(name):
         assert error(kept(element.on_images(x)), moved(kept(x), group, element)) < EXACT
 
 
+@pytest.mark.parametrize("pool", [None, 1, 4])
+@pytest.mark.parametrize("pool_group", [True, False])
+def test_a_gcnn_says_what_size_comes_out(pool, pool_group):
+    """Down to the smallest image that it takes, whose map is not reduced further."""
+    stem = GCNN(1, num_hidden=2, kernel_size=3, out_channels=5, pool=pool, pool_group=pool_group)
+    for height, width in ((8, 8), (9, 12)):
+        maps = stem(torch.randn(1, 1, height, width))
+        group = () if pool_group else (8,)
+        assert maps.shape == (1, 5, *group, *stem.map_size(height, width))
+        if pool is None:
+            assert maps.shape[-2:] == (height - 4, width - 4)
+
+
 def test_the_published_pcam_configuration_is_not_invariant():
     """Built only when asked for: its last pool meets an odd extent."""
     options = {"img_size": 14, "norm_between": True, "pool_last": True}

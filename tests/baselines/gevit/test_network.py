@@ -200,6 +200,22 @@ def test_an_odd_number_of_channels():
         ({"memory_mb": 0}, "memory_mb must be finite and above 0, not 0"),
         ({"memory_mb": -1}, "memory_mb must be finite and above 0, not -1"),
         ({"num_heads": 0}, "num_heads must be a whole number from 1, not 0"),
+        ({"in_chans": 0}, "in_chans must be a whole number from 1, not 0"),
+        ({"num_channels": 8.0}, "num_channels must be a whole number from 1, not 8.0"),
+        ({"window": 2.5}, "positive odd side, not 2.5"),
+        ({"expansion": 1.5}, "expansion must be a whole number from 0, not 1.5"),
+        ({"expansion": (1, -1)}, "expansion must be a whole number from 0, not -1"),
+        ({"crop": 0.5}, "crop must be a whole number from 0, not 0.5"),
+        ({"block_sizes": 2}, "block_sizes are numbers of blocks, .*not 2"),
+        ({"block_sizes": (1.5, 1)}, "block_sizes must be a whole number from 0, not 1.5"),
+        (
+            {"stem": "gcnn", "stem_options": {"pool": 0}},
+            "pool must be a whole number from 1, not 0",
+        ),
+        (
+            {"stem": "gcnn", "stem_options": {"hidden_channels": 0}},
+            "hidden_channels must be a whole number from 1, not 0",
+        ),
     ],
 )
 def test_settings_that_are_refused(options, said):

@@ -54,3 +54,10 @@ def test_unknown_names_of_a_file_are_refused():
     state = published_kernels({**published_layout(conv), "final_linear.weight": torch.zeros(1)})
     with pytest.raises(RuntimeError, match="final_linear"):
         conv.load_state_dict(state, strict=True)
+
+
+def test_mirrored_kernels_are_left_right_mirror_images():
+    """Of a mirrored image the maps are mirrored, and the two elements change places."""
+    lift = PublishedLiftingConv(2, 3, 3, order=1, mirrors=True).double()
+    images = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(lift(images.flip(-1)), lift(images).flip((2, -1)))

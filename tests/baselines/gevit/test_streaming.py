@@ -60,6 +60,35 @@ def test_dropout_is_the_same_in_the_backward_pass_and_true_on_average():
     assert (gradient[rows] == 0).all() and (gradient[~rows][..., 0, 0] != 0).all()
 
 
+def test_gradients_under_dropout_by_differences():
+    """Each output element draws its own, and the backward pass the same ones."""
+    content = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    position = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def seeded(content: Tensor, position: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return summed_probabilities(content, position, None, 0.5)
+
+    assert torch.autograd.gradcheck(seeded, (content, position))
+    still = torch.zeros(1, 1, 4, 64)
+    outputs = summed_probabilities(still, torch.zeros(1, 1, 2, 64), None, 0.5)
+    assert not torch.equal(outputs[:, 0], outputs[:, 1])
+
+
+def test_recomputed_dropout_is_the_one_of_the_forward_pass():
+    """Of the same draws, keeping scores and computing them anew give the same gradients."""
+    layer = GroupSelfAttention("p4", 3, 5, 4, 2, window=3, attn_drop_rate=0.5, memory_mb=1e-6)
+    layer.double()
+    x = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    gradients = []
+    for recompute in (True, False):
+        layer.recompute = recompute
+        torch.manual_seed(0)
+        loss = layer(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, layer.value.weight)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_dropout_of_layers_repeats_with_the_seed(recompute):
     layer = GroupSelfAttention("p4", 3, 5, 4, 2, window=3, attn_drop_rate=0.5, memory_mb=1e-6)
@@ -131,6 +160,18 @@ def test_probabilities_sum_to_one_and_lie_inside():
     torch.testing.assert_close(found.sum((-1, -2)), torch.ones(1, 2, 4, 4, 4, 4))
     corner = found[0, :, :, :, 0, 0].unflatten(-1, (3, 3))
     assert (corner[..., 0, :] == 0).all() and (corner[..., :, 0] == 0).all()
+
+
+def test_probabilities_of_lifting_are_those_of_its_outputs():
+    """One for each pixel, element and key position: there is no group axis yet."""
+    layer = LiftingSelfAttention("p4m", 2, 4, 3, 2, window=3).double()
+    images = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    found = layer.probabilities(images)
+    assert found.shape == (2, 2, 8, 5, 6, 9)
+    values = torch.nn.functional.pad(layer.value(images).unflatten(1, (4, 2)), (1,) * 4)
+    windows = values.unfold(3, 3, 1).unfold(4, 3, 1).flatten(-2)  # [B c N H W J]
+    y = torch.einsum("bnghwj,bcnhwj->bcnghw", found, windows)
+    torch.testing.assert_close(layer(images), layer.wout(y.flatten(1, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

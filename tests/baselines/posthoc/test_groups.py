@@ -84,6 +84,17 @@ def test_corners_take_the_fill_colour_and_a_flat_image_of_it_stays():
         CopyGroup("C8", fill=[0.0, 1.0]).all_copies(x)
 
 
+@pytest.mark.parametrize(("name", "height", "width"), [("C8", 9, 9), ("D8", 8, 8), ("D2", 6, 10)])
+def test_outside_the_inscribed_circle_is_nothing_but_the_fill(name, height, width):
+    """In every copy, turned between the pixels or not, and of the shorter side."""
+    x = torch.rand(1, 3, height, width) + 1
+    copies = CopyGroup(name, fill=-7.0, disc_mask=True).all_copies(x)
+    rows, columns = torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2
+    outside = rows[:, None].square() + columns.square() > (min(height, width) / 2) ** 2
+    assert outside.any() and (copies[..., outside] == -7).all()
+    assert (copies[..., height // 2, width // 2] > 0).all()
+
+
 def test_rectangles_are_refused_or_padded_and_mirrors_take_them():
     wide = torch.randn(1, 3, 8, 12)
     assert CopyGroup("mirror").all_copies(wide).shape == (1, 2, 3, 8, 12)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from baselines.posthoc.symmetrized import Symmetrized
-from baselines.posthoc.training import Augmented, PosthocTraining, accuracy, embed
+from baselines.posthoc.training import Augmented, PosthocTraining, accuracy, answer, embed
 from tests.baselines.posthoc.toys import SMALL, make
 from utils.data.random_turns import RandomTurn
 from utils.data.transforms import evaluation_transform
@@ -85,6 +85,8 @@ def test_training_on_the_cache_is_training_on_the_images():
     stored = embed(net, data, TRANSFORM)
     images = torch.stack([TRANSFORM(data.read(i)) for i in range(6)])
     torch.testing.assert_close(net.eval().aggregate(stored.z), net(images), rtol=1e-5, atol=1e-6)
+    embed(net.train(), data, TRANSFORM)
+    assert net.training  # as it was
 
 
 def test_an_augmentation_or_a_moving_backbone_reads_images_again():
@@ -113,10 +115,11 @@ def test_another_optimiser_is_handed_what_is_trained():
         return made[-1]
 
     net = wrapped("head")
-    fit(net, epochs=1, lr=1e-3, optimizer=sgd)
+    fit(net, epochs=1, lr=1e-3, weight_decay=0.25, optimizer=sgd)
     held = {id(p) for group in made[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in net.parameters() if p.requires_grad}
     assert made[0].param_groups[0]["lr"] == 1e-3
+    assert made[0].param_groups[0]["weight_decay"] == 0.25
 
 
 def test_what_is_kept_is_the_best_epoch():
@@ -162,6 +165,34 @@ def test_the_same_seed_gives_the_same_weights():
         fit(net)
         found.append(net.model.head.weight.detach().clone())
     assert torch.equal(*found)
+
+
+def test_all_that_is_random_follows_the_seed():
+    """Stochastic depth and the copies drawn too; the caller's generators stay as they were."""
+    found = []
+    for before, seed in ((1, 0), (2, 0), (2, 3)):
+        net = wrapped("all", one_copy=True)
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        losses: list[str] = []
+        data = Bars(48, 0)
+        PosthocTraining(epochs=1, batch_size=16, lr=1e-2, seed=seed)(
+            net, data, Bars(6, 1), transform=TRANSFORM, shown=losses.append
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(losses)
+    assert found[0] == found[1] != found[2]
+
+
+def test_one_copy_of_stored_embeddings_trains_and_all_of_them_judge():
+    """A frozen backbone's are drawn from as the images' are."""
+    net, z = wrapped("head", one_copy=True), torch.randn(64, 4, 32)
+    with torch.no_grad():
+        alone = torch.stack([net.aggregate(z[:, [t]]) for t in range(4)], dim=1)
+        gaps = (answer(net.train(), z)[:, None] - alone).abs().amax(dim=-1)
+        torch.testing.assert_close(answer(net.eval(), z), net.aggregate(z))
+    assert gaps.min(dim=1).values.max() < 1e-5
+    assert len(gaps.argmin(dim=1).unique()) == 4
 
 
 def test_nothing_to_train_is_one_line():
