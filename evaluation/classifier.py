@@ -35,14 +35,13 @@ def judge_classifier(config: Mapping[str, Any]) -> Figures:
     with distributed.session(config["device"]) as device:
         probes = build_probes(config)
         # The throughput probe alone needs no images.
-        judged_on = "val" in splits_of(probes.values())
-        dataset = make_data(config["data"], "val") if judged_on else None
+        data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}
+        dataset = data.get("val")
         path, metadata, state = read_weights(config["weights"], dataset)
         backbone = complete(chosen_backbone(config), metadata, state, dataset)
         net = make_classifier(backbone, state, path, seed=config["seed"]).to(device)
         if distributed.is_main():
             _say_what_is_judged(backbone, path, dataset)
-        data = {} if dataset is None else {"val": dataset}
         for probe in probes.values():
             if hasattr(probe, "check"):  # its requirements on the net, before anything is measured
                 probe.check(net)

@@ -23,6 +23,14 @@ from vit.finetune import head_of
 from vit.weights import load_net, read_metadata, read_state
 
 IDENTITY = ("_target_", "model_name")  # the keys of a backbone node that name its model
+HEADS = tuple(
+    f".{head}.weight"
+    for head in (
+        *("head", "fc", "classifier", "head.fc", "head.l", "head.classifier", "heads.head"),
+        *("head.fc2", "head.fc.fc2", "head.linear", "head.classifier.linear"),
+        *("last_linear", "classif"),
+    )
+)
 
 
 def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0) -> nn.Module:
@@ -147,11 +155,9 @@ def count_classes(state: Mapping[str, Tensor]) -> int | None:
 
     None if there is no head.
     """
-    for head in ("head", "fc", "classifier", "head.fc", "head.l", "head.classifier", "heads.head"):
-        for name, tensor in state.items():
-            if name == f"{head}.weight" or name.endswith(f".{head}.weight"):
-                return len(tensor)
-    return None
+    found = [name for name in state if f".{name}".endswith(HEADS)]
+    # A layer within a block may be called fc too; the head lies outside of all blocks.
+    return len(state[min(found, key=lambda name: name.count("."))]) if found else None
 
 
 def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

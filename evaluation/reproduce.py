@@ -51,7 +51,8 @@ def report(config: Mapping[str, Any], published: Published, figures: Mapping[str
             verdicts.append(stated.agrees(ours))
             verdict = "reproduces" if verdicts[-1] else "does NOT reproduce"
         difference = None if ours is None else f"{ours - stated.value:+.3f}"
-        rows.append((key, stated.value, ours, difference, f"{stated.tolerance:g}", verdict))
+        shown = None if ours is None else f"{ours:.3f}"
+        rows.append((key, f"{stated.value:g}", shown, difference, f"{stated.tolerance:g}", verdict))
     name = config["published"]
     if distributed.is_main():
         print_table(

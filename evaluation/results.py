@@ -41,9 +41,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _net_of(entry: Mapping[str, Any] | None) -> str:
-    """The net and weights that a probe's results belong to; "" if the protocol does not say."""
-    protocol = entry["protocol"] if entry else {}
+def _net_of(entry: Any) -> str:
+    """The net and weights that a probe's results belong to; "" if no protocol says it."""
+    protocol = entry.get("protocol") if isinstance(entry, Mapping) else None
+    if not isinstance(protocol, Mapping):
+        return ""
     net = protocol.get("backbone")
     if isinstance(net, Mapping):  # a node of a config
         net = net.get("model_name") or str(net.get("_target_")).split(".")[-1]

@@ -6,6 +6,7 @@ basic sweeper.
 """
 
 import itertools
+import os
 import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from utils.errors import UserError
 # Flags whose value may hold a comma that lists no points: nodes, partitions, names.
 _PLAIN = ("cluster.", "launcher.", "output_dir", "name")
 _BY_NAME = {name: flag for flag in FLAGS if flag.kind is not None for name in flag.names}
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # those in brackets belong to one value
 
 
 class Point(NamedTuple):
@@ -75,8 +77,10 @@ def _choices(words: list[str]) -> list[_Choice]:
             continue
         rest = [] if has_value or not words else [words.pop(0)]
         value = value if has_value else "".join(rest)
-        parts = [part.strip() for part in value.split(",")]
-        if len(parts) < 2 or flag.key.startswith(_PLAIN):
+        parts = [part.strip() for part in _COMMA.split(value)]
+        # The run folders of a sweep have names like lr=1,seed=0.
+        one = flag.key.startswith(_PLAIN) or os.path.exists(os.path.expanduser(value))
+        if len(parts) < 2 or one:
             found.append(_Choice("", [""], [[word, *rest]]))
         elif not all(parts):
             raise UserError(f"{name} {value}: a value of the list is empty")
@@ -150,7 +154,7 @@ def _short_values(values: list[str]) -> list[str]:
     paths = [list(PurePath(value).parts) for value in values]
     if any("/" in value for value in values):
         for end in (0, -1):
-            while len({path[end] for path in paths}) == 1 and min(map(len, paths)) > 1:
+            while min(map(len, paths)) > 1 and len({path[end] for path in paths}) == 1:
                 for path in paths:
                     path.pop(end)
     return [re.sub(r"[^\w.+-]+", "_", "_".join(path)).strip("_") or "_" for path in paths]

@@ -13,8 +13,9 @@ from utils.download import Unavailable, download
 from utils.errors import UserError
 
 KEY = "weights"
-# The beginning of a file's SHA-256 in torch.hub's names, as in `deit_..._224-b5f2ef4d.pth`.
-CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.[^-]*$")
+# The beginning of a file's SHA-256 in torch.hub's names, as in `deit_..._224-b5f2ef4d.pth`. Eight
+# decimal digits are a date or a number of steps more often than one.
+CHECKSUM = re.compile(r"-(?!\d{8}\.)([0-9a-f]{8,64})\.[^-]*$")
 
 
 def with_files(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def _place_of(address: str) -> Path:
     parts = [part for part in found.path.split("/") if part not in ("", ".", "..")]
     if not found.netloc or not parts:
         raise UserError(f"{address} names no file")
+    if found.query:  # in a folder's name, as the file's ending says how to read it
+        parts.insert(-1, hashlib.sha256(found.query.encode()).hexdigest()[:16])
     return Path(torch.hub.get_dir(), "checkpoints", found.netloc, *parts)
 
 

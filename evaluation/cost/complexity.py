@@ -176,8 +176,8 @@ def _count_as_it_runs(
 @contextmanager
 def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
     """Set the number of threads; on CUDA allow TF32 for float32 products, as published."""
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UserError(f"threads must be a whole number from 1, not {threads!r}")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     allow_variants()

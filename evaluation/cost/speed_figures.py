@@ -57,16 +57,18 @@ def tables_of(
         for found in files.values()
         if _is_comparison(found)
     }
-    trainings: dict[str, Training] = {}
+    trainings = {
+        entry.name: training
+        for entry in measurements
+        if (training := _training(folder / entry.name, facts, peaks))
+    }
     nets, blocks, data = [], [], []
     for entry in measurements:
         found = files[entry.name]
         nets += _rows_of_nets(found)
         blocks += _rows_of_blocks(found)
         data += _rows_of_data(found)
-        training = _training(folder / entry.name, facts, peaks)
-        if training:
-            trainings[entry.name] = training
+        if training := trainings.get(entry.name):
             nets.append(_row_of_training(training, trainings.get(entry.twin or "")))
     made = [
         Table("speed of whole nets", NETS, nets),

@@ -82,13 +82,13 @@ def script_of(word: str) -> Path:
 
 
 def _read(where: str, name: str, node: Any) -> Measurement:
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN:
+    if not re.fullmatch(r"\w[\w-]*", name) or name in TAKEN:
         raise UserError(f"{where}: a name is letters, digits, - and _, and none of {TAKEN}")
     if not isinstance(node, dict):
         raise UserError(f"{where} must be {', '.join(NEEDED)}")
     _check_keys(where, node)
     minutes = node["minutes"]
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
         raise UserError(f"{where}: minutes must be more than 0, got {minutes!r}")
     try:
         words = shlex.split(str(node["command"]))

@@ -22,7 +22,7 @@ from evaluation.features.files import (
 )
 from evaluation.image_size import settle_sizes
 from evaluation.judge import make_data
-from evaluation.nets import chosen_backbone, make_net
+from evaluation.nets import brings_weights, chosen_backbone, make_net
 from evaluation.progress import say
 from utils import distributed
 from utils.config.build import build, nearest, plain
@@ -53,6 +53,9 @@ class FeatureReader:
             )
         if not layers:
             raise UserError("layers names no block; [-1] is the last")
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise UserError(f"layers: a block is a whole number, such as -1, not {layer!r}")
         self.kind, self.layers, self.normalized = kind, tuple(layers), normalized
 
     def __call__(self, net: Backbone, images: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def extract(config: Mapping[str, Any]) -> str:
         net = make_net(config["backbone"], config["weights"], seed=config["seed"])
         _check_layers(net, config["layers"])
         if distributed.is_main():
-            if not config["weights"] and not config["backbone"].get("pretrained", False):
+            if not config["weights"] and not brings_weights(config["backbone"]):
                 say("no weights given (--weights FILE): features of the random initialisation")
             say(f"images: {dataset!r}")
         resize_size, crop_size = settle_sizes(net, config["resize_size"], config["crop_size"])

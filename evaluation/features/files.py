@@ -128,9 +128,10 @@ class FeatureWriter:
     def add(self, rows: Tensor, labels: Tensor, images: Tensor) -> None:
         """Append rows with their labels and image numbers [n]; UserError if float16 overflows."""
         stored = rows.to(DTYPES[self.dtype])
-        if not stored.isfinite().all() and rows.isfinite().all():
+        lost = rows.isfinite() & ~stored.isfinite()
+        if lost.any():
             raise UserError(
-                f"a feature of {float(rows.abs().max()):.0f} does not fit {self.dtype}; "
+                f"a feature of {float(rows[lost].abs().max()):.0f} does not fit {self.dtype}; "
                 "use dtype=float32"
             )
         try:

@@ -65,8 +65,6 @@ def attention_maps(
     sums to 1 over all tokens, registers and the class token included, so 1 is what each gets where
     no token is preferred. Raises UserError for nets without such attention.
     """
-    if query not in QUERIES:
-        raise UserError(f"unknown query {query!r} of attention; known: {', '.join(QUERIES)}")
     rows = slice(0, 1) if query == "class" else slice(None)
     blocks, grid_size = _record(net, images, rows, query)
     if not -len(blocks) <= block < len(blocks):
@@ -135,6 +133,8 @@ def _record(
     net: Backbone, images: Tensor, rows: slice, query: str
 ) -> tuple[list[Tensor], tuple[int, int]]:
     """Weights [B H R T] of each block on the host, and the grid of patches."""
+    if query not in QUERIES:
+        raise UserError(f"unknown query {query!r} of attention; known: {', '.join(QUERIES)}")
     recorder = AttentionRecorder(rows)
     with evaluating(net) as device, recorder:
         patches = net.features(images.to(device))[0].patches

@@ -147,8 +147,9 @@ def _rank(title: str, order: Sequence[str]) -> tuple[int, str]:
 def _tick(value: float, all_ticks: Sequence[float]) -> str:
     """A tick's label, with enough digits to tell the ticks apart."""
     largest = max(abs(tick) for tick in all_ticks)
-    if largest and not 1e-3 <= largest < 1e5:
-        return f"{value:.2g}" if value else "0"
     step = abs(all_ticks[1] - all_ticks[0]) if len(all_ticks) > 1 else largest or 1
+    if largest and not 1e-3 <= largest < 1e5:
+        places = math.floor(math.log10(largest)) - math.floor(math.log10(step) + 1e-9)
+        return f"{value:.{max(2, places + 1)}g}" if abs(value) > step / 2 else "0"
     value = 0.0 if abs(value) < step / 2 else value  # never "-0"
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"

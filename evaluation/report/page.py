@@ -46,7 +46,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         path = path / REPORT if path.is_dir() else path
         partial = path.with_name(f".{path.name}")
         try:
-            partial.write_text(content, encoding="utf-8")
+            # A file's name need not be text; what is none becomes a question mark.
+            partial.write_text(content, encoding="utf-8", errors="replace")
             partial.replace(path)
         except OSError:
             with suppress(OSError):
@@ -200,13 +201,18 @@ def _table(probe: str, figures: Mapping[str, Any]) -> tuple[list[str], list[tupl
     if len(kinds) < 2:
         return [""], [(key, [value]) for key, value in flat]
     rows: dict[str, dict[str, Any]] = {}
-    rest: list[tuple[str, list[Any]]] = []
+    rest: list[tuple[str, Any]] = []
     for pair, (key, value) in zip(split, flat, strict=True):
         if pair:
             rows.setdefault(pair[0], {})[pair[1]] = value
         else:
-            rest.append((key, [value]))
-    return kinds, [(row, [rows[row].get(kind, "") for kind in kinds]) for row in rows] + rest
+            rest.append((key, value))
+    found = [(row, [rows[row].get(kind, "") for kind in kinds]) for row in rows]
+    if not rest:
+        return kinds, found
+    # What is of none of these kinds has a column without a heading.
+    found = [(row, [*values, ""]) for row, values in found]
+    return [*kinds, ""], found + [(key, [""] * len(kinds) + [value]) for key, value in rest]
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

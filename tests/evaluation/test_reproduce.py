@@ -110,3 +110,20 @@ def test_table_without_a_file(capsys):
     printed = capsys.readouterr().out
     for name, entry in PUBLISHED.items():
         assert name in printed and entry.link in printed
+
+
+def test_the_table_shows_the_digits_that_the_verdict_is_on(tmp_path, capsys):
+    """A loss that is 0.003 off does not look the same as the stated one."""
+    published = PUBLISHED["hybrid_deit_huge_patch14"]
+    config = {"published": "hybrid_deit_huge_patch14", "weights": "w", "output_dir": str(tmp_path)}
+    ours = {"accuracy/acc1": 84.9801, "accuracy/loss": 0.8021}
+    assert not command.report(config, published, ours)
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    }
+    assert rows["accuracy/acc1"] == ["84.996", "84.980", "-0.016", "0.02", "reproduces"]
+    assert rows["accuracy/loss"] == ["0.799", "0.802", "+0.003", "0.002", "does NOT reproduce"]
+    assert rows["accuracy/acc5"] == ["96.39", "-", "-", "0.02", "not measured"]
+    assert not command.report(config, published, {}), "what is not measured is not reproduced"

@@ -21,7 +21,12 @@ AGAIN = (
 
 
 def end(
-    folder: Path, status: int, *lines: str, state: str = "RUNNING", refuses: bool = False
+    folder: Path,
+    status: int,
+    *lines: str,
+    state: str = "RUNNING",
+    refuses: bool = False,
+    **variables: str,
 ) -> tuple[list[str], dict, int]:
     """What scontrol is told, the last line noted, and the exit code of the script."""
     (folder / "run" / "checkpoints").mkdir(parents=True)
@@ -34,8 +39,8 @@ def end(
     )
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
     script = f"run={folder}/run max_requeues=3 max_restarts=2\n(exit {status})\n{AFTER.read_text()}"
-    path = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True)
+    env = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **variables}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
     assert not done.stderr
     told = (folder / "told").read_text().splitlines() if (folder / "told").exists() else []
     noted = (folder / "run" / "launches.jsonl").read_text().splitlines()
@@ -49,6 +54,7 @@ def end(
         (140, [BEGAN, STOPPED], "stopped"),  # the time is up
         (140, [], "stopped"),  # while the processes were starting
         (129, [BEGAN, STOPPED], "stopped"),  # scancel --signal=HUP
+        (138, [BEGAN, STOPPED], "stopped"),  # scancel --signal=USR1
         (129, [BEGAN], "killed"),
         (137, [BEGAN], "killed"),
         (137, [BEGAN, STOPPED], "killed"),  # rank 0 was told to leave because another was killed
@@ -57,6 +63,7 @@ def end(
         (75, [BEGAN], "killed"),  # a hung rank: utils/watchdog.py
         (1, [BEGAN], "killed"),  # lost peers alone
         (137, [BEGAN, EARLIER], "killed"),  # of another job, of another attempt
+        (137, [BEGAN, AGAIN % "killed"], "killed"),
         (137, [BEGAN, *[AGAIN.replace("40", "20") % "killed"] * 9], "killed"),
         (143, [BEGAN, STOPPED, *[AGAIN % "killed"] * 9], "stopped"),
     ],
@@ -98,3 +105,32 @@ def test_a_job_that_somebody_else_ended_is_left_alone(tmp_path: Path) -> None:
 def test_a_cluster_that_does_not_requeue_is_told_of(tmp_path: Path) -> None:
     told, noted, code = end(tmp_path, 140, BEGAN, STOPPED, refuses=True)
     assert told and code == 140 and noted["kind"] == "refused"
+
+
+def test_a_job_of_an_array_has_its_own_record_and_requeues_itself(tmp_path: Path) -> None:
+    """Its lines are under the array's id and its number; Slurm knows it by an id of its own."""
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    told, noted, _ = end(tmp_path / "a", 143, STOPPED.replace('"7"', '"5_3"'), **array)
+    assert told == ["requeue 7"] and (noted["kind"], noted["job"]) == ("stopped", "5_3")
+    told, noted, _ = end(tmp_path / "b", 1, FAILED.replace('"7"', '"5_4"'), BEGAN, **array)
+    assert not told and noted["kind"] == "unstarted", "what another job of the array noted"
+
+
+def test_what_was_noted_in_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
+    again = {"SLURM_RESTART_COUNT": "1"}
+    told, noted, _ = end(tmp_path / "a", 137, BEGAN, FAILED, STOPPED, **again)
+    assert told and (noted["kind"], noted["attempt"]) == ("killed", 1)
+    now = FAILED.replace('"attempt": 0', '"attempt": 1')
+    told, noted, code = end(tmp_path / "b", 137, BEGAN, now, **again)
+    assert not told and noted["kind"] == "failed" and code == 1
+
+
+def test_what_other_ranks_noted_counts_and_a_first_checkpoint_may_be_missing(
+    tmp_path: Path,
+) -> None:
+    script = f"run={tmp_path} max_requeues=3 max_restarts=2\n(exit 137)\n{AFTER.read_text()}"
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    (tmp_path / "launches.rank1.jsonl").write_text(FAILED + "\n")
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    noted = json.loads((tmp_path / "launches.jsonl").read_text())
+    assert done.returncode == 1 and (noted["kind"], noted["step"]) == ("failed", "none")

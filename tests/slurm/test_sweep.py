@@ -1,5 +1,7 @@
 """Comma lists are points, as Hydra's basic sweeper counts them."""
 
+from pathlib import Path
+
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,6 +37,17 @@ def test_flags_with_numbers_and_groups_list_too_and_others_keep_their_commas() -
     assert found[0].words == ["OUTPUT", "--lr=1e-3", *rest]
 
 
+def test_commas_in_brackets_and_in_the_name_of_a_file_list_no_points(tmp_path: Path) -> None:
+    """The runs of a sweep lie in folders named by it, and some settings are lists themselves."""
+    run = tmp_path / "lr=1e-3,seed=0"
+    run.mkdir()
+    found = points(["--weights", str(run), "--drop-loc=(3, 6, 9)", "seed=1,2"])
+    assert [point.label for point in found] == ["seed=1", "seed=2"]
+    assert found[0].words == ["--weights", str(run), "--drop-loc=(3, 6, 9)", "seed=1"]
+    found = points(["--drop-loc", "(3, 6), [2, 4]"])
+    assert [point.words for point in found] == [["--drop-loc=(3, 6)"], ["--drop-loc=[2, 4]"]]
+
+
 def test_glob_lists_the_options_of_a_group() -> None:
     found = points(["backbone=glob(hybrid_dinov2*)"])
     assert [point.values["backbone"] for point in found] == [
@@ -57,8 +70,11 @@ def test_quotes_belong_to_the_word_and_not_to_the_value() -> None:
             ["a.lr=1,b.lr=3", "a.lr=1,b.lr=4", "a.lr=2,b.lr=3", "a.lr=2,b.lr=4"],
         ),
         (["weights=runs/x/e/t.pth,runs/y/e/t.pth"], ["weights=x", "weights=y"]),
+        (["weights='',runs/x/t.pth"], ["weights=_", "weights=runs_x_t.pth"]),
+        (["weights=/r/x,/r/x/y"], ["weights=x", "weights=x_y"]),
         (["betas=[0.9,0.95],[0.9,1]"], ["betas=0.9_0.95", "betas=0.9_1"]),
         (["seed=5"], [""]),
+        (["+a.lr=1,2", "a.lr=3,4"], ["lr=3", "lr=4"]),
     ],
 )
 def test_a_label_names_a_folder_and_tells_the_points_apart(
@@ -73,6 +89,7 @@ def test_a_label_names_a_folder_and_tells_the_points_apart(
         ("lr=interval(0,1)", "has no list of values"),
         ("seed=1,1", "two points of the sweep have the same values: seed=1"),
         ("backbone=glob(nix*)", "matches nothing"),
+        ("--lr=1,,2", "--lr 1,,2: a value of the list is empty"),
         ("output_dir=a,b", "every point has a folder below output_dir"),
     ],
 )

@@ -40,6 +40,7 @@ def test_addresses_become_files_wherever_weights_stand(server: Server, home: Pat
         "weights": server.url,
         "recipe": {"distillation": {"weights": server.url, "kind": "hard"}},
         "table": {"weights": {"one": server.url, "two": "here.pth", "three": None}},
+        "several": [{"weights": [server.url, "here.pth"]}],
         "name": server.url,
     }
     found = with_files(config)
@@ -49,6 +50,7 @@ def test_addresses_become_files_wherever_weights_stand(server: Server, home: Pat
         "weights": file,
         "recipe": {"distillation": {"weights": file, "kind": "hard"}},
         "table": {"weights": {"one": file, "two": "here.pth", "three": None}},
+        "several": [{"weights": [file, "here.pth"]}],
         "name": server.url,
     }
     assert len(server.asked) == 1
@@ -59,6 +61,22 @@ def test_files_of_one_name_are_kept_apart(server: Server) -> None:
     server.path, server.data = f"other/{NAME}", DATA
     assert with_files({"weights": server.url})["weights"] != first
     assert len(server.asked) == 2
+
+
+def test_what_an_address_asks_for_tells_files_apart(server: Server) -> None:
+    """Some servers have one path for all files; the ending stays, as it says how to read one."""
+    found = []
+    for number in (1, 2):
+        server.path, server.data = f"get/net.pth?id={number}", b"%d" % number
+        found.append(Path(with_files({"weights": server.url})["weights"]))
+    assert [path.read_bytes() for path in found] == [b"1", b"2"]
+    assert {path.name for path in found} == {"net.pth"}
+
+
+@pytest.mark.parametrize("name", ["net-20231015.pth", "net-00050000.safetensors"])
+def test_a_date_or_a_step_in_a_name_is_no_checksum(server: Server, name: str) -> None:
+    server.path = name
+    assert Path(with_files({"weights": server.url})["weights"]).read_bytes() == DATA
 
 
 def test_many_at_once_download_once(server: Server) -> None:

@@ -6,8 +6,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +54,63 @@ def test_steps_and_rests_keep_it_quiet_and_nothing_is_left(tmp_path):
     assert not folder.exists()
     with Watchdog(folder, timeout_s=0, watched=__file__):
         time.sleep(0.1)
+
+
+def test_the_first_step_may_take_three_times_as_long_and_a_rest_any_time(tmp_path, monkeypatch):
+    """By a clock of the test's own; after a rest a whole period is left."""
+    now, told = [0.0], threading.Event()
+    monkeypatch.setattr("utils.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
+    names = ("dump_traceback_later", "cancel_dump_traceback_later")
+    timer = SimpleNamespace(**dict.fromkeys(names, lambda *_, **__: None))
+    monkeypatch.setattr("utils.watchdog.faulthandler", timer)
+    monkeypatch.setattr(Watchdog, "_report", lambda self: told.set())
+
+    def quiet(seconds: float) -> bool:
+        now[0] += seconds
+        return not told.wait(0.07)
+
+    def noticed(seconds: float) -> bool:
+        now[0] += seconds
+        return told.wait(30)
+
+    with Watchdog(tmp_path / "hangs", timeout_s=0.04, watched=__file__) as watchdog:
+        assert quiet(0.11) and noticed(0.02)
+        watchdog.finished(1)
+        time.sleep(0.15)  # what it was about to say is said
+        told.clear()
+        assert quiet(0.03)
+        with watchdog.resting():
+            assert all(quiet(0.03) for _ in range(3))
+        assert quiet(0.03) and noticed(0.02)
+
+
+def test_answers_of_an_earlier_hang_at_the_same_step_do_not_count(tmp_path):
+    folder = tmp_path / "hangs" / "3"
+    folder.mkdir(parents=True)
+    for name in ("rank1.json", "rank1.txt", "line.txt"):
+        (folder / name).write_text("{}")
+    with Watchdog(tmp_path / "hangs", timeout_s=60, watched=__file__):
+        assert sorted(path.name for path in folder.iterdir()) == ["line.txt", "rank1.txt"]
+
+
+@pytest.mark.parametrize(("below", "waits"), [("distributed/x.py", True), ("nn/x.py", False)])
+def test_a_rank_tells_where_its_loop_stands(tmp_path, monkeypatch, capsys, below, waits):
+    """The line of the loop, not of what it calls; and whether it waits for the others there."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    watchdog = Watchdog(tmp_path, timeout_s=0.1, watched=__file__)
+    watchdog.finished(4)
+    calls = compile("watchdog._report()", f"/site-packages/torch/{below}", "exec")
+    for micro_batch in range(3):
+        if micro_batch == 2:
+            exec(calls, {"watchdog": watchdog})  # here
+    told = json.loads((tmp_path / "4" / "rank0.json").read_text())
+    assert (told["step"], told["micro_batch"], told["waits"]) == (4, 2, waits)
+    assert told["code"].endswith("# here") and "_report (" in told["innermost"]
+    assert codes == [HUNG] == [75]
+    line = (tmp_path / "4" / "line.txt").read_text()
+    assert "is behind, in step 5 at 'exec(" in line and capsys.readouterr().err == f"error: {line}"
+    assert "in test_a_rank" in (tmp_path / "4" / "rank0.txt").read_text()
 
 
 def run_two(folder: Path, hang: str, timeout_s: float) -> tuple[list[int], list[str]]:

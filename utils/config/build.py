@@ -255,7 +255,8 @@ def _kind(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_kind(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) in (list, tuple, *_COLLECTIONS):
-        return "a list"
+        items = [_kind(item) for item in typing.get_args(hint) if item not in (Ellipsis, Any)]
+        return f"a list of {' and '.join(items)}" if items else "a list"
     name = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
     return words.get(hint) or name.replace("typing.", "").replace("collections.abc.", "")
 
@@ -296,7 +297,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if not all(_fits(item, arguments[0]) for item in items):
         return False
     if isinstance(value, bool):
-        return kind in (bool, object)
+        return kind in (bool, object, Any)
     if isinstance(value, str) and kind in _COLLECTIONS:
         return False  # a text as a sequence of letters is never meant
     wider = {int: (float,), str: (Path,), list: (tuple, set, frozenset)}.get(type(value), ())

@@ -311,7 +311,9 @@ def _quoted(value: Any, flag: Flag) -> str:
 
 def quoted(text: str) -> str:
     """Text quoted for Hydra's override grammar."""
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    # Backslashes count as themselves, but for those before a quote, the closing one included.
+    doubled = re.sub(r"\\+(?='|\Z)", lambda found: 2 * found[0], text)
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def with_quotes(word: str) -> str:

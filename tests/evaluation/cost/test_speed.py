@@ -362,6 +362,8 @@ def test_figures_become_tables_and_markdown(tmp_path, make):
         assert float(row[5]) > 10 and row[6] == mib
     assert blocks.rows == [["net", "OcticBlock", "eager", "50", "2.00", None, None]]
     assert data.rows == [["2 x 224", "ours", "one core", "12.3"]]
+    (turned,) = tables_of(tmp_path, measurements[:-3:-1], FACTS)
+    assert turned.rows[0][4] == "1.30", "a twin may also stand behind"
     path = write_markdown(tmp_path / "t.md", [nets, blocks, data], "a machine", ["python x.py"])
     text = path.read_text()
     assert text.startswith(

@@ -30,7 +30,12 @@ ROOT = Path(__file__).resolve().parents[3]
             "cpu: {a: {tells: it, minutes: 1, command: experiments/complexty.py}}",
             "no script experiments/complexty.py; did you mean 'experiments/complexity.py'?",
         ),
+        (
+            "cpu: {a: {tells: it, minutes: .nan, command: x}}",
+            "minutes must be more than 0",
+        ),
         ("cpu: {state: {}}", "a name is letters"),
+        ("cpu: {a.b: {}}", "a name is letters"),  # the files of a.b would be taken for those of a
         (
             "cpu: {a: {tells: it, minutes: 1, command: README.md, twin: b}}",
             "a: there is no twin 'b'",

@@ -139,7 +139,11 @@ def test_probes_read_what_the_command_wrote(images, tmp_path, capsys):
         ({"feature": "token"}, "unknown feature 'token'"),
         ({"dtype": "half"}, "unknown dtype 'half'.*float32, float16"),
         ({"layers": []}, "layers names no block"),
+        ({"layers": ["x"]}, "layers: a block is a whole number, such as -1, not 'x'"),
+        ({"layers": [-1.5]}, "layers: a block is a whole number, such as -1, not -1.5"),
         ({"layers": [40]}, "there is no block 40; the net has"),
+        ({"layers": [12]}, "there is no block 12; the net has 12"),
+        ({"layers": [-13]}, "there is no block -13; the net has 12"),
         ({"split": "tset"}, "unknown split 'tset'"),
         ({"data": {"train": {"_target_": "utils.data.embedded.digits"}}}, "split=all is for"),
     ],
@@ -182,3 +186,16 @@ def test_reader_gives_the_class_token_of_the_probes():
     with torch.no_grad():
         rows = FeatureReader(kind="cls", layers=[-1], normalized=False)(net, pixels)
         torch.testing.assert_close(rows, net.features(pixels)[0].cls)
+
+
+def with_weights(weights):
+    """A net that brings its weights."""
+    return make(BACKBONES["timm"])
+
+
+def test_only_a_net_without_weights_is_called_random(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OCTIC_PACKAGES", "tests")
+    node = {"_target_": f"{__name__}.with_weights", "_partial_": True, "weights": "its own"}
+    for backbone, random in ((BACKBONES["timm"], True), (node, False)):
+        extract(config(images, tmp_path, backbone=backbone, overwrite=True))
+        assert ("random initialisation" in capsys.readouterr().out) == random

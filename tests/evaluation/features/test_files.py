@@ -203,6 +203,8 @@ def test_too_large_a_number_for_float16_is_refused(tmp_path):
     writer = FeatureWriter(tmp_path / "x", dtype="float16")
     with pytest.raises(UserError, match="a feature of 70000 does not fit float16"):
         writer.add(torch.tensor([[7e4]]), torch.zeros(1), torch.zeros(1))
+    with pytest.raises(UserError, match="a feature of 70000 does not fit float16"):
+        writer.add(torch.tensor([[torch.inf, 7e4]]), torch.zeros(1), torch.zeros(1))
     writer.abandon()
 
 

@@ -137,7 +137,8 @@ def test_nets_that_have_no_such_maps_are_refused():
 
 def test_words_are_checked():
     net = VisionTransformer(**SIZES, num_classes=0)
-    with pytest.raises(UserError, match="unknown query 'all'"):
-        attention_maps(net, IMAGES, query="all")
+    for maps in (attention_maps, attention_rollout):
+        with pytest.raises(UserError, match="unknown query 'all'"):
+            maps(net, IMAGES, query="all")
     with pytest.raises(UserError, match="block 4 asked of a net with attention in 4 blocks"):
         attention_maps(net, IMAGES, block=4)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.report.charts import chart, panels, thin, ticks
+from evaluation.report.charts import _tick, chart, panels, thin, ticks
 from evaluation.report.images import embed, shrink
 from evaluation.report.page import write_report
 from tests.evaluation.report.folders import draw, make_evaluation, make_quickstart, make_run
@@ -87,6 +88,21 @@ def test_an_evaluation_is_told(tmp_path: Path) -> None:
     assert page.count("<img") == 1 and "nearest training images" in page and "<svg" not in page
 
 
+def test_a_figure_of_another_kind_is_under_no_heading(tmp_path: Path) -> None:
+    folder = make_evaluation(tmp_path / "evaluation")
+    figures = {"top1": 80.0, "top5": 90.5, "images_per_second": 30.25}
+    (folder / "results.json").write_text(json.dumps({"net": {"protocol": {}, "figures": figures}}))
+    page = written(folder)
+    assert (
+        '<tr><th></th><th class="number">top1</th><th class="number">top5</th>'
+        '<th class="number"></th></tr>'
+    ) in page
+    rows = [
+        re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)
+    ]
+    assert rows[:2] == [["net", "80", "90.50", ""], ["images_per_second", "", "", "30.25"]]
+
+
 def test_two_runs_are_told_side_by_side(tmp_path: Path) -> None:
     page = written(make_quickstart(tmp_path / "quickstart"))
     assert '<th class="number">octic</th><th class="number">plain</th>' in page
@@ -107,6 +123,17 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     (folder / "<i>.txt").write_text("")
     page = written(folder)
     assert page.count("&lt;script&gt;") > 5
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    """File names are bytes, which need not be UTF-8."""
+    folder = make_run(tmp_path / "run")
+    try:
+        with open(os.fsencode(folder) + b"/caf\xe9.txt", "w"):
+            pass
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert "<td>caf?.txt</td>" in written(folder)
 
 
 def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
@@ -148,6 +175,16 @@ def test_ticks_are_few_round_and_span_the_values(low: float, high: float) -> Non
     found = ticks(low, high, 5)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
     assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(100_000, 125_000), (1e-5, 1.04e-5), (-2e-6, 3e-6), (0, 1.25e6), (0.49, 0.7)]
+)
+def test_labels_tell_ticks_apart(low: float, high: float) -> None:
+    """Each label reads as its tick, to a tenth of a step."""
+    found = ticks(low, high, 5)
+    read = [float(_tick(value, found)) for value in found]
+    assert read == pytest.approx(found, abs=0.1 * (found[1] - found[0]))
 
 
 def test_curves_keep_their_peaks_and_their_gaps() -> None:

@@ -102,8 +102,10 @@ def test_every_flag_is_a_key() -> None:
         assert name in found, flag.key
 
 
-def test_text_of_flags_is_taken_as_it_is() -> None:
-    odd = "my 'run', a=b: [c] {d} #e"
+@pytest.mark.parametrize(
+    "odd", ["my 'run', a=b: [c] {d} #e", "end\\", "two\\\\", "a\\'b", "a\\\\'b\\c"]
+)
+def test_text_of_flags_is_taken_as_it_is(odd: str) -> None:
     config = compose_config("train.yaml", arguments("--output-dir", odd).overrides)
     assert config.output_dir == odd
 

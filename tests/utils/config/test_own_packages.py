@@ -10,9 +10,13 @@ from utils.errors import UserError
 def _folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_nets.py").write_text(
-        "import os\nfrom os.path import join\n\n\nclass Mine:\n"
+        "import os\nfrom os.path import join\nfrom typing import Any\n\n\nclass Mine:\n"
         "    def __init__(self, width: int = 8):\n        self.width = width\n\n\n"
-        "class Failing:\n    def __init__(self):\n        {}['label']\n"
+        "class Failing:\n    def __init__(self):\n        {}['label']\n\n\n"
+        "class Pair:\n    def __init__(self, ends: tuple[float, float] | None,"
+        " names: tuple[str, ...]):\n"
+        "        self.ends = ends\n\n\n"
+        "class Open:\n    def __init__(self, of: Any, many: list[Any]):\n        self.of = of\n"
     )
 
 
@@ -62,5 +66,35 @@ def test_a_package_that_is_not_there_is_one_line(monkeypatch, value, message):
 
 def test_what_fails_in_a_package_is_told_with_its_line(monkeypatch):
     monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
-    with pytest.raises(UserError, match=r"KeyError: 'label' \(.*my_nets\.py:12\)"):
+    with pytest.raises(UserError, match=r"KeyError: 'label' \(.*my_nets\.py:13\)"):
         build({"_target_": "my_nets.Failing"})
+
+
+@pytest.mark.parametrize("value", [True, 3, "x", None, [1], {"a": 1}])
+def test_a_keyword_for_anything_takes_anything(monkeypatch, value):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    assert build({"_target_": "my_nets.Open", "of": value, "many": [value]}).of == value
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"ends": [1, 2, 3]}, "ends must be a list of a number and a number or null, got .1, 2, 3"),
+        ({"ends": [1, "b"]}, "ends must be a list of a number and a number or null"),
+        ({"names": "abc"}, "names must be a list of text, got 'abc'"),
+        ({"names": ["a", 1]}, "names must be a list of text"),
+    ],
+)
+def test_a_list_of_another_kind_is_told_with_what_belongs_in_it(monkeypatch, keywords, said):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    right = {"_target_": "my_nets.Pair", "ends": [1, 2.5], "names": ["a", "b", "c"]}
+    assert build(right).ends == [1, 2.5] and build({**right, "ends": None}).ends is None
+    with pytest.raises(UserError, match=said):
+        build({**right, **keywords})
+
+
+def test_what_the_caller_adds_completes_the_node_and_replaces_unbuilt(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    assert build({"_target_": "my_nets.Open", "of": 1}, many=[2]).of == 1
+    failing = {"_target_": "my_nets.Failing"}
+    assert build({"_target_": "my_nets.Mine", "width": failing}, width=3).width == 3

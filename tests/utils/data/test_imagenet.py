@@ -167,6 +167,10 @@ def test_data_set_strings_build(root: Path, tmp_path: Path) -> None:
     images = parse_dataset(f"ImageNet:split=VAL:root={root}:extra={tmp_path / 'extra'}")
     assert (images.split, len(images)) == ("val", 2)
     assert len(parse_dataset(f"ImageNet:root={root}:split=TRAIN")) == 3
+    next((root / "val").rglob("*.JPEG")).unlink()
+    without = parse_dataset(f"ImageNet:split=VAL:root={root}")
+    assert len(without) == 1, "extra lists the images as they were"
+    assert len(parse_dataset(f"ImageNet:split=VAL:root={root}:extra={tmp_path / 'extra'}")) == 2
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,8 @@ def test_data_set_strings_build(root: Path, tmp_path: Path) -> None:
         ("ImageNet22k:root=/a", "lacks extra"),
         ("imagenet:root=/a", "unknown data set 'imagenet'; known: ImageNet, ImageNet22k"),
         ("ImageNet:split=train:root=/a", "unknown split 'train'; known: TRAIN, VAL, TEST"),
+        ("ImageNet:split=TRAIN:root=/a=b", "'root=/a=b' is not key=value"),
+        ("ImageNet:split=TRAIN:root", "'root' is not key=value"),
         ("ImageNet:root=/a:root=/b", "root is given twice"),
         ("ImageNet22k:split=TRAIN:root=/a", "unknown key 'split'"),
         ("", "unknown data set ''"),

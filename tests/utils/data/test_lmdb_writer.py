@@ -42,6 +42,18 @@ def test_the_reader_gives_the_folders_back(tree):
         write_splits(tree)
 
 
+def test_val_has_the_class_numbers_of_train_and_lies_where_a_home_is(tree, monkeypatch):
+    from utils.data.lmdb import LmdbImages
+
+    for path in (tree / "val" / "a").iterdir():
+        path.unlink()
+    (tree / "val" / "a").rmdir()
+    write_splits(tree)
+    monkeypatch.setenv("HOME", str(tree))
+    images = LmdbImages("~/val.lmdb")
+    assert images.labels.tolist() == [1] and images.class_names == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("harm", "check", "said"),
     [

@@ -11,7 +11,10 @@ from utils.data.samplers import (
     SAMPLERS,
     derive_seed,
     distributed,
+    epoch,
+    infinite,
     rank_indices,
+    repeated_augmentation,
     sharded_infinite,
     shuffled,
 )
@@ -124,3 +127,59 @@ def test_distributed_deals_every_image(shuffle: bool, count: int, world_size: in
     ]
     assert {len(part) for part in parts} == {-(-count // world_size)}
     assert set(torch.cat(parts).tolist()) == set(range(count))
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_ranks_share_is_shuffled_by_a_generator_of_seed_rank_and_pass(new: bool) -> None:
+    """As published: the share is of one permutation, the pass counts in steps of 2^24."""
+    count, seed, rank, world_size = 23, 5, 1, 3
+    first = torch.Generator().manual_seed(seed)
+    share = torch.randperm(count, dtype=torch.int32, generator=first)[rank::world_size][:7].tolist()
+    expected = []
+    for number in range(3):
+        generator = torch.Generator().manual_seed(seed + rank + number * 2**24)
+        if new:
+            expected += [share[i] for i in torch.randperm(7, generator=generator).tolist()]
+            continue
+        shuffled_share = share[:1]  # from inside out: each goes to a place, whose image to the end
+        for index in range(1, 7):
+            place = int(torch.randint(0, index + 1, (1,), generator=generator))
+            shuffled_share.append(share[index])
+            shuffled_share[place], shuffled_share[index] = share[index], shuffled_share[place]
+        expected += shuffled_share
+    options = {"seed": seed, "rank": rank, "world_size": world_size}
+    assert list(islice(sharded_infinite(count, new=new, **options), 21)) == expected
+    name = "sharded_infinite_new" if new else "sharded_infinite"
+    assert _take(21, sampler=name, sample_count=count, **options) == expected
+
+
+def test_one_generator_shuffles_all_passes_of_the_infinite_order() -> None:
+    """The image of a place is drawn from those not yet shown; ranks take turns."""
+    generator, expected = torch.Generator().manual_seed(4), []
+    for _ in range(2):
+        left = list(range(6))
+        for index in range(6):
+            place = int(torch.randint(index, 6, (1,), generator=generator))
+            left[index], left[place] = left[place], left[index]
+        expected += [left[1::2]]
+    found = list(islice(infinite(6, seed=4, rank=1, world_size=2), 6))
+    assert found == expected[0] + expected[1]
+
+
+def test_epochs_go_by_the_product_of_seed_and_epoch() -> None:
+    """As published; without a seed by the epoch, so that epoch 0 is the same for all seeds."""
+    for seed, number, drawn in ((3, 2, 6), (0, 2, 2), (5, 0, 0), (0, 0, 0)):
+        order = np.random.default_rng(drawn).choice(np.arange(10), 10, replace=False)
+        found = epoch(10, 10, seed=seed, epoch=number, rank=1, world_size=3)
+        assert found.tolist() == order[1::3].tolist()
+
+
+def test_an_epoch_may_be_longer_than_the_data_or_shorter() -> None:
+    counts = Counter(epoch(25, 10, seed=1, epoch=1).tolist())
+    assert sum(counts.values()) == 25 and max(counts.values()) == 3
+    assert len(set(epoch(4, 10, seed=1, epoch=1).tolist())) == 4
+
+
+def test_copies_of_an_image_go_to_ranks_in_turn() -> None:
+    ranks = [repeated_augmentation(512, epoch=2, rank=rank, world_size=3) for rank in range(3)]
+    assert ranks[0].tolist() == ranks[1].tolist() == ranks[2].tolist() and len(ranks[0]) == 170

@@ -153,6 +153,8 @@ def test_a_class_file_says_names_and_order(tmp_path: Path) -> None:
     other = tmp_path / "mine.txt"
     other.write_text("n1\nn0\nn2\n")
     assert shards(tmp_path, class_file=other).labels.tolist() == [0, 2]
+    images = TarShards(make(tmp_path / "mine" / "x.tar", SAMPLE))
+    assert images.class_names == ["n1", "n2"], "beside a folder that is no split's it says nothing"
 
 
 def test_val_has_the_class_numbers_of_train(tmp_path: Path) -> None:
@@ -166,6 +168,11 @@ def test_val_has_the_class_numbers_of_train(tmp_path: Path) -> None:
         for split in ("train", "val")
     )
     assert (len(train), len(val)) == (2, 1)
+    make(tmp_path / "a-test-0.tar", {"n2/t.jpg": png(), "n1/t.jpg": png()})
+    whole = shards(tmp_path, split="test", val_fraction=0.5)
+    assert whole.labels.tolist() == [1, 2], "a part of train is for val, none of test"
+    with pytest.raises(UserError, match="both say what to judge on"):
+        shards(train_shards=f"{tmp_path}/a-t*.tar", val_shards="x.tar", val_fraction=0.5)
 
 
 def test_the_index_is_stored_and_lasts_while_shards_do(written, monkeypatch) -> None:

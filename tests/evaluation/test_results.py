@@ -1,0 +1,74 @@
+"""What probes leave in a folder: each its figures, none another's; and how figures are shown."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.results import RESULTS_FILE, append_lines, print_figures, write_results
+
+
+def net(name: str) -> dict:
+    return {"backbone": {"_target_": f"vit.models.{name}"}, "weights": "w.pth"}
+
+
+def test_probes_keep_their_figures_beside_each_other(tmp_path: Path, capsys) -> None:
+    """A probe's own are replaced, which is told where they are of another network."""
+    write_results(tmp_path / "new", "knn", protocol=net("small"), figures={"top1": 1.5})
+    path = write_results(tmp_path / "new", "linear", protocol=net("large"), figures={"top1": 2})
+    write_results(tmp_path / "new", "knn", protocol=net("small"), figures={"top1": 3})
+    assert not capsys.readouterr().out
+    write_results(tmp_path / "new", "knn", protocol=net("base"), figures={"top1": 4})
+    assert "replaces the knn results of small, weights: w.pth" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == {
+        "knn": {"protocol": net("base"), "figures": {"top1": 4}},
+        "linear": {"protocol": net("large"), "figures": {"top1": 2}},
+    }
+
+
+@pytest.mark.parametrize("entry", [3, None, {}, {"figures": {}}, {"protocol": "words"}])
+def test_figures_are_written_whatever_stood_in_their_place(tmp_path: Path, entry: object) -> None:
+    path = tmp_path / RESULTS_FILE
+    path.write_text(json.dumps({"knn": entry, "mine": entry}))
+    write_results(tmp_path, "knn", protocol={"backbone": "a"}, figures={"top1": 1.0})
+    written = json.loads(path.read_text())
+    assert written["knn"]["figures"] == {"top1": 1.0} and written["mine"] == entry
+
+
+@pytest.mark.parametrize("text", ['{"knn": {', "[1, 2]", "3"])
+def test_a_damaged_file_is_set_aside(tmp_path: Path, capsys, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    path = write_results(tmp_path, "knn", protocol={}, figures={"top1": 1})
+    assert list(json.loads(path.read_text())) == ["knn"]
+    assert (tmp_path / "results.damaged").read_text() == text
+    assert "set aside as results.damaged" in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_harms_nothing(tmp_path: Path) -> None:
+    path = write_results(tmp_path, "knn", protocol={}, figures={"top1": 1})
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        write_results(tmp_path, "knn", protocol={}, figures={"top1": {1}})
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_are_added_to_those_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.json"
+    for value in (1.5, 2.5):
+        append_lines(path, {"a": value, "b": None})
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found == [{"a": 1.5}, {"b": None}, {"a": 2.5}, {"b": None}]
+
+
+def test_top_1_and_top_5_stand_side_by_side(capsys) -> None:
+    figures = {"knn_top1": 12.25, "knn_top5": 67.0, "one_top1": 8.0, "lone_top5": 9.0, "mean": 7}
+    print_figures("title", "knn", figures, protocol="as told")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "title" and lines[-1] == "protocol: as told"
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert rows == [
+        ["knn", "12.25", "67.00"],
+        ["one", "8.00", "-"],
+        ["lone_top5", "9.00", ""],
+        ["mean", "7", ""],
+    ]
