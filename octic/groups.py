@@ -150,15 +150,15 @@ class Group:
         """Runs of components that share one mean, as (copies, weight of its variance in the norm).
 
         irrep_weights: weight of an irrep's variance (mean over its rows), 1 by default. ValueError
-        for an irrep that the group lacks and for weights that are not positive.
+        for an irrep that the group lacks and for weights that are not positive and finite.
         """
         known = [irrep.name for irrep in self.irreps]
         if unknown := ", ".join(sorted(set(irrep_weights) - set(known))):
             names = ", ".join(known)
             raise ValueError(f"irrep_weights: {self.name} has no irrep {unknown}; known: {names}")
-        for name, weight in irrep_weights.items():
-            if not weight > 0:
-                raise ValueError(f"irrep_weights: the weight of {name} is {weight}, not positive")
+        for name, value in irrep_weights.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"irrep_weights: the weight of {name} is {value}, not in (0, inf)")
         return tuple(
             (irrep.copies, irrep_weights.get(irrep.name, 1.0) / irrep.dim)
             for irrep in self.irreps
@@ -222,9 +222,9 @@ class Group:
 
     @functools.cached_property
     def published_order(self) -> tuple[int, ...]:
-        """Storage index of each component in the published order A1 A2 B1 B2 E11 E21 E12 E22.
+        """Storage index of each component in the published order: an irrep's copy by copy.
 
-        (those of D4). It lists an irrep's components copy by copy, the storage row by row.
+        The storage lists them row by row. That of D4 is A1 A2 B1 B2 E11 E21 E12 E22.
         """
         order, start = [], 0
         for irrep in self.irreps:

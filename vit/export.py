@@ -59,8 +59,10 @@ def trace(net: nn.Module, *, size: int | tuple[int, int], output: str) -> Export
     with eval_mode(asked), torch.no_grad():
         _try(asked, images)
         program = _export(asked, images)
-        module = program.module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
+        module = _as_module(program)
+        if _writes_to_constants(module.graph):
+            # A folded constant is a copy, which no later write would reach.
+            module = _as_module(program.run_decompositions({}))
         program = _export(_fold_constants(module), images)
     foreign = foreign_operators(program)
     if foreign:
@@ -206,6 +208,25 @@ def _export(module: nn.Module, images: Tensor) -> ExportedProgram:
                 "images.shape[0] leaves it free"
             ) from error
         raise
+
+
+def _as_module(program: ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _writes_to_constants(graph: fx.Graph) -> bool:
+    """Whether an operator takes a constant, or what depends on constants alone, to change it."""
+    known: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs, target = node.all_input_nodes, node.target
+        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if writes and inputs and inputs[0] in known:
+            return True
+        if node.op == "get_attr" or (inputs and known.issuperset(inputs)):
+            known.add(node)
+    return False
 
 
 def _fold_constants(module: fx.GraphModule) -> fx.GraphModule:

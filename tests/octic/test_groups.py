@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from octic.actions import act
+from octic.actions import act, from_regular, to_regular
 from octic.groups import OCTIC_ELEMENTS, get_group, inverse, multiply
 
 NAMES = ("mirror", "half_turn", "V4", "C4", "D4")
@@ -52,6 +52,20 @@ def test_fourier_transform_intertwines(name: str) -> None:
         moved = group.fourier.T @ group.action(element) @ group.fourier
         np.testing.assert_allclose(moved, group.regular_action(element), atol=1e-15)
         assert (group.regular_action(element).sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_regular_components_are_permuted_and_come_back(name: str) -> None:
+    """to_regular(g x) = P(g) to_regular(x), and from_regular undoes it."""
+    group = get_group(name)
+    x = torch.randn(3, 2 * group.order, dtype=torch.float64)
+    regular = to_regular(x, group)
+    torch.testing.assert_close(from_regular(regular, group), x, rtol=1e-9, atol=1e-12)
+    for element in group.elements:
+        permutation = torch.tensor(group.regular_action(element))
+        moved = (permutation @ regular.unflatten(-1, (group.order, -1))).flatten(-2)
+        found = to_regular(act(x, element, group), group)
+        torch.testing.assert_close(found, moved, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -144,9 +144,9 @@ def test_norm_of_unit_variance_has_variance_8_5() -> None:
     assert abs(natural(x).var().item() - 1.0) < 0.02
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
-def test_weights_of_irreps_are_positive(weight: float) -> None:
-    """The norm divides by their roots."""
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_of_irreps_are_positive_and_finite(weight: float) -> None:
+    """The norm divides by their roots, and an infinite one would make every feature NaN."""
     with pytest.raises(ValueError, match="the weight of E is"):
         OcticLayerNorm(64, irrep_weights={"E": weight})
 

@@ -135,6 +135,32 @@ def test_a_net_that_fixes_the_batch_is_refused():
         export.trace(Fixed(3 * 64, 5), size=8, output="logits")
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_constants_that_the_net_writes_to_are_written_to(late):
+    """In place, on a view, with values of the images or before and after a constant is read."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([[1.0, 2.0, 3.0]]))
+
+        def forward(self, images):
+            means, table = images.mean((2, 3)), self.weight.clone()
+            if late:
+                means = means * table
+                table += 1
+            else:
+                table[:, 0] = means.sum()
+            return means + table
+
+    net = Writing()
+    run = export.trace(net, size=4, output="logits").module()
+    assert net.weight.tolist() == [[1.0, 2.0, 3.0]]
+    for batch in (1, 3, 3):
+        images = torch.randn(batch, 3, 4, 4)
+        torch.testing.assert_close(run(images), net(images), rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_operator_is_named(monkeypatch):
     net = nn.Sequential(nn.Flatten(), OcticLinear(3 * 64, 8))
     assert export.trace(net, size=8, output="logits")

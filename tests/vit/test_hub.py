@@ -146,6 +146,28 @@ def test_pushing_without_token_or_network_is_one_line(monkeypatch):
         hub.push(net, "user/name", options=OCTIC)
 
 
+def test_what_the_hub_itself_refuses_is_one_line(monkeypatch):
+    """Its errors are of many kinds; the package that they come from tells them."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    def refused(*arguments, **options):
+        raise HFValidationError("Repo id must be of other letters\nand a second line")
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(hub, "push_to_hf_hub", refused)
+    with pytest.raises(ValueError, match="^could not push to a user/name: Repo id .* letters$"):
+        hub.push(create("deit_small_patch16_LS", OCTIC), "a user/name", options=OCTIC)
+
+
+def test_registers_alone_are_no_class_token():
+    """The class feature of a net with registers and without class token is the mean patch."""
+    options = {**SMALL, "class_token": False, "reg_tokens": 2, "global_pool": "avg"}
+    net = TimmBackbone("vit_tiny_patch16_224", **options).eval()
+    found = net.features(torch.randn(2, 3, 32, 32))[0]
+    torch.testing.assert_close(found.cls, found.patches.mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+
 def test_a_mistake_of_ours_is_not_taken_for_the_networks(monkeypatch):
     import huggingface_hub
 

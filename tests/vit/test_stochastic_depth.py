@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vit.packing import Packing, pack, unpack
-from vit.stochastic_depth import MODES, add_branch, drop_path_rates
+from vit.stochastic_depth import MODES, add_branch, drop_path, drop_path_rates
 
 GROUPS = ((6, 5), (4, 3), (3, 2))  # sequences, tokens of each
 RATE = 0.4
@@ -51,3 +51,18 @@ def test_rates_are_even_or_rise_from_zero():
     assert drop_path_rates(0.3, 4, uniform=True) == [0.3] * 4
     assert drop_path_rates(0.3, 4, uniform=False) == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert drop_path_rates(0.3, 1, uniform=False) == [0.0]
+
+
+def test_a_branch_in_half_precision_is_divided_in_the_dtype_of_the_tokens():
+    """Half precision would round the divisor."""
+    update = torch.ones(64, 2, 3, dtype=torch.bfloat16)
+    found = drop_path(update, None, 0.3, dtype=torch.float32)
+    assert found.dtype == torch.float32
+    kept = found[found != 0]
+    assert 0 < len(kept) < found.numel()
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / 0.7), rtol=1e-5, atol=0)
+
+
+def test_a_branch_that_is_always_dropped_adds_zero():
+    update = torch.ones(4, 2, 3)
+    assert torch.equal(drop_path(update, None, 1.0, dtype=update.dtype), torch.zeros(4, 2, 3))
