@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.judge import make_data
-from evaluation.nets import chosen_backbone, make_net
+from evaluation.nets import brings_weights, chosen_backbone, make_net
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps, patch_maps
@@ -53,10 +53,8 @@ def draw(config: Mapping[str, Any]) -> list[Path]:
         config["backbone"] = chosen_backbone(config)
         picture = build({**config["picture"], "_partial_": True})
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
-        backbone = config["backbone"]
-        if distributed.is_main() and not any(
-            (config["weights"], backbone.get("pretrained"), backbone.get("weights"))
-        ):
+        random = not config["weights"] and not brings_weights(config["backbone"])
+        if distributed.is_main() and random:
             say("no weights given (--weights FILE): drawing the random initialisation")
         paths = picture(net=net, data=config["data"], folder=Path(config["output_dir"]))
         if distributed.is_main():

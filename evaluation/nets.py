@@ -84,9 +84,10 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None)
         load_net(net, state)
     except ValueError as error:
         raise UserError(f"{path}: {with_articles(' '.join(str(error).split()))}") from None
-    for name, weight in net.named_parameters():
-        if not weight.isfinite().all():
-            raise UserError(f"{path} holds weights that are not finite ({name})")
+    broken = [name for name, weight in net.named_parameters() if not weight.isfinite().all()]
+    broken += [name for name, buffer in net.named_buffers() if buffer.isnan().any()]
+    if broken:
+        raise UserError(f"{path} holds weights that are not finite ({broken[0]})")
 
 
 def chosen_backbone(config: Mapping[str, Any]) -> dict[str, Any]:

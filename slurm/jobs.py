@@ -112,7 +112,7 @@ def judge(run: Run, facts: dict[str, str]) -> None:
 
 def ask_slurm(jobs: Sequence[str]) -> dict[str, dict[str, str]]:
     """What sacct and squeue know of jobs, by id; empty if no Slurm answers."""
-    wanted = sorted({job.split("_")[0] for job in jobs if job.split("_")[0].isdigit()})
+    wanted = sorted({job.split("_")[0] for job in jobs if job.split("_")[0].isdecimal()})
     if not wanted:
         return {}
     listed = ",".join(wanted)
@@ -156,7 +156,7 @@ def _seconds(elapsed: str) -> int:
     """The seconds of squeue's [days-][hours:]minutes:seconds; 0 of anything else."""
     days, _, rest = elapsed.rpartition("-")
     parts = [days or "0", *["0", "0", *rest.split(":")][-3:]]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         return 0
     return sum(int(part) * size for part, size in zip(parts, (86400, 3600, 60, 1), strict=True))
 
@@ -167,7 +167,7 @@ def _among(task: str, ranges: str) -> bool:
         return True
     for part in re.split(r"[%\]]", ranges)[0].split(","):
         low, _, high = part.partition("-")
-        if low.isdigit() and task.isdigit() and int(low) <= int(task) <= int(high or low):
+        if low.isdecimal() and task.isdecimal() and int(low) <= int(task) <= int(high or low):
             return True
     return False
 

@@ -190,7 +190,7 @@ def world_size() -> int:
 def node_size() -> int:
     """Number of processes on each node; UserError if it differs. Every rank must call this."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    hosts = gather_objects((socket.gethostname(), int(here) if here.isdigit() else 0))
+    hosts = gather_objects((socket.gethostname(), int(here) if here.isdecimal() else 0))
     sizes = [told or sum(name == host for name, _ in hosts) for host, told in hosts]
     if len(set(sizes)) > 1 or len(sizes) % sizes[0]:
         raise UserError(

@@ -5,6 +5,7 @@ import http.client
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 ATTEMPTS = 5  # connections that bring nothing, before giving up
@@ -22,13 +23,15 @@ def download(address: str, part: Path, label: str) -> None:
     """Append to `part` what it lacks of the file at `address`, with progress below `label`.
 
     Raises Unavailable where the server refuses, or `ATTEMPTS` connections bring nothing more; what
-    came until then stays in `part`, and the next call goes on from there.
+    came until then stays in `part`, and the next call goes on from there, or begins anew if the
+    server has another file at the address by then. A file beside `part` says of which it is.
     """
     failures, reason = 0, "no answer"
     while failures < ATTEMPTS:
         before = _size(part)
         try:
             if _fetch(address, part, label):
+                _version_file(part).unlink(missing_ok=True)
                 return
             reason = "the connection was cut"
         except urllib.error.HTTPError as error:
@@ -48,8 +51,10 @@ def _fetch(address: str, part: Path, label: str) -> bool:
 
     One that was complete already is answered by 416 and is for a checksum to judge.
     """
-    have = _size(part)
+    have, version_file = _size(part), _version_file(part)
     headers = {"User-Agent": "octic"} | ({"Range": f"bytes={have}-"} if have else {})
+    if have and version_file.exists():
+        headers["If-Range"] = version_file.read_text()
     try:
         answer = urllib.request.urlopen(
             urllib.request.Request(address, headers=headers), timeout=TIMEOUT_S
@@ -61,6 +66,10 @@ def _fetch(address: str, part: Path, label: str) -> bool:
     with answer:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
         have = have if resumed else 0
+        if not resumed:
+            version_file.unlink(missing_ok=True)
+            if version := _version_of(answer.headers):
+                version_file.write_text(version)
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         progress = _Progress(label, have, total)
@@ -69,6 +78,17 @@ def _fetch(address: str, part: Path, label: str) -> bool:
                 file.write(chunk)
                 progress.add(len(chunk))
         return total is None or progress.done >= total
+
+
+def _version_of(headers: Mapping[str, str]) -> str:
+    """What tells a server's file from a later one at its address; "" where it says nothing."""
+    tag = headers.get("ETag", "")
+    # A weak tag stands for files of the same meaning, whose bytes may differ.
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
+
+
+def _version_file(part: Path) -> Path:
+    return part.with_name(f"{part.name}-of")
 
 
 class _Progress:

@@ -26,7 +26,7 @@ from baselines.flopping.keys import mirror_convnext_names
 from baselines.flopping.net import Net, Stage, check_drop_path
 from octic.invariants import make_invariantization
 from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
-from utils.ranges import check_word
+from utils.ranges import check_count, check_word
 from vit.trunk import init_linear
 
 DOWNSAMPLING = {"conv": MirrorDownsample, "mean": MeanDownsample}
@@ -244,4 +244,6 @@ def check_stages(depths: Sequence[int], dims: Sequence[int], downsampling: str) 
     """ValueError if depths and widths differ in length, and for an unknown downsampling."""
     if len(depths) != len(dims) or not depths:
         raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} are not of equal length")
+    for depth in depths:
+        check_count("depths", depth)
     check_word("downsampling", downsampling, DOWNSAMPLING)

@@ -249,7 +249,7 @@ def _sbatch_value(option: str, value: str) -> str:
         number = int(match[1])
         return str(number if match[2] == "G" else -(-number // 1024))
     if option in ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task"):
-        if not value.isdigit():
+        if not value.isdecimal():
             raise UserError(f"{option}={value}: a whole number is needed")
         return value
     return _quoted(value)
@@ -301,7 +301,7 @@ def _take(words: list[str]) -> list[str]:
 
 def _quoted(value: str) -> str:
     """A value in Hydra's override grammar; numbers stay numbers."""
-    return value if value.isdigit() else quoted(value)
+    return value if value.isdecimal() else quoted(value)
 
 
 def _help() -> str:

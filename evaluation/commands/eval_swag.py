@@ -305,4 +305,4 @@ def _is_number(word: str) -> bool:
 
 
 def _is_whole(word: str) -> bool:
-    return word.lstrip("-").isdigit()
+    return word.lstrip("-").isdecimal()

@@ -113,7 +113,7 @@ def check_outputs(config: Mapping[str, Any]) -> None:
 
 def whole_numbers(flag: str, text: str) -> list[int]:
     """Parse a list such as 2,4 of numbers from 1; a UserError names the flag."""
-    numbers = [int(word) for word in text.split(",") if word.isdigit() and int(word) > 0]
+    numbers = [int(word) for word in text.split(",") if word.isdecimal() and int(word) > 0]
     if len(numbers) != len(text.split(",")):
         raise UserError(f"{flag} takes numbers such as 2,4, not {text!r}")
     return numbers

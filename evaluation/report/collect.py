@@ -159,7 +159,7 @@ def _metrics(found: Contents) -> list[dict[str, float]]:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float) or v is None}
             values = {k: math.nan if v is None else float(v) for k, v in numbers.items()}
             lines.append(values | {"step": step})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):  # the last: Infinity
             broken += 1
     if broken:
         found.notes.append(f"metrics.jsonl: {broken} of {broken + len(lines)} lines cannot be read")
@@ -217,7 +217,7 @@ def _mapping(found: Contents, name: str, text: str, read: Any) -> dict[str, Any]
 
 def _natural(path: Path) -> tuple[bool, int, str]:
     """Numbers by value, before names."""
-    return not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name
+    return not path.name.isdecimal(), int(path.name) if path.name.isdecimal() else 0, path.name
 
 
 def _holds_anything(found: Contents) -> bool:

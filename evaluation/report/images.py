@@ -22,7 +22,8 @@ def embed(paths: Sequence[Path], budget: int = BUDGET_BYTES) -> dict[Path, str]:
     Small pictures are embedded unchanged; the budget that they leave is shared by the others.
     """
     found: dict[Path, str] = {}
-    shares = sorted(paths[:MOST_PICTURES], key=lambda path: path.stat().st_size)
+    # One that was removed meanwhile comes first, and is not readable.
+    shares = sorted(paths[:MOST_PICTURES], key=lambda path: path.exists() and path.stat().st_size)
     left = budget
     for index, path in enumerate(shares):
         content = shrink(path, left // (len(shares) - index))

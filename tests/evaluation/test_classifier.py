@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from evaluation.classifier import judge_classifier
 from evaluation.commands.eval_deit import parse_deit_evaluation, read_deit_arguments
-from evaluation.nets import count_classes
 from evaluation.probes.accuracy import AccuracyProbe
 from evaluation.published import PUBLISHED, published_figure
 from tests.evaluation.backbones import BACKBONES
@@ -272,17 +271,6 @@ def test_a_probe_that_the_net_cannot_serve_is_refused_before_the_others_run(
     monkeypatch.setattr(AccuracyProbe, "__call__", lambda *_: pytest.fail("it ran"))
     with pytest.raises(UserError, match="does not tell which patches it keeps"):
         judge_classifier(asked)
-
-
-@pytest.mark.parametrize("name", ["ese_vovnet19b_dw", "mambaout_femto", "resnet10t", "levit_128s"])
-def test_the_classes_of_a_file_are_those_of_its_head(name):
-    """Also where a layer within a block has a head's name, in any order of the keys."""
-    with torch.device("meta"):
-        state = timm.create_model(name, num_classes=7).state_dict()
-    assert count_classes(state) == 7
-    for keys in (sorted(state), sorted(state, reverse=True)):
-        assert count_classes({f"module.{key}": state[key] for key in keys}) == 7
-    assert count_classes({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}) is None
 
 
 class Splits:

@@ -94,7 +94,7 @@ class Checkpoints:
         return sorted(
             int(path.name)
             for path in self.folder.glob("*")
-            if path.name.isdigit() and path.is_dir()
+            if path.name.isdecimal() and path.is_dir()
         )
 
     def path(self, step: int) -> Path:
@@ -223,7 +223,7 @@ class Checkpoints:
         pointer = self.folder / "last"
         name = pointer.read_text().strip() if pointer.exists() else ""
         steps = self.steps()
-        first = int(name) if name.isdigit() else (steps[-1] if steps else 0)
+        first = int(name) if name.isdecimal() else (steps[-1] if steps else 0)
         return sorted((s for s in steps if s <= first), reverse=True) + [
             s for s in steps if s > first
         ]

@@ -32,6 +32,8 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if value.numel() == 0:
             return {"$empty": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
+        if name in tensors:  # {"a/b": x, "a": {"b": y}}
+            raise ValueError(f"two tensors of a checkpoint are called {name}")
         tensors[name] = value.detach()
         return {"$tensor": name}
     if isinstance(value, Mapping):

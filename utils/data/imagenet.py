@@ -219,7 +219,7 @@ def _entry_dtype(class_id: str, class_name: str) -> list[tuple[str, str]]:
 
 def _number(path: str, split: str, class_id: str, root: str) -> int:
     digits = os.path.splitext(os.path.basename(path))[0].rpartition("_")[2]
-    number = int(digits) if digits.isascii() and digits.isdigit() else -1
+    number = int(digits) if digits.isascii() and digits.isdecimal() else -1
     expected = os.path.join(root, relative_path(split, class_id, number))
     if path != expected or number >= 2**32:
         raise UserError(

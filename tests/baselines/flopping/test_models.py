@@ -252,6 +252,7 @@ def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
         (lambda: convnext()(torch.zeros(1, 1, 64, 64).double()), "for a network of 3 channels"),
         (lambda: convnext(dims=(8, 12, 16, 22)), "22 is not a multiple of 4"),
         (lambda: convnext(dims=(8, 12)), "not of equal length"),
+        (lambda: convnext(depths=(-1, 1, 1, 1)), "depths must be a whole number from 0, not -1"),
         (lambda: convnext(downsampling="max"), "downsampling must be one of conv, mean"),
         *(
             (lambda make=make, rate=rate: make(rate), rf"drop_path_rate must lie.*, not {rate}")

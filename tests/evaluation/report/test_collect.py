@@ -66,13 +66,14 @@ def test_results_of_a_probe_below_a_run_come_with_it(tmp_path: Path) -> None:
 def test_broken_parts_are_noted_and_the_rest_is_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 61, "loss": null}\n[1]\n{"step": null}\n{"loss": 1}\n{"step": 6')
+        file.write('{"step": 61, "loss": null}\n[1]\n{"step": null}\n{"loss": 1}\n')
+        file.write('{"step": Infinity}\n{"step": 6')
     (folder / "summary.json").write_text("{")
     (folder / "config.yaml").write_text("a: [")
     (folder / "results.json").write_text(json.dumps({"knn": 3}))
     found = collect(folder)
     assert len(found.metrics) == 61 and math.isnan(found.metrics[-1]["loss"])
-    assert found.notes[-2] == "metrics.jsonl: 4 of 65 lines cannot be read"
+    assert found.notes[-2] == "metrics.jsonl: 5 of 66 lines cannot be read"
     assert found.notes[-1] == "results.json: knn has no figures"
     assert any(note.startswith("summary.json cannot be read") for note in found.notes)
     assert any(note.startswith("config.yaml cannot be read") for note in found.notes)

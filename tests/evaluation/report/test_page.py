@@ -159,7 +159,7 @@ def test_pictures_of_every_kind_and_none(tmp_path: Path) -> None:
     assert shrink(small, 10_000) == ("png", small.read_bytes())
     assert shrink(broken, 10_000) is None and shrink(small, 10) is None
     assert shrink(clear, 100_000) is not None
-    assert list(embed([broken, small])) == [small]
+    assert list(embed([broken, small, tmp_path / "removed.png"])) == [small]
 
 
 def test_a_picture_that_is_none_is_said(tmp_path: Path) -> None:

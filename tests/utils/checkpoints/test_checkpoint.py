@@ -18,6 +18,7 @@ from safetensors import safe_open
 from utils.checkpoints import shards
 from utils.checkpoints.checkpoint import Checkpoints, export_weights
 from utils.checkpoints.files import Parts
+from utils.checkpoints.index import pack
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -80,6 +81,13 @@ def test_every_value_comes_back_as_it_was(tmp_path):
     assert torch.equal(nested[0]["x"], torch.ones(1)) and nested[1] == ()
     with pytest.raises(TypeError, match="plain: a checkpoint cannot hold a PosixPath"):
         Checkpoints(tmp_path).save(2, {"plain": Path("x")})
+
+
+def test_two_tensors_of_one_name_are_refused():
+    """One of them would be lost."""
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match="two tensors of a checkpoint are called net/a/b"):
+        pack({"a/b": one, "a": {"b": one}}, "net", {})
 
 
 def test_tensors_may_change_once_a_save_has_begun(tmp_path, monkeypatch):

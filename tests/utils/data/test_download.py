@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.utils.file_server import Server
+from utils import download as fetch
 from utils.data import download
 from utils.data.download import Archive, bring
+from utils.download import Unavailable
 from utils.errors import UserError
 
 
@@ -58,6 +60,24 @@ def test_the_next_call_goes_on_too(server: Server, tmp_path: Path) -> None:
     (tmp_path / "things.zip.part").write_bytes(server.data[:1000])
     bring("things", tmp_path, archives=archives(server))
     assert server.asked == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
+def test_parts_of_two_files_at_one_address_are_not_joined(
+    server: Server, tmp_path: Path, header: str
+) -> None:
+    """What came of an earlier file is thrown away; of the same one, kept."""
+    part, half = tmp_path / "part", len(server.data) // 2
+    whole, server.data, server.version = server.data, b"x" * 2 * half, {header: '"1"'}
+    server.cut = 100
+    with pytest.raises(Unavailable):
+        fetch.download(server.url, part, "it")
+    old = part.read_bytes()
+    server.cut, server.data, server.version = 1, whole, {header: '"2"'}
+    fetch.download(server.url, part, "it")
+    assert part.read_bytes() == whole != old
+    assert server.asked[-2:] == [f"bytes={len(old)}-", f"bytes={half}-"]
+    assert list(tmp_path.iterdir()) == [part]
 
 
 def test_a_part_that_is_complete_is_taken(server: Server, tmp_path: Path) -> None:
