@@ -185,7 +185,9 @@ class MaxFiltering(Invariantization):
         self, dim: int, *, num_references: int | None = None, group: str | Group = "D4"
     ) -> None:
         super().__init__(dim, group=group)
-        self.output_dim = num_references or 2 * dim
+        if num_references is not None and num_references < 1:
+            raise ValueError(f"num_references must be 1 or more, not {num_references}")
+        self.output_dim = 2 * dim if num_references is None else num_references
         self.actions = _actions(self.group)
         # [R C |G|], components in the published order
         self.references = nn.Parameter(torch.randn(self.output_dim, self.copy, self.group.order))

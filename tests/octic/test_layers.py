@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from octic.actions import act, act_on_tokens
 from octic.block import OcticBlock
 from octic.groups import Group, get_group
-from octic.invariants import INVARIANTIZATIONS, make_invariantization
+from octic.invariants import INVARIANTIZATIONS, MaxFiltering, make_invariantization
 from octic.layers import (
     OcticAttention,
     OcticGELU,
@@ -339,3 +339,13 @@ def test_a_small_scale_survives_autocast_to_float16():
     with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(layer(x, scale), scale(layer(x)))
     torch.testing.assert_close(layer(x, scale), scale(layer(x)), rtol=1e-5, atol=1e-12)
+
+
+def test_max_filtering_has_an_invariant_for_each_reference() -> None:
+    """As many as are asked for, and 2 D where nobody asks."""
+    x = torch.randn(3, 32)
+    for count, width in ((None, 64), (5, 5)):
+        layer = MaxFiltering(32, num_references=count)
+        assert layer(x).shape == (3, width) and layer.output_dim == width
+    with pytest.raises(ValueError, match="num_references must be 1 or more, not 0"):
+        MaxFiltering(32, num_references=0)
