@@ -21,6 +21,7 @@ from octic.operators import takes_triton
 from octic.precision import autocast_dtype
 from octic.regular_gelu import regular_gelu
 from vit.attention import attend, check_backend, check_dropout
+from vit.backbone import check_counts
 from vit.block import has_hooks
 from vit.packing import Packing
 
@@ -260,12 +261,13 @@ class OcticMlp(nn.Module):
         group: str | Group = "D4",
     ) -> None:
         super().__init__()
-        hidden = hidden_features or in_features
+        hidden = in_features if hidden_features is None else hidden_features
+        out = in_features if out_features is None else out_features
         biases = (bias, bias) if isinstance(bias, bool) else bias
         self.fc1 = OcticLinear(in_features, hidden, bias=biases[0], group=group)
         self.act = OcticGELU(group=group)
         self.norm = OcticLayerNorm(hidden, group=group) if norm else nn.Identity()
-        self.fc2 = OcticLinear(hidden, out_features or in_features, bias=biases[1], group=group)
+        self.fc2 = OcticLinear(hidden, out, bias=biases[1], group=group)
 
     def forward(
         self, x: Tensor, scale: nn.Module | None = None, matrices: Pair = (None, None)
@@ -321,7 +323,8 @@ class OcticAttention(nn.Module):
         super().__init__()
         self.group = get_group(group)
         copy = channels_per_copy(dim, self.group)
-        if num_heads < 1 or copy % num_heads:
+        check_counts(1, num_heads=num_heads)
+        if copy % num_heads:
             raise ValueError(
                 f"num_heads {num_heads} does not divide {copy}, the channels of each copy "
                 f"(width {dim} / {self.group.order} elements of {self.group.name})"

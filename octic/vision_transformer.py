@@ -19,6 +19,7 @@ from octic.groups import Group, Matrix, get_group
 from octic.invariants import InvariantNorm, make_invariantization
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
+from vit.backbone import check_counts
 from vit.block import Block
 from vit.stochastic_depth import drop_path_rates
 from vit.trunk import Trunk, init_linear
@@ -322,7 +323,8 @@ def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
                 "give octic_equi_break_layer"
             )
         return depth // 2
-    if not 0 <= index <= depth:
+    check_counts(0, octic_equi_break_layer=index)
+    if index > depth:
         raise ValueError(f"octic_equi_break_layer {index} is not in 0 .. depth = {depth}")
     return index
 

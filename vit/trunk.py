@@ -52,8 +52,10 @@ class Trunk(nn.Module):
         super().__init__()
         check_counts(1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         check_counts(0, num_classes=num_classes, num_register_tokens=num_register_tokens)
-        height, width = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
-        self.img_size = (height, width)
+        sides = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
+        if len(sides) != 2:
+            raise ValueError(f"img_size must be one side or (height, width), not {img_size}")
+        self.img_size = height, width = sides
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -191,7 +193,8 @@ class Trunk(nn.Module):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Reduce tokens [B T D] to one vector [B D] (pool type "" leaves them)."""
-        pool_type = self.global_pool if pool_type is None else pool_type
+        asked = self.global_pool if pool_type is None else pool_type
+        pool_type = _checked_pool(asked, self.has_class_token)
         if pool_type == "token":
             return x[:, 0]
         return x[:, self.num_prefix_tokens :].mean(dim=1) if pool_type == "avg" else x
@@ -356,7 +359,8 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
         return list(range(depth))
     asked = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
     taken = [index + depth if index < 0 else index for index in asked]
-    if not taken or any(not 0 <= index < depth for index in taken):
+    too_many = isinstance(indices, int) and indices > depth  # some blocks would be taken twice
+    if too_many or not taken or any(not 0 <= index < depth for index in taken):
         raise ValueError(f"blocks {indices} asked of a network with blocks 0 to {depth - 1}")
     return taken
 

@@ -229,11 +229,12 @@ def _print_kernels(name: str, times: Times) -> None:
         ]
         title = f"{name}: {kind}, {passed}"
         total = sum(kernel.microseconds for kernel in found.kernels)
-        note = f"{LISTED} longest of {len(found.kernels)}; all {total:.0f} us"
+        note = f"{len(rows)} longest of {len(found.kernels)}; all {total:.0f} us"
         print_table(title, ["kernel", "launches", "us"], rows, protocol=note)
 
 
 def _short(name: str) -> str:
     """A kernel's name without its return type and arguments."""
-    name = re.sub(r"^void ", "", name).partition("<")[0]
-    return name.rpartition("::")[2][:72] or name[:72]
+    bare = re.sub(r"^void |\(anonymous namespace\)::|<unnamed>::", "", name)
+    bare = re.split(r"[<(]", bare, maxsplit=1)[0]  # an argument may have a longer path
+    return bare.rpartition("::")[2][:72] or name[:72]

@@ -50,6 +50,16 @@ def test_cosub_is_linear_in_the_targets():
     )
 
 
+def test_each_subnetwork_learns_the_labels_and_what_the_other_says():
+    """The gradient of each is a quarter of: its share less the label's, and less the other's."""
+    first, second = LOGITS.clone().requires_grad_(), LOGITS.flip(1).requires_grad_()
+    cosub_loss(first, second, mixed(0.3)).backward()
+    p, q = first.detach().sigmoid(), second.detach().sigmoid()
+    scale = 0.25 / LOGITS.numel()
+    torch.testing.assert_close(first.grad, scale * (p - mixed(0.3) + p - q))
+    torch.testing.assert_close(second.grad, scale * (q - mixed(0.3) + q - p))
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_teacher_that_agrees_asks_for_nothing_or_for_more_of_the_same(kind):
     distillation = Distillation(teacher=nn.Identity, kind=kind, tau=3.0)
@@ -80,7 +90,11 @@ def test_soft_distillation_by_hand():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"kind": "warm"}, "soft, hard"), ({"tau": 0.0}, "tau must be finite and above 0")],
+    [
+        ({"kind": "warm"}, "soft, hard"),
+        ({"tau": 0.0}, "tau must be finite and above 0"),
+        ({"alpha": 1.5}, "alpha must"),
+    ],
 )
 def test_bad_options_are_refused(options, said):
     with pytest.raises(ValueError, match=said):

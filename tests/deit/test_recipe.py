@@ -124,16 +124,19 @@ def test_any_timm_network_trains(layerwise_decay):
     assert take_step(recipe, optimizer, 5, batch).isfinite()
 
 
+class TwoHeads(nn.Module):
+    """Logits that learn the labels, and logits that learn from a teacher."""
+
+    def __init__(self, drop_path_rate=0.0):
+        super().__init__()
+        self.first, self.second = nn.Linear(768, 3), nn.Linear(768, 3)
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return self.first(flat), self.second(flat)
+
+
 def test_two_heads_are_told_apart():
-    class TwoHeads(nn.Module):
-        def __init__(self, drop_path_rate=0.0):
-            super().__init__()
-            self.first, self.second = nn.Linear(768, 3), nn.Linear(768, 3)
-
-        def forward(self, images):
-            flat = images.flatten(1)
-            return self.first(flat), self.second(flat)
-
     distillation = Distillation(teacher=make_backbone("plain"), kind="hard", alpha=0.25)
     recipe = make_recipe(backbone=TwoHeads, distillation=distillation)
     losses = recipe.losses(make_batch(), 0)
@@ -141,6 +144,16 @@ def test_two_heads_are_told_apart():
     torch.testing.assert_close(losses["loss"].detach(), expected)
     label = torch.autograd.grad(losses["loss"], recipe.model.second.bias)[0]
     assert label.abs().sum() > 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_first_head_learns_the_labels_and_the_second_the_teacher(alpha):
+    """A share of 0 leaves the teacher's head alone, one of 1 the labels'."""
+    distillation = Distillation(teacher=make_backbone("plain"), alpha=alpha)
+    recipe = make_recipe(backbone=TwoHeads, distillation=distillation)
+    recipe.losses(make_batch(), 0)["loss"].backward()
+    first, second = (float(h.bias.grad.abs().sum()) for h in recipe.model.children())
+    assert (first > 0, second > 0) == (alpha == 0, alpha == 1)
 
 
 def test_the_teacher_never_trains():
@@ -221,6 +234,10 @@ def test_both_attentions_of_a_parallel_block_train():
         ({"loss": "mse"}, "bce, ce"),
         ({"smoothing": 0.1}, "every class a target"),
         ({"cosub": True, "loss": "ce"}, "cosub goes with"),
+        (
+            {"cosub": True, "distillation": Distillation(teacher=nn.Identity)},
+            "cosub goes with loss=bce and without distillation",
+        ),
         ({"batch_size_per_gpu": 3, "mixing": Mixing()}, "must be even"),
         ({"effective_batch_size": 10}, "batch_size_per_gpu=2 accumulation=5"),
         ({"backbone": make_backbone(num_classes=10)}, "backbone.num_classes=3"),

@@ -157,6 +157,14 @@ def test_bad_widths_are_refused() -> None:
         OcticLinear(60, 64)
     with pytest.raises(ValueError, match="num_heads 3 does not divide 8"):
         OcticAttention(64, num_heads=3)
+    for heads in (0, 2.0, "2"):
+        with pytest.raises(ValueError, match="num_heads must be a whole number of at least 1, not"):
+            OcticAttention(64, num_heads=heads)
+    for widths in ((0, None), (None, 0)):
+        with pytest.raises(ValueError, match="width 0 is not a multiple of 8"):
+            OcticMlp(64, *widths)
+    with pytest.raises(ValueError, match="width 0 is not a multiple of 8"):
+        OcticBlock(64, mlp_ratio=0)
     with pytest.raises(ValueError, match="even number"):
         OcticPatchEmbed(patch_size=7, embed_dim=64)
     with pytest.raises(ValueError, match="patch_size 2"):

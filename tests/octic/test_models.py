@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -351,6 +352,9 @@ def test_misspelt_and_impossible_options_are_refused() -> None:
         OcticVisionTransformer(depth=3)
     with pytest.raises(ValueError, match="not in 0 .. depth"):
         OcticVisionTransformer(octic_equi_break_layer=13)
+    for index in (-1, 1.5, "6", True):
+        with pytest.raises(ValueError, match="octic_equi_break_layer must be a whole number"):
+            OcticVisionTransformer(octic_equi_break_layer=index)
     with pytest.raises(ValueError, match="power_spectrum"):
         OcticVisionTransformer(invariant="fourier")
     net = make()
@@ -370,3 +374,22 @@ def test_a_net_that_was_built_without_memory_takes_weights_either_way():
     for other in (empty, assigned):
         assert torch.equal(other(images), net(images))
         assert not any(buffer.is_meta for buffer in other.buffers())
+
+
+@pytest.mark.parametrize("switch", (0, 1, 2))
+def test_the_projection_of_invariants_learns_as_the_last_octic_block(switch: int) -> None:
+    """Layer-wise learning rates; it comes before the first plain block."""
+    net = make(invariant=True, octic_equi_break_layer=switch)
+    depths = group_parameters(net, net.group_matcher(), reverse=True)
+    last = max(0, switch - 1)
+    assert (
+        depths["invariant_proj.weight"]
+        == depths[f"blocks.{last}.norm1.{'scaling.beta' if switch else 'bias'}"]
+    )
+
+
+def test_a_hybrid_hands_on_the_copies_of_an_irrep_one_after_the_other() -> None:
+    """As octic-vits: rows of the left copy of E, then of the right; ours store rows first."""
+    x = torch.arange(64.0).expand(1, 1, -1)
+    expected = [x[..., 8 * i : 8 * i + 8] for i in (0, 1, 2, 3, 4, 6, 5, 7)]
+    assert torch.equal(make().transition(x), torch.cat(expected, dim=-1))

@@ -181,3 +181,20 @@ def test_images_that_are_not_finite_say_nothing_of_the_weights():
     health.examine(net, torch.full((8, 3, 4, 4), NAN))
     assert health.alarm == "ALARM: the images are not finite"
     assert health.fault(net) == ""
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, lambda views: {"crops": views, "step": 3}])
+def test_the_largest_images_of_a_batch_are_examined_whatever_it_is(wrap):
+    """Of crops of several sizes; masks and labels beside them are no images."""
+    seen = []
+
+    class Seeing(Doubling):
+        def features(self, images):
+            seen.append(images)
+            return super().features(images)
+
+    small, large = torch.randn(6, 3, 2, 2), torch.randn(4, 3, 4, 4)
+    masks = torch.ones(4, 1, 8, 8, dtype=torch.bool)
+    assert Health().examine(Seeing(), wrap([small, large, masks, torch.zeros(4)]))
+    assert len(seen) == 1 and torch.equal(seen[0], large)
+    assert Health().examine(Seeing(), wrap([masks])) == {} and len(seen) == 1

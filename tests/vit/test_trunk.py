@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from octic.vision_transformer import OcticVisionTransformer
+from vit.trunk import take_indices
 from vit.vision_transformer import VisionTransformer
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4}
@@ -83,3 +84,44 @@ def test_pruning_leaves_out_what_no_asked_block_needs(kind, prune_norm):
     assert isinstance(net.get_classifier(), nn.Identity) and len(net.blocks) == 3
     found = net.forward_intermediates(crops[0], [0, 2], intermediates_only=True)
     torch.testing.assert_close(found, expected)
+
+
+@kinds
+def test_features_of_a_block_do_not_depend_on_what_else_is_asked_for(kind):
+    """Before, at and behind the switch: the block's tokens, in the plain half's basis, normed."""
+    net, (crops, _) = make(kind), make_crops()
+    together = net.features(crops[0], range(net.depth))
+    x, switched = net.embed(crops[0]), False
+    for index, block in enumerate(net.blocks):
+        if index == net.switch:
+            x, switched = net.transition(x), True
+        x = block(x)
+        expected = net.norm(x if switched else net.transition(x))
+        for found in (together[index], *net.features(crops[0], [index])):
+            torch.testing.assert_close(found.cls, expected[:, 0])
+            torch.testing.assert_close(found.patches.flatten(1, 2), expected[:, 3:])
+
+
+def test_more_blocks_than_there_are_are_refused():
+    """Not taken twice; as many as there are, are all of them."""
+    assert take_indices(4, 4) == take_indices(None, 4) == [0, 1, 2, 3]
+    for count in (0, -1, 5, 8, 9):
+        with pytest.raises(ValueError, match=f"blocks {count} asked of a network with blocks 0 to"):
+            take_indices(count, 4)
+
+
+def test_tokens_are_pooled_as_asked_and_not_as_nobody_can():
+    """The class token; the mean of the patches; all as they are."""
+    net, x = make("plain"), torch.randn(2, 3 + 64, 32).double()
+    assert torch.equal(net.pool(x), x[:, 0])
+    torch.testing.assert_close(net.pool(x, "avg"), x[:, 3:].mean(1))
+    assert net.pool(x, "") is x
+    with pytest.raises(ValueError, match="unknown global_pool 'max'; known: 'token', 'avg', ''"):
+        net.pool(x, "max")
+
+
+def test_an_image_size_is_one_side_or_two():
+    for size in ((32,), [32, 32, 32]):
+        with pytest.raises(ValueError, match=r"img_size must be one side or \(height, width\)"):
+            VisionTransformer(**SIZES | {"img_size": size})
+    assert VisionTransformer(**SIZES | {"img_size": [16, 32]}).grid_size == (4, 8)

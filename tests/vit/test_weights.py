@@ -261,3 +261,29 @@ def test_weights_that_do_not_fit_leave_the_invariantization() -> None:
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     load_state(net, state)
     assert net.invariant == "polynomial"
+
+
+def test_a_hybrid_does_not_become_invariant_by_a_file() -> None:
+    """It takes over which invariants, but not whether there are any."""
+    net = small("hybrid_dinov2_vit_small_patch16")
+    with pytest.raises(ValueError, match=r"left over: invariant"):
+        load_state(net, small().state_dict())
+    assert net.invariant is False and net.invariantization is None
+
+
+@pytest.mark.parametrize("group", ("mirror", "C4", "D4"))
+def test_invariants_before_the_head_are_told_by_its_width(group: str) -> None:
+    """Two of one width cannot be: then they are the model's own. A file without a head is named."""
+    x, options = torch.randn(1, 3, 32, 32), SMALL | {"invariant_at": "head", "group": group}
+    for theirs, ours in (
+        ("power_spectrum", "trivial"),
+        ("trivial", "power_spectrum"),
+        ("linear",) * 2,
+    ):
+        source, target = (OcticVisionTransformer(**options, invariant=n) for n in (theirs, ours))
+        load_state(target, source.state_dict())
+        assert target.invariant == theirs
+        assert torch.equal(source.eval()(x), target.eval()(x))
+    state = {k: v for k, v in source.state_dict().items() if not k.startswith("head.")}
+    with pytest.raises(ValueError, match=r"missing: head\.bias, head\.weight"):
+        load_state(target, state)

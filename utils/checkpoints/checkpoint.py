@@ -252,6 +252,7 @@ class Checkpoints:
         _sync_folder(temporary)
         replaced = self.folder / f".replaced-{step}"
         if self.path(step).exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # of a save that failed after its renames
             os.rename(self.path(step), replaced)
         os.rename(temporary, self.path(step))
         _sync_folder(self.folder)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from baselines.gevit import models as gevit
 from baselines.posthoc.aggregators import AGGREGATORS, LEARNED, Aggregator
 from baselines.posthoc.keys import published_name
+from baselines.posthoc.split import find_split
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
 from evaluation.symmetry.equivariance import measure, worst_error
 from tests.baselines.posthoc.toys import CLASSES, KINDS, SMALL, images, make
@@ -334,6 +336,17 @@ def test_mistakes_are_one_line(options, said):
 def test_a_net_without_a_seam_says_so():
     with pytest.raises(ValueError, match=r"give \(embed, head\)"):
         Symmetrized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+def test_two_heads_of_one_embedding_are_averaged():
+    """As timm's distilled LeViT gives them, whose heads have no tokens of their own."""
+    net = timm.create_model("test_resnet", num_classes=CLASSES).eval()
+    head, width = net.get_classifier(), net.num_features
+    other = nn.Linear(width, CLASSES)
+    net.get_classifier = lambda: (head, other)
+    split, z = find_split(net), torch.randn(2, width)
+    torch.testing.assert_close(split.head(net, z), (head(z) + other(z)) / 2)
+    assert split.parts(net) == [head, other]
 
 
 @pytest.mark.parametrize("name", ["gevit_rotmnist_z2", "gevit_digits_p4m"])

@@ -132,6 +132,23 @@ def test_times_are_told_and_kept_as_they_come(tmp_path, monkeypatch, capsys):
     told, table = capsys.readouterr().out.split("time of a block")
     assert told.splitlines()[-1].endswith("OcticBlock, eager, forward: 50 us")
     assert table.index("OcticBlock") < table.index(" Block ") and "2.00" in table
+    assert "1 longest of 1; all 240 us" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("void at::native::add<float>(int)", "add"),
+        ("void at::native::(anonymous namespace)::norm_kernel<float>(at::Info)", "norm_kernel"),
+        ("void <unnamed>::norm_kernel<at::Half>(int)", "norm_kernel"),
+        ("fmha_bf16_sm80(Attention::Kernel<cutlass::bfloat16_t>::Params)", "fmha_bf16_sm80"),
+        ("triton_per_fused_add_3", "triton_per_fused_add_3"),
+        ("at::native::fill(at::Tensor)", "fill"),
+    ],
+)
+def test_a_kernel_is_shown_without_its_path_and_arguments(name, shown):
+    """Whatever paths its arguments have, and from a namespace without a name."""
+    assert block_times._short(name) == shown
 
 
 @pytest.mark.parametrize(
