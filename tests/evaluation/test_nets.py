@@ -1,7 +1,5 @@
 """A node and a file of weights make a net, strictly; the file brings what the node leaves open."""
 
-import json
-
 import pytest
 import timm
 import torch
@@ -43,13 +41,9 @@ def test_timm_weights_are_loaded_into_the_wrapped_net(tmp_path):
 @pytest.mark.parametrize("backbone", [OCTIC, TIMM], ids=["octic", "timm"])
 def test_a_run_folder_brings_the_sizes_of_its_net(backbone, tmp_path):
     """The file says what its net was built with; nobody must repeat it."""
-    net = make_net(backbone, None, seed=1)
-    file = tmp_path / "run/exported/model.safetensors"
-    file.parent.mkdir(parents=True)
-    state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    save_file(state, file, {"constructor": json.dumps(backbone)})
+    run, state = exported(backbone, tmp_path / "run")
     named = {key: value for key, value in backbone.items() if key not in TINY}
-    found = make_net(named, str(tmp_path / "run"), seed=2).state_dict()
+    found = make_net(named, run, seed=2).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     with pytest.raises(UserError, match="without exported"):
         make_net(named, str(tmp_path))
