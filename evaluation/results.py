@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from utils.console import may_be_lost
 from utils.folders import make_folder
-from utils.whole_file import whole_file
+from utils.whole_file import write_text
 
 RESULTS_FILE = "results.json"
 
@@ -26,8 +27,7 @@ def write_results(
     if (before := _net_of(results.get(probe))) and before != _net_of({"protocol": protocol}):
         print(f"{path}: replaces the {probe} results of {before}", flush=True)
     results[probe] = {"protocol": dict(protocol), "figures": dict(figures)}
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n")
+    write_text(path, json.dumps(results, indent=2) + "\n")
     return path
 
 
@@ -36,7 +36,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        aside = path.replace(path.with_suffix(".damaged"))
+        names = (path.with_suffix(f".damaged{number or ''}") for number in count())
+        aside = path.replace(next(name for name in names if not name.exists()))
         print(f"{path} is damaged: set aside as {aside.name}", flush=True)
         return {}
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from utils import distributed
 from utils.console import Lines
 from utils.meter import Meter
+from utils.whole_file import write_text
 
 _UNDRAWN = {"step", "waited_for_data", "images_per_second", "memory_gb"}
 
@@ -202,11 +203,8 @@ def truncate(path: Path, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n" for line in kept)
-        )
-        temporary.replace(path)
+        finite = ({k: _finite(v) for k, v in line.items()} for line in kept)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in finite))
 
 
 def draw_curves(path: Path) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from utils import distributed, parallel
 from utils.checkpoints import state
-from utils.checkpoints.checkpoint import Checkpoints, NotSaved, export_weights
+from utils.checkpoints.checkpoint import Checkpoints, NotSaved
 from utils.checkpoints.exported import EXPORTED
+from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, place_of, plain, raised_by_us
 from utils.config.settings import check_max_steps, check_settings
 from utils.data.classes import class_metadata

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import yaml
 
-from utils.checkpoints.checkpoint import Checkpoints, write_text
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
 from utils.revision import revision
+from utils.whole_file import write_text
 
 # Keys that change where, how fast or how closely watched a run is, but not the weights that come
 # out; training.weights is read where there is no run to go on with.

@@ -21,9 +21,9 @@ from evaluation.cost.graphs import record
 from evaluation.cost.models import find_backbone, make_net
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
 from utils.parallel import allow_variants
+from utils.whole_file import write_text
 from vit.block import terms_of
 
 MODES = ("eager", "compiled")

@@ -26,13 +26,13 @@ from evaluation.cost.peaks import device_name, synchronize
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils import distributed
-from utils.checkpoints.checkpoint import write_text
 from utils.config.build import build, plain
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder, read_image
 from utils.errors import UserError
 from utils.parallel import to_device
 from utils.randomness import seed_cpu
+from utils.whole_file import write_text
 
 SIZE = (500, 375)  # width and height of ImageNet's usual photograph
 QUALITY = 95  # about 90 kB

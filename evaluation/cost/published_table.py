@@ -16,9 +16,9 @@ from evaluation.cost.settings import Settings
 from evaluation.cost.timing import INFERENCE, Contestant, free_memory, measure_in_turn, speed_of
 from evaluation.progress import say, track
 from evaluation.results import print_table
-from utils.checkpoints.checkpoint import write_text
 from utils.config.build import build, nearest
 from utils.errors import UserError
+from utils.whole_file import write_text
 
 COUNTS = ("auto", "all", "none")
 # Nets beyond this take too long on a CPU to run a pass for every row.

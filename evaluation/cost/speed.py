@@ -20,10 +20,10 @@ from evaluation.cost.speed_figures import Table, print_tables, tables_of, write_
 from evaluation.cost.speed_list import DEVICES, Measurement, choose, read_list, script_of
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.checkpoints.checkpoint import write_text
 from utils.config.build import nearest
 from utils.errors import UserError, fail
 from utils.lock import FolderLock
+from utils.whole_file import write_text
 
 STATE, TABLE, BEFORE = "state.json", "table.md", "before"
 DONE, EARLIER, STOPPED, FAILED, LEFT_OUT = "done", "earlier", "stopped", "failed", "left out"

@@ -14,8 +14,8 @@ from evaluation.cost.scaling import work_of
 from evaluation.cost.speed_list import Measurement
 from evaluation.cost.table import OUT_OF_MEMORY, digits, times_of
 from evaluation.results import print_table
-from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
+from utils.whole_file import write_text
 
 UNSETTLED = 2  # windows of a training in which it compiles and its workers start
 NETS = ["net", "pass", "mode", "images/s", "times the twin's", "MFU %", "peak MiB"]

@@ -11,8 +11,8 @@ from evaluation.cost.peaks import Peak
 from evaluation.cost.settings import Settings
 from evaluation.cost.timing import INFERENCE, Ratio, Speed
 from evaluation.results import print_table
-from utils.checkpoints.checkpoint import write_text
 from utils.flops import Operations
+from utils.whole_file import write_text
 
 COUNTED = "forward"
 OUT_OF_MEMORY = "out of memory"

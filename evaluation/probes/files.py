@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from evaluation.progress import say
 from utils import distributed
-from utils.checkpoints.checkpoint import write_text
 from utils.errors import UserError
-from utils.whole_file import whole_file
+from utils.whole_file import whole_file, write_text
 from vit.weights import read_pickle
 
 OWNER = "probe"  # the key of the net and the settings that the heads belong to

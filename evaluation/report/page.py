@@ -6,7 +6,6 @@ All text that is read from files is escaped in the page.
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from evaluation.report.charts import chart, panels
 from evaluation.report.collect import MOST_FILES, REPORT, Contents, Results, collect
 from evaluation.report.images import MOST_PICTURES, embed
 from utils.errors import UserError
+from utils.whole_file import whole_file
 
 STYLE = Path(__file__).with_name("style.css")
 ROWS_PER_TABLE = 16
@@ -44,15 +44,9 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     path = Path(output or folder)
     try:
         path = path / REPORT if path.is_dir() else path
-        partial = path.with_name(f".{path.name}")
-        try:
+        with whole_file(path) as partial:
             # A file's name need not be text; what is none becomes a question mark.
             partial.write_text(content, encoding="utf-8", errors="replace")
-            partial.replace(path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
     except OSError as error:
         elsewhere = "" if output else "; --output FILE writes it elsewhere"
         raise UserError(f"cannot write {path}: {error.strerror}{elsewhere}") from None

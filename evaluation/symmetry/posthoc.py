@@ -23,7 +23,7 @@ from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
 from evaluation.sample import image_size_of
 from utils import distributed
-from utils.checkpoints.checkpoint import export_weights
+from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, plain
 from utils.data.classes import class_metadata
 from utils.data.images import ImageDataset, Subset

@@ -42,6 +42,10 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, capsys, text: str) -> None:
     assert list(json.loads(path.read_text())) == ["knn"]
     assert (tmp_path / "results.damaged").read_text() == text
     assert "set aside as results.damaged" in capsys.readouterr().out
+    path.write_text("again")
+    write_results(tmp_path, "knn", protocol={}, figures={"top1": 1})
+    assert (tmp_path / "results.damaged").read_text() == text
+    assert (tmp_path / "results.damaged1").read_text() == "again"
 
 
 def test_what_cannot_be_written_harms_nothing(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """A file appears when all of it is written, and what fails leaves the earlier one."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from utils.whole_file import whole_file
+from utils.whole_file import whole_file, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -21,3 +22,35 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
         os.umask(umask)
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "old"
     assert file.stat().st_mode & 0o777 == 0o644  # for who shares the folder, too
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_takes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "last", "5\n")
+    assert len(synced) == 1 and [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_file_that_the_disk_did_not_take_does_not_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the sync, not before it: a crash of the machine would leave an empty file."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "last"
+    write_text(path, "5\n")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(path, "6\n")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "5\n"

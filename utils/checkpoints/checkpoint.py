@@ -1,4 +1,4 @@
-"""Checkpoints as folders that exist whole or not at all, and exported weights.
+"""Checkpoints as folders that exist whole or not at all.
 
     checkpoints/<step>/     see `utils/checkpoints/files.py`
     checkpoints/last        the name of the folder to resume from
@@ -34,9 +34,10 @@ from utils.checkpoints.files import (
     weights_fault,
 )
 from utils.checkpoints.index import INDEX, pack
-from utils.checkpoints.shards import ShardWriter, set_usual_mode, write_json
+from utils.checkpoints.shards import ShardWriter, write_json
 from utils.errors import UserError
 from utils.ranges import OutOfRange, check_count
+from utils.whole_file import sync_folder, write_text
 
 
 class NotSaved(UserError):
@@ -219,7 +220,10 @@ class Checkpoints:
             if not original.exists():
                 os.rename(replaced, original)
         for leftover in self.folder.glob(".*"):  # a save or a removal that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         pointer = self.folder / "last"
         name = pointer.read_text().strip() if pointer.exists() else ""
         steps = self.steps()
@@ -249,13 +253,13 @@ class Checkpoints:
             "files": files,
         }
         write_json(temporary / DESCRIPTION, description)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         replaced = self.folder / f".replaced-{step}"
         if self.path(step).exists():
             shutil.rmtree(replaced, ignore_errors=True)  # of a save that failed after its renames
             os.rename(self.path(step), replaced)
         os.rename(temporary, self.path(step))
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         write_text(self.folder / "last", f"{step}\n")
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(step)
@@ -273,40 +277,6 @@ class Checkpoints:
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f".writing-{step}"
-
-
-def export_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as safetensors with `metadata` (strings), atomically; rank 0 only.
-
-    Raises UserError if the disk does not take them.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    whole = {name: value.contiguous().clone() for name, value in weights.items()}
-    try:
-        save_file(whole, temporary, dict(metadata))
-        set_usual_mode(temporary)
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} not written ({reason(error)})") from None
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -328,11 +298,3 @@ def _numbers(plan: Any) -> dict[str, int]:
     # What another version wrote may have none, or be of another kind.
     entries = plan.items() if isinstance(plan, dict) else ()
     return {key: value for key, value in entries if isinstance(value, int)}
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

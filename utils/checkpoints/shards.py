@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from utils.whole_file import sync
+
 # A process that saves or reads by itself is meant to.
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
@@ -212,10 +214,8 @@ def hash_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write a value durably; returns size and hash of the file."""
-    with open(path, "w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value))
+    sync(path)
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
@@ -232,8 +232,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     except Exception as error:
         # An error of safetensors cannot travel between ranks, and a full disk is an OSError.
         raise OSError(str(error).splitlines()[0]) from None
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return path.stat().st_size, hash_file(path)
 
 

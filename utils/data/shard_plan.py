@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.data.packing import Packed
 from utils.errors import UserError
-from utils.whole_file import whole_file
+from utils.whole_file import write_text
 
 if TYPE_CHECKING:
     from utils.data.images import ImageFolder
@@ -147,12 +147,6 @@ class Plan:
 
     def _splits(self) -> dict[str, Any]:
         return (_read(self.info) or {}).get("splits", {})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears when it is whole."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

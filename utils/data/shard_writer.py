@@ -30,9 +30,9 @@ from utils.data.packing import (
     split_tree,
     unwritable,
 )
-from utils.data.shard_plan import Plan, Samples, write_text
+from utils.data.shard_plan import Plan, Samples
 from utils.errors import UserError
-from utils.whole_file import whole_file
+from utils.whole_file import whole_file, write_text
 
 SHARD_MB = 1000.0
 
@@ -167,19 +167,16 @@ def _write_shard(file: Path, files: Iterator[Packed], samples: Samples, progress
     """Write one shard, which appears when it is whole; how many images it has."""
     length = 0
     with whole_file(file) as partial:
-        with partial.open("wb") as stream:
-            with tarfile.open(fileobj=stream, mode="w") as archive:
-                for packed in files:
-                    progress.add()
-                    if packed.data is None:
-                        continue
-                    length += 1
-                    for name, data in samples.members(packed):
-                        member = tarfile.TarInfo(name)  # of no time and no owner
-                        member.size, member.mode = len(data), 0o444
-                        archive.addfile(member, io.BytesIO(data))
-            stream.flush()
-            os.fsync(stream.fileno())
+        with tarfile.open(partial, mode="w") as archive:
+            for packed in files:
+                progress.add()
+                if packed.data is None:
+                    continue
+                length += 1
+                for name, data in samples.members(packed):
+                    member = tarfile.TarInfo(name)  # of no time and no owner
+                    member.size, member.mode = len(data), 0o444
+                    archive.addfile(member, io.BytesIO(data))
         if not length:
             raise UserError(f"none of the images that {file} was to hold can be read")
     return length

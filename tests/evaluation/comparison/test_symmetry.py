@@ -22,7 +22,7 @@ from evaluation.comparison.symmetry_views import (
 )
 from evaluation.judge import make_data
 from evaluation.symmetry.posthoc import answers
-from utils.checkpoints.checkpoint import export_weights
+from utils.checkpoints.weights_file import export_weights
 from utils.data.classes import class_metadata
 from utils.errors import UserError
 from utils.symmetry import SYMMETRIES, transform_image

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from utils.checkpoints import shards
-from utils.checkpoints.checkpoint import Checkpoints, export_weights
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.checkpoints.files import Parts
 from utils.checkpoints.index import pack
 from utils.errors import UserError
@@ -254,7 +253,7 @@ def test_what_a_killed_save_left_is_no_obstacle(tmp_path):
     checkpoints.save(4, parts(4))
     for name in (".writing-5", ".removing-3"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".last.tmp").write_text("5")
+    (tmp_path / ".last.1a2b3c4d.partial").write_text("5")
     assert checkpoints.load()[0] == 4 and checkpoints.save(5, parts(5)) == ""
     assert {path.name for path in tmp_path.iterdir()} == {"4", "5", "last"}
 
@@ -364,23 +363,12 @@ def test_a_format_of_the_future_is_refused_in_one_line(tmp_path):
         Parts(tmp_path / "1")
 
 
-def test_whoever_may_read_the_run_folder_may_read_its_weights(tmp_path):
+def test_whoever_may_read_the_run_folder_may_read_its_checkpoints(tmp_path):
     """safetensors makes its files private, which colleagues on a cluster would find out."""
     (tmp_path / "usual").write_text("")
     Checkpoints(tmp_path).save(1, parts(1))
-    export_weights(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
     modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "usual").stat().st_mode}
-
-
-def test_exported_weights_carry_their_metadata(tmp_path):
-    shared = torch.arange(6.0).reshape(2, 3)
-    path = tmp_path / "exported" / "net.safetensors"
-    export_weights(path, {"a": shared.T, "b": shared[0]}, {"constructor": "{}"})
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"constructor": "{}"}
-        assert torch.equal(file.get_tensor("a"), shared.T)
-    assert [p.name for p in path.parent.iterdir()] == ["net.safetensors"]
 
 
 def damage(folder: Path, harm: str) -> None:
