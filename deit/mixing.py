@@ -11,7 +11,8 @@ from torch.utils.data import default_collate
 
 from deit.fast_augment import STAGES
 from utils.data.colour_plan import plan_colours
-from utils.ranges import check_order, check_range, check_share, check_word
+from utils.errors import UserError
+from utils.ranges import OutOfRange, check_order, check_range, check_share, check_word
 
 MODES = ("batch", "pair", "elem")
 
@@ -20,9 +21,10 @@ class Mixing:
     """timm's mixup and CutMix: which of the two, and by how much.
 
     mixup, cutmix: parameters of the Beta distribution the shares come from; 0 leaves one out.
-    cutmix_minmax: the cut box's sides as shares of the image's, instead. probability: that a batch
-    is mixed at all. switch_probability: that CutMix is taken where both could be. mode: one share
-    per batch, per pair, or per image. An image's partner is its mirror place in the batch.
+    cutmix_minmax: the cut box's sides as shares of the image's, instead; the greatest is excluded.
+    mode: whether a batch, a pair or an image draws its own share and all that follows. probability:
+    that it is mixed at all. switch_probability: that CutMix is taken where both could be. An
+    image's partner is its mirror place in the batch.
     """
 
     def __init__(
@@ -40,6 +42,10 @@ class Mixing:
         check_range("cutmix", cutmix)
         if cutmix_minmax is not None:
             check_order("cutmix_minmax", cutmix_minmax, 0, 1)
+            if cutmix_minmax[0] == cutmix_minmax[1]:
+                raise OutOfRange(
+                    f"cutmix_minmax must be two different values, not {list(cutmix_minmax)}"
+                )
         check_share("probability", probability)
         check_share("switch_probability", switch_probability)
         if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
@@ -65,12 +71,27 @@ class Mixer:
         self.mix = mix
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with mixed images [B 3 S S] and targets [B C] for class indices [B]."""
+        """The batch with mixed images [B 3 S S] and targets [B C] for class indices [B].
+
+        UserError for images on which no whole number of pixels is a side of the cut box.
+        """
+        if shares := self.mix.cutmix_minmax:
+            _check_box(shares, batch["images"].shape[-2:])
         state = np.random.get_state()  # timm draws from numpy's global generator
         np.random.seed(batch["mixing_seed"])
         images, targets = self.mix(batch["images"], batch["targets"])
         np.random.set_state(state)
         return {"images": images, "targets": targets}
+
+
+def _check_box(shares: Sequence[float], sides: Sequence[int]) -> None:
+    least, greatest = shares
+    for side in sides:
+        if int(side * least) == int(side * greatest):
+            raise UserError(
+                f"recipe.mixing.cutmix_minmax {list(shares)} leaves no side of a cut box in {side} "
+                "pixels; take values further apart"
+            )
 
 
 class Collate:

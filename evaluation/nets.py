@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from evaluation.progress import say
 from utils import distributed
 from utils.checkpoints.exported import EXPORTED, FORMERLY
-from utils.config.build import build
+from utils.config.build import build, is_own
 from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError
@@ -167,6 +167,8 @@ def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         return ""
     inner, name = backbone.get("backbone"), name_of(theirs)
     remedy = f"--model {name}"
+    if is_own(theirs.get("_target_")):  # --model knows registered names alone
+        remedy = f"backbone._target_={theirs['_target_']} in its place"
     if isinstance(inner, Mapping):
         if theirs.get("_target_") == backbone["_target_"]:
             return ""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from octic.groups import Group, get_group
 from octic.layers import OcticLinear, channels_per_copy
+from vit.backbone import check_counts
 from vit.trunk import init_convolution
 
 
@@ -124,8 +125,11 @@ class OcticLift(nn.Module):
         super().__init__()
         self.group = get_group(group)
         self.patch_size = patch_size
-        sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        sides = _sides(patch_size)
+        check_counts(1, in_chans=in_chans)
         _check_patch_size(sides, self.group)
+        if 2 in sides and self.group.name == "D4":
+            raise ValueError("patch_size 2 has no A2 and B1 filters under D4; use 4 or more")
         copy = channels_per_copy(embed_dim, self.group)
         self.embed_dim = embed_dim
         self.scaled_bias = scaled_bias
@@ -172,7 +176,17 @@ class OcticPatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B in H W] to tokens on their grid [B H/p W/p D]."""
+        """Images [B in H W] to tokens on their grid [B H/p W/p D].
+
+        ValueError for sides that are no multiples of the patch's: what is left over at the right
+        and at the bottom would be cut off, which no moved image agrees with.
+        """
+        (height, width), (rows, columns) = images.shape[-2:], _sides(self.patch_size)
+        if height % rows or width % columns:
+            raise ValueError(
+                f"image size {(height, width)} is not a multiple of the patch size "
+                f"{self.patch_size}"
+            )
         return self.lift8(images).permute(0, 2, 3, 1)
 
 
@@ -193,6 +207,8 @@ class OcticToPatch(nn.Module):
     ) -> None:
         super().__init__()
         self.group = get_group(group)
+        check_counts(1, out_chans=out_chans)
+        _check_patch_size(_sides(patch_size), self.group)
         self.patch_size, self.out_chans = patch_size, out_chans
         self.unfold = Unfold(patch_size, patch_size, scaled=True, group=self.group)
         cells = self.unfold.slab[0] * self.unfold.slab[1]
@@ -224,10 +240,14 @@ class OcticToPatch(nn.Module):
         return components
 
 
+def _sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+
+
 def _check_patch_size(sides: tuple[int, int], group: Group) -> None:
+    for side in sides:
+        check_counts(1, patch_size=side)
     try:
         group.slab(*sides)
     except ValueError as error:
         raise ValueError(f"patch_size: {error} pixels") from None
-    if 2 in sides and group.name == "D4":
-        raise ValueError("patch_size 2 has no A2 and B1 filters under D4; use 4 or more")

@@ -10,20 +10,21 @@ Ours are DINOv2's (`ls1.gamma`), with each token as one tensor of the part that 
     dino_head.*, ibot_head.*                  heads beside a backbone
     *_sym, *_asym                             mirror nets, "Flopping for FLOPs" (`vit.mirror_keys`)
 
-A name that the model has itself is its own, whatever else it could mean.
+A name that the model has itself is its own, whatever else it could mean: also behind a wrapper, as
+in `module.patch_embed.backbone.conv.weight` of timm's hybrid networks.
 """
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vit.mirror_keys import PERMUTATION, STEM, mirror_name, to_slabs
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.", "backbone.")
 HEADS = ("dino_head.", "ibot_head.")
 TOKENS = ("cls_token", "register_tokens", "mask_token")
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(_fsdp_wrapped_module|_orig_mod|module|backbone)\.")
 _CONSTANTS = re.compile(r"(^|\.)(rotation_action|reflection_action)$")
 _TOKEN_PART = re.compile(rf"^({'|'.join(TOKENS)})\.(\d+)$")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
@@ -32,9 +33,7 @@ _GAMMA = re.compile(r"(^|\.)gamma_([12])(_1)?(?=\.|$)")
 
 def strip_wrappers(name: str) -> str:
     """Remove the prefixes that compilation, data parallelism and training wrappers leave."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return _WRAPPER.sub("", name)
 
 
 def from_published(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +80,7 @@ def check_fit(
 
 def rename_published(
     state: Mapping[str, Tensor],
-    own: Container[str] = (),
+    own: Collection[str] = (),
     *,
     grid: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -92,8 +91,10 @@ def rename_published(
     found: dict[str, Tensor] = {}
     twice = []
     order, mirror = None, False
+    places = {strip_wrappers(ours): ours for ours in own}
     for name, tensor in state.items():
-        spelled = name if name in own else strip_wrappers(name)
+        bare = strip_wrappers(name)
+        spelled = name if name in own else places.get(bare, bare)
         if spelled == PERMUTATION and spelled not in own:
             order = tensor
             continue

@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch import nn
 
-from utils.config.build import build
+from utils.config.build import build, is_own, keywords_of, resolve
 from utils.config.command_line import unknown_model
 from utils.config.files import CONFIGS
 from utils.errors import UserError
@@ -50,6 +50,7 @@ def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
 def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | None = None) -> Node:
     """The node of our config of that name, else of timm's model, for images of `size` pixels.
 
+    A dotted name in a package that the environment adds is a net of the user's.
     keywords: further keywords of the constructor.
     """
     if name in _named():
@@ -58,6 +59,9 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
         if own != size:
             raise UserError(f"{name} is for images of {own} pixels: size={own}, not {size}")
         return node if size == 224 else {**node, "img_size": size}
+    if is_own(name):
+        sized = {"img_size": size} if "img_size" in keywords_of(resolve(name)) else {}
+        return {"_target_": name, **sized, **(keywords or {})}
     import timm
 
     if name in ADAPTERS:

@@ -18,6 +18,7 @@ from deit.augment import (
     posterize,
 )
 from deit.mixing import Collate, Mixing
+from utils.errors import UserError
 from utils.randomness import seed_cpu
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8))
@@ -245,8 +246,21 @@ def test_without_mixing_labels_stay_labels():
         ({"mode": "all"}, "batch, pair"),
         ({"mixup": 0, "cutmix": 0}, "null"),
         ({"cutmix_minmax": []}, "cutmix_minmax takes two values"),
+        (
+            {"cutmix_minmax": [0.5, 0.5]},
+            "cutmix_minmax must be two different values",
+        ),
     ],
 )
 def test_bad_mixing(options, said):
     with pytest.raises(ValueError, match=said):
         Mixing(**options)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_boxes_without_a_side_are_refused_before_one_is_drawn(mode):
+    """Of 8 pixels none is from 4 to less than 4: told at the first batch, whichever mixes it."""
+    options = {"cutmix_minmax": [0.5, 0.6], "mode": mode}
+    with pytest.raises(UserError, match=r"\[0.5, 0.6\] leaves no side of .* in 8 pixels"):
+        collate(0, **options)
+    collate(0, cutmix_minmax=[0.5, 0.625], switch_probability=1.0, mode=mode)

@@ -6,7 +6,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evaluation.nets import count_classes, load_strictly, make_net, weights_file, weights_in_words
+from evaluation.nets import (
+    count_classes,
+    load_strictly,
+    make_net,
+    other_model,
+    weights_file,
+    weights_in_words,
+)
 from tests.evaluation.backbones import OCTIC, PLAIN, TIMM, TINY, exported
 from utils.checkpoints.exported import EXPORTED
 from utils.errors import UserError
@@ -125,3 +132,10 @@ def test_the_classes_of_a_file_are_those_of_its_head(name):
     for keys in (sorted(state), sorted(state, reverse=True)):
         assert count_classes({f"module.{key}": state[key] for key in keys}) == 7
     assert count_classes({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}) is None
+
+
+def test_weights_of_a_net_of_the_users_own_are_named_by_their_class(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
+    told = other_model(PLAIN, {"_target_": "my_nets.Mine"})
+    assert "are of a Mine" in told and "backbone._target_=my_nets.Mine" in told
+    assert "--model" not in told

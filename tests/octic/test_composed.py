@@ -171,6 +171,35 @@ def test_gradients_to_be_differentiated_again_are_the_usual_ones(name):
     torch.testing.assert_close(again, usual, rtol=1e-10, atol=1e-12)
 
 
+def test_a_bias_for_the_next_operator_has_its_gradient_when_composed_too(monkeypatch):
+    function, tensors = partial_operators()["linear, bias later"]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    grad = torch.randn_like(function(*tensors))
+    found = []
+    for composes in (False, True):
+        monkeypatch.setattr(composed, "is_composed", lambda composes=composes: composes)
+        y = function(*tensors)
+        found.append([y, *torch.autograd.grad(y, tensors, grad)])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("composes", [False, True])
+def test_sums_with_a_bias_and_norms_are_not_rounded_to_half_precision(composes, monkeypatch):
+    """The result is, and has the dtype of the features: small differences are still seen."""
+    monkeypatch.setattr(composed, "is_composed", lambda: composes)
+    x = torch.zeros(2, 32, dtype=torch.bfloat16)
+    x[:, :4] = 1
+    found = OcticGELU()(x, torch.full((4,), 2**-10 - 1))
+    exact = OcticGELU()(torch.where(x > 0, 2**-10, 0.0).double())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-9)
+    segments, x = OcticLayerNorm(32).segments, torch.randn(5, 32).bfloat16() + 30
+    found, exact = (irrep_norm(each, segments=segments) for each in (x, x.double()))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-3)
+
+
 def test_a_program_exported_with_gradients_can_be_trained(net, images):
     program = torch.export.export(net, (images,)).module()
     net.zero_grad()

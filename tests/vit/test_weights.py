@@ -77,6 +77,17 @@ def test_a_published_layer_scale_is_found_again_in_a_net_or_a_block_of_its_own(o
     assert list(rename_published({published: torch.ones(1)})[0]) == [ours]
 
 
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_a_name_of_the_model_may_be_that_of_a_wrapper(wrapping):
+    """As `patch_embed.backbone` of timm's hybrids; or end like one."""
+    net = nn.ModuleDict({"backbone": nn.Linear(1, 1), "my_module": nn.Linear(1, 1)})
+    state = {wrapping + name: tensor + 1 for name, tensor in net.state_dict().items()}
+    found = from_published(state, net)
+    assert list(found) == list(net.state_dict())
+    for name, tensor in found.items():
+        assert torch.equal(tensor, state[wrapping + name])
+
+
 CONTENTS = {
     "deit3.pth": lambda s: {"model": {f"_orig_mod.{k}": v for k, v in s.items()}, "epoch": 3,
                             "args": argparse.Namespace(lr=3e-3)},

@@ -71,10 +71,11 @@ def resolve(target: object, where: str = "") -> Callable[..., Any]:
             f"{prefix}_target_ must be a dotted name such as octic.models.x, got {target!r}"
         )
     if not _offered(target) and not target.startswith("timm."):
+        own = own_packages()
+        wanted = ",".join((*own, target.partition(".")[0]))  # keeps those that are set already
         raise UserError(
-            f"{refused}; offered are {', '.join((*ALLOWED, *own_packages()))}, timm.create_model "
-            f"and timm's models; what is yours: OCTIC_PACKAGES={target.partition('.')[0]} in the "
-            "environment"
+            f"{refused}; offered are {', '.join((*ALLOWED, *own))}, timm.create_model "
+            f"and timm's models; what is yours: OCTIC_PACKAGES={wanted} in the environment"
         )
     module_name, _, name = target.rpartition(".")
     try:
@@ -106,6 +107,11 @@ def own_packages() -> tuple[str, ...]:
                 f"OCTIC_PACKAGES holds {name!r}; it must be names such as mine,yours.nets"
             )
     return tuple(names)
+
+
+def is_own(target: object) -> bool:
+    """Whether a dotted name lies in a package that the environment adds."""
+    return any(str(target).startswith(f"{name}.") for name in own_packages())
 
 
 def plain(node: Any) -> Any:

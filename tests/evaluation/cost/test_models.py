@@ -104,3 +104,20 @@ def test_an_adapter_is_no_model(name):
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(UserError, match=f"there is no model '{name}'"):
         find_backbone(name)
+
+
+def test_a_net_of_the_users_own_is_measured_at_the_asked_size(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_costs.py").write_text(
+        "class Sized:\n    def __init__(self, img_size=32):\n        pass\n\n\n"
+        "class Free:\n    def __init__(self, width=8):\n        pass\n"
+    )
+    with pytest.raises(UserError, match="there is no model 'own_costs.Sized'"):
+        find_backbone("own_costs.Sized")
+    monkeypatch.setenv("OCTIC_PACKAGES", "own_costs")
+    sized = {"_target_": "own_costs.Sized", "img_size": 64}
+    assert find_backbone("own_costs.Sized", size=64) == sized
+    free = {"_target_": "own_costs.Free", "width": 4}
+    assert find_backbone("own_costs.Free", keywords={"width": 4}) == free
+    with pytest.raises(UserError, match="own_costs has no 'Fre'; did you mean 'Free'"):
+        find_backbone("own_costs.Fre")

@@ -98,3 +98,9 @@ def test_what_the_caller_adds_completes_the_node_and_replaces_unbuilt(monkeypatc
     assert build({"_target_": "my_nets.Open", "of": 1}, many=[2]).of == 1
     failing = {"_target_": "my_nets.Failing"}
     assert build({"_target_": "my_nets.Mine", "width": failing}, width=3).width == 3
+
+
+def test_the_hint_keeps_the_packages_that_are_set(monkeypatch):
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets another_one")
+    with pytest.raises(UserError, match="OCTIC_PACKAGES=my_nets,another_one,third in the envir"):
+        resolve("third.Mine")
