@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from utils.config.build import nearest
+from utils.errors import one_line
 
 _UNKNOWN = re.compile(r"(?:takes no|unexpected keyword argument) '(\w+)'")
 
@@ -32,7 +33,7 @@ def make_backbone(
     try:
         return backbone(**keywords)
     except (TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         found = _UNKNOWN.search(said)
         if found is None or found[1] not in keywords:
             raise

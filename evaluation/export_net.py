@@ -24,7 +24,7 @@ from utils import distributed
 from utils.config.build import build, plain, resolve
 from utils.data.classes import NAMES
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error
 from utils.folders import check_folder, make_folder
 from vit import export, hub
 from vit.finetune import head_of
@@ -46,15 +46,11 @@ def export_net(config: Mapping[str, Any]) -> dict[str, Any]:
         if not distributed.is_main():
             return {}
         path = weights_file(config["weights"])
-        try:
+        with as_user_error():
             metadata = read_metadata(path) if path else {}
             net, backbone = make_any_net(config, path, metadata)
             write = _write_for_hub if config["format"] == "hub" else _write_program
             return write(config, net, backbone, json.loads(metadata.get(NAMES, "[]")))
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from None
 
 
 def make_any_net(

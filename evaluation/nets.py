@@ -18,7 +18,7 @@ from utils.checkpoints.exported import EXPORTED, FORMERLY
 from utils.config.build import build, is_own
 from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error, one_line
 from vit.finetune import head_of
 from vit.weights import load_net, read_metadata, read_state
 
@@ -83,7 +83,7 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None)
     try:
         load_net(net, state)
     except ValueError as error:
-        raise UserError(f"{path}: {with_articles(' '.join(str(error).split()))}") from None
+        raise UserError(f"{path}: {with_articles(one_line(error))}") from None
     broken = [name for name, weight in net.named_parameters() if not weight.isfinite().all()]
     broken += [name for name, buffer in net.named_buffers() if buffer.isnan().any()]
     if broken:
@@ -209,10 +209,8 @@ def read_weights(
     path = weights_file(weights)
     if not path:
         return path, {}, None
-    try:
+    with as_user_error():
         metadata, state = read_metadata(path), read_state(path)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
     wrong = mismatch(metadata, dataset) if dataset is not None else None
     if wrong:
         raise UserError(f"{path}: {wrong}; figures would mean nothing")
@@ -221,10 +219,8 @@ def read_weights(
 
 def constructor_of(path: str | None) -> dict[str, Any]:
     """The backbone node that a file exported by us was built from; empty for other files."""
-    try:
+    with as_user_error():
         return json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
 
 
 def brings_weights(backbone: Mapping[str, Any]) -> bool:
@@ -241,10 +237,8 @@ def weights_in_words(backbone: Mapping[str, Any], path: str | Path | None) -> st
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    try:
+    with as_user_error():
         return read_state(path)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
 
 
 def with_articles(words: str) -> str:

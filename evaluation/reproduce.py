@@ -15,7 +15,7 @@ from evaluation.results import print_table, write_results
 from utils import distributed
 from utils.config.build import build, nearest, plain
 from utils.config.files import CONFIGS
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error, one_line
 from vit.weights import load_state, read_state
 
 
@@ -86,17 +86,15 @@ def model_of(path: str, name: str | None) -> str:
     """The published model that a file belongs to; UserError if there is none, or not `name`."""
     if name is not None and name not in PUBLISHED:
         raise UserError(f"no published checkpoint {name!r}{nearest(name, PUBLISHED)}")
-    try:
+    with as_user_error():
         state = read_state(path)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
     complaints = {}
     for candidate in PUBLISHED if name is None else [name]:
         try:
             check_layout(candidate, state)
             return candidate
         except ValueError as error:
-            complaints[candidate] = " ".join(str(error).split())
+            complaints[candidate] = one_line(error)
     if name is not None:
         raise UserError(f"{path}: {complaints[name]}")
     known = ", ".join(PUBLISHED)

@@ -9,7 +9,7 @@ from typing import Any
 
 from slurm.cluster import check_executor, facts, parameters, python_command
 from utils.errors import UserError
-from utils.ranges import OutOfRange, check_count, check_range
+from utils.ranges import check_count, check_range
 
 KINDS = ("here", "local", "slurm")
 MAX_WARNING_S = 65535  # sbatch's own limit for --signal
@@ -49,10 +49,7 @@ def check_launch(config: Mapping[str, Any], *, joins: bool = False) -> None:
 def check_cluster(config: Mapping[str, Any]) -> None:
     """Raise `UserError` for cluster settings that no job can have."""
     cluster, launcher = facts(config), config["launcher"]
-    try:
-        _check_numbers(cluster)
-    except OutOfRange as error:
-        raise UserError(str(error)) from None
+    _check_numbers(cluster)
     warning, limit = cluster["signal_delay_s"], launcher["timeout_min"]
     if limit * 60 <= warning:
         raise UserError(

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.environment import whole_number
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.proc import started
 
 NAME = "launches.jsonl"
@@ -159,7 +159,7 @@ def _progress(folder: Path) -> int:
 def in_one_line(error: BaseException) -> str:
     """An exception's class and message in one line; the message alone for a UserError."""
     name = type(error).__name__
-    words = " ".join(str(error).split())[:500]
+    words = one_line(error)[:500]
     return words if name == "UserError" else f"{name}: {words}"
 
 

@@ -4,13 +4,30 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: shown as one line, without a traceback."""
+
+
+def one_line(error: object) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def as_user_error(prefix: str = "") -> Iterator[None]:
+    """UserError, in one line, for a ValueError of code that knows no UserError (`vit`, `octic`)."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(prefix + one_line(error)) from None
 
 
 def fail(error: object, code: int = 2) -> NoReturn:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils.config.build import place_of, raised_by_us
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 LESS_MEMORY = (
     "smaller batches take less (recipe.accumulation keeps the images of a training's step), and so "
@@ -36,11 +36,16 @@ def mistakes_told() -> Iterator[None]:
     """
     try:
         yield
+    except UserError as error:
+        _show_origin(error)
+        if type(error) is UserError:
+            raise
+        raise UserError(str(error)) from None  # by this name a launcher finds the line in a log
     except ValueError as error:
         _show_origin(error)
-        if isinstance(error, UserError) or not raised_by_us(error):
+        if not raised_by_us(error):
             raise
-        raise UserError(" ".join(str(error).split()) + place_of(error)) from None
+        raise UserError(one_line(error) + place_of(error)) from None
     except OSError as error:
         if (told := _told(error)) is None:
             raise
@@ -68,7 +73,7 @@ def is_short_of_memory(error: BaseException) -> bool:
 
 def _first_sentences(error: RuntimeError) -> str:
     """What was asked for and what there is, without advice on the allocator's settings."""
-    words = " ".join(str(error).split())
+    words = one_line(error)
     if said := re.search(r"DefaultCPUAllocator: (.*? bytes)\.", words):
         return said[1]
     return re.split(r"\.? (?:Including|Of the allocated|If reserved|See documentation)", words)[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils import parallel
 from utils.errors import UserError
-from utils.ranges import OutOfRange, check_range
+from utils.ranges import check_range
 from utils.schedules import Schedule
 
 
@@ -41,15 +41,12 @@ def make_optimizer(
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """UserError for betas, momentum or eps out of range: not all optimisers check them."""
-    try:
-        for value in options.get("betas") or ():
-            check_range("optimizer.betas", value, 0, 1, ends="[)")
-        check_range("optimizer.momentum", options.get("momentum") or 0.0, 0, 1, ends="[)")
-        eps = options.get("eps")
-        for value in eps if isinstance(eps, Sequence) else [eps]:  # Adafactor has two
-            check_range("optimizer.eps", value or 0.0)
-    except OutOfRange as error:
-        raise UserError(str(error)) from None
+    for value in options.get("betas") or ():
+        check_range("optimizer.betas", value, 0, 1, ends="[)")
+    check_range("optimizer.momentum", options.get("momentum") or 0.0, 0, 1, ends="[)")
+    eps = options.get("eps")
+    for value in eps if isinstance(eps, Sequence) else [eps]:  # Adafactor has two
+        check_range("optimizer.eps", value or 0.0)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

@@ -6,8 +6,10 @@ NaN is in no range, and an infinite value only where the range is said to have n
 import math
 from collections.abc import Collection, Sequence
 
+from utils.errors import UserError
 
-class OutOfRange(ValueError):
+
+class OutOfRange(UserError):
     """A value without a meaning. The message begins with its keyword; `build` adds where."""
 
 

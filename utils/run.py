@@ -18,7 +18,7 @@ from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, place_of, plain, raised_by_us
 from utils.config.settings import check_max_steps, check_settings
 from utils.data.classes import class_metadata
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.health import Health
 from utils.lock import FolderLock
 from utils.metrics import Metrics
@@ -99,7 +99,7 @@ def run_built(
         except ValueError as error:
             if isinstance(error, UserError) or not raised_by_us(error):
                 raise
-            raise UserError(" ".join(str(error).split()) + place_of(error)) from error
+            raise UserError(one_line(error) + place_of(error)) from error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from utils.checkpoints.checkpoint import Checkpoints
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.revision import revision
 from utils.whole_file import write_text
 
@@ -69,8 +69,7 @@ def saved_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{path} is no YAML ({said}): mend or remove it") from None
+        raise UserError(f"{path} is no YAML ({one_line(error)}): mend or remove it") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no mapping of keys to values: mend or remove it")
     return content

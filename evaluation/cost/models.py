@@ -10,7 +10,7 @@ from torch import nn
 from utils.config.build import build, is_own, keywords_of, resolve
 from utils.config.command_line import unknown_model
 from utils.config.files import CONFIGS
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 Node = dict[str, Any]
 ALL = "all"
@@ -94,4 +94,4 @@ def make_net(name: str, node: Node, device: torch.device | str, *, seed: int = 0
         with torch.device(device):
             return build({**node, "_partial_": True})()
     except ValueError as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name}: {one_line(error)}") from error

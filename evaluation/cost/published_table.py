@@ -17,7 +17,7 @@ from evaluation.cost.timing import INFERENCE, Contestant, free_memory, measure_i
 from evaluation.progress import say, track
 from evaluation.results import print_table
 from utils.config.build import build, nearest
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error
 from utils.whole_file import write_text
 
 COUNTS = ("auto", "all", "none")
@@ -107,10 +107,8 @@ def measure_table(config: Mapping[str, Any], settings: Settings) -> dict[str, An
 
 
 def _net(table: CostTable, model: str, settings: Settings) -> nn.Module:
-    try:
+    with as_user_error():  # a file of weights may not fit
         return table.net(model).to(settings.device)
-    except ValueError as error:  # a file of weights that does not fit
-        raise UserError(" ".join(str(error).split())) from None
 
 
 def _chosen(table: CostTable, words: str | None) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from utils.config.build import nearest
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "configs" / "speed.yaml"
@@ -47,7 +47,7 @@ def read_list(device: str, file: Path | None = None) -> list[Measurement]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is no YAML: {one_line(error)}") from None
     if not isinstance(content, dict) or not content.keys() <= set(DEVICES):
         raise UserError(f"{path} must have lists for {' and '.join(DEVICES)}, and nothing else")
     nodes = content.get(device)

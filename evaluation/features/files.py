@@ -25,7 +25,7 @@ from torch import Tensor
 
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.ranges import check_word
 
 FEATURES, LABELS, INDEX, META = "features.npy", "labels.npy", "index.csv", "meta.json"
@@ -75,9 +75,8 @@ def open_features(folder: str | Path) -> StoredFeatures:
         name = INDEX
         images = np.arange(count) if not meta["skipped"] else _read_images(folder / INDEX)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        what = " ".join(str(error).split())
         raise UserError(
-            f"{folder / name} is damaged ({what}); extract the features again"
+            f"{folder / name} is damaged ({one_line(error)}); extract the features again"
         ) from None
     if features.shape != (count, *shape) or labels.shape != (count,) or len(images) != count:
         raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 # DINOv2's names of the metrics.
 METRICS = (
@@ -143,7 +143,7 @@ def read_real_labels(path: str | Path, dataset: ImageDataset) -> Tensor:
     try:
         answers = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"real_labels {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"real_labels {path}: {one_line(error)}") from None
     if not isinstance(answers, list) or not all(_is_list_of_classes(row) for row in answers):
         raise UserError(f"real_labels {path}: must be a JSON list with a list of classes per image")
     rows = [answers[_number(dataset.path(i), len(answers)) - 1] for i in range(len(dataset))]

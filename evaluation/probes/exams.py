@@ -15,7 +15,7 @@ from evaluation.probes.accuracy import check_labels
 from evaluation.probes.class_metrics import check_metric, read_real_labels
 from utils.data.classes import class_metadata, mismatch
 from utils.data.images import ImageDataset, Subset
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 
 class Exam(NamedTuple):
@@ -101,7 +101,7 @@ def read_mapping(path: str | Path, num_classes: int) -> Tensor:
     try:
         columns = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"class mapping {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"class mapping {path}: {one_line(error)}") from None
     is_list = isinstance(columns, np.ndarray) and columns.ndim == 1 and columns.size
     if not is_list or columns.dtype.kind not in "iu":
         raise UserError(f"class mapping {path}: must be a list of column numbers")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evaluation.progress import say
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error
 from utils.whole_file import whole_file, write_text
 from vit.weights import read_pickle
 
@@ -155,10 +155,8 @@ def _sum_of_bits(tensor: Tensor) -> int:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of heads")
-    try:
+    with as_user_error():
         return read_pickle(path)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
 
 
 def _load(path: str | Path, heads: StoredHeads, state: Mapping[str, Tensor]) -> None:

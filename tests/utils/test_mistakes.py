@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from slurm.job import Job
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error
 from utils.mistakes import mistakes_told
+from utils.ranges import check_share
 from vit.trunk import take_indices
 
 
@@ -23,6 +24,20 @@ def test_a_mistake_of_the_user_is_one_line() -> None:
 def test_every_command_tells_it() -> None:
     with pytest.raises(UserError, match=r"\(vit/trunk.py:\d+\)$"):
         Job(lambda config: take_indices([config["layer"]], 4), {"layer": -9})()
+
+
+def test_a_value_out_of_range_is_a_mistake_by_the_name_that_launchers_look_for() -> None:
+    with pytest.raises(UserError, match=r"^drop must lie in \[0, 1\], not 2$") as told:
+        with mistakes_told():
+            check_share("drop", 2)
+    assert type(told.value) is UserError
+
+
+def test_what_code_without_our_errors_says_becomes_one_line() -> None:
+    with pytest.raises(UserError, match="^a.pth: two lines$"), as_user_error("a.pth: "):
+        raise ValueError("two\n  lines")
+    with pytest.raises(UserError, match="^as it is$"), as_user_error("a.pth: "):
+        raise UserError("as it is")
 
 
 def test_a_full_disk_is_one_line() -> None:

@@ -36,7 +36,7 @@ from utils.checkpoints.files import (
 from utils.checkpoints.index import INDEX, pack
 from utils.checkpoints.shards import ShardWriter, write_json
 from utils.errors import UserError
-from utils.ranges import OutOfRange, check_count
+from utils.ranges import check_count
 from utils.whole_file import sync_folder, write_text
 
 
@@ -65,11 +65,8 @@ class Checkpoints:
         plan: Mapping[str, int] | None = None,
     ) -> None:
         least = {"every": (every, 0), "keep_last": (keep_last, 1), "keep_every": (keep_every, 0)}
-        try:
-            for key, (value, smallest) in least.items():
-                check_count(f"checkpoint.{key}", value, smallest)
-        except OutOfRange as error:
-            raise UserError(str(error)) from None
+        for key, (value, smallest) in least.items():
+            check_count(f"checkpoint.{key}", value, smallest)
         self.folder = Path(folder)
         self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
         self.fingerprint = fingerprint

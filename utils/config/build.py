@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.ranges import OutOfRange
 
 ALLOWED = (
@@ -199,15 +199,15 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
     prefix = f"{where}: " if where else ""
     try:
         return target(**keywords)
-    except UserError:
-        raise
     except OutOfRange as error:
         raise UserError(_join(where, error)) from error
+    except UserError:
+        raise
     except Exception as error:  # a value of the right kind that the constructor cannot handle
         if isinstance(error, ValueError) and raised_by_us(error):
-            raise UserError(prefix + " ".join(str(error).split())) from error
+            raise UserError(prefix + one_line(error)) from error
         message = _refused_keyword(error, target) if isinstance(error, TypeError) else None
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error)[:300]
         unforeseen = f"cannot be built with these values: {type(error).__name__}: {said}"
         raise UserError(prefix + (message or unforeseen + place_of(error))) from error
 

@@ -7,7 +7,7 @@ from utils.distributed import check_device
 from utils.errors import UserError
 from utils.parallel import check_sharding
 from utils.precision import check_mode
-from utils.ranges import OutOfRange, check_count, check_range
+from utils.ranges import check_count, check_range
 
 # Least whole numbers by section.
 _COUNTS = {
@@ -23,18 +23,15 @@ def check_settings(config: Mapping[str, Any]) -> None:
     may lack newer keys.
     """
     _check_parts(config)
-    try:
-        for section, counts in _COUNTS.items():
-            for key, least in counts.items():
-                check_count(f"{section}.{key}", config[section].get(key, least), least)
-        check_count("probe_every", config.get("probe_every", 0))
-        check_count("seed", config.get("seed", 0))
-        check_range("seed", config.get("seed", 0), 0, 2**63 - 1)  # torch takes no more
-        training = config["training"]
-        for key in ("clip_grad", "hang_timeout_s"):
-            check_range(f"training.{key}", training.get(key) or 0)
-    except OutOfRange as error:
-        raise UserError(str(error)) from None
+    for section, counts in _COUNTS.items():
+        for key, least in counts.items():
+            check_count(f"{section}.{key}", config[section].get(key, least), least)
+    check_count("probe_every", config.get("probe_every", 0))
+    check_count("seed", config.get("seed", 0))
+    check_range("seed", config.get("seed", 0), 0, 2**63 - 1)  # torch takes no more
+    training = config["training"]
+    for key in ("clip_grad", "hang_timeout_s"):
+        check_range(f"training.{key}", training.get(key) or 0)
     check_max_steps(training.get("max_steps"))
     check_mode(training["precision"])
     check_device(config.get("device", "auto"))
