@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from utils.config.build import nearest
 from utils.errors import one_line
+from utils.nearest import nearest
 
 _UNKNOWN = re.compile(r"(?:takes no|unexpected keyword argument) '(\w+)'")
 

@@ -35,6 +35,7 @@ from utils.data.segmentation_transforms import squash_image, squash_mask
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.ranges import check_count, check_word
 from utils.symmetry import SYMMETRIES
 from vit.backbone import Backbone
 
@@ -89,9 +90,8 @@ def draw_pca(
 
     capi takes every (N // num_images)-th image, squashed to a square; its index names the files.
     """
-    if style not in STYLES:
-        raise UserError(f"unknown style {style!r} of PCA maps; known: {', '.join(STYLES)}")
-    _check_element(element)
+    check_word("style", style, STYLES)
+    check_word("element", element, SYMMETRIES)
     dataset = make_data(data, "val")
     size = image_size or image_size_of(net)
     if style == "ours":
@@ -119,7 +119,7 @@ def draw_attention_maps(
     element: str = "r",
 ) -> list[Path]:
     """`attention.png` and `attention_heads.png` of validation images."""
-    _check_element(element)
+    check_word("element", element, SYMMETRIES)
     size = image_size or image_size_of(net)
     images = sample_images(make_data(data, "val"), size=size, count=num_images)
     return draw_attention(
@@ -158,8 +158,10 @@ def draw_nearest(
     num_workers: int = 0,
 ) -> list[Path]:
     """`neighbours.png`: validation images and their nearest training images."""
-    if min(num_queries, k, 1 if num_train is None else num_train) < 1:
-        raise UserError("num_queries, k and num_train must be at least 1")
+    check_count("num_queries", num_queries, 1)
+    check_count("k", k, 1)
+    if num_train is not None:
+        check_count("num_train", num_train, 1)
     train, val = (make_data(data, split) for split in ("train", "val"))
     size = image_size or image_size_of(net)
     path = draw_neighbours(
@@ -199,8 +201,8 @@ def draw_segmentations(
     that a segmentation probe wrote for all images of `test` (dump_predictions=true). `data` is not
     read. Every rank must call this.
     """
-    if min(num_images, num_train) < 1:
-        raise UserError("num_images and num_train must be at least 1")
+    check_count("num_images", num_images, 1)
+    check_count("num_train", num_train, 1)
     shown = _Part(test, num_images)
     if predictions is not None:
         found = _labels(_read_predictions(predictions, len(test)), len(test))
@@ -293,8 +295,3 @@ def _thinned(dataset: ImageDataset, count: int | None) -> ImageDataset:
     if count is None or count >= len(dataset):
         return dataset
     return Subset(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
-
-
-def _check_element(element: str) -> None:
-    if element not in SYMMETRIES:
-        raise UserError(f"unknown symmetry {element!r}; known: {', '.join(SYMMETRIES)}")

@@ -13,9 +13,10 @@ from evaluation.progress import say
 from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
 from evaluation.results import print_table, write_results
 from utils import distributed
-from utils.config.build import build, nearest, plain
+from utils.config.build import build, plain
 from utils.config.files import CONFIGS
 from utils.errors import UserError, as_user_error, one_line
+from utils.nearest import nearest
 from vit.weights import load_state, read_state
 
 

@@ -22,9 +22,10 @@ from slurm.checks import check_launch
 from slurm.launch import launch_all
 from slurm.task import Task
 from utils.checkpoints.exported import EXPORTED
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.console import open_closed_streams
 from utils.errors import UserError, fail
+from utils.nearest import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 Parse = Callable[[list[str]], Mapping[str, Any] | None]

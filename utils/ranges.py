@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from utils.errors import UserError
+from utils.nearest import nearest
 
 
 class OutOfRange(UserError):
@@ -42,7 +43,8 @@ def check_share(key: str, value: float) -> None:
 def check_word(key: str, word: str, known: Collection[str]) -> None:
     """OutOfRange unless `word` is one of those known."""
     if word not in list(known):  # a list, which also takes what has no hash
-        raise OutOfRange(f"{key} must be one of {', '.join(known)}, not {word!r}")
+        hint = nearest(word, known)
+        raise OutOfRange(f"{key} must be one of {', '.join(known)}, not {word!r}{hint}")
 
 
 def check_words(key: str, words: Sequence[str], known: Collection[str]) -> None:

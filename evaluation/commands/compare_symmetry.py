@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.commands.compared_runs import RECIPE_OPTIONS, compose_run, in_folders, parse_runs
-from utils.config.build import nearest
 from utils.config.command_line import Option
 from utils.errors import UserError
+from utils.nearest import nearest
 
 CONFIG = "symmetry_comparison.yaml"
 UPRIGHT, TURNED = "upright", "turned"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import (
     Option,
     help_page,
@@ -16,6 +16,7 @@ from utils.config.command_line import (
 from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
 from utils.errors import UserError
+from utils.nearest import nearest
 
 CONFIG = "complexity.yaml"
 

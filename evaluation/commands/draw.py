@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import (
     Option,
     help_page,
@@ -19,6 +19,7 @@ from utils.config.command_line import (
 from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
 from utils.errors import UserError
+from utils.nearest import nearest
 
 # Images each picture is drawn of where no data=... says so; those of other pictures are their own.
 DATA = {

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import (
     Option,
     backbone_words,
@@ -19,6 +19,7 @@ from utils.config.command_line import (
 from utils.config.compose import parse_config
 from utils.config.deit_arguments import DATA_SETS, NO_EFFECT, is_packed
 from utils.errors import UserError
+from utils.nearest import nearest
 
 CONFIG = "eval/deit.yaml"
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from utils.config.build import keywords_of, nearest, plain, resolve
+from utils.config.build import keywords_of, plain, resolve
 from utils.config.command_line import (
     TAKES_VALUE,
     backbone_words,
@@ -21,6 +21,7 @@ from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, find_file
 from utils.config.flags import read_arguments
 from utils.errors import UserError
+from utils.nearest import nearest
 
 
 def dataset(string: str) -> dict[str, str]:

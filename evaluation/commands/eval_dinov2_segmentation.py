@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import (
     TAKES_VALUE,
     backbone_words,
@@ -24,6 +24,7 @@ from utils.config.command_line import (
 from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
 from utils.errors import UserError, fail
+from utils.nearest import nearest
 
 CONFIG = "eval/segmentation.yaml"
 EMBEDDED = "seg_scenes"

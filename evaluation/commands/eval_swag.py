@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import (
     Option,
     help_page,
@@ -23,6 +23,7 @@ from utils.config.command_line import (
 )
 from utils.config.compose import parse_config
 from utils.errors import UserError
+from utils.nearest import nearest
 
 CONFIG = "eval/swag.yaml"
 USAGE = "eval_swag.py -m MODEL [flags of its method] [--weights FILE] [flags] [key=value ...] DIR"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import (
     Option,
     help_page,
@@ -15,6 +15,7 @@ from utils.config.command_line import (
 )
 from utils.config.compose import parse_config
 from utils.errors import UserError, fail
+from utils.ranges import check_count, check_word
 
 OPTIONS = {
     "--model": Option("backbone", "any registered model of ours or of timm's"),
@@ -72,11 +73,8 @@ def _names_a_model(words: Sequence[str]) -> bool:
 
 def _check(config: dict[str, Any]) -> None:
     for key, known in CHOICES.items():
-        if config[key] not in known:
-            raise UserError(
-                f"unknown {key} {config[key]!r}{nearest(config[key], known)} ({', '.join(known)})"
-            )
-    if config["size"] is not None and (not isinstance(config["size"], int) or config["size"] < 1):
-        raise UserError(f"size is a number of pixels, such as 224, not {config['size']!r}")
+        check_word(key, config[key], known)
+    if config["size"] is not None:
+        check_count("size", config["size"], 1)
     if config["push"] and config["format"] != "hub":
         raise UserError("--push uploads the hub's format; add --format hub")

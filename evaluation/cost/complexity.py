@@ -33,10 +33,10 @@ from evaluation.cost.timing import (
 from evaluation.progress import say
 from utils import distributed
 from utils.config.build import plain
-from utils.errors import UserError
 from utils.flops import count_operations
 from utils.parallel import allow_variants
 from utils.precision import float32_products_in
+from utils.ranges import check_count
 from utils.run_folder import describe_code
 
 
@@ -176,8 +176,8 @@ def _count_as_it_runs(
 @contextmanager
 def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
     """Set the number of threads; on CUDA allow TF32 for float32 products, as published."""
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UserError(f"threads must be a whole number from 1, not {threads!r}")
+    if threads is not None:
+        check_count("threads", threads, 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     allow_variants()

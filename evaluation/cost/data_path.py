@@ -29,9 +29,9 @@ from utils import distributed
 from utils.config.build import build, plain
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder, read_image
-from utils.errors import UserError
 from utils.parallel import to_device
 from utils.randomness import seed_cpu
+from utils.ranges import check_count
 from utils.whole_file import write_text
 
 SIZE = (500, 375)  # width and height of ImageNet's usual photograph
@@ -59,10 +59,7 @@ def measure(config: Mapping[str, Any]) -> dict[str, float]:
     """
     config = dict(plain(config))
     for key, least in (("images", 1), ("batch_size", 1), ("rounds", 1), ("reading", 0)):
-        if not isinstance(config[key], int) or config[key] < least:
-            raise UserError(
-                f"{key} must be a whole number of at least {least}, got {config[key]!r}"
-            )
+        check_count(key, config[key], least)
     with distributed.session(config["device"]) as device, _one_thread():
         rates: dict[str, float] = {}
         if distributed.is_main():

@@ -16,8 +16,9 @@ from evaluation.cost.settings import Settings
 from evaluation.cost.timing import INFERENCE, Contestant, free_memory, measure_in_turn, speed_of
 from evaluation.progress import say, track
 from evaluation.results import print_table
-from utils.config.build import build, nearest
+from utils.config.build import build
 from utils.errors import UserError, as_user_error
+from utils.nearest import nearest
 from utils.whole_file import write_text
 
 COUNTS = ("auto", "all", "none")

@@ -10,6 +10,7 @@ from evaluation.cost.cross_check import require_fvcore
 from evaluation.cost.peaks import has_bfloat16
 from evaluation.cost.timing import PASSES
 from utils.errors import UserError
+from utils.ranges import check_count, check_word
 
 # A batch of 64, 10 warm-ups and 100 timed steps, as published; on a CPU values that take minutes.
 # There the first two steps touch memory that later ones reuse: the first takes half as long again.
@@ -47,12 +48,9 @@ def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
     defaulted = tuple(key for key in defaults if config[key] is None)
     values = {**defaults, **{key: config[key] for key in defaults if config[key] is not None}}
     for key, value in {**values, "size": config["size"]}.items():
-        least = 0 if key == "warmup" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{key} must be a whole number of at least {least}, got {value!r}")
+        check_count(key, value, 0 if key == "warmup" else 1)
     for word in config["passes"]:
-        if word not in PASSES:
-            raise UserError(f"passes are {', '.join(PASSES)}, not {word!r}")
+        check_word("passes", word, PASSES)
     if config["graphs"] and device.type != "cuda":
         raise UserError(f"--graphs needs a CUDA device: {device.type} has no CUDA graphs")
     if config["graphs"] and config.get("table"):

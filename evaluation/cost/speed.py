@@ -20,9 +20,9 @@ from evaluation.cost.speed_figures import Table, print_tables, tables_of, write_
 from evaluation.cost.speed_list import DEVICES, Measurement, choose, read_list, script_of
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.config.build import nearest
 from utils.errors import UserError, fail
 from utils.lock import FolderLock
+from utils.nearest import nearest
 from utils.whole_file import write_text
 
 STATE, TABLE, BEFORE = "state.json", "table.md", "before"

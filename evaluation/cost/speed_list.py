@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from utils.config.build import nearest
 from utils.errors import UserError, one_line
+from utils.nearest import nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "configs" / "speed.yaml"

@@ -25,10 +25,11 @@ from evaluation.judge import make_data
 from evaluation.nets import brings_weights, chosen_backbone, make_net
 from evaluation.progress import say
 from utils import distributed
-from utils.config.build import build, nearest, plain
+from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
+from utils.ranges import check_count, check_word
 from vit.backbone import Backbone
 
 FOLDER = "utils.data.images.folder"
@@ -47,10 +48,7 @@ class FeatureReader:
     """
 
     def __init__(self, *, kind: str, layers: Sequence[int], normalized: bool) -> None:
-        if kind not in KINDS:
-            raise UserError(
-                f"unknown feature {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}"
-            )
+        check_word("feature", kind, KINDS)
         if not layers:
             raise UserError("layers names no block; [-1] is the last")
         for layer in layers:
@@ -146,15 +144,11 @@ def _check(config: Mapping[str, Any]) -> None:
         "precision": tuple(PRECISIONS),
         "on_error": ("raise", "skip"),
     }.items():
-        if config[key] not in known:
-            raise UserError(
-                f"unknown {key} {config[key]!r}{nearest(config[key], known)}; "
-                f"known: {', '.join(known)}"
-            )
+        check_word(key, config[key], known)
     for key, least in {"batch_size": 1, "num_workers": 0, "resize_size": 1, "crop_size": 1}.items():
         own = config[key] is None and key in ("resize_size", "crop_size")
-        if not own and (not isinstance(config[key], int) or config[key] < least):
-            raise UserError(f"{key} is a whole number from {least} on, not {config[key]!r}")
+        if not own:
+            check_count(key, config[key], least)
 
 
 def _check_layers(net: nn.Module, layers: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from evaluation.features.dataset import evaluating
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
+from utils.ranges import check_word
 from utils.symmetry import invert, transform_image
 from vit.backbone import Backbone
 
@@ -133,8 +134,7 @@ def _record(
     net: Backbone, images: Tensor, rows: slice, query: str
 ) -> tuple[list[Tensor], tuple[int, int]]:
     """Weights [B H R T] of each block on the host, and the grid of patches."""
-    if query not in QUERIES:
-        raise UserError(f"unknown query {query!r} of attention; known: {', '.join(QUERIES)}")
+    check_word("query", query, QUERIES)
     recorder = AttentionRecorder(rows)
     with evaluating(net) as device, recorder:
         patches = net.features(images.to(device))[0].patches

@@ -8,8 +8,8 @@ from typing import NoReturn
 from evaluation.probes.costs import MODELS, SEARCH_BYTES, Plan, Rates
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.config.build import nearest
 from utils.errors import UserError, fail
+from utils.nearest import nearest
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,6 +29,7 @@ from utils.data.embedded import photographs
 from utils.data.images import ImageFolder
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.ranges import check_word
 from utils.symmetry import SYMMETRIES
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
@@ -130,8 +131,7 @@ def _claimed(
 
 
 def _tolerance(config: Mapping[str, Any]) -> float:
-    if config["dtype"] not in TOLERANCES:
-        raise UserError(f"dtype is {config['dtype']}; known: {', '.join(TOLERANCES)}")
+    check_word("dtype", config["dtype"], TOLERANCES)
     given = config["tolerance"]
     return TOLERANCES[config["dtype"]] if given is None else given
 

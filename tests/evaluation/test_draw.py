@@ -83,14 +83,14 @@ def test_predictions_of_other_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("pca", "style=theirs"), "unknown style 'theirs' of PCA maps; known: ours, capi"),
-        (("pca", "element=rm"), "unknown symmetry 'rm'"),
+        (("pca", "style=theirs"), "style must be one of ours, capi, not 'theirs'"),
+        (("pca", "element=rm"), "element must be one of e, "),
         (("pca", "num_images=0"), "0 images of 32 pixels"),
         (("pca", "style=capi", "num_images=0"), "num_images is 0"),
-        (("attention", "query=all"), "unknown query 'all'"),
+        (("attention", "query=all"), "query must be one of "),
         (("attention", "block=9"), "block 9 asked of a net with attention in 4 blocks"),
-        (("neighbours", "k=0"), "num_queries, k and num_train must be at least 1"),
-        (("segmentation", "num_images=0"), "num_images and num_train must be at least 1"),
+        (("neighbours", "k=0"), "k must be a whole number from 1, not 0"),
+        (("segmentation", "num_images=0"), "num_images must be a whole number from 1, not 0"),
         (("attention", "rolout=true"), "takes no 'rolout'; did you mean 'rollout'?"),
     ],
 )

@@ -27,9 +27,9 @@ def test_every_command_tells_it() -> None:
 
 
 def test_a_value_out_of_range_is_a_mistake_by_the_name_that_launchers_look_for() -> None:
-    with pytest.raises(UserError, match=r"^drop must lie in \[0, 1\], not 2$") as told:
-        with mistakes_told():
-            check_share("drop", 2)
+    said = r"^drop must lie in \[0, 1\], not 2$"
+    with pytest.raises(UserError, match=said) as told, mistakes_told():
+        check_share("drop", 2)
     assert type(told.value) is UserError
 
 

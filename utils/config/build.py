@@ -9,7 +9,6 @@ keyword or a value of the wrong kind gives a one-line error with the place and t
 word. This module needs neither Hydra nor torch, so it works on plain dictionaries too.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, one_line
+from utils.nearest import nearest
 from utils.ranges import OutOfRange
 
 ALLOWED = (
@@ -130,27 +130,6 @@ def _elsewhere(target: str) -> str:
         return ""
     module = ".".join(found[0].relative_to(ROOT).with_suffix("").parts)
     return f"; did you mean {f'{module}.{name}'!r}?"
-
-
-def nearest(word: object, known: Iterable[object]) -> str:
-    """`; did you mean 'x'?` for the known word most like the given one; "" if none is like it."""
-    found = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def nearest_family(word: str, known: Iterable[str]) -> str:
-    """`nearest` for model names, which prefers names that begin with the word.
-
-    If none is near, up to five names that share its longest beginning of at least three letters.
-    """
-    names = list(known)
-    if hint := nearest(word, [name for name in names if name.startswith(word)] or names):
-        return hint
-    for length in range(len(word), 2, -1):
-        alike = [name for name in names if name.startswith(word[:length])]
-        if alike:
-            return f"; did you mean one of {', '.join(alike[:5])}?"
-    return ""
 
 
 def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:

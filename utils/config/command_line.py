@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from utils.config.build import nearest, nearest_family
 from utils.config.files import CONFIGS
 from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError, fail
+from utils.nearest import nearest, nearest_family
 
 TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
     "--config-file",

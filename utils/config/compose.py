@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import vocabulary
-from utils.config.build import nearest, nearest_family
 from utils.config.files import CONFIGS, find_file, run_of_model
 from utils.config.flags import quoted, read_arguments
 from utils.config.overrides import content_of, is_group, known_key, parse_words
 from utils.config.schema import compare
 from utils.errors import UserError, fail
+from utils.nearest import nearest, nearest_family
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.build import nearest, plain
+from utils.config.build import plain
 from utils.config.command_line import TAKES_VALUE, backbone_words, help_page, read_command, tell
 from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, run_of_model
 from utils.config.flags import quoted, read_arguments
 from utils.errors import UserError
+from utils.nearest import nearest
 
 DEFAULT, RUNS = "deit/imagenet.yaml", "deit"
 LAMB = ["optimizer._target_='timm.optim.Lamb'"]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from utils.config.build import nearest
 from utils.errors import UserError
+from utils.nearest import nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

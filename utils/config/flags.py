@@ -10,9 +10,9 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from utils.config.build import nearest
 from utils.config.files import CONFIGS
 from utils.errors import UserError
+from utils.nearest import nearest
 
 
 class Flag(NamedTuple):

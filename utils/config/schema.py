@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config.build import nearest
 from utils.errors import UserError
+from utils.nearest import nearest
 
 # Mappings, in any config file, whose keys are names that the user chooses.
 NAMES = ("models", "methods", "twins", "keywords")

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config.build import nearest
 from utils.config.schema import kind, line_of, same_kind
 from utils.errors import UserError
+from utils.nearest import nearest
 
 
 class Key(NamedTuple):

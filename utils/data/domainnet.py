@@ -9,9 +9,9 @@ Source: Peng et al. 2019, "Moment Matching for Multi-Source Domain Adaptation".
 import os
 from pathlib import Path
 
-from utils.config.build import nearest
 from utils.data.images import ImageFolder, class_folders, existing_folder
 from utils.errors import UserError
+from utils.nearest import nearest
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 NUM_CLASSES = 345

@@ -155,11 +155,11 @@ def test_accuracy_is_drawn_for_those_that_have_one(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
-        (["--steps", "many"], "steps must be a whole number of at least 1, got 'many'"),
+        (["--batch-size", "0"], "batch_size must be a whole number from 1, not 0"),
+        (["--steps", "many"], "steps must be a whole number from 1, not 'many'"),
         (["--threads", "0"], "threads must be a whole number from 1, not 0"),
         (["--threads", "all"], "threads must be a whole number from 1, not 'all'"),
-        (["passes=[foo]"], "passes are inference, training step, not 'foo'"),
+        (["passes=[foo]"], "passes must be one of inference, training step, not 'foo'"),
         (["--picture", "a.gif"], "must end in .png, .pdf, .svg"),
         (
             ["--picture", "a.png", "--check"],

@@ -136,15 +136,15 @@ def test_probes_read_what_the_command_wrote(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feature": "token"}, "unknown feature 'token'"),
-        ({"dtype": "half"}, "unknown dtype 'half'.*float32, float16"),
+        ({"feature": "token"}, "feature must be one of .*, not 'token'"),
+        ({"dtype": "half"}, "dtype must be one of .*float32, float16.*, not 'half'"),
         ({"layers": []}, "layers names no block"),
         ({"layers": ["x"]}, "layers: a block is a whole number, such as -1, not 'x'"),
         ({"layers": [-1.5]}, "layers: a block is a whole number, such as -1, not -1.5"),
         ({"layers": [40]}, "there is no block 40; the net has"),
         ({"layers": [12]}, "there is no block 12; the net has 12"),
         ({"layers": [-13]}, "there is no block -13; the net has 12"),
-        ({"split": "tset"}, "unknown split 'tset'"),
+        ({"split": "tset"}, "split must be one of .*, not 'tset'"),
         ({"data": {"train": {"_target_": "utils.data.embedded.digits"}}}, "split=all is for"),
     ],
     ids=str,

@@ -138,7 +138,7 @@ def test_nets_that_have_no_such_maps_are_refused():
 def test_words_are_checked():
     net = VisionTransformer(**SIZES, num_classes=0)
     for maps in (attention_maps, attention_rollout):
-        with pytest.raises(UserError, match="unknown query 'all'"):
+        with pytest.raises(UserError, match="query must be one of .*, not 'all'"):
             maps(net, IMAGES, query="all")
     with pytest.raises(UserError, match="block 4 asked of a net with attention in 4 blocks"):
         attention_maps(net, IMAGES, block=4)

@@ -88,7 +88,7 @@ def test_a_model_named_replaces_the_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dtype": "float16"}, "dtype is float16; known: float32, float64"),
+        ({"dtype": "float16"}, "dtype must be one of float32, float64, not 'float16'"),
         ({"images": "nowhere/at/all"}, "does not exist"),
         ({"num_images": 0}, "num_images is 0"),
         ({"angle_step": 200.0}, "angle_step is 200.0 degrees"),

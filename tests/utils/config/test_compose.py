@@ -297,7 +297,7 @@ def test_environment_is_read_at_composition(write, monkeypatch) -> None:
         "utils.config.build.sys.exit",
         "utils.config.build.importlib",
         "utils.config.build.importlib.import_module",
-        "utils.config.build.nearest.__globals__",
+        "utils.nearest.nearest.__globals__",
         "utils.config.flags.argparse.ArgumentParser",
         "utils.config.compose.CONFIGS",
         "utils.metrics.json.loads",
