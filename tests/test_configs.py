@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.config.build import check_targets, keywords_of, plain, resolve
+from utils.config.build import check_targets, plain, resolve
 from utils.config.check import describe, networks
 from utils.config.compose import compose_config
 from utils.config.files import CONFIGS
+from utils.config.signature import keywords_of
 
 RUNS = sorted(
     path

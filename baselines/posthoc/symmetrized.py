@@ -20,7 +20,7 @@ from baselines.posthoc.groups import CopyGroup
 from baselines.posthoc.keys import rename_state
 from baselines.posthoc.split import Pair, find_split, head_classes, head_width
 from baselines.wrapping import make_backbone
-from utils.config.build import keywords_of
+from utils.config.signature import keywords_of
 from utils.ranges import check_count, check_word
 from vit.backbone import Features
 

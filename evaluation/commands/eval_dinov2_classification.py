@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from utils.config.build import keywords_of, plain, resolve
+from utils.config.build import plain, resolve
 from utils.config.command_line import (
     TAKES_VALUE,
     backbone_words,
@@ -20,6 +20,7 @@ from utils.config.command_line import (
 from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, find_file
 from utils.config.flags import read_arguments
+from utils.config.signature import keywords_of
 from utils.errors import UserError
 from utils.nearest import nearest
 

@@ -7,9 +7,10 @@ import torch
 import yaml
 from torch import nn
 
-from utils.config.build import build, is_own, keywords_of, resolve
+from utils.config.build import build, is_own, resolve
 from utils.config.command_line import unknown_model
 from utils.config.files import CONFIGS
+from utils.config.signature import keywords_of
 from utils.errors import UserError, one_line
 
 Node = dict[str, Any]

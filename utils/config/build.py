@@ -15,12 +15,11 @@ import inspect
 import os
 import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.config.signature import check_keywords, join, refused_keyword
 from utils.errors import UserError, one_line
 from utils.nearest import nearest
 from utils.ranges import OutOfRange
@@ -31,8 +30,6 @@ ALLOWED = (
 )
 ROOT = Path(__file__).resolve().parents[2]
 _WORDS = {"_target_", "_partial_"}
-_COLLECTIONS = (Sequence, Iterable, Collection)
-_PLAIN = (bool, int, float, str, list, dict, type(None))
 
 
 def build(node: Any, /, **extra: Any) -> Any:
@@ -53,9 +50,9 @@ def check_targets(node: Any, /, where: str = "") -> None:
     elif isinstance(node, dict):
         if "_target_" in node:
             target = resolve(node["_target_"], where)
-            _check_keywords(target, _keywords(node, where), where, partial=True)
+            check_keywords(target, _keywords(node, where), where, partial=True)
         for key, value in node.items():
-            check_targets(value, _join(where, key))
+            check_targets(value, join(where, key))
 
 
 def resolve(target: object, where: str = "") -> Callable[..., Any]:
@@ -132,12 +129,6 @@ def _elsewhere(target: str) -> str:
     return f"; did you mean {f'{module}.{name}'!r}?"
 
 
-def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a target that can be given by name."""
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {n: p for n, p in inspect.signature(target).parameters.items() if p.kind in kinds}
-
-
 def _build(node: Any, where: str, extra: Mapping[str, Any]) -> Any:
     if isinstance(node, list):
         return [_build(value, f"{where}[{index}]", {}) for index, value in enumerate(node)]
@@ -146,15 +137,13 @@ def _build(node: Any, where: str, extra: Mapping[str, Any]) -> Any:
     if "_target_" not in node:
         if extra or _WORDS & node.keys():
             raise UserError(f"{where or 'the node'} has no _target_, so it cannot be built")
-        return {key: _build(value, _join(where, key), {}) for key, value in node.items()}
+        return {key: _build(value, join(where, key), {}) for key, value in node.items()}
     target = resolve(node["_target_"], where)
     given = _keywords(node, where)
     partial = bool(node.get("_partial_", False))
-    _check_keywords(target, given | dict(extra), where, partial=partial)
+    check_keywords(target, given | dict(extra), where, partial=partial)
     keywords = {
-        key: _build(value, _join(where, key), {})
-        for key, value in given.items()
-        if key not in extra
+        key: _build(value, join(where, key), {}) for key, value in given.items() if key not in extra
     }
     keywords |= extra
     if partial:
@@ -179,13 +168,13 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
     try:
         return target(**keywords)
     except OutOfRange as error:
-        raise UserError(_join(where, error)) from error
+        raise UserError(join(where, error)) from error
     except UserError:
         raise
     except Exception as error:  # a value of the right kind that the constructor cannot handle
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + one_line(error)) from error
-        message = _refused_keyword(error, target) if isinstance(error, TypeError) else None
+        message = refused_keyword(error, target) if isinstance(error, TypeError) else None
         said = one_line(error)[:300]
         unforeseen = f"cannot be built with these values: {type(error).__name__}: {said}"
         raise UserError(prefix + (message or unforeseen + place_of(error))) from error
@@ -213,104 +202,6 @@ def _is_timm_model(found: Callable[..., Any]) -> bool:
     return found is timm.create_model or timm.is_model(found.__name__)
 
 
-def _check_keywords(
-    target: Callable[..., Any], given: Mapping[str, Any], where: str, *, partial: bool
-) -> None:
-    name, prefix = target.__qualname__, f"{where}: " if where else ""
-    known = keywords_of(target)
-    parameters = inspect.signature(target).parameters.values()
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    unknown = [] if open_ended else [key for key in given if key not in known]
-    if unknown:
-        raise UserError(f"{prefix}{_unknown(name, unknown[0], known)}{_left_out(unknown, where)}")
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
-    if missing and not partial:
-        raise UserError(f"{prefix}{name} also needs {', '.join(missing)}")
-    hints = _hints(target)
-    for key, value in given.items():
-        if key in hints and not _fits(value, hints[key]):
-            raise UserError(f"{_join(where, key)} must be {_kind(hints[key])}, got {value!r}")
-
-
-def _kind(hint: Any) -> str:
-    """An annotation in words, for error messages."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if hint is type(None):
-        return "null"
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_kind(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, tuple, *_COLLECTIONS):
-        items = [_kind(item) for item in typing.get_args(hint) if item not in (Ellipsis, Any)]
-        return f"a list of {' and '.join(items)}" if items else "a list"
-    name = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
-    return words.get(hint) or name.replace("typing.", "").replace("collections.abc.", "")
-
-
-def _unknown(name: str, key: str, known: Iterable[str]) -> str:
-    return f"{name} takes no {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})"
-
-
-def _left_out(unknown: Sequence[str], where: str) -> str:
-    """A hint how to drop several unknown keywords, left by a run file for another target."""
-    words = " ".join(f"'~{_join(where, key)}'" for key in unknown)
-    return f"; to leave out what the file gives another: {words}" if len(unknown) > 1 else ""
-
-
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # a name known to type checkers alone
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain config value fits the annotation `hint`; True if that cannot be decided."""
-    if isinstance(value, dict) and "_target_" in value:
-        return True
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    kind = origin or hint
-    if not inspect.isclass(kind) or not isinstance(value, _PLAIN):
-        return True
-    if isinstance(value, list) and kind is tuple and arguments and Ellipsis not in arguments:
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    items = value if isinstance(value, list) and arguments else []
-    if not all(_fits(item, arguments[0]) for item in items):
-        return False
-    if isinstance(value, bool):
-        return kind in (bool, object, Any)
-    if isinstance(value, str) and kind in _COLLECTIONS:
-        return False  # a text as a sequence of letters is never meant
-    wider = {int: (float,), str: (Path,), list: (tuple, set, frozenset)}.get(type(value), ())
-    try:
-        return isinstance(value, kind) or kind in wider
-    except TypeError:  # a protocol that isinstance cannot check
-        return True
-
-
-def _refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None:
-    """The error line for an unexpected keyword of the target or of a function that it calls.
-
-    None if the TypeError is about something else.
-    """
-    match = re.search(
-        r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
-    )
-    if match is None:
-        return None
-    name, key = match.groups()
-    frame, found = error.__traceback__, getattr(target, "func", target)
-    found = found if getattr(found, "__name__", "") == name else None
-    while frame is not None:  # look the name up in the globals of the calling frames
-        found = frame.tb_frame.f_globals.get(name, found)
-        frame = frame.tb_next
-    return _unknown(name, key, keywords_of(found)) if callable(found) else str(error)
-
-
 def place_of(error: BaseException) -> str:
     """` (file:line)` of a traceback's last line that is ours or in a user's package; "" if none."""
     place, frame = "", error.__traceback__
@@ -332,7 +223,3 @@ def raised_by_us(error: BaseException) -> bool:
         frame = frame.tb_next
     file = Path(frame.tb_frame.f_code.co_filename if frame else sys.executable).resolve()
     return ROOT in file.parents and "site-packages" not in file.parts
-
-
-def _join(where: str, key: object) -> str:
-    return f"{where}.{key}" if where else str(key)

@@ -5,7 +5,7 @@ import torch
 
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
 from tests.baselines.posthoc.toys import SMALL, images, make
-from utils.config.build import keywords_of
+from utils.config.signature import keywords_of
 from utils.symmetry import transform_image
 
 

@@ -13,7 +13,8 @@ from evaluation.classifier import judge_classifier
 from evaluation.commands.eval_swag import OWN, PREFIXES, SIZES, parse_swag_evaluation
 from evaluation.published import PUBLISHED
 from tests.baselines.token_reduction.test_swag import swag_layout, tiny
-from utils.config.build import build, keywords_of
+from utils.config.build import build
+from utils.config.signature import keywords_of
 
 REDUCED = "baselines.token_reduction.reduced.reduced"
 

@@ -9,10 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from baselines.evit.network import EViT
-from utils.config.build import build, check_targets, keywords_of, resolve
+from utils.config.build import build, check_targets, resolve
 from utils.config.compose import compose_config
 from utils.config.files import CONFIGS, find_file
 from utils.config.flags import FLAGS, read_arguments
+from utils.config.signature import keywords_of
 from utils.errors import UserError
 
 
