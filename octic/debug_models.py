@@ -25,30 +25,15 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class _HalvesAttention(OcticAttention):
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, group=MIRROR, **options)
+
+
 class _HalvesBlock(Block):
     """A plain block whose attention is that of the mirror group, on channel halves."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        attention_backend: str = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, num_heads=num_heads, **options)
-        self.attn = OcticAttention(
-            dim,
-            num_heads=num_heads,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            backend=attention_backend,
-            group=MIRROR,
-        )
+    attention_class = _HalvesAttention
 
 
 class HalvesAttentionViT(VisionTransformer):

@@ -267,6 +267,17 @@ def make_invariantization(name: str, dim: int, group: str | Group = "D4") -> Inv
     return INVARIANTIZATIONS[name](dim, group=group)
 
 
+def invariantizations_of_width(width: int, dim: int, group: str | Group = "D4") -> list[str]:
+    """Names of those without parameters that make `width` channels of `dim`."""
+    group, learned = get_group(group), (MaxFiltering, Canonization)
+    names = [
+        name
+        for name, made in INVARIANTIZATIONS.items()
+        if not issubclass(made, learned) and (group.name == "D4" or not issubclass(made, _Octic))
+    ]
+    return [n for n in names if make_invariantization(n, dim, group).output_dim == width]
+
+
 class InvariantNorm(OcticLayerNorm):
     """The norm over irreps, then an invariantization: f(g x) = f(x), [... D] to [... output_dim].
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from octic.block import OcticBlock
 from octic.groups import Group, Matrix, get_group
-from octic.invariants import InvariantNorm, make_invariantization
+from octic.invariants import InvariantNorm, invariantizations_of_width, make_invariantization
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
 from vit.backbone import check_counts
@@ -207,7 +207,9 @@ class OcticVisionTransformer(Trunk):
         the classifier reads the invariants, its width tells which. Two with the same width cannot
         be told apart: the model's own then stays.
         """
-        name = detect_invariantization(state, self.copy_dim, own=self.invariant or "")
+        name = detect_invariantization(
+            state, self.embed_dim, group=self.group, own=self.invariant or ""
+        )
         if self.invariant_at == "head":
             name = self._invariants_of_head(state)
         if self.invariant and name and name != self.invariant:
@@ -330,12 +332,12 @@ def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
 
 
 def detect_invariantization(
-    state: Mapping[str, Tensor], copy_dim: int, *, own: str = ""
+    state: Mapping[str, Tensor], dim: int, *, group: str | Group = "D4", own: str = ""
 ) -> str | None:
     """The name of the invariantization that weights were trained with; None if there is no trace.
 
-    Told by parameter names, else by the width of `invariant_proj` in channels per copy (of D4). Two
-    have the same width: then it is `own`, if that is one of them.
+    Told by parameter names, else by the width of `invariant_proj`. Where several have that width it
+    is `own`, if that is one of them.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -347,8 +349,7 @@ def detect_invariantization(
     if find("invariantization.reference"):
         return "canonization"
     projection = find("invariant_proj.weight")
-    if projection is None or len(projection) != 2 or projection[1] % copy_dim:
+    if projection is None or len(projection) != 2:
         return None
-    widths = {1: "linear", 6: "power_spectrum", 8: "none", 15: "third_order", 32: "polynomial"}
-    found = widths.get(projection[1] // copy_dim)
-    return own if (found, own) == ("linear", "trivial") else found
+    found = invariantizations_of_width(projection[1], dim, group)
+    return own if own in found else next(iter(found), None)

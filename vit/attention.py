@@ -136,12 +136,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend within each sequence; x and the result are [B T D]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        if self.qk_scale is not None:
-            q = q * (self.qk_scale * math.sqrt(q.shape[-1]))  # beside attention's own scale
+        q, k, v = self.queries_keys_values(x)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
         return self.proj(out.flatten(2))
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Three times [B T H K] of tokens [B T D], for logits q k / sqrt(K)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if self.qk_scale is not None:
+            q = q * (self.qk_scale * math.sqrt(q.shape[-1]))  # beside attention's own scale
+        return q, k, v
 
 
 def check_heads(dim: int, num_heads: int) -> None:

@@ -148,7 +148,12 @@ def _thinned(addend: Addend, packing: Packing | None, rate: float, dtype: torch.
 
 
 class Block(ResidualBlock):
-    """The plain block of DeiT III and DINOv2."""
+    """The plain block of DeiT III and DINOv2.
+
+    attention_class: built with the options of `Attention`; a subclass may have its own.
+    """
+
+    attention_class: type[nn.Module] = Attention
 
     def __init__(
         self,
@@ -169,7 +174,7 @@ class Block(ResidualBlock):
     ) -> None:
         super().__init__(
             norm1=nn.LayerNorm(dim, eps=norm_eps),
-            attn=Attention(
+            attn=self.attention_class(
                 dim,
                 num_heads=num_heads,
                 qkv_bias=qkv_bias,

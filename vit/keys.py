@@ -15,7 +15,7 @@ in `module.patch_embed.backbone.conv.weight` of timm's hybrid networks.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,19 @@ _GAMMA = re.compile(r"(^|\.)gamma_([12])(_1)?(?=\.|$)")
 def strip_wrappers(name: str) -> str:
     """Remove the prefixes that compilation, data parallelism and training wrappers leave."""
     return _WRAPPER.sub("", name)
+
+
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Weights under the names that `rename` gives, which it must not change any further.
+
+    Of a weight that is given in two spellings the second stays under its own name, so that
+    `check_fit` lists it.
+    """
+    found = {name: tensor for name, tensor in state.items() if rename(name) == name}
+    for name, tensor in state.items():
+        ours = rename(name)
+        found[name if ours in found else ours] = tensor
+    return found
 
 
 def from_published(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

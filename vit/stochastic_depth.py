@@ -61,12 +61,13 @@ def _keep_mask(x: Tensor, packing: Packing | None, keep: float, dtype: torch.dty
     return torch.cat(parts)[None, :, None]
 
 
-def _kept(count: int, keep: float) -> int:
+def kept_of(count: int, keep: float) -> int:
+    """How many of `count` sequences mode `subset` computes."""
     return min(count, max(1, int(count * keep)))
 
 
 def _add_on_subset(x: Tensor, branch: Branch, keep: float) -> Tensor:
-    kept = _kept(x.shape[0], keep)
+    kept = kept_of(x.shape[0], keep)
     chosen = torch.randperm(x.shape[0], device=x.device)[:kept]
     update = branch(x[chosen], None)
     return x.index_add(0, chosen, update.to(x.dtype), alpha=x.shape[0] / max(1, kept))
@@ -75,7 +76,7 @@ def _add_on_subset(x: Tensor, branch: Branch, keep: float) -> Tensor:
 def _add_on_packed_subset(x: Tensor, branch: Branch, packing: Packing, keep: float) -> Tensor:
     rows, groups, first = [], [], 0
     for count, tokens in packing.groups:
-        kept = _kept(count, keep)
+        kept = kept_of(count, keep)
         chosen = torch.randperm(count, device=x.device)[:kept]
         within = torch.arange(tokens, device=x.device)
         rows.append((first + chosen[:, None] * tokens + within).flatten())

@@ -59,10 +59,18 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     A model that wraps another one gives names of its own by `rename_state(state)`.
     """
+    model.load_state_dict(state_for(model, state), strict=True)
+
+
+def state_for(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in any spelling that `model` knows as its state dict, to which it adapts itself.
+
+    Raises ValueError as `vit.keys.check_fit` does.
+    """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
     with adapted_to(state, model):
-        model.load_state_dict(from_published(state, model), strict=True)
+        return from_published(state, model)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from baselines.evit.reorganisation import class_attention, most_important, reorganise
+from baselines.evit.reorganisation import most_important, reorganise
+from baselines.selection import class_attention
 from vit.attention import Attention, attend
 from vit.block import Block
 from vit.packing import Packing
@@ -35,14 +36,13 @@ class EViTAttention(Attention):
 
     def select(self, x: Tensor, num_kept: int | None = None) -> Attended:
         """Attend among tokens [B 1+n D]; `num_kept` asks for the most important ones."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = self.queries_keys_values(x)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, backend=self.backend, dropout=dropout)
         out = self.proj(out.flatten(2))
         if num_kept is None:
             return Attended(out)
-        query, keys = q[:, :1].transpose(1, 2), k.transpose(1, 2)
-        importance = class_attention(query, keys, q.shape[-1] ** -0.5)
+        importance = class_attention(q.transpose(1, 2), k.transpose(1, 2))[:, 1:]
         return Attended(out, most_important(importance, num_kept), importance)
 
 
@@ -53,6 +53,9 @@ class EViTBlock(Block):
     those of `vit.block.Block`.
     """
 
+    attention_class = EViTAttention
+    attn: EViTAttention
+
     def __init__(self, dim: int, *, fuse_token: bool = False, **options: Any) -> None:
         super().__init__(dim, **options)
         if self.drop_path_mode != "sample":
@@ -61,14 +64,6 @@ class EViTBlock(Block):
                 'to tell their important tokens; use "sample"'
             )
         self.fuse_token = fuse_token
-        self.attn = EViTAttention(
-            dim,
-            num_heads=options.get("num_heads", 8),
-            qkv_bias=options.get("qkv_bias", True),
-            proj_bias=options.get("proj_bias", True),
-            attn_drop=options.get("attn_drop", 0.0),
-            backend=options.get("attention_backend", "auto"),
-        )
 
     def forward(self, x: Tensor, num_kept: int | None = None) -> Reduced:  # type: ignore[override]
         """Tokens [B 1+n D]; `num_kept` of the n are left, and the fused one. None: all."""

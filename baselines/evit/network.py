@@ -39,7 +39,7 @@ class EViT(TappedTrunk, VisionTransformer):
     fuse_token: dropped tokens become one more token each time, which is ranked like any other.
     shrink_start_epoch, shrink_epochs: in training the rate is 1 up to the former, and then falls
         to its value within the latter, along a cosine from max_keep_rate (`follow_training`).
-    exact_counts: see `reorganisation.keep_count`; false: as published.
+    exact_counts: see `baselines.selection.keep_count`; false: as published.
     representation_size: width of a layer with tanh before the head, or none.
 
     Feature maps have a value for every patch: a dropped patch keeps its last value.

@@ -4,29 +4,19 @@ Liang et al. 2022, "Not All Patches are What You Need: Expediting Vision Transfo
 Reorganizations", section 3. Pure functions on tensors. The class token comes first and always
 stays; indices count the tokens after it.
 
-Letters in shapes: B images, H heads, n tokens after the class token, k of them kept, D channels,
-E channels of a head, N patches in a grid of h x w.
+Letters in shapes: B images, n tokens after the class token, k of them kept, D channels, N patches
+in a grid of h x w.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from baselines.selection import keep_count, rows_of
 from utils.ranges import check_range
 
 FUSED = -1  # origin of a token that was fused from many patches
-
-
-def keep_count(rate: float, count: int, *, exact: bool = True) -> int:
-    """ceil(rate * count), at least 1.
-
-    exact: a product within 1e-9 of a whole number counts as that number.
-    Otherwise as published, where 0.55 of 100 tokens are 56 because of a rounding error.
-    """
-    check_range("keep_rate", rate, 0, 1, ends="(]")
-    return max(1, math.ceil(round(rate * count, 9) if exact else rate * count))
 
 
 def tokens_to_keep(
@@ -52,17 +42,6 @@ def tokens_to_keep(
     return count if own_rate >= 1 or rate >= 1 else keep_count(rate, count, exact=exact)
 
 
-def class_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Importance [B n]: the class token's attention to the others, mean over heads.
-
-    query [B H 1 E] of the class token, keys [B H 1+n E] of all; the softmax is taken in float32 at
-    least. Departs from EViT: attention dropout does not affect the importance.
-    """
-    scores = (query * scale) @ keys.transpose(-2, -1)
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=dtype)[:, :, 0, 1:].mean(dim=1)
-
-
 def most_important(importance: Tensor, count: int) -> Tensor:
     """Indices [B k] of the most important tokens, the most important first."""
     return importance.topk(count, dim=1, largest=True, sorted=True).indices
@@ -75,11 +54,6 @@ def complement(kept: Tensor, count: int) -> Tensor:
     return is_kept.argsort(dim=-1, stable=True)[..., : count - kept.shape[-1]]
 
 
-def take(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens [B k D] of x [B n D]."""
-    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def reorganise(x: Tensor, kept: Tensor, importance: Tensor, *, fuse: bool) -> Tensor:
     """Tokens [B 1+k(+1) D] of x [B 1+n D]: class token, kept ones in their order, the fused one.
 
@@ -87,11 +61,11 @@ def reorganise(x: Tensor, kept: Tensor, importance: Tensor, *, fuse: bool) -> Te
     1, so it is smaller than its parts).
     """
     cls, others = x[:, :1], x[:, 1:]
-    parts = [cls, take(others, kept)]
+    parts = [cls, rows_of(others, kept)]
     if fuse:
         dropped = complement(kept, others.shape[1])
         weights = importance.gather(1, dropped).to(x.dtype)
-        parts.append((take(others, dropped) * weights[..., None]).sum(dim=1, keepdim=True))
+        parts.append((rows_of(others, dropped) * weights[..., None]).sum(dim=1, keepdim=True))
     return torch.cat(parts, dim=1)
 
 

@@ -1,7 +1,7 @@
 """Mirror-equivariant ResMLP and ConvNeXt with their plain twins, registered with timm.
 
-Bokman et al. 2025, "Flopping for FLOPs". May import: torch, timm, `octic` and `vit`. The ViTs of
-the paper are those of `octic` with `group="mirror"`.
+Bokman et al. 2025, "Flopping for FLOPs". May import `octic`, `vit` and `utils`. The ViTs of the
+paper are those of `octic` with `group="mirror"`.
 """
 
 from baselines.flopping import models

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vit.keys import strip_wrappers
+from vit.keys import renamed, strip_wrappers
 
 _ORDERS = (".left_idx", ".right_idx", ".permutation")
 _PARTS = {"sym": "A1", "asym": "A2"}
@@ -34,14 +34,12 @@ def mirror_resmlp_names(
     def rename(name: str) -> str:
         return re.sub(r"^patch_embed\.", "stem.", _scales(name))
 
-    found = _mirror_names(state, rename)
-    return {
-        _SHIFT.sub(lambda m: f"{m[1]}shift_{_PARTS[m[2]]}", name): (
-            torch.zeros_like(tensor) if _SHIFT.search(name) else _as_timm(name, tensor)
-        )
-        for name, tensor in found.items()
+    found = {
+        name: torch.zeros_like(tensor) if _SHIFT.search(name) else _as_timm(name, tensor)
+        for name, tensor in _mirror_names(state, rename).items()
         if affine_bias or not _SHIFT.search(name)
     }
+    return renamed(found, lambda name: _SHIFT.sub(lambda m: f"{m[1]}shift_{_PARTS[m[2]]}", name))
 
 
 def mirror_convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,14 +54,14 @@ def mirror_convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def plain_resmlp_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a plain ResMLP, published, timm's or ours, under timm's names."""
-    found = {}
-    for name, tensor in _unwrapped(state).items():
-        ours = re.sub(r"^patch_embed\.", "stem.", name)
+
+    def rename(name: str) -> str:
+        ours = re.sub(r"^patch_embed\.", "stem.", strip_wrappers(name))
         ours = re.sub(r"^(blocks\.\d+)\.attn\.", r"\1.linear_tokens.", ours)
         ours = re.sub(r"^(blocks\.\d+)\.mlp\.", r"\1.mlp_channels.", ours)
-        ours = re.sub(r"\.gamma_([12])$", r".ls\1", ours)
-        found[ours] = _as_timm(ours, tensor)
-    return found
+        return re.sub(r"\.gamma_([12])$", r".ls\1", ours)
+
+    return {name: _as_timm(name, tensor) for name, tensor in renamed(state, rename).items()}
 
 
 def plain_convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,26 +77,33 @@ def plain_convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r"^head\.norm\.": "norm.",
         r"^head\.fc\.": "head.",
     }
-    found = {}
-    for name, tensor in _unwrapped(state).items():
-        ours = _stages(name)
+
+    def rename(name: str) -> str:
+        ours = _stages(strip_wrappers(name))
         for pattern, word in words.items():
             ours = re.sub(pattern, word, ours)
-        if ours.endswith(".gamma"):
-            tensor = tensor.flatten()
-        elif _DENSE.search(ours) and tensor.ndim == 4:
-            tensor = tensor.flatten(1)
-        found[ours] = tensor
+        return ours
+
+    found = renamed(state, rename)
+    for name, tensor in found.items():
+        if name.endswith(".gamma"):
+            found[name] = tensor.flatten()
+        elif _DENSE.search(name) and tensor.ndim == 4:
+            found[name] = tensor.flatten(1)
     return found
 
 
 def _mirror_names(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in _unwrapped(state).items():
-        if name.endswith(_ORDERS) or _is_zero_center(name, tensor):
-            continue
-        found[_PART.sub(lambda m: f"{m[1]}{_WORDS[m[2]]}_{_PARTS[m[3]]}", rename(name))] = tensor
-    return found
+    def spelled(name: str) -> str:
+        ours = rename(strip_wrappers(name))
+        return _PART.sub(lambda m: f"{m[1]}{_WORDS[m[2]]}_{_PARTS[m[3]]}", ours)
+
+    weights = {
+        name: tensor
+        for name, tensor in state.items()
+        if not (name.endswith(_ORDERS) or _is_zero_center(name, tensor))
+    }
+    return renamed(weights, spelled)
 
 
 def _as_timm(name: str, tensor: Tensor) -> Tensor:
@@ -124,7 +129,3 @@ def _stages(name: str) -> str:
     name = re.sub(r"^downsample_layers\.0\.1\.", "entries.0.", name)
     name = re.sub(r"^downsample_layers\.", "entries.", name)
     return re.sub(r"^(entries\.\d+\.1)\.linear2\.", r"\1.linear.", name)
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {strip_wrappers(name): tensor for name, tensor in state.items()}

@@ -69,14 +69,15 @@ def _make(
     size: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> nn.Module:
-    stages = len(size.get("depths", "1"))
+    sizes = {**size, **kwargs}
+    stages = len(sizes.get("depths", (1,)))
     return build_model_with_cfg(
         model_class,
         name,
         pretrained,
         pretrained_filter_fn=filter_state,
         feature_cfg={"out_indices": stages if stages > 1 else 3, "feature_cls": "getter"},
-        **{**size, **kwargs},
+        **sizes,
     )
 
 

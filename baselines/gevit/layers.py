@@ -4,19 +4,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from utils.ranges import check_word
 
 EPS = 1e-12
-
-
-class Swish(nn.Module):
-    """x sigmoid(x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Activate."""
-        return F.silu(x)
 
 
 class GroupNorm(nn.Module):
@@ -36,7 +27,7 @@ class GroupNorm(nn.Module):
 
 
 NORMS = {"layer": GroupNorm, "batch": nn.BatchNorm3d}
-ACTIVATIONS = {"swish": Swish, "relu": nn.ReLU}
+ACTIVATIONS = {"swish": nn.SiLU, "relu": nn.ReLU}
 
 
 def make_norm(name: str, channels: int) -> nn.Module:

@@ -304,7 +304,7 @@ class GEViT(nn.Module):
 
     def rename_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Published weights under our names; ValueError where the file contradicts the settings."""
-        return renamed_state(state, self)[0]
+        return renamed_state(state, self)
 
     def get_classifier(self) -> nn.Module:
         """The layer that gives logits per pixel and element."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.gevit.groups import PlaneGroup
-from baselines.gevit.layers import GroupNorm, Swish
+from baselines.gevit.layers import GroupNorm
 
 HIDDEN = 16  # channels inside the position functions
 
@@ -55,7 +55,7 @@ class PositionFunction(nn.Sequential):
 
     def __init__(self, dim: int) -> None:
         super().__init__(
-            nn.Conv2d(1, HIDDEN, 1), GroupNorm(HIDDEN), Swish(), nn.Conv2d(HIDDEN, dim, 1)
+            nn.Conv2d(1, HIDDEN, 1), GroupNorm(HIDDEN), nn.SiLU(), nn.Conv2d(HIDDEN, dim, 1)
         )
 
     def forward(self, coordinates: Tensor) -> Tensor:

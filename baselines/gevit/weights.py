@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.gevit.attention import GroupSelfAttention, LiftingSelfAttention
-from vit.keys import check_fit
-from vit.weights import read_state
+from vit.keys import check_fit, renamed
+from vit.weights import naming_file, read_state
 
 _CONSTANT = re.compile(r"(^|\.)group\.(_elements|_identity|_relative_positions)$")
 _TABLE = re.compile(r"^(?:(.*)\.)?(row_indices|col_indices|g_indices)$")
@@ -34,41 +34,29 @@ def load_published(model: nn.Module, path: str | Path) -> None:
     Raises ValueError naming the file and what is missing, left over or of another shape, or which
     setting of the model the file contradicts.
     """
-    try:
-        model.load_state_dict(published_state(read_state(path), model), strict=True)
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
+    state = read_state(path)
+    with naming_file(path):
+        model.load_state_dict(published_state(state, model), strict=True)
 
 
 def published_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A published checkpoint as the state dict of `model`: a network, a block or a layer."""
-    found, twice = renamed_state(state, model)
-    return check_fit(found, model.state_dict(), type(model).__name__, also_left_over=twice)
+    return check_fit(renamed_state(state, model), model.state_dict(), type(model).__name__)
 
 
-def renamed_state(
-    state: Mapping[str, Tensor], model: nn.Module
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, without tables, which are compared; and names given twice.
+def renamed_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under our names, without constants and tables; the latter are compared.
 
     ValueError where a table contradicts the settings of `model`.
     """
-    found: dict[str, Tensor] = {}
-    tables: dict[str, Tensor] = {}
-    twice = []
-    for published, tensor in state.items():
-        name = _our_name(published, model)
-        if _CONSTANT.search(name):
-            continue
-        if _TABLE.match(name):
-            tables[name] = tensor
-            continue
-        if name in found:
-            twice.append(published)
-        found[name] = tensor
+    tables = {name: tensor for name, tensor in state.items() if _TABLE.match(name)}
     _check_tables(tables, model)
-    return found, twice
+    weights = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in tables and not _CONSTANT.search(name)
+    }
+    return renamed(weights, lambda name: _our_name(name, model))
 
 
 def _our_name(name: str, model: nn.Module) -> str:
@@ -83,7 +71,8 @@ def _our_name(name: str, model: nn.Module) -> str:
 
 def _check_tables(tables: Mapping[str, Tensor], model: nn.Module) -> None:
     """ValueError for a file whose tables are not those of the model's settings."""
-    for name, table in tables.items():
+    for published, table in tables.items():
+        name = _our_name(published, model)
         owner, _, kind = name.rpartition(".")
         layer = dict(_attentions(model)).get(owner or "")
         if layer is None:

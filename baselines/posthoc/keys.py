@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit.keys import from_published
-from vit.weights import adapted_to
+from vit.weights import state_for
 
 MODEL, AGGREGATOR = "model.", "aggregator."
 PUBLISHED_AGGREGATORS = ("scoring_model.", "aggregation_model.")
@@ -56,9 +55,7 @@ def _of_backbone(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     # Only our own exports contain an adapter's name for the net it wraps.
     net: Any = getattr(model, "net", None)
     prefix = "net." if isinstance(net, nn.Module) and not _named(state, "net.") else ""
-    inner = net if prefix else model
-    with adapted_to(state, inner):
-        found = from_published(state, inner)
+    found = state_for(net if prefix else model, state)
     return {f"{prefix}{name}": tensor for name, tensor in found.items()}
 
 

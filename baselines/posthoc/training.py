@@ -22,6 +22,7 @@ from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
 from utils.randomness import ShieldedBatches, preserved_randomness, seed_everything
 from utils.ranges import check_count
+from vit.backbone import eval_mode
 
 
 class Embedded(NamedTuple):
@@ -240,14 +241,12 @@ def embed(
     num_workers: int = 0,
 ) -> Embedded:
     """Embeddings of all copies of all images, computed once in evaluation mode."""
-    was_training = net.training
-    net.eval()
     device = device_of(net)
-    found = [
-        (net.embeddings(images.to(device)).float().cpu(), labels)
-        for images, labels in _images(dataset, transform, batch_size, num_workers)
-    ]
-    net.train(was_training)
+    with eval_mode(net):
+        found = [
+            (net.embeddings(images.to(device)).float().cpu(), labels)
+            for images, labels in _images(dataset, transform, batch_size, num_workers)
+        ]
     return Embedded(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 

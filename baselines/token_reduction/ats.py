@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.selection import rows_of
 from baselines.token_reduction.options import block_list, check_flags
 from baselines.token_reduction.reducer import (
     Attended,
@@ -20,7 +21,6 @@ from baselines.token_reduction.reducer import (
     State,
     check_blocks,
     check_class_token,
-    rows_of,
 )
 from utils.ranges import check_word
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from baselines.selection import keep_count
+
 
 class Shape(NamedTuple):
     """The sizes of a plain ViT that its cost depends on."""
@@ -137,7 +139,7 @@ def evit(
     n, cost = shape.num_tokens, Cost()
     for index in range(shape.depth):
         cost += attention(shape, n)
-        kept = _ceil(keep_rate * (n - 1))
+        kept = keep_count(keep_rate, n - 1, exact=False)
         if index in drop_blocks and kept < n - 1:
             fused = (n - 1 - kept) * shape.width if fuse_token else 0
             cost += Cost(0, n * n + fused)
@@ -248,7 +250,3 @@ def _attention_core(shape: Shape) -> Cost:
     """The two products and the softmax of full attention."""
     n = shape.num_tokens
     return Cost(2 * n * n * shape.width, 5 * shape.num_heads * n * n)
-
-
-def _ceil(value: float) -> int:
-    return int(value) + (value > int(value))

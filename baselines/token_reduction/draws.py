@@ -22,14 +22,14 @@ class Draws:
     stored: dict[str, Draw] = field(default_factory=dict)
 
     def prepare(self, names: Iterable[str], channels: int, hashes: int) -> None:
-        """Draw the missing projections."""
+        """Draw projections of these names, in place of any that another network had."""
         if self.seed is None:
             return
         generator = torch.Generator().manual_seed(self.seed)
         for name in names:
             gaussian = torch.randn(channels, hashes, generator=generator, device="cpu")
             shift = torch.rand(hashes, generator=generator, device="cpu")
-            self.stored.setdefault(name, (gaussian, shift))
+            self.stored[name] = (gaussian, shift)
 
     def get(self, name: str, channels: int, hashes: int, like: Tensor) -> Draw:
         """The projection of that name, or a fresh one, with the dtype and device of `like`."""

@@ -7,13 +7,13 @@ Letters in shapes: B images, T tokens, P prefix tokens, N patch tokens of a bloc
 heads, d channels of a head, D channels.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.selection import class_attention, keep_count, rows_of
 from baselines.token_reduction.options import (
     block_list,
     check_flags,
@@ -27,18 +27,11 @@ from baselines.token_reduction.reducer import (
     State,
     check_blocks,
     check_class_token,
-    class_attention,
-    rows_of,
 )
 from utils.ranges import check_word
 
 SCORES = ("class", "all")
 KEEP_RATE = 0.7  # the published one
-
-
-def num_kept(keep_rate: float, num_patches: int) -> int:
-    """Patch tokens that are kept."""
-    return math.ceil(keep_rate * num_patches)
 
 
 def select_tokens(
@@ -68,6 +61,7 @@ class EViT(Reducer):
     fuse_token: whether the dropped ones become one additional token.
     score: what ranks a token: "class", the class token's attention to it (the paper); "all", that
         of all tokens (Expedit-SWAG).
+    exact_counts: see `baselines.selection.keep_count`; false: as published.
     A fused token belongs to no patch: a dropped patch is restored with its own last value.
     Record: block<i>.score [B N], block<i>.kept [B K].
     """
@@ -80,9 +74,10 @@ class EViT(Reducer):
         keep_rates: Sequence[float] | Mapping[int, float] | None = None,
         fuse_token: bool = True,
         score: str = "class",
+        exact_counts: bool = True,
     ) -> None:
         check_word("score", score, SCORES)
-        check_flags(fuse_token=fuse_token)
+        check_flags(fuse_token=fuse_token, exact_counts=exact_counts)
         if keep_rates is not None and locations is not None:
             raise ValueError("locations and keep_rates both say where; give one of them")
         if keep_rates is not None and keep_rate is not None:
@@ -91,7 +86,7 @@ class EViT(Reducer):
         check_rate("keep_rate", self.keep_rate)
         self.locations = None if locations is None else block_list("locations", locations)
         self.keep_rates = None if keep_rates is None else rates_of_blocks("keep_rates", keep_rates)
-        self.fuse_token, self.score = fuse_token, score
+        self.fuse_token, self.score, self.exact_counts = fuse_token, score, exact_counts
         self.rates: dict[int, float] = {}
 
     def bind(self, facts: Facts) -> None:
@@ -122,7 +117,7 @@ class EViT(Reducer):
         assert attended.scores is not None
         first = state.num_prefix
         scores = attended.scores[:, first:]
-        count = num_kept(self.rates[index], scores.shape[1])
+        count = keep_count(self.rates[index], scores.shape[1], exact=self.exact_counts)
         if count == scores.shape[1]:
             return x
         out, kept = select_tokens(x, scores, count, first, fuse=self.fuse_token)
@@ -148,7 +143,10 @@ class EViT(Reducer):
         return dict.fromkeys(locations, self.keep_rate)
 
     def __repr__(self) -> str:
-        return f"EViT(rates={self.rates}, fuse_token={self.fuse_token}, score={self.score!r})"
+        return (
+            f"EViT(rates={self.rates}, fuse_token={self.fuse_token}, score={self.score!r}, "
+            f"exact_counts={self.exact_counts})"
+        )
 
 
 def kept_places(kept: Tensor, num_tokens: int, num_prefix: int) -> Tensor:

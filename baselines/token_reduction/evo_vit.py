@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from baselines.selection import class_attention, rows_of
 from baselines.token_reduction.options import check_counts, check_flags, check_rate, each
 from baselines.token_reduction.reducer import (
     Attended,
@@ -19,8 +20,6 @@ from baselines.token_reduction.reducer import (
     State,
     check_blocks,
     check_class_token,
-    class_attention,
-    rows_of,
 )
 from utils.ranges import check_share
 

@@ -19,9 +19,11 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from baselines.token_reduction.reducer import Facts, Reducer, State, rows_of
+from baselines.selection import rows_of
+from baselines.token_reduction.reducer import Facts, Reducer, State
 from vit.attention import Attention
 from vit.block import Block
+from vit.stochastic_depth import drop_path, kept_of
 from vit.trunk import Trunk
 
 POOLS = ("token", "avg", "")
@@ -53,8 +55,11 @@ class Host:
         """Attention output [B H M d] to the update [B M D]; y are the M tokens' normed values."""
         raise NotImplementedError
 
-    def keep(self, block: Any, branch: int, update: Tensor) -> Tensor:
-        """The update [B M D] of branch 1 or 2 under the block's stochastic depth."""
+    def keep(self, block: Any, branch: int, update: Tensor, dtype: torch.dtype) -> Tensor:
+        """The update [B M D] of branch 1 or 2 under the block's stochastic depth.
+
+        dtype: of the tokens that it is added to.
+        """
         raise NotImplementedError
 
     def attn_drop(self, block: Any) -> float:
@@ -132,9 +137,9 @@ class Host:
             x, normed = rows_of(x, attended.rows), rows_of(normed, attended.rows)
         update = block.ls1(self.project(block.attn, attended.out, normed))
         residual = x if attended.residual is None else attended.residual
-        x = residual + self.keep(block, 1, update)
+        x = residual + self.keep(block, 1, update, residual.dtype)
         x = reducer.after_attention(state, index, x, attended, k)
-        return x + self.keep(block, 2, block.ls2(block.mlp(block.norm2(x))))
+        return x + self.keep(block, 2, block.ls2(block.mlp(block.norm2(x))), x.dtype)
 
     # The end of the network.
 
@@ -205,7 +210,7 @@ class TimmHost(Host):
             out = out * attn.gate(y).sigmoid()
         return attn.proj_drop(attn.proj(out))
 
-    def keep(self, block: Any, branch: int, update: Tensor) -> Tensor:
+    def keep(self, block: Any, branch: int, update: Tensor, dtype: torch.dtype) -> Tensor:
         """The update [B M D] of branch 1 or 2 under the block's stochastic depth."""
         return block.drop_path1(update) if branch == 1 else block.drop_path2(update)
 
@@ -253,29 +258,25 @@ class TrunkHost(Host):
 
     def queries_keys_values(self, attn: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Three times [B H T d] of normed tokens y [B T D]."""
-        q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        q, k, v = attn.queries_keys_values(y)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def project(self, attn: Any, out: Tensor, y: Tensor) -> Tensor:
         """Attention output [B H M d] to the update [B M D]."""
         return attn.proj(out.transpose(1, 2).flatten(2))
 
-    def keep(self, block: Any, branch: int, update: Tensor) -> Tensor:
+    def keep(self, block: Any, branch: int, update: Tensor, dtype: torch.dtype) -> Tensor:
         """The update [B M D] under the block's stochastic depth.
 
         Mode `subset` draws its sequences as the block does, but computes all of them: what the
         reducer has stored about the others must stay valid.
         """
         rate = block.drop_path_rate if block.training else 0.0
-        if rate == 0.0:
-            return update
-        count, kept = len(update), 1.0 - rate
-        if block.drop_path_mode == "sample":
-            share = update.new_empty(count).bernoulli_(kept) / kept
-        else:
-            number = max(1, int(count * kept))
-            chosen = torch.randperm(count, device=update.device)[:number]
-            share = update.new_zeros(count).index_fill(0, chosen, count / number)
+        if rate == 0.0 or block.drop_path_mode == "sample":
+            return drop_path(update, None, rate, dtype=dtype)
+        count, kept = len(update), kept_of(len(update), 1.0 - rate)
+        chosen = torch.randperm(count, device=update.device)[:kept]
+        share = update.new_zeros(count, dtype=dtype).index_fill(0, chosen, count / max(1, kept))
         return update * share[:, None, None]
 
     def attn_drop(self, block: Any) -> float:

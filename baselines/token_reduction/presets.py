@@ -26,7 +26,7 @@ FORMS = ("sound", "published")
 # What Expedit-SWAG computes, where it differs from the defaults of the constructors.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "hourglass": {"reconstruction": "l2"},
-    "evit": {"score": "all", "fuse_token": False},
+    "evit": {"score": "all", "fuse_token": False, "exact_counts": False},
     "tome": {"weighs_mean": False},
     "evo_vit": {"fast_update": False},
     "ats": {"residual": "normed", "mask_padding": False},

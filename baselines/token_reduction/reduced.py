@@ -16,9 +16,8 @@ from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reducer import Reducer, State
 from baselines.wrapping import make_backbone
 from vit.backbone import Encoded, Features
-from vit.keys import from_published
 from vit.trunk import take_indices
-from vit.weights import adapted_to
+from vit.weights import state_for
 
 NET = "net."
 
@@ -242,11 +241,7 @@ class Reduced(nn.Module):
         """
         if any(name.startswith(NET) for name in state):
             return dict(state)
-        if hasattr(self.net, "rename_state"):
-            state = self.net.rename_state(state)
-        with adapted_to(state, self.net):
-            found = from_published(state, self.net)
-        return {NET + name: tensor for name, tensor in found.items()}
+        return {NET + name: tensor for name, tensor in state_for(self.net, state).items()}
 
     def extra_repr(self) -> str:
         """The method and its options."""

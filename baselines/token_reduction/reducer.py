@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.selection import rows_of
+
 
 class Facts(NamedTuple):
     """What a reducer must know of the network it works in."""
@@ -157,17 +159,6 @@ class Reducer:
         """Ordinary attention [B H T d], with the state's bias of keys."""
         bias = None if state.key_bias is None else state.key_bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=state.attn_drop)
-
-
-def class_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Softmax row of token 0, averaged over heads: [B T] of q, k [B H T d]."""
-    scores = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return scores.softmax(dim=-1).mean(dim=1).squeeze(1)
-
-
-def rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """Rows index [B M] of x [B T D]: [B M D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def check_blocks(blocks: "list[int] | tuple[int, ...]", facts: Facts, what: str) -> None:

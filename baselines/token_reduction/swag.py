@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.backbone import Features, in_asked_order
-from vit.keys import strip_wrappers
+from vit.keys import renamed, strip_wrappers
 from vit.models import build, default_cfg
 from vit.trunk import take_indices
 
@@ -120,17 +120,18 @@ def swag_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The older `linear_1`, `linear_2` of torchvision's MLPs are read too.
     """
-    found = {}
-    for name, tensor in state.items():
+
+    def rename(name: str) -> str:
         ours = strip_wrappers(name)
         for pattern, word in _WORDS.items():
             ours = re.sub(pattern, word, ours)
-        # SWAG keeps its positions with the tokens first [N 1 D].
-        tokens_first = ours == "pos_embed" and tensor.ndim == 3 and tensor.shape[1] == 1
-        if ours in found:
-            # Both spellings of one weight: kept apart, so that the check names the second one.
-            ours = name
-        found[ours] = tensor.transpose(0, 1) if tokens_first else tensor
+        return ours
+
+    found = renamed(state, rename)
+    positions = found.get("pos_embed")
+    # SWAG keeps its positions with the tokens first [N 1 D].
+    if positions is not None and positions.ndim == 3 and positions.shape[1] == 1:
+        found["pos_embed"] = positions.transpose(0, 1)
     return found
 
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from baselines.selection import rows_of
 from baselines.token_reduction.options import check_flags, each
-from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, rows_of
+from baselines.token_reduction.reducer import Attended, Facts, Reducer, State
 from utils.ranges import check_count, check_range, check_word
 
 MODES = ("mean", "sum", "amax")

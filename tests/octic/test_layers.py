@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from octic.actions import act, act_on_tokens
 from octic.block import OcticBlock
 from octic.groups import Group, get_group
-from octic.invariants import INVARIANTIZATIONS, MaxFiltering, make_invariantization
+from octic.invariants import (
+    INVARIANTIZATIONS,
+    MaxFiltering,
+    invariantizations_of_width,
+    make_invariantization,
+)
 from octic.layers import (
     OcticAttention,
     OcticGELU,
@@ -19,6 +24,7 @@ from octic.layers import (
     OcticScale,
 )
 from octic.patch_embed import OcticPatchEmbed, OcticToPatch
+from octic.vision_transformer import detect_invariantization
 from vit.block import terms_of
 
 GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
@@ -115,6 +121,22 @@ def test_invariantizations(name: str, group: str) -> None:
     else:
         assert max(errors) <= TOLERANCE
     assert relative(layer(x + 0.1 * features()), y) > 1e-3
+
+
+def test_a_width_tells_the_invariantization() -> None:
+    """Of D4 in the published numbers of polynomials; of any group by its own."""
+    published = {
+        **{1: ["linear", "trivial"], 6: ["power_spectrum"], 8: ["none"], 15: ["third_order"]},
+        **{32: ["polynomial"], 7: []},
+    }
+    for copies, names in published.items():
+        assert invariantizations_of_width(copies * DIM // 8, DIM) == names
+    assert invariantizations_of_width(DIM // 8 + 1, DIM) == []
+    assert invariantizations_of_width(3 * DIM // 4, DIM, "C4") == ["power_spectrum"]
+    assert invariantizations_of_width(DIM, DIM, "mirror") == ["power_spectrum", "none"]
+    state = {"invariant_proj.weight": torch.zeros(DIM, DIM)}
+    for own, found in (("none", "none"), ("linear", "power_spectrum"), ("", "power_spectrum")):
+        assert detect_invariantization(state, DIM, group="mirror", own=own) == found
 
 
 @pytest.mark.parametrize("name", INVARIANTIZATIONS)

@@ -190,6 +190,14 @@ def test_debug_nets_claim_nothing(net: type[nn.Module]) -> None:
     assert relative(model(x.flip(-1)), model(x)) > 1e-3
 
 
+def test_a_block_of_halves_takes_every_option_of_the_plain_one() -> None:
+    """Its attention is built from them once."""
+    block = HalvesAttentionViT.block_class(32, num_heads=4, qk_scale=7.0, qkv_bias=False)
+    assert isinstance(block.attn, OcticAttention) and block.attn.group is MIRROR
+    assert block.attn.qk_scale == 7.0
+    assert not any(name.endswith("qkv.bias") for name, _ in block.named_parameters())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters(name: str) -> None:
     """Published counts less frozen zeros and indices, exactly; no integer in the state dict."""

@@ -13,16 +13,16 @@ from baselines.gevit.gcnn import GCNN, GroupConv, LiftingConv
 from baselines.gevit.groups import PlaneGroup
 from baselines.gevit.network import GEViT
 from baselines.gevit.positions import global_offsets, local_offsets, turned
-from baselines.gevit.published_gcnn import (
+from baselines.gevit.stems import patch_elements
+from baselines.gevit.weights import published_state
+from baselines.posthoc.groups import CopyGroup, group_name
+from deit.schedules import EpochCosine
+from tests.parity.gevit_published_gcnn import (
     PublishedGCNN,
     PublishedGroupConv,
     PublishedLiftingConv,
     published_kernels,
 )
-from baselines.gevit.stems import patch_elements
-from baselines.gevit.weights import published_state
-from baselines.posthoc.groups import CopyGroup, group_name
-from deit.schedules import EpochCosine
 from tests.parity.harness import Runner, check, check_gradients, load, strip
 
 NORMS = {"LayerNorm": "layer", "BatchNorm": "batch"}

@@ -19,7 +19,7 @@ import octic  # noqa: F401  (registers the models)
 from octic import OcticVisionTransformer
 from octic.invariants import INVARIANTIZATIONS
 from vit.finetune import adapt_state, load_adapted
-from vit.keys import from_published, rename_published, to_published
+from vit.keys import from_published, rename_published, renamed, to_published
 from vit.weights import load_state, load_weights, read_state
 
 LAYOUTS = json.loads(
@@ -119,6 +119,20 @@ def test_safetensors_and_invariantization_detection(tmp_path: Path) -> None:
         assert target.invariant == name
         x = torch.randn(1, 3, 32, 32)
         assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def test_no_weight_of_a_file_is_lost_by_renaming() -> None:
+    """Of two spellings of one weight ours counts, else the first; the other keeps its name."""
+    a, b, c = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
+
+    def rename(name: str) -> str:
+        return name.replace("old", "new").removeprefix("module.")
+
+    assert renamed({"old.x": a, "module.y": b}, rename) == {"new.x": a, "y": b}
+    assert renamed({"old.x": a, "new.x": b}, rename) == {"new.x": b, "old.x": a}
+    assert renamed({"new.x": b, "old.x": a}, rename) == {"new.x": b, "old.x": a}
+    found = renamed({"old.x": a, "module.old.x": b, "module.new.x": c}, rename)
+    assert found == {"new.x": a, "module.old.x": b, "module.new.x": c}
 
 
 def test_a_net_that_changes_itself_to_a_file_keeps_its_dtype() -> None:

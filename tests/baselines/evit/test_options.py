@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from baselines.evit import EViT
+from baselines.evit.block import EViTBlock
+from vit.block import Block
 from vit.vision_transformer import VisionTransformer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -92,3 +94,24 @@ def test_a_call_counts_the_fused_token_like_any_other():
     assert model.plan(16) == [8, None, 5]
     tokens, kept = model.kept_indices(images())
     assert [stage.shape[1] for stage in kept] == [8, 5] and tokens.shape[1] == 1 + 5 + 1
+
+
+def test_a_block_takes_every_option_of_the_plain_one():
+    """A factor of the logits too, which counts in the output and in the choice of tokens."""
+    plain, ours = Block(32, num_heads=4, qk_scale=7.0), EViTBlock(32, num_heads=4, qk_scale=7.0)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(ours(x).x, plain(x))
+    normed = plain.norm1(x)
+    q, k, _ = plain.attn.qkv(normed).unflatten(-1, (3, 4, 8)).unbind(2)
+    shares = (7.0 * torch.einsum("bhe,bnhe->bhn", q[:, 0], k)).softmax(-1).mean(1)[:, 1:]
+    torch.testing.assert_close(ours.attn.select(normed, 3).importance, shares)
+
+
+def test_a_block_builds_its_attention_once():
+    """It draws no more random numbers than a plain one, and the same ones."""
+    states = []
+    for block_class in (Block, EViTBlock):
+        torch.manual_seed(0)
+        states.append(block_class(32, num_heads=4).state_dict())
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())

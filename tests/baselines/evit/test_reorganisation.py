@@ -7,7 +7,6 @@ from baselines.evit.reorganisation import (
     FUSED,
     complement,
     follow_origins,
-    keep_count,
     most_important,
     patch_indices,
     patch_mask,
@@ -16,6 +15,7 @@ from baselines.evit.reorganisation import (
     tokens_to_keep,
 )
 from baselines.evit.schedule import Shrink
+from baselines.selection import keep_count
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,8 @@ def test_as_timm_backbones() -> None:
     maps = net(torch.randn(1, 3, 64, 64))
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 16, 16), (16, 8, 8), (24, 4, 4), (32, 2, 2)]
     assert net.feature_info.channels() == [8, 16, 24, 32]
+    net = timm.create_model("d2_convnext_tiny", features_only=True, depths=(1, 1), dims=(8, 16))
+    assert net.feature_info.channels() == [8, 16]
     net = timm.create_model("resmlp_equi_d2_12", img_size=64, embed_dim=16, num_classes=7)
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 7)
 

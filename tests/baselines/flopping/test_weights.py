@@ -134,6 +134,23 @@ def test_every_key_is_accounted_for(name: str) -> None:
         load_state(net, {**state, first: torch.zeros(7)})
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_a_weight_in_two_spellings_is_left_over(name: str) -> None:
+    """Whichever comes first in the file."""
+    net = NETS[name]()
+    theirs, ours = published(name, net), net.state_dict()
+    for key in ours:
+        if key in theirs:
+            theirs[f"module.{key}"] = theirs.pop(key)
+    for state in ({**theirs, **ours}, {**ours, **theirs}):
+        with pytest.raises(ValueError, match="left over: ") as error:
+            load_state(net, state)
+        assert "missing" not in str(error.value)
+    twice = next(key for key in theirs if key.endswith("weight"))
+    with pytest.raises(ValueError, match="left over: "):
+        load_state(net, {**ours, twice: theirs[twice]})
+
+
 def test_centre_columns_that_are_not_zero_are_refused() -> None:
     """Such a file is of a net that ours cannot express."""
     net = isotropic()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from baselines.gevit import GEViT, load_published
 from baselines.gevit.positions import local_offsets, turned
+from vit.weights import load_state
 
 SETTINGS = {"img_size": 12, "num_channels": 8, "num_heads": 2, "block_sizes": (1, 1), "window": 3}
 
@@ -99,3 +100,11 @@ def test_our_own_files_hold_parameters_alone(tmp_path):
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(other(x), net(x))
     load_published(other, tmp_path / "own.pt")
+
+
+def test_a_weight_in_two_spellings_is_left_over():
+    net = GEViT(group="p4", **SETTINGS)
+    twice = {"transformer.3.weight": torch.zeros_like(net.head.weight)}
+    for state in (net.state_dict() | twice, twice | net.state_dict()):
+        with pytest.raises(ValueError, match=r"left over: transformer\.3\.weight"):
+            load_state(net, state)

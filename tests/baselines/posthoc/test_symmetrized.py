@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from baselines.flopping.plain import PlainResMlp
+from baselines.gevit import GEViT
 from baselines.gevit import models as gevit
 from baselines.posthoc.aggregators import AGGREGATORS, LEARNED, Aggregator
 from baselines.posthoc.keys import published_name
@@ -252,6 +254,28 @@ def test_weights_of_the_backbone_alone_fit_unless_the_aggregator_learns(kind):
         load_state(Symmetrized(KINDS[kind](), aggregator="learned_score"), state)
     with pytest.raises(ValueError, match="left over: extra"):
         load_state(net, {**state, "extra": torch.zeros(1)})
+
+
+def test_a_file_in_the_backbones_own_published_spelling_loads():
+    """Names that only the wrapped net knows are read by it."""
+    small = {"img_size": 12, "num_channels": 8, "num_heads": 2, "block_sizes": (1, 1), "window": 3}
+    turning = GEViT(group="p4", **small)
+    last = f"transformer.{len(turning.transformer)}.weight"
+    plain = PlainResMlp(img_size=16, patch_size=4, embed_dim=16, depth=1, num_classes=5)
+    cases = [
+        (turning, GEViT(group="p4", **small), {"head.weight": last}),
+        (
+            plain,
+            PlainResMlp(img_size=16, patch_size=4, embed_dim=16, depth=1, num_classes=5),
+            {"stem.proj.weight": "patch_embed.proj.weight", "blocks.0.ls1": "blocks.0.gamma_1"},
+        ),
+    ]
+    for backbone, fresh, theirs in cases:
+        state = {theirs.get(name, name): tensor for name, tensor in backbone.state_dict().items()}
+        net = Symmetrized(fresh, "C4")
+        load_state(net, state)
+        for name, tensor in backbone.state_dict().items():
+            assert torch.equal(net.state_dict()[f"model.{name}"], tensor)
 
 
 def test_a_config_node_hands_on_what_is_the_backbones():

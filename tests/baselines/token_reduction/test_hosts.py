@@ -160,6 +160,32 @@ def test_one_method_serves_networks_of_any_depth():
     assert torch.equal(second(x), reduced("hybrid", "ats")(x))
 
 
+@pytest.mark.parametrize("method", ["act", "smyrf"])
+def test_projections_fit_the_network_that_a_method_goes_on_to(method):
+    """Of other heads too: as a method made for that network."""
+    first = reduced("ours", method)
+    net, x = net_of("ours", num_heads=2).eval(), images()
+    moved, made = Reduced(net, first.reducer).eval(), Reduced(net, reducer(method)).eval()
+    assert torch.equal(moved(x), made(x))
+
+
+@pytest.mark.parametrize("mode", ["sample", "subset"])
+def test_an_opened_block_drops_branches_as_the_block_does(mode):
+    """Same sequences, same kept share; updates in half precision do not round it."""
+    net, x = net_of("ours", drop_path_rate=0.3, drop_path_mode=mode).train(), images(8)
+    results = []
+    for model in (net, Reduced(net, Opened()).train()):
+        torch.manual_seed(3)
+        results.append(model(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    host, block = Reduced(net, Opened()).host, net.blocks[-1]
+    block.drop_path_rate = 0.1
+    update = torch.ones(64, 1, 1, dtype=torch.bfloat16)
+    shares = host.keep(block, 1, update, torch.float32).unique()
+    kept = 0.9 if mode == "sample" else 57 / 64
+    torch.testing.assert_close(shares, torch.tensor([0.0, 1 / kept]), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("residual", ["raw", "normed"])
 def test_a_sampling_block_adds_to_the_residual_that_was_chosen(residual):
     """Where branches add nothing, a kept token is that residual, and a dropped one as it came."""

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.selection import rows_of
 from baselines.token_reduction import act, ats, clustering, evit, evo_vit, smyrf, tome
 from baselines.token_reduction.draws import Draws, block_range
+from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reduced import Reduced
 from baselines.token_reduction.reducer import State
 from tests.baselines.token_reduction.toys import DEPTH, images, net_of, reduced
@@ -47,7 +49,7 @@ def test_merging_equal_tokens_and_back_changes_nothing(mode):
         torch.testing.assert_close(merged, labels)
     torch.testing.assert_close(tome.unmerge(matching, labels), x)
     places = tome.merged_places(matching)
-    assert torch.equal(tome.rows_of(labels, places), x)
+    assert torch.equal(rows_of(labels, places), x)
 
 
 def test_random_and_kth_matchings_cover_all_tokens():
@@ -202,6 +204,15 @@ def test_the_fused_token_is_what_the_dropped_ones_weigh():
     assert torch.equal(out[:, 0], x[:, 0])
 
 
+@pytest.mark.parametrize(("form", "kept"), [("sound", 55), ("published", 56)])
+def test_a_share_of_tokens_is_exact_or_as_published(form, kept):
+    """As in EViT's own network: a rounding error adds no token but in the published form."""
+    net = net_of("timm", img_size=40)
+    options = {"keep_rate": 0.55, "locations": [1], "fuse_token": False}
+    wrapped = Reduced(net, make_reducer("evit", form, **options)).eval()
+    assert wrapped.inspect(images(1, 40)).record["block1.kept"].shape == (1, kept)
+
+
 def test_both_scores_read_the_same_attention():
     q, k, v = (draw(2, 3, 7, 4, seed=seed) for seed in range(3))
     attention = (q @ k.transpose(-2, -1) / 2).softmax(-1)
@@ -293,7 +304,7 @@ def test_every_token_its_own_cluster_is_attention():
 
 def test_equal_tokens_share_a_cluster_without_loss():
     which = torch.tensor([[0, 1, 2, 1, 0, 2, 2]] * 3)
-    q, k, v = (tome.rows_of(draw(3, 3, 5, seed=i), which.expand(3, -1)) for i in range(3))
+    q, k, v = (rows_of(draw(3, 3, 5, seed=i), which.expand(3, -1)) for i in range(3))
     found = act.clustered_attention(q, k, v, query_ids=which, key_ids=which)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, scale=1.0))
 

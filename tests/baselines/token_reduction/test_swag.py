@@ -99,6 +99,12 @@ def test_a_weight_in_two_spellings_is_left_over():
     state = swag_layout(net) | {"heads.head.bias": torch.zeros(5)}
     with pytest.raises(ValueError, match=r"left over: heads\.head\.bias"):
         load_state(net, state)
+    for state in (
+        swag_layout(net) | {"head.bias": torch.zeros(5)},
+        {"head.bias": torch.zeros(5)} | swag_layout(net),
+    ):
+        with pytest.raises(ValueError, match=r"left over: head\.layers\.head\.bias"):
+            load_state(net, state)
 
 
 def test_files_of_timm_and_ours_load(tmp_path):

@@ -1,10 +1,10 @@
-"""The published, interpolated G-CNN kernels: to read old checkpoints, not to build on.
+"""The published, interpolated G-CNN kernels, which no network here can have as its stem.
 
 Kernels are sampled at rotated places, bilinearly in space and linearly over the group. Here the
 places are computed by the published formulas in float64. A published file contains its own, made in
 float32: for some orders a sum of angles rounds to a full turn instead of none, and elements of E(2)
 are composed wrongly, so that such layers are not equivariant. `published_kernels` loads them with
-the weights, so that an old network gives its original figures. For new networks use
+the weights, so that these layers compute what the published ones do. The stem of networks is
 `baselines.gevit.gcnn`.
 
 Letters in shapes: B images, C D channels in and out, G elements, H W map, k kernel side.

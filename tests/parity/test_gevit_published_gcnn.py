@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from baselines.gevit.published_gcnn import (
+from tests.parity.gevit_published_gcnn import (
     PublishedGCNN,
     PublishedGroupConv,
     PublishedLiftingConv,
