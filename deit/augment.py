@@ -100,10 +100,6 @@ class ThreeAugment(ThreeOptions):
         """Augment one image."""
         return self.steps(image)
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is left to the device."""
-        return batch
-
 
 class TimmAugmentation:
     """timm's augmentation (RandAugment and the like, random erasing) with DeiT's defaults.
@@ -155,10 +151,6 @@ class TimmAugmentation:
     def __call__(self, image: Image) -> Tensor:
         """Augment one image."""
         return self.steps(image)
-
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is left to the device."""
-        return batch
 
 
 def posterize(image: Image, bits: int, **_: Any) -> Image:

@@ -25,6 +25,7 @@ from deit.mixing import Collate, Mixing
 from deit.param_groups import freeze, param_groups
 from deit.schedules import Schedules
 from utils.data.classes import mismatch
+from utils.data.colour_plan import finished
 from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
 from utils.distributed import average_buffers, is_main, rank, world_size
@@ -146,6 +147,11 @@ class DeiT(nn.Module):
         """The network that is exported and probed."""
         return self.ema if self.export == "ema" and self.ema is not None else self.model
 
+    @property
+    def image_size(self) -> int | None:
+        """Pixels a side of the images, if the augmentation tells."""
+        return getattr(self.augmentation, "input_size", None)
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of what is trained of the classifier."""
         return param_groups(
@@ -186,8 +192,7 @@ class DeiT(nn.Module):
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Finish the augmentation on the device, and mix the images."""
-        if hasattr(self.augmentation, "finish"):
-            batch = self.augmentation.finish(batch)
+        batch = finished(self.augmentation, batch)
         return batch if self.mix is None else self.mix(batch)
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Images as they are, for recipes that augment nothing."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from PIL.Image import Image
 from torch import Tensor
@@ -36,7 +35,3 @@ class Unaugmented:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.steps})"  # stored features are identified by it
-
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is left to the device."""
-        return batch

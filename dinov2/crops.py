@@ -6,7 +6,6 @@ torch's global generator, which the loader seeds for each sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -112,7 +111,3 @@ class MultiCrop(CropOptions):
                 [self.local(image) for _ in range(self.local_crops_number)]
             )
         return crops
-
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is left to the device."""
-        return batch

@@ -22,6 +22,7 @@ from dinov2.masking import Collate, MaskSampler
 from dinov2.param_groups import param_groups
 from dinov2.schedules import Schedules
 from dinov2.weights import load_start, read_start
+from utils.data.colour_plan import finished
 from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
 from utils.distributed import rank, world_size
@@ -33,7 +34,7 @@ NUM_GLOBAL_CROPS = 2
 
 
 class DINOv2(nn.Module):
-    """Student, teacher, their heads and centres: all that a run saves (see `utils.training`).
+    """Student, teacher, their heads and centres: all that a run saves (see `utils.recipe`).
 
     backbone: makes the network; called as `backbone(drop_path_rate=...)`, it must offer `encode`
         with masks. dataset: gives PIL images.
@@ -138,6 +139,11 @@ class DINOv2(nn.Module):
         """The network that is exported and probed: the teacher's backbone."""
         return self.teacher["backbone"]
 
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the global crops."""
+        return self.crops.global_crops_size
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of the student."""
         return param_groups(self.clipped_parts(), **self.grouping)
@@ -173,7 +179,7 @@ class DINOv2(nn.Module):
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Finish the augmentation on the device."""
-        return self.crops.finish(batch)
+        return finished(self.crops, batch)
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Losses of a micro-batch; `loss` is optimised, the rest is shown.

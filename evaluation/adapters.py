@@ -48,6 +48,7 @@ class TorchvisionBackbone(nn.Module):
             self.net = models.get_model(model_name, weights=weights, **kwargs)
         self.embed_dim = self.net.hidden_dim
         self.patch_size = self.net.patch_size
+        self.in_chans = self.net.conv_proj.in_channels
         self.img_size = (self.net.image_size, self.net.image_size)
         self.depth = len(self.net.encoder.layers)
         # As in timm's nets; the evaluation of classifiers reads it.
@@ -95,6 +96,7 @@ class CallableBackbone(nn.Module):
         super().__init__()
         self.net: Any = encoder
         self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.in_chans = int(getattr(encoder, "in_chans", 3))
 
     def forward(self, images: Tensor) -> Any:
         """The encoder's own output."""

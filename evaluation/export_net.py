@@ -106,7 +106,7 @@ def _write_program(
     path = make_folder(config["output_dir"]) / FILES[kind]
     (export.save_onnx if kind == "onnx" else export.save_program)(program, path, description)
     say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    channels = getattr(getattr(net, "net", net), "in_chans", 3)
+    channels = getattr(net, "in_chans", 3)
     pixels = f"RGB in 0..1, minus {mean}, divided by {std}" if channels == 3 else "as in training"
     say(f"input: images [batch, {channels}, {size}, {size}], {pixels}")
     difference = export.largest_difference(path, net, size=size, output=output)

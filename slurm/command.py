@@ -23,6 +23,7 @@ from slurm.launch import launch_all
 from slurm.task import Task
 from utils.checkpoints.exported import EXPORTED
 from utils.config.build import plain
+from utils.config.flags import slurm_minutes
 from utils.console import open_closed_streams
 from utils.errors import UserError, fail
 from utils.nearest import nearest
@@ -87,14 +88,9 @@ def _refuse_clock_times(words: Sequence[str]) -> None:
     for word, following in itertools.pairwise([*words, ""]):
         key, has_value, value = word.partition("=")
         value = value if has_value else following
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", value)
-        if found and key in ("launcher.timeout_min", "--timeout"):
-            days, *parts = (int(part or 0) for part in found.groups())
-            # As sbatch reads them: days-hours:minutes, hours:minutes:seconds, minutes:seconds.
-            whole = found[1] is not None or found[4] is not None
-            hours, minutes, seconds = parts if whole else (0, *parts[:2])
-            total = (days * 24 + hours) * 60 + minutes + (seconds > 0)
-            raise UserError(f"{key} is in minutes: {max(total, 1)} for {value}")
+        is_clock = re.fullmatch(r"(\d+-)?\d+:\d+(:\d+)?", value)
+        if is_clock and key in ("launcher.timeout_min", "--timeout"):
+            raise UserError(f"{key} is in minutes: {max(slurm_minutes(value), 1)} for {value}")
 
 
 def _checking(parse: Parse) -> Parse:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from slurm import record
+from utils.endings import HUNG, MAX_STEPS
+from utils.lock import STALE_S
 from utils.proc import started
 
 # Folders inside a run folder that contain no runs.
 _INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
 MAX_DEPTH = 5
 UNREADABLE = "UNREADABLE"
-_AS_ASKED = "training.max_steps"  # copied from utils/summary.py, whose import would load torch
-FRESH_S = 120.0  # a lock (utils/lock.py) that was not touched for longer has no living holder
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
             run.seconds = None
     elif not run.lines and summary:
         # A run that training.max_steps stopped did what it was asked to do.
-        as_asked = summary.get("finished") or summary.get("stopped_by") == _AS_ASKED
+        as_asked = summary.get("finished") or summary.get("stopped_by") == MAX_STEPS
         run.state = "COMPLETED" if as_asked else "STOPPED"
         run.why = _left_early(run, summary)
         run.seconds = summary.get("seconds")
@@ -231,7 +231,7 @@ def _ended_by(line: Mapping[str, Any], run: Run) -> str:
         return f"interrupted, saved {where}"
     if kind == "unstarted":
         return f"the processes did not start (status {status}): see {run.log or 'the log'}"
-    if hang := _hang(run.folder) if status == 75 else "":
+    if hang := _hang(run.folder) if status == HUNG else "":
         return hang
     peers = [x for x in run.attempt if x["event"] == "lost_peer"]
     lost = f"a process was lost ({_whose(peers[0])})" if peers else f"it ended with {status}"
@@ -240,7 +240,7 @@ def _ended_by(line: Mapping[str, Any], run: Run) -> str:
         # srun reports the highest status of all ranks: here of one that srun itself ended.
         143: "a process was killed or ended",
         134: "a process aborted",
-        75: "hung",
+        HUNG: "hung",
     }.get(status, lost)
     return f"{by}, {where}"
 
@@ -254,7 +254,7 @@ def _lives(began: Mapping[str, Any], folder: Path) -> bool:
     if began.get("host") == socket.gethostname():
         return bool(began.get("since")) and started(int(began["pid"])) == began["since"]
     lock = folder / ".lock"
-    return lock.exists() and time.time() - lock.stat().st_mtime < FRESH_S
+    return lock.exists() and time.time() - lock.stat().st_mtime < STALE_S
 
 
 def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:

@@ -122,3 +122,31 @@ def test_description_counts_parameters_and_multiply_adds() -> None:
     assert f"{parameters / 1e6:.2f} M parameters" in lines[0]
     assert f"{macs / 1e9:.2f} G multiply-adds at 224 x 224" in lines[0]
     assert lines[-1] == "the config is valid"
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "parts"),
+    [
+        (
+            "deit/imagenet.yaml",
+            ["backbone=timm", "backbone.model_name=resnet18", "~backbone.img_size"],
+            0,
+        ),
+        ("gevit/posthoc_vit_rotmnist.yaml", [], 0),
+        ("dinov2/quickstart.yaml", ["recipe.separate_head=true"], 2),
+    ],
+)
+def test_the_cost_is_of_the_images_that_are_trained_on(
+    file: str, words: list[str], parts: int
+) -> None:
+    """The net may be built for others, or not know any; parts beside it have a line each."""
+    asked = {
+        "deit": "recipe.augmentation.input_size=64",
+        "gevit": "recipe.augmentation.augmentation.input_size=28",
+        "dinov2": "recipe.crops.global_crops_size=64",
+    }[file.partition("/")[0]]
+    size = asked.partition("=")[2]
+    lines = describe(plain(compose_config(file, [*words, asked])))
+    assert f"multiply-adds at {size} x {size}" in lines[0]
+    assert lines[1].startswith("dino_head: " if parts else "batch ")
+    assert len(lines) == 3 + parts

@@ -131,7 +131,7 @@ def count_one_image(net: nn.Module, size: int, *, backward: bool = True) -> Oper
     images = torch.empty(1, channels, size, size, device=device)
     try:
         return count_operations(net.eval(), images, backward=backward)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # the latter are timm's
         raise UserError(f"the backbone does not take {size} x {size} pixels: {error}") from error
 
 

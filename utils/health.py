@@ -24,7 +24,8 @@ class Health:
     buffers (such as running centres, which the forward pass has moved) stay as before it.
     `nan_patience` such steps in a row end the run. An fp16 overflow of gradients alone is skipped
     but not counted, as the scaler is still lowering its scale. A step may be finite and still break
-    the weights, which only the next steps show; so `fault` checks a state before it is kept.
+    the weights, which only the next steps show; so the state from before them is looked at before
+    `give_up` saves it, as `broken_weights` looks at every state before a save of the loop.
     """
 
     def __init__(self, *, nan_patience: int = 2) -> None:
@@ -103,7 +104,7 @@ class Health:
         """The number of steps finished before the current row of bad ones."""
         return self.bad_steps[0][0] - 1
 
-    def fault(self, recipe: nn.Module) -> str:
+    def _fault(self, recipe: nn.Module) -> str:
         """What is wrong with the state from before the bad steps; "" if it may be kept.
 
         Weights must be finite, and so must their features (weights may be finite but huge). Every
@@ -126,7 +127,7 @@ class Health:
         """
         steps = ", ".join(str(step) for step, _ in self.bad_steps)
         losses = ", ".join(f"{k}={v:.4g}" for k, v in self.bad_steps[-1][1].items())
-        fault = self.fault(recipe)
+        fault = self._fault(recipe)
         if not fault:
             save(self.sound_step)
         fate = checkpoints.wait() or (

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from utils.endings import LOST
 from utils.errors import UserError
 from utils.folders import make_folder, refused
 from utils.proc import started
@@ -25,7 +26,6 @@ from utils.proc import started
 NAME = ".lock"
 BEAT_S = 10.0
 STALE_S = 120.0
-LOST = 76  # exit code of a process whose lock was taken over
 
 
 class FolderLock:

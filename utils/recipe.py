@@ -20,7 +20,8 @@ class Recipe(Protocol):
     """What the loop calls.
 
     All state that a checkpoint must hold is in parameters and buffers. After each step these are
-    equal on every rank.
+    equal on every rank. Two more members are optional: `load_weights(path)`, to start from a file,
+    and `image_size`, pixels a side of the images (None where nothing tells), to count their cost.
     """
 
     total_steps: int  # optimiser steps of the whole training

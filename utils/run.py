@@ -18,6 +18,7 @@ from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, place_of, plain, raised_by_us
 from utils.config.settings import check_max_steps, check_settings
 from utils.data.classes import class_metadata
+from utils.endings import MAX_STEPS
 from utils.errors import UserError, one_line
 from utils.health import Health
 from utils.lock import FolderLock
@@ -31,7 +32,7 @@ from utils.run_folder import BATCH, describe_code, fingerprint, prepare_folder, 
 from utils.signals import StopSignal
 from utils.sinks import make_sinks
 from utils.start import load_weights, restore
-from utils.summary import MAX_STEPS, History, how_it_ended, read_history, write_summary
+from utils.summary import History, how_it_ended, read_history, write_summary
 from utils.training import fit
 from utils.watchdog import Watchdog
 

@@ -13,11 +13,11 @@ from rich.table import Table
 from utils import distributed
 from utils.checkpoints.exported import EXPORTED
 from utils.console import Lines
+from utils.endings import MAX_STEPS
 from utils.metrics import read_metrics
 from utils.whole_file import write_text
 
 NAME = "summary.json"
-MAX_STEPS = "training.max_steps"  # what stopped a run that was asked for no more steps
 
 
 class History(NamedTuple):

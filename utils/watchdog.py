@@ -22,8 +22,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 from utils import distributed
+from utils.endings import HUNG
 
-HUNG = 75  # exit code of a rank that ended itself; a restart goes on from the last checkpoint
 FIRST_STEP = 3.0  # how many times longer the first step may take: it compiles and opens the data
 
 

@@ -46,6 +46,7 @@ class TimmBackbone(nn.Module):
         self.embed_dim = self.net.num_features if hasattr(self.net, "neck") else last["num_chs"]
         self.patch_size = last["reduction"]
         self.depth = len(self.net.feature_info)
+        self.in_chans = channels_of(self.net, self.options.get("in_chans", 3))
         self._prefix, self._wanted = _intermediates_options(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,6 +124,15 @@ def _intermediates_options(net: Any) -> tuple[bool, dict[str, bool]]:
     if hasattr(net, "blocks") and (hasattr(net, "norm") or hasattr(net, "neck")):
         options["norm"] = True
     return prefix, options
+
+
+def channels_of(net: Any, asked: int = 3) -> int:
+    """Channels of the images: the net's own word, else its first convolution's, else `asked`."""
+    if isinstance(own := getattr(net, "in_chans", None), int):
+        return own
+    first = (getattr(net, "pretrained_cfg", None) or {}).get("first_conv")
+    name = first if isinstance(first, str) or not first else first[0]
+    return int(getattr(dict(net.named_modules()).get(name), "in_channels", None) or asked)
 
 
 def _dynamic(model_name: str) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def example_images(net: nn.Module, size: int | tuple[int, int], *, batch: int) -
     """Random images [B C H W] in the net's dtype, the same in every call; on the CPU."""
     height, width = (size, size) if isinstance(size, int) else size
     parameter = next(net.parameters())
-    channels = getattr(getattr(net, "net", net), "in_chans", 3)
+    channels = getattr(net, "in_chans", 3)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, channels, height, width, generator=generator)
     return images.to(parameter)

@@ -15,6 +15,7 @@ from baselines.token_reduction.hosts import find_host
 from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reducer import Reducer, State
 from baselines.wrapping import make_backbone
+from vit.adapters import channels_of
 from vit.backbone import Encoded, Features
 from vit.trunk import take_indices
 from vit.weights import state_for
@@ -192,6 +193,11 @@ class Reduced(nn.Module):
     def num_prefix_tokens(self) -> int:
         """Class token, registers, distillation token."""
         return self.host.facts.num_prefix
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return channels_of(self.net)
 
     @property
     def num_classes(self) -> int:

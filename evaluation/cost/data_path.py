@@ -27,6 +27,7 @@ from evaluation.progress import say
 from evaluation.results import print_table
 from utils import distributed
 from utils.config.build import build, plain
+from utils.data.colour_plan import finished
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder, read_image
 from utils.parallel import to_device
@@ -134,7 +135,9 @@ def _stages(
         if getattr(transform, "takes_encoded", False):
             samples = [(transform(files[i % len(files)]), 0) for i in range(batch_size)]
             batch = to_device(collate(samples, Generator().manual_seed(0)), device)
-            stages.append(Stage(name, kind, DEVICE, batch_size, partial(transform.finish, batch)))
+            stages.append(
+                Stage(name, kind, DEVICE, batch_size, partial(finished, transform, batch))
+            )
     return stages
 
 

@@ -190,7 +190,7 @@ def load_classifier(
 def make_transform(config: Mapping[str, Any], net: Any) -> Callable:
     """The transform from an image to the net's input: size, channels and normalisation."""
     size = config["image_size"] or image_size_of(net)
-    channels = int(getattr(getattr(net, "net", net), "in_chans", 3))
+    channels = int(getattr(net, "in_chans", 3))
     mean, std = (
         [value] * channels if isinstance(value, int | float) else value
         for value in (config["mean"] or IMAGENET_MEAN, config["std"] or IMAGENET_STD)

@@ -11,6 +11,7 @@ from deit.augment import ThreeAugment
 from deit.fast_augment import FastThreeAugment
 from deit.mixing import Collate, Mixing
 from tests.deit.tiny import make_recipe
+from utils.data.colour_plan import finished
 from utils.randomness import seed_cpu
 
 PHOTOGRAPH = Image.fromarray(load_sample_image("flower.jpg")).resize((96, 64))
@@ -21,7 +22,7 @@ def batch_of(augmentation, count: int, seed: int = 0) -> dict:
     for number in range(count):
         seed_cpu(1000 * seed + number)
         samples.append((augmentation(PHOTOGRAPH), number % 3))
-    return augmentation.finish(Collate()(samples, torch.Generator().manual_seed(seed)))
+    return finished(augmentation, Collate()(samples, torch.Generator().manual_seed(seed)))
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
@@ -67,7 +68,7 @@ def test_without_colours_an_image_is_what_was_cut(kind, flip):
     still = kind(flip_probability=flip, three_probability=0.0, color_jitter=0.0, **options)
     for seed in range(5):
         seed_cpu(seed)
-        batch = still.finish(Collate()([(still(square), 0)], torch.Generator()))
+        batch = finished(still, Collate()([(still(square), 0)], torch.Generator()))
         assert (batch["images"][0] - expected).abs().max() < 4 / 255
 
 

@@ -117,3 +117,7 @@ def test_a_wrong_size_is_one_line():
     net = timm.create_model("hybrid_deit_small_patch16", depth=2)
     with pytest.raises(UserError, match="the backbone does not take 30 x 30 pixels"):
         multiply_adds(net, 30)
+    with torch.device("meta"):
+        swin = timm.create_model("swin_tiny_patch4_window7_224", depths=[1, 1, 1, 1])
+    with pytest.raises(UserError, match="does not take 30 x 30 pixels: Input height"):
+        multiply_adds(swin, 30)

@@ -153,17 +153,39 @@ class Doubling(nn.Module):
         return [namedtuple("Features", "cls")(tokens)]
 
 
+class Kept:
+    """Checkpoints of which step 3 is sound."""
+
+    def wait(self) -> str:
+        return ""
+
+    def path(self, step: int) -> str:
+        return f"checkpoints/{step}"
+
+    def soundest(self, names: list[str]) -> tuple[int, str]:
+        return 3, ""
+
+
+def give_up(health: Health, net: nn.Module) -> tuple[str, list[int]]:
+    """What is said of the state from before the bad steps, and which step is saved."""
+    saved: list[int] = []
+    said = str(health.give_up(net, Kept(), saved.append))
+    return said.partition(": stopped; ")[2], saved
+
+
 def test_huge_weights_are_as_lost_as_infinite_ones():
     net, health = Doubling(), Health()
     health.bad_steps = [(6, {"loss": NAN})]
     images = torch.rand(8, 3, 4, 4)
     health.examine(net, images)
-    assert health.fault(net) == ""
+    assert give_up(health, net) == ("the state from before them is in checkpoints/5", [5])
     with torch.no_grad():
         net.weight.fill_(1e30)
     health.examine(net, images)
     assert health.alarm == "ALARM: the features are not finite"
-    assert health.fault(net).startswith("the weights of step 5 give features that are not")
+    fate, saved = give_up(health, net)
+    assert fate.startswith("the weights of step 5 give features that are not") and not saved
+    assert fate.endswith("the last sound one is checkpoints/3")
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -180,7 +202,7 @@ def test_images_that_are_not_finite_say_nothing_of_the_weights():
     health.bad_steps = [(6, {"loss": NAN})]
     health.examine(net, torch.full((8, 3, 4, 4), NAN))
     assert health.alarm == "ALARM: the images are not finite"
-    assert health.fault(net) == ""
+    assert give_up(health, net) == ("the state from before them is in checkpoints/5", [5])
 
 
 @pytest.mark.parametrize("wrap", [list, tuple, lambda views: {"crops": views, "step": 3}])

@@ -12,8 +12,9 @@ import pytest
 
 from tests.utils.loop_case import train_tiny
 from utils import lock
+from utils.endings import LOST
 from utils.errors import UserError
-from utils.lock import LOST, FolderLock
+from utils.lock import FolderLock
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.watchdog import HUNG, Watchdog, blame
+from utils.endings import HUNG
+from utils.watchdog import Watchdog, blame
 
 ROOT = Path(__file__).parents[2]
 

@@ -50,7 +50,7 @@ def describe(content: dict[str, Any]) -> list[str]:
 
         check_sinks(**content["logging"])
     net, recipe = networks(content)
-    size = crop_size(content, net)
+    size = image_size(recipe, content["backbone"], net)
     name = str(content["backbone"]["_target_"]).rpartition(".")[2]
     count = count_one_image(net, size, backward=False)
     missing = f", without {', '.join(count.uncounted)}" if count.uncounted else ""
@@ -60,10 +60,12 @@ def describe(content: dict[str, Any]) -> list[str]:
         f"backbone {name}: {_millions(net)} parameters, "
         f"{shown} G multiply-adds at {size} x {size}{missing}"
     ]
-    for part, module in getattr(recipe, "student", {}).items():
-        if part != "backbone":
-            lines.append(f"{part}: {_millions(module)} parameters")
     if recipe is not None:
+        lines += [
+            f"{part}: {_millions(module)} parameters"
+            for part, module in recipe.clipped_parts().items()
+            if not isinstance(module, type(net))  # that is the backbone
+        ]
         launcher = content["launcher"]
         processes = (
             1 if launcher["kind"] == "here" else launcher["nodes"] * launcher["gpus_per_node"]
@@ -110,10 +112,9 @@ def _factory(key: str, node: dict[str, Any]) -> Any:
     return build({key: {**node, "_partial_": True}})[key]
 
 
-def crop_size(content: dict[str, Any], net: "nn.Module") -> int:
-    """Side in pixels of the images: the recipe's global crops, else what the net is built for."""
-    crops = (content.get("recipe") or {}).get("crops") or {}
-    size = crops.get("global_crops_size") or content["backbone"].get("img_size")
+def image_size(recipe: Any, backbone: dict[str, Any], net: "nn.Module") -> int:
+    """Pixels a side of the recipe's images; without its word, of those the net is built for."""
+    size = getattr(recipe, "image_size", None) or backbone.get("img_size")
     default: dict[str, Any] = getattr(net, "default_cfg", {}) or {}
     if isinstance(size, list):  # [height, width]; most nets take squares
         size = size[0]

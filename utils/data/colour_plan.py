@@ -18,6 +18,8 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 STRENGTHS = (*JITTER, "greyscale", "blur", "solarize")  # columns of a draw; NaN: does not act
 SLOTS = slice(len(STRENGTHS), len(STRENGTHS) + len(JITTER))  # which comes when, 0 to 3
 WIDTH = SLOTS.stop
+# Uniform numbers of an image in the order they are drawn in; those that sort the jitter follow.
+_DRAWN = (*JITTER, "jitter acts", "greyscale acts", "blur", "blur acts", "solarize acts")
 BLUR_RANGE = (0.1, 2.0)  # of its strength
 
 Operator = Callable[[Tensor, Tensor], Tensor]
@@ -46,21 +48,26 @@ def draw_colours(
     below 0), and the hue (shifts in +- it); 0 leaves that one out. All of them act or none, in an
     order drawn per image, as in torchvision's ColorJitter. Probabilities: one, or one per image.
     """
-    draws = np.random.random_sample((count, 13)).astype(np.float32)
+    numbers = np.random.random_sample((count, len(_DRAWN) + len(JITTER))).astype(np.float32)
+    drawn = dict(zip(_DRAWN, numbers.T[: len(_DRAWN)], strict=True))
+    *factors, hue = jitter
+    ranges = {
+        name: (max(0.0, 1 - by), 1 + by) for name, by in zip(JITTER[:-1], factors, strict=True)
+    }
+    ranges |= {"hue": (-hue, hue), "blur": BLUR_RANGE}
+    jitters = drawn["jitter acts"] < jitter_probability
+    acts = {name: jitters for name, by in zip(JITTER, jitter, strict=True) if by}
+    acts["greyscale"] = drawn["greyscale acts"] < greyscale_probability
+    acts["blur"] = drawn["blur acts"] < blur_probability
+    acts["solarize"] = drawn["solarize acts"] < solarize_probability
     rows = np.full((count, WIDTH), np.nan, dtype=np.float32)
-    bounds = [(max(0.0, 1 - jitter[i]), 1 + jitter[i]) for i in range(3)] + [
-        (-jitter[3], jitter[3])
-    ]
-    acts = draws[:, 4] < jitter_probability
-    for column, (low, high) in enumerate(bounds):
-        if jitter[column]:
-            value = low + (high - low) * draws[:, column]
-            rows[:, column] = np.where(acts, value, np.nan)
-    rows[:, 4] = np.where(draws[:, 5] < greyscale_probability, 1, np.nan)
-    sigma = BLUR_RANGE[0] + (BLUR_RANGE[1] - BLUR_RANGE[0]) * draws[:, 6]
-    rows[:, 5] = np.where(draws[:, 7] < blur_probability, sigma, np.nan)
-    rows[:, 6] = np.where(draws[:, 8] < solarize_probability, 1, np.nan)
-    rows[:, SLOTS] = draws[:, 9:].argsort(1).argsort(1)
+    for name, chosen in acts.items():
+        strengths: np.ndarray | int = 1
+        if name in ranges:
+            low, high = ranges[name]
+            strengths = low + (high - low) * drawn[name]
+        rows[:, STRENGTHS.index(name)] = np.where(chosen, strengths, np.nan)
+    rows[:, SLOTS] = numbers[:, len(_DRAWN) :].argsort(1).argsort(1)
     return rows
 
 
@@ -91,6 +98,12 @@ def plan_colours(draws: Tensor, stages: Sequence[str]) -> dict[str, Any]:
             [empty, *(draws[rows, STRENGTHS.index(name)] for name, rows in found)]
         ),
     }
+
+
+def finished(augmentation: Any, batch: Any) -> Any:
+    """The batch after what the augmentation leaves to the device; the same without `finish`."""
+    finish: Callable[[Any], Any] | None = getattr(augmentation, "finish", None)
+    return batch if finish is None else finish(batch)
 
 
 class Colours(nn.Module):

@@ -1,11 +1,11 @@
 """Images turned and mirrored at random, for trainings that shall know them in every position."""
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 
+from utils.data.colour_plan import finished
 from utils.ranges import check_share, check_word
 
 TURNS = ("any", "quarter")
@@ -41,6 +41,11 @@ class RandomTurn:
         self.augmentation, self.turns, self.mirrored = augmentation, turns, mirrored
         self.resample = RESAMPLING[interpolation]
 
+    @property
+    def input_size(self) -> int | None:
+        """Pixels a side that the augmentation makes, if it tells."""
+        return getattr(self.augmentation, "input_size", None)
+
     def __call__(self, image: Image.Image) -> Any:
         """Augment one image."""
         turned = self._turn(image)
@@ -50,8 +55,7 @@ class RandomTurn:
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the augmentation leaves to the device."""
-        finish: Callable | None = getattr(self.augmentation, "finish", None)
-        return batch if finish is None else finish(batch)
+        return finished(self.augmentation, batch)
 
     def _turn(self, image: Image.Image) -> Image.Image:
         if self.turns == "any":

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 
 import octic.models
@@ -44,6 +45,13 @@ NEUTRAL = {
 
 # For a net of 4 blocks, of which 2 are plain.
 EARLY = {"hourglass": {"location": 2}, "evit": {"locations": [2]}, "ats": {"locations": [2]}}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_small_patch16_LS"])
+def test_a_wrapped_net_tells_the_channels_of_its_images(name):
+    for channels in (1, 5):
+        net = timm.create_model(name, in_chans=channels)
+        assert Reduced(net, Opened()).in_chans == channels
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -21,6 +21,7 @@ from evaluation.symmetry.posthoc import (
 from utils.data.embedded import digits
 from utils.errors import UserError
 from utils.symmetry import SYMMETRIES
+from vit.adapters import TimmBackbone
 from vit.weights import read_metadata, read_state
 
 TINY = ["backbone.img_size=32", "backbone.patch_size=16", "backbone.embed_dim=16"]
@@ -88,6 +89,10 @@ def test_a_net_of_one_channel_gets_grey_images():
     transform = make_transform({"image_size": None, "mean": [0.1307], "std": [0.3081]}, net)
     image = transform(digits(split="val").read(0))
     assert image.shape == (1, 28, 28) and float(image.min()) == pytest.approx(-0.4242, abs=0.05)
+    with torch.device("meta"):
+        grey = TimmBackbone("resnet18", in_chans=1)
+    told = {"image_size": 32, "mean": None, "std": None}
+    assert make_transform(told, grey)(digits(split="val").read(0)).shape == (1, 32, 32)
 
 
 def test_a_table_a_csv_and_nets_that_other_judges_load(tmp_path, capsys):
