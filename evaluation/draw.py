@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaluation.image_size import image_size_of
 from evaluation.judge import make_data
 from evaluation.nets import brings_weights, chosen_backbone, make_net
 from evaluation.pictures.attention import draw_attention
@@ -24,7 +25,7 @@ from evaluation.pictures.published_pca import write_published_pca
 from evaluation.pictures.segmentation import draw_segmentation
 from evaluation.pictures.token_mask import draw_masks, draw_overview, stages
 from evaluation.progress import say
-from evaluation.sample import image_size_of, sample_images, squash_transform
+from evaluation.sample import sample_images, squash_transform
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.probe import SegmentationProbe
 from utils import distributed

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluation.image_size import image_size_of
 from evaluation.nets import (
     brings_weights,
     complete,
@@ -19,7 +20,6 @@ from evaluation.nets import (
     weights_in_words,
 )
 from evaluation.progress import say
-from evaluation.sample import image_size_of
 from utils import distributed
 from utils.config.build import build, plain, resolve
 from utils.data.classes import NAMES

@@ -1,4 +1,4 @@
-"""The image size that a frozen net is evaluated at, if a probe's config does not set it."""
+"""The image size that a net is shown, where a config does not set it: its own, or the published."""
 
 from vit.backbone import Backbone
 
@@ -11,25 +11,40 @@ def settle_sizes(
 ) -> tuple[int, int]:
     """Shorter side and central crop in pixels; None stands for the net's own size.
 
-    Then the crop is the size that the net was built for, and the shorter side is 256 / 224 of the
+    Then the crop is that of `probed_at`, and the shorter side is 256 / 224 of the
     crop, rounded down as in DeiT; without a `margin` it equals the crop.
     """
-    crop = crop_size or built_for(net)
+    crop = crop_size or probed_at(net)
     return resize_size or (crop * RESIZED // PUBLISHED if margin else crop), crop
 
 
-def built_for(net: Backbone) -> int:
-    """Side of the images that a net was built for; 224 if it takes any size or does not say."""
+def probed_at(net: Backbone) -> int:
+    """Side of the images that probes show a net: 224 if it takes any size, else its own."""
     net = getattr(net, "model", net)  # the inner net of one made invariant over its copies
     inner = getattr(net, "net", net)
-    for part in (net, inner):
-        size = getattr(part, "img_size", None)
-        if size:
-            return int(size if isinstance(size, int) else size[0])
+    if size := _stated(net, inner):
+        return size
     embed = getattr(inner, "patch_embed", None)
-    built = getattr(embed, "img_size", None)
-    registered = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (PUBLISHED,))
+    built = _stated(embed)
     # timm's ViTs take any size here, unless they were built for another than their registered one.
-    if built and (getattr(embed, "strict_img_size", False) or registered[-1] != built[0]):
-        return int(built[0])
+    if built and (getattr(embed, "strict_img_size", False) or _registered(inner) != built):
+        return built
     return PUBLISHED
+
+
+def image_size_of(net: Backbone) -> int:
+    """Side of the images that a net was built for, or registered with; 224 if it does not say."""
+    inner = getattr(net, "net", net)
+    return _stated(net, inner, getattr(inner, "patch_embed", None)) or _registered(inner)
+
+
+def _stated(*owners: object) -> int | None:
+    for owner in owners:
+        if size := getattr(owner, "img_size", None):
+            return int(size if isinstance(size, int) else size[0])
+    return None
+
+
+def _registered(inner: object) -> int:
+    said = getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}
+    return int(said.get("input_size", (PUBLISHED,))[-1])

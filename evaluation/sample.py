@@ -1,4 +1,4 @@
-"""Sample a few images for a net, of the size that the net was built for.
+"""Sample a few images for a net.
 
 Letters: B images, H height and width.
 """
@@ -13,21 +13,10 @@ from torchvision.transforms import InterpolationMode, v2
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform, to_normalized_tensor
 from utils.errors import UserError
-from vit.backbone import Backbone
 
 # Positions of further crops of one image, as fractions of the free width and height.
 CORNERS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 CROP = 0.7  # side of these crops, as a fraction of the image's shorter side
-
-
-def image_size_of(net: Backbone) -> int:
-    """Side in pixels of the images a net was built for; 224 where it does not say."""
-    inner = getattr(net, "net", net)
-    for owner in (net, inner, getattr(inner, "patch_embed", None)):
-        size = getattr(owner, "img_size", None)
-        if size:
-            return int(size if isinstance(size, int) else size[0])
-    return int((getattr(inner, "default_cfg", None) or {}).get("input_size", (3, 224))[-1])
 
 
 def num_classes_of(net: object) -> int:

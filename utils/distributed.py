@@ -211,13 +211,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean of `tensor` over the ranks, as a new tensor; every rank must call this."""
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over the ranks, as a new tensor; every rank must call this."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
     dist.all_reduce(total)
-    return total / world_size()
+    return total
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean of `tensor` over the ranks, as a new tensor; every rank must call this."""
+    return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
 
 
 def average_buffers(module: nn.Module) -> None:

@@ -12,15 +12,48 @@ growth    time and memory over resolution, batch and depth, octic beside plain
 roofline  the least time of each layer of a block on a chip, by operations and bytes"""
 
 
+# Flag -> the words that read it.
+READERS = {
+    "models": ("blocks", "times", "growth"),
+    "size": ("blocks", "times", "growth"),
+    "batch_size": ("growth", "times", "roofline"),
+    "kernels": ("blocks", "times"),
+    "float32": ("blocks",),
+    "json": ("growth", "times"),
+    "chip": ("roofline",),
+    **dict.fromkeys(
+        ("sizes", "batches", "depths", "steps", "device", "threads", "picture"), ("growth",)
+    ),
+}
+DEFAULTS = {
+    "models": "",
+    "size": 224,
+    "batch_size": None,  # 1 or 64
+    "kernels": False,
+    "float32": False,
+    "sizes": "224,384,512,768,1024",
+    "batches": "1,2,4,8",
+    "depths": "4,8,12,24",
+    "steps": 3,
+    "device": "auto",
+    "threads": None,  # torch's choice
+    "json": None,
+    "picture": None,
+    "chip": "H200",
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """The flags, each with the word it belongs to."""
+    """The flags, each with the words that read it; what is not given is not in the namespace."""
     parser = argparse.ArgumentParser(
-        description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("what", choices=("blocks", "times", "growth", "roofline"))
     add = parser.add_argument
-    add("--models", default="", help="blocks, times: nets; growth: an octic one, a plain one")
-    add("--size", type=int, default=224, help="pixels a side (224)")
+    add("--models", help="blocks, times: nets; growth: an octic one, a plain one")
+    add("--size", type=int, help="blocks, times, growth: pixels a side (224)")
     add("--batch-size", type=int, help="growth: images (1); times, roofline: images (64)")
     add(
         "--kernels",
@@ -28,22 +61,28 @@ def make_parser() -> argparse.ArgumentParser:
         help="blocks: compile them too, a minute each; times: list them",
     )
     add("--float32", action="store_true", help="blocks: without autocast to bfloat16")
-    add("--sizes", default="224,384,512,768,1024", help="growth: pixels a side")
-    add("--batches", default="1,2,4,8", help="growth: images of a step")
-    add("--depths", default="4,8,12,24", help="growth: blocks")
-    add("--steps", type=int, default=3, help="growth: timed steps of each net (3)")
-    add("--device", default="auto", help="growth: auto, cpu, cuda")
+    add("--sizes", help="growth: pixels a side")
+    add("--batches", help="growth: images of a step")
+    add("--depths", help="growth: blocks")
+    add("--steps", type=int, help="growth: timed steps of each net (3)")
+    add("--device", help="growth: auto, cpu, cuda")
     add("--threads", type=int, help="growth: of a CPU; torch's choice if left out")
     add("--json", type=Path, help="growth, times: file for all figures")
     add("--picture", type=Path, help="growth: file for the picture, .png, .pdf or .svg")
-    add("--chip", default="H200", help="roofline: H100 or H200")
+    add("--chip", help="roofline: H100 or H200")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    words = make_parser().parse_args(argv)
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    what = given.pop("what")
+    for name in given:
+        if what not in READERS[name]:
+            flag, readers = name.replace("_", "-"), " and ".join(READERS[name])
+            parser.error(f"--{flag} is for {readers}; {what} does not read it")
     from evaluation.cost.anatomy import show  # late: it imports torch
 
-    show(words)
+    show(argparse.Namespace(what=what, **{**DEFAULTS, **given}))
     return 0

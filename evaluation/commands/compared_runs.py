@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from utils.config.build import plain
 from utils.config.command_line import Option, help_page, meanings, read_command, read_words
 from utils.config.compose import compose_config, parse_config
@@ -73,5 +75,7 @@ def addable(word: str, file: str) -> str:
     """The override, with + if `models.NAME=` or `methods.NAME=` is not in the config file yet."""
     group, _, rest = word.partition("=")[0].partition(".")
     name = rest.partition(".")[0]
-    is_new = group in ("models", "methods") and f"  {name}:" not in (CONFIGS / file).read_text()
-    return f"+{word}" if is_new and name else word
+    if group not in ("models", "methods") or not name:
+        return word
+    content = yaml.safe_load((CONFIGS / file).read_text())
+    return f"+{word}" if group in content and name not in content[group] else word

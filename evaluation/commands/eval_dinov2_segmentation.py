@@ -229,13 +229,12 @@ def _launcher(asked: _Asked) -> list[str]:
     values: dict[str, str] = {"launcher.timeout_min": str(PUBLISHED_TIMEOUT_MIN)}
     set_by: dict[str, str] = {}
     for option, value in asked.sbatch.items():
-        key = SBATCH[option]
-        if key in set_by and values[key] != value:
-            raise UserError(
-                f"{set_by[key]}={values[key]} and {option}={value} disagree: there is one process "
-                "per GPU"
-            )
-        values[key], set_by[key] = _sbatch_value(option, value), option
+        key, converted = SBATCH[option], _sbatch_value(option, value)
+        if key in set_by and values[key] != converted:
+            first = set_by[key]
+            why = ": there is one process per GPU" if key == "launcher.gpus_per_node" else ""
+            raise UserError(f"{first}={asked.sbatch[first]} and {option}={value} disagree{why}")
+        values[key], set_by[key] = converted, option
     words = [] if named else ["launcher=slurm"]
     return words + [f"{key}={value}" for key, value in values.items()]
 

@@ -8,6 +8,7 @@ from utils.config.command_line import (
     Option,
     help_page,
     meanings,
+    names_backbone,
     quoted,
     read_command,
     read_words,
@@ -63,7 +64,7 @@ def read_export_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def _names_a_model(words: Sequence[str]) -> bool:
-    if any(word.startswith("backbone=") for word in words) or "--config-file" in words:
+    if names_backbone(words):
         return True
     below = next((word for word in words if word.lstrip("+").startswith("backbone.")), None)
     if below:

@@ -39,13 +39,13 @@ def parse_reproduction(argv: Sequence[str] | None = None) -> dict[str, Any] | No
         parse_config(default="evaluate.yaml", argv=["--help"], base="evaluate")
     try:
         options = _take_options(argv, {"--model", *(_flag(task) for task in TASKS)})
-        files = [word for word in argv if not word.startswith("-") and "=" not in word]
-        if not files or files[0] != argv[0]:
+        if not argv or argv[0].startswith("-"):
             raise UserError("the file of weights comes first: reproduce.py FILE [flags]")
         from evaluation.reproduce import model_of  # late: --help and the table need no torch
 
-        name = model_of(argv.pop(0), options.get("--model"))
-        words = [f"weights={quoted(files[0])}", *_overrides(name, options), *argv]
+        file = argv.pop(0)
+        name = model_of(file, options.get("--model"))
+        words = [f"weights={quoted(file)}", *_overrides(name, options), *argv]
     except UserError as error:
         fail(error)
     config = plain(parse_config(default=PUBLISHED[name].config, argv=words, base="evaluate"))

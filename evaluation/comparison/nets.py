@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from evaluation.cost.timing import INFERENCE, Contestant, measure_in_turn, speed_of
 from evaluation.features.dataset import device_of
+from evaluation.image_size import image_size_of
 from evaluation.nets import make_net, weights_file
 from evaluation.progress import say
-from evaluation.sample import image_size_of
 from utils import distributed
 from utils.config.build import plain
 from utils.config.check import networks

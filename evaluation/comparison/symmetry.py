@@ -171,10 +171,7 @@ def _report(
         "error: largest |f(g x) - f(x)| / |f(x)| of the logits over the eight; "
         f"{torch.get_num_threads()} threads of {device.type}",
     )
-    whole = {
-        name: row | {key: part for key, part in judged[name]._asdict().items()}
-        for name, row in figures.items()
-    }
+    whole = {name: row | judged[name]._asdict() for name, row in figures.items()}
     paths = [write_results(folder, "symmetry", protocol=protocol, figures=whole)]
     paths.append(folder / "results.csv")
     with paths[-1].open("w", newline="") as file:

@@ -6,8 +6,11 @@ import sys
 import torch
 
 from evaluation.cost import block_times, blocks, growth, roofline
-from evaluation.cost.settings import whole_numbers
+from evaluation.cost.settings import PICTURES, choose_device, whole_numbers
+from utils.distributed import check_device
 from utils.errors import UserError, fail
+from utils.mistakes import mistakes_told
+from utils.ranges import check_count
 
 BLOCKS = "hybrid_deit_small_patch16,hybrid_deit_base_patch16,hybrid_deit_large_patch16"
 PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"
@@ -16,7 +19,8 @@ PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"
 def show(words: argparse.Namespace) -> None:
     """Print what a command line (`evaluation.commands.anatomy`) asks for."""
     try:
-        _show(words)
+        with mistakes_told():
+            _show(words)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -25,13 +29,18 @@ def show(words: argparse.Namespace) -> None:
 
 
 def _show(words: argparse.Namespace) -> None:
-    if words.threads is not None:
-        if words.threads < 1:
-            raise UserError("--threads must be at least 1")
-        torch.set_num_threads(words.threads)
+    for flag in ("threads", "batch_size", "size", "steps"):
+        if (given := getattr(words, flag)) is not None:
+            check_count(f"--{flag.replace('_', '-')}", given, 1)
     for path in filter(None, (words.json, words.picture)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file")
+    if words.picture and words.picture.suffix not in PICTURES:
+        raise UserError(f"--picture {words.picture} must end in {', '.join(PICTURES)}")
+    if words.threads is not None:
+        torch.set_num_threads(words.threads)
     batch = 64 if words.batch_size is None else words.batch_size
     if words.what == "roofline":
         roofline.show(words.chip, batch)
@@ -51,22 +60,33 @@ def _growth(words: argparse.Namespace) -> None:
     names = (words.models or PAIR).split(",")
     if len(names) != 2:
         raise UserError(f"--models takes an octic net and its plain twin, not {words.models!r}")
-    device = words.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     lists = {
         "size": ("--sizes", words.sizes),
         "batch": ("--batches", words.batches),
         "depth": ("--depths", words.depths),
     }
     varied = {name: whole_numbers(*given) for name, given in lists.items() if given[1]}
+    if not varied:
+        raise UserError("--sizes, --batches and --depths are all empty: nothing would be measured")
     base = growth.Point(words.size, 1 if words.batch_size is None else words.batch_size)
     growth.show(
         *names,
         varied=varied,
-        device=device,
+        device=_device(words.device),
         base=base,
         steps=words.steps,
         json_file=words.json,
         picture_file=words.picture,
     )
+
+
+def _device(asked: str) -> str:
+    name, on_gpu = choose_device(asked), torch.cuda.is_available()
+    if name == "mps":
+        return name
+    check_device(name)
+    if name == "auto":
+        return "cuda" if on_gpu else "cpu"
+    if name != "cpu" and not on_gpu:
+        raise UserError(f"--device {name}, but torch sees no GPU here")
+    return name

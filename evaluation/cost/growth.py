@@ -28,6 +28,7 @@ from evaluation.cost.timing import (
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils.errors import UserError
+from utils.whole_file import write_text
 
 
 class Point(NamedTuple):
@@ -140,7 +141,7 @@ def show(
     protocol = f"{octic} and {plain} in turn; {fixed}; {where}; memory: {told}"
     print_table("growth of cost", columns, cells, protocol=f"{protocol}; torch {torch.__version__}")
     if json_file:
-        json_file.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
+        write_text(json_file, json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
         say(f"written: {json_file}")
     if picture_file:
         say(f"picture: {draw(rows, picture_file)}")

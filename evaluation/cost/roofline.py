@@ -15,6 +15,7 @@ from utils.errors import UserError
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 # Width, heads, patch side.
 SIZES = {"S": (384, 6, 16), "B": (768, 12, 16), "L": (1024, 16, 16), "H": (1280, 16, 14)}
+IMAGE = 224  # pixels a side
 VALUE = 2  # bytes of a bfloat16
 
 
@@ -30,14 +31,14 @@ class Layer(NamedTuple):
         return max(self.operations / peak, self.moved_bytes / bandwidth)
 
 
-def layers_of(size: str, *, octic: bool, batch: int, image: int = 224) -> list[Layer]:
+def layers_of(size: str, *, octic: bool, batch: int) -> list[Layer]:
     """The layers of a block of ViT-S/B/L/H, plain or octic (D4), each as one pass over memory.
 
     An octic linear layer has 3/16 of the multiply-adds and 1/8 of the weights of a plain one. The
     residual stream is float32, as under autocast.
     """
     width, _, patch = SIZES[size]
-    length = (image // patch) ** 2 + 1
+    length = (IMAGE // patch) ** 2 + 1
     tokens = batch * length
     one = tokens * width * VALUE  # bytes of a tensor of the block's width
 
@@ -100,7 +101,7 @@ def show(chip: str, batch: int) -> None:
     columns = ["ViT", "layer", "plain\nus", "octic\nus", "octic layer\nbound by"]
     protocol = (
         f"{chip}: {peak / 1e12:.0f} TFLOP/s dense bfloat16, {bandwidth / 1e12:g} TB/s; batch "
-        f"{batch}, 224 x 224 pixels, forward; arithmetic, nothing was run"
+        f"{batch}, {IMAGE} x {IMAGE} pixels, forward; arithmetic, nothing was run"
     )
     print_table("least time of each layer of a block", columns, rows, protocol=protocol)
 

@@ -20,6 +20,7 @@ from utils.errors import UserError, fail
 from utils.flops import count_one_image
 
 LAYOUTS = ("replicate", "shard", "hybrid")
+WIDTH = 2  # bytes of a parameter that is sent, bfloat16
 GATHERINGS = 3  # of a sharded unit: student's forward and backward pass, teacher's forward pass
 NETS = {"octic": "hybrid_dinov2_vit_small_patch16", "plain": "dinov2_vit_small_patch16"}
 SMALL = [
@@ -68,15 +69,13 @@ class Step(NamedTuple):
         return max(self.compute_s, self.send_s)
 
 
-def predict(
-    work: Work, cluster: Cluster, layout: str, gpus: int, *, batch: int, most: int, width: int = 2
-) -> Step:
+def predict(work: Work, cluster: Cluster, layout: str, gpus: int, *, batch: int, most: int) -> Step:
     """One step of `batch` images on `gpus` GPUs, with at most `most` images on a GPU at a time."""
     own = batch / gpus
     micro_batches = math.ceil(own / most)
     compute = own * work.operations_per_image / (cluster.tflops * 1e12)
     node = min(cluster.gpus_per_node, gpus)
-    payload = step_payload(work.parts, layout, micro_batches=micro_batches, width=width)
+    payload = step_payload(work.parts, layout, micro_batches=micro_batches, width=WIDTH)
     if layout == "hybrid":
         groups = {"all_gather": node, "reduce_scatter": node, "all_reduce": gpus // node}
         payload["all_reduce"] //= node  # each GPU of a node reduces its shard

@@ -15,6 +15,7 @@ from evaluation.cost.speed_list import Measurement
 from evaluation.cost.table import OUT_OF_MEMORY, digits, times_of
 from evaluation.results import print_table
 from utils.errors import UserError
+from utils.metrics import read_metrics
 from utils.whole_file import write_text
 
 UNSETTLED = 2  # windows of a training in which it compiles and its workers start
@@ -165,8 +166,7 @@ def _training(
 ) -> Training | None:
     """A run folder's rates once it has settled; None where there are none."""
     try:
-        text = (folder / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        lines = read_metrics(folder / "metrics.jsonl")
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     except (OSError, ValueError):
         return None

@@ -171,7 +171,6 @@ def measure_in_turn(
     steps: int,
     rounds: int,
     warmup: int,
-    shown: bool = True,
 ) -> tuple[dict[str, list[Turn]], list[str]]:
     """Turns of every net, one per round, and the names of nets that ran out of memory.
 
@@ -193,7 +192,6 @@ def measure_in_turn(
             total=sum(1 + share for _, _, share in schedule) * batch,
             label=f"{label}, images",
             size=lambda entry: (1 + entry[2]) * batch,
-            shown=shown,
         ):
             if name not in racing:
                 continue
@@ -201,9 +199,8 @@ def measure_in_turn(
             if turn is None:
                 del racing[name]
                 lost.append(name)
-                if shown:
-                    less = "--batch-size N takes less"
-                    say(f"{name}: out of memory in {kind} at batch {batch}; {less}")
+                less = "--batch-size N takes less"
+                say(f"{name}: out of memory in {kind} at batch {batch}; {less}")
             elif index:
                 turns[name].append(turn)
     finally:

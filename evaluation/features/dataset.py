@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evaluation.features.reading import features_of
 from evaluation.progress import track
 from utils import distributed
 from utils.data.images import ImageDataset
@@ -35,7 +36,7 @@ class FeatureSet(NamedTuple):
 
 def class_token(net: Backbone, images: Tensor) -> Tensor:
     """The class token of the last block after the final norm [B, D]: what kNN reads."""
-    return net.features(images)[0].cls
+    return features_of(net, images)[0].cls
 
 
 def extract_features(

@@ -20,6 +20,7 @@ from evaluation.features.files import (
     is_features,
     open_features,
 )
+from evaluation.features.reading import features_of
 from evaluation.image_size import settle_sizes
 from evaluation.judge import make_data
 from evaluation.nets import brings_weights, chosen_backbone, make_net
@@ -59,7 +60,7 @@ class FeatureReader:
     def __call__(self, net: Backbone, images: Tensor) -> Tensor:
         """Features of a batch."""
         parts = []
-        for cls, patches in net.features(images, self.layers):
+        for cls, patches in features_of(net, images, self.layers):
             if self.kind != "patches":
                 parts.append(cls.float())
             if self.kind == "cls":

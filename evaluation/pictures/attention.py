@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from evaluation.features.dataset import evaluating
+from evaluation.features.reading import features_of
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
 from utils.ranges import check_word
@@ -137,7 +138,7 @@ def _record(
     check_word("query", query, QUERIES)
     recorder = AttentionRecorder(rows)
     with evaluating(net) as device, recorder:
-        patches = net.features(images.to(device))[0].patches
+        patches = features_of(net, images.to(device))[0].patches
     if patches is None:
         raise UserError("this net gives no map of patches, so attention to them cannot be drawn")
     height, width = patches.shape[1:3]

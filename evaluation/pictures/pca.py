@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.features.dataset import evaluating
+from evaluation.features.reading import features_of
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
 from utils.symmetry import invert, transform_image, transform_map
@@ -17,6 +18,7 @@ from vit.backbone import Backbone
 SHOWN_RANGE = 2.3
 """Whitened components are shown from minus to plus this many standard deviations."""
 ROWS_AT_ONCE = 65536
+IMAGES_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -44,22 +46,24 @@ def signed(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pca_colours(patches: Tensor, *, components: int = 3) -> Tensor:
-    """First principal components of all patches together [B h w D] as colours in 0..1 [B h w K].
+def pca_colours(patches: Tensor) -> Tensor:
+    """First principal components of all patches together [B h w D] as colours in 0..1 [B h w 3].
 
     Whitened; each component's sign is the one that makes its skewness positive, so that pictures of
     two runs can be compared.
     """
-    scores = signed(principal_scores(patches.flatten(0, -2), components))
+    scores = signed(principal_scores(patches.flatten(0, -2), 3))
     colours = (scores / SHOWN_RANGE + 1) / 2
     return colours.clamp(0, 1).float().unflatten(0, patches.shape[:-1])
 
 
 @torch.no_grad()
-def patch_maps(net: Backbone, images: Tensor, *, batch_size: int = 64) -> Tensor:
+def patch_maps(net: Backbone, images: Tensor) -> Tensor:
     """Maps of patches [B h w D] in float32 on the host; UserError for a net without any."""
     with evaluating(net) as device:
-        maps = [net.features(part.to(device))[0].patches for part in images.split(batch_size)]
+        maps = [
+            features_of(net, part.to(device))[0].patches for part in images.split(IMAGES_AT_ONCE)
+        ]
     found = [part.float().cpu() for part in maps if part is not None]
     if not found:
         raise UserError("this net gives no map of patches, so there is none to draw")

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.features.dataset import evaluating
+from evaluation.image_size import image_size_of
 from evaluation.pictures.figures import grid, save, visible
 from evaluation.progress import say, track
-from evaluation.sample import image_size_of
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.transforms import deit_evaluation_transform

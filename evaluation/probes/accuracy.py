@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from evaluation.features.cache import transform_in_words
 from evaluation.features.dataset import PRECISIONS, evaluating, own_batches
+from evaluation.image_size import image_size_of
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
-from evaluation.sample import image_size_of
 from utils import distributed
 from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset

@@ -60,8 +60,9 @@ class ClassCounts:
 
     def reduce(self) -> None:
         """Sum the counts of all ranks; every rank must call this, once."""
-        self.correct = {k: _sum_over_ranks(counts) for k, counts in self.correct.items()}
-        self.predicted, self.total = _sum_over_ranks(self.predicted), _sum_over_ranks(self.total)
+        self.correct = {k: distributed.all_reduce_sum(counts) for k, counts in self.correct.items()}
+        self.predicted = distributed.all_reduce_sum(self.predicted)
+        self.total = distributed.all_reduce_sum(self.total)
 
     def fractions(self, metric: str = "mean_accuracy") -> dict[int, Tensor]:
         """Fraction correct by k: over images [H], the mean over classes [H], or by class [H C].
@@ -110,8 +111,8 @@ class AnyMatchCounts:
 
     def reduce(self) -> None:
         """Add up the counts of all ranks; every rank must call this, once."""
-        self.correct = {k: _sum_over_ranks(counts) for k, counts in self.correct.items()}
-        self.total = _sum_over_ranks(self.total)
+        self.correct = {k: distributed.all_reduce_sum(counts) for k, counts in self.correct.items()}
+        self.total = distributed.all_reduce_sum(self.total)
 
     def fractions(self, metric: str = "imagenet_real_accuracy") -> dict[int, Tensor]:
         """Fraction correct by k, [H]."""
@@ -174,8 +175,3 @@ def _best_classes(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Among equal scores the first class is the best, as in torchmetrics; topk does not define it.
     """
     return scores.argmax(-1), scores.topk(k, dim=-1).indices
-
-
-def _sum_over_ranks(counts: Tensor) -> Tensor:
-    total = distributed.all_reduce_mean(counts.double()) * distributed.world_size()
-    return total.round().long()

@@ -107,7 +107,7 @@ def measure_moments(
         labels = labels.where((labels >= 0) & (labels < num_classes), num_classes)
         counts += labels.bincount(minlength=num_classes + 1)
         total += rows.to(device).sum(0, dtype=torch.float64)
-    reduced = _sum_over_ranks(torch.cat([counts, total]))
+    reduced = distributed.all_reduce_sum(torch.cat([counts, total]))
     counts, total = reduced[: num_classes + 1], reduced[num_classes + 1 :]
     count = int(counts.sum())
     if not count:
@@ -122,7 +122,7 @@ def measure_moments(
         for rows, _ in batches():
             centred = rows.to(device, dtype) - mean.to(dtype)
             scatter += centred.T @ centred
-    covariance = _sum_over_ranks(scatter.flatten()).view(dim, dim) / count
+    covariance = distributed.all_reduce_sum(scatter) / count
     variances, directions = torch.linalg.eigh(covariance)
     # Smaller eigenvalues are rounding errors; steps scaled by them would follow noise.
     floor = variances[-1].clamp_min(0) * dim * torch.finfo(dtype).eps
@@ -209,7 +209,7 @@ class _Problem:
             residuals.scatter_add_(1, right, residuals.new_full((1, 1), -1).expand(right.shape))
             residual_rows += residuals.T @ rows
             sums[-classes:] += residuals.sum(0, dtype=torch.float64)
-        sums = _sum_over_ranks(sums)
+        sums = distributed.all_reduce_sum(sums)
         return float(sums[0]), sums[1:-classes].view(classes, width), sums[-classes:], rotated
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -247,7 +247,3 @@ def _minimize(
     with torch.no_grad():
         optimizer.step(closure)
     return int(optimizer.state[parameters]["n_iter"])
-
-
-def _sum_over_ranks(sums: Tensor) -> Tensor:
-    return distributed.all_reduce_mean(sums) * distributed.world_size()

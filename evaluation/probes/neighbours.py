@@ -17,6 +17,7 @@ from utils import distributed
 from utils.ranges import check_word
 
 SEARCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+QUERIES_AT_ONCE = 1024
 
 
 class Neighbours(NamedTuple):
@@ -34,7 +35,7 @@ def find_neighbours(
     k: int,
     indices: Tensor | None = None,
     chunk_size: int = 65536,
-    query_batch: int = 1024,
+    query_batch: int = QUERIES_AT_ONCE,
     precision: str = "fp32",
 ) -> Neighbours:
     """The k of the rows [N, D] with the largest dot products with each query [Q, D]; all if N < k.
@@ -69,7 +70,7 @@ def merge_neighbours(parts: Sequence[Neighbours], k: int) -> Neighbours:
     return Neighbours(similarities[:, :k], indices.gather(1, order)[:, :k])
 
 
-def gather_neighbours(own: Neighbours, k: int, *, query_batch: int = 1024) -> Neighbours:
+def gather_neighbours(own: Neighbours, k: int) -> Neighbours:
     """The k best over all ranks, on every rank; every rank must call this with the same queries.
 
     A rank that found fewer than k pads with rows of similarity -inf.
@@ -81,7 +82,9 @@ def gather_neighbours(own: Neighbours, k: int, *, query_batch: int = 1024) -> Ne
     similarities = torch.nn.functional.pad(own.similarities, (0, missing), value=-torch.inf)
     indices = torch.nn.functional.pad(own.indices, (0, missing))
     merged = []
-    for block in zip(similarities.split(query_batch), indices.split(query_batch), strict=True):
+    for block in zip(
+        similarities.split(QUERIES_AT_ONCE), indices.split(QUERIES_AT_ONCE), strict=True
+    ):
         everywhere = [distributed.all_gather_variable(part).chunk(world) for part in block]
         parts = [Neighbours(*part) for part in zip(*everywhere, strict=True)]
         merged.append(merge_neighbours(parts, k))
@@ -142,15 +145,14 @@ def classify(
     *,
     ks: Sequence[int],
     temperature: float,
-    query_batch: int = 1024,
 ) -> dict[int, dict[int, float]]:
     """Percent correct, top-1 and top-5 for each k, of queries with labels `val_labels` [Q]."""
     num_classes = int(train_labels.max()) + 1
     device = neighbours.similarities.device
     # Not `ClassCounts`: a label beyond the training classes is possible, and is always wrong.
     counts = {k: AnyMatchCounts(1, num_classes, device=device) for k in ks}
-    for start in range(0, len(val_labels), query_batch):
-        block = slice(start, start + query_batch)
+    for start in range(0, len(val_labels), QUERIES_AT_ONCE):
+        block = slice(start, start + QUERIES_AT_ONCE)
         part = Neighbours(neighbours.similarities[block], neighbours.indices[block])
         scores = vote(part, train_labels, ks=ks, temperature=temperature, num_classes=num_classes)
         for k in ks:

@@ -14,9 +14,9 @@ from torch import nn
 from evaluation.cost.peaks import device_name
 from evaluation.cost.timing import INFERENCE, Contestant, Turn, speed_of
 from evaluation.features.dataset import PRECISIONS
+from evaluation.image_size import image_size_of
 from evaluation.progress import say
 from evaluation.results import write_results
-from evaluation.sample import image_size_of
 from utils import distributed
 from utils.errors import UserError
 from utils.flops import count_one_image

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evaluation.features.cache import transform_in_words
 from evaluation.features.dataset import PRECISIONS, autocast_of, device_of, own_batches
+from evaluation.features.reading import features_of
 from evaluation.image_size import settle_sizes
 from evaluation.probes.class_metrics import make_counts
 from evaluation.probes.exams import Exam
@@ -212,7 +213,7 @@ class FrozenFeatures:
         """Features of the blocks, earliest first."""
         images = images.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            features = self.net.features(images, self.layers)
+            features = features_of(self.net, images, self.layers)
         self.calls += 1
         parts = [part for block in features for part in (block.cls, block.patches)]
         sums = [part.sum(dtype=torch.float32) for part in parts if part is not None]

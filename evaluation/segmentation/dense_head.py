@@ -98,7 +98,7 @@ def sum_over_ranks(module: nn.Module, loss: Tensor) -> Tensor:
         return loss
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1)])
-    flat = distributed.all_reduce_mean(flat) * distributed.world_size()
+    flat = distributed.all_reduce_sum(flat)
     sizes = [*(gradient.numel() for gradient in gradients), 1]
     for gradient, part in zip([*gradients, loss], flat.split(sizes), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -5,6 +5,7 @@ Letters: C classes, S side of a window, H W size of a mask.
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from evaluation.pictures.segmentation import draw_segmentation
 from evaluation.progress import track
 from evaluation.results import print_table, write_results
 from evaluation.segmentation.dense_head import PixelHead
-from evaluation.segmentation.dense_training import HeadRecipe, HeadTraining, patches_of, upsample
+from evaluation.segmentation.dense_training import (
+    PixelHeadRun,
+    PixelHeadSettings,
+    patches_of,
+    upsample,
+)
 from evaluation.segmentation.dense_transforms import (
     ClassTable,
     Pairs,
@@ -88,7 +94,7 @@ class PixelLinearProbe:
             raise ValueError(f"train and test have different classes: {train!r}, {test!r}")
         self.train, self.test = train, test
         self.table = ClassTable(len(train.class_names), train.ignore_labels)
-        self.recipe = HeadRecipe(
+        self.recipe = PixelHeadSettings(
             crop_size=crop_size,
             image_size=image_size,
             scale=(float(scale[0]), float(scale[-1])),
@@ -129,8 +135,11 @@ class PixelLinearProbe:
     def fit(self, net: Backbone, folder: Path, step: int = 0) -> PixelHead:
         """Train the head, resuming from a checkpoint of the same training in `folder`, if any."""
         with evaluating(net, self.precision) as device:
-            recipe = HeadRecipe(**{**vars(self.recipe), **self._used(net)})
-            training = HeadTraining(
+            used = self._used(net)
+            recipe = replace(
+                self.recipe, crop_size=used["crop_size"], image_size=used["image_size"]
+            )
+            training = PixelHeadRun(
                 net,
                 self.train,
                 self.table,

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import default_collate
 
+from evaluation.features.reading import features_of
 from evaluation.progress import say, track
 from evaluation.segmentation.dense_head import (
     PixelHead,
@@ -34,7 +35,7 @@ LOG_EVERY = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadRecipe:
+class PixelHeadSettings:
     """Settings of a head's training; sizes in pixels, a step is a whole effective batch."""
 
     crop_size: int
@@ -57,7 +58,7 @@ class HeadRecipe:
         check_range("dropout_rate", self.dropout_rate, 0, 1, ends="[)")
 
 
-class HeadTraining:
+class PixelHeadRun:
     """One training of a head on a frozen net; the net is in evaluation mode, under its autocast.
 
     The files in `folder` and the printed lines begin with `name`. A training resumes from a
@@ -69,7 +70,7 @@ class HeadTraining:
         net: Backbone,
         dataset: SegmentationDataset,
         table: ClassTable,
-        recipe: HeadRecipe,
+        recipe: PixelHeadSettings,
         *,
         folder: Path,
         name: str,
@@ -233,7 +234,7 @@ class HeadTraining:
 @torch.no_grad()
 def patches_of(net: Backbone, images: Tensor) -> Tensor:
     """The map of the last block after the final norm [B h w D], in float32."""
-    patches = net.features(images)[0].patches
+    patches = features_of(net, images)[0].patches
     if patches is None:
         raise ValueError("this net gives no map of patches, so there is none to segment by")
     return patches.float()

@@ -85,6 +85,4 @@ class FitRows:
             places = store.own_places(numbers - offset).where(within, -1)
             mine = places >= 0
             found[mine] = store.labels[places[mine]]
-        if distributed.world_size() > 1:
-            torch.distributed.all_reduce(found)  # every rank has zeros for patches of the others
-        return found
+        return distributed.all_reduce_sum(found)  # zeros for patches of the other ranks

@@ -46,11 +46,7 @@ class Confusion:
         occurs only in predictions, even an ignored one, has IoU 0; a label that occurs in neither
         is left out. UserError if no pixel counts.
         """
-        counts = self.counts
-        if distributed.world_size() > 1:
-            counts = counts.clone()
-            torch.distributed.all_reduce(counts)
-        counts = counts.cpu()
+        counts = distributed.all_reduce_sum(self.counts).to("cpu", copy=True)
         counts[list(ignore_labels)] = 0
         target, predicted, both = counts.sum(1), counts.sum(0), counts.diagonal()
         total = int(target.sum())

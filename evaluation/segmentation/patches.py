@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation.features.dataset import check_finite, device_of, evaluating
+from evaluation.features.reading import features_of
 from evaluation.progress import track
 from evaluation.segmentation.dense_transforms import Pair, Pairs
 from evaluation.segmentation.iou import NUM_LABELS
@@ -100,7 +101,7 @@ def extract_patches(
 
 def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
     """Patch tokens [B h w D] of the last block after the final norm; UserError without them."""
-    patches = net.features(images)[0].patches
+    patches = features_of(net, images)[0].patches
     if patches is None:
         raise UserError(
             f"{type(net).__name__} gives no patch tokens (features(...)[0].patches is None), so "

@@ -88,7 +88,7 @@ def _measure(
         break
     # Rank 0 has the first image, so its pivot is never the empty one.
     pivot = pivot * (1.0 if distributed.is_main() else 0.0)
-    pivot = _sum_over_ranks(pivot)
+    pivot = distributed.all_reduce_sum(pivot)
     sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=device)
     products = sums.new_zeros((dim, dim) if with_covariance else 0)
     for chunk in chunks():
@@ -98,7 +98,7 @@ def _measure(
         sums[dim + 1 :] += centred.square().sum(0)
         if with_covariance:
             products += centred.T @ centred
-    sums, products = _sum_over_ranks(sums), _sum_over_ranks(products)
+    sums, products = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(products)
     count = int(sums[0])
     if not count:
         raise UserError("standardization needs at least one patch")
@@ -145,7 +145,7 @@ def _robust(chunks: Chunks, dim: int, device: torch.device | str) -> Standardize
     that size, because exact ones need all rows at once; a quartile's rank is off by some 0.2 %.
     """
     counts = torch.tensor(sum(map(len, chunks())), dtype=torch.float64, device=device)
-    count = int(_sum_over_ranks(counts))
+    count = int(distributed.all_reduce_sum(counts))
     if not count:
         raise UserError("standardization needs at least one patch")
     generator = torch.Generator().manual_seed(distributed.rank())
@@ -160,9 +160,3 @@ def _robust(chunks: Chunks, dim: int, device: torch.device | str) -> Standardize
     quartiles = torch.from_numpy(high - low).to(device, torch.float32)
     scale = quartiles.where(quartiles >= 10 * torch.finfo(torch.float32).eps, 1.0)
     return Standardizer(torch.from_numpy(median).to(device, torch.float32), scale)
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    if distributed.world_size() > 1:
-        torch.distributed.all_reduce(values)
-    return values

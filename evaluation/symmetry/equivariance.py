@@ -134,9 +134,7 @@ def greatest(errors: Iterable[float | None]) -> float | None:
 
 
 @torch.no_grad()
-def logit_errors(
-    net: nn.Module, images: Tensor, *, elements: Sequence[str] = tuple(SYMMETRIES)
-) -> dict[str, tuple[float, float]]:
+def logit_errors(net: nn.Module, images: Tensor) -> dict[str, tuple[float, float]]:
     """For each element, the relative change of logits and the share of unchanged predictions.
 
     The share is NaN if logits are not finite.
@@ -145,7 +143,7 @@ def logit_errors(
         images = images.to(device)
         still = net(images)
         errors = {}
-        for element in elements:
+        for element in SYMMETRIES:
             turned = net(transform_image(images, element))
             same = (turned.argmax(dim=-1) == still.argmax(dim=-1)).double().mean()
             told = turned.isfinite().all() and still.isfinite().all()

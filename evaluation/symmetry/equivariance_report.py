@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.features.dataset import full_float32_products
+from evaluation.image_size import image_size_of
 from evaluation.nets import chosen_backbone, make_net
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
-from evaluation.sample import image_size_of, num_classes_of, sample_images
+from evaluation.sample import num_classes_of, sample_images
 from evaluation.symmetry.angles import AngleError, angle_errors, angles_of
 from evaluation.symmetry.equivariance import (
     Measured,

@@ -16,12 +16,12 @@ from torch import nn
 from torchvision.transforms import v2
 
 from evaluation.features.dataset import device_of
+from evaluation.image_size import image_size_of
 from evaluation.judge import make_data
 from evaluation.nets import complete, make_classifier, name_of, read_weights
 from evaluation.probes.accuracy import UPRIGHT, check_labels
 from evaluation.progress import say, track
 from evaluation.results import print_table, write_results
-from evaluation.sample import image_size_of
 from utils import distributed
 from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, plain

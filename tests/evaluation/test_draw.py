@@ -6,8 +6,9 @@ from PIL import Image
 
 from evaluation.commands.draw import parse_drawing
 from evaluation.draw import draw
+from evaluation.image_size import image_size_of
 from evaluation.nets import make_net
-from evaluation.sample import image_size_of, sample_images, squash_transform
+from evaluation.sample import sample_images, squash_transform
 from tests.evaluation.backbones import BACKBONES, any_backbone
 from tests.evaluation.toys import ToyImages, in_processes
 from utils.data.segmentation import scenes

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from evaluation import export_net as command
 from evaluation.commands.export import parse_export, read_export_arguments
 from evaluation.export_net import export_net, has_classes
-from evaluation.sample import image_size_of
+from evaluation.image_size import image_size_of
 from tests.evaluation.backbones import BACKBONES, any_backbone, make
 from utils.errors import UserError
 
@@ -121,6 +121,16 @@ def test_flags_are_keys() -> None:
     parsed = parse_export(["out", "--weights", "w.pth", "--format", "onnx"])
     assert (parsed["backbone"], parsed["format"], parsed["output_dir"]) == (None, "onnx", "out")
     assert parse_export(["--model", "vit_tiny_patch16_224"])["backbone"]["model_name"]
+
+
+def test_a_config_file_or_a_target_names_the_net(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("defaults: [export.yaml, {override backbone: deit_small_patch16_LS}, _self_]\n")
+    given = ["--config-file", str(file)], [f"--config-file={file}"]
+    targets = [parse_export(["out", *words])["backbone"]["_target_"] for words in given]
+    assert targets == ["vit.models.deit_small_patch16_LS"] * 2
+    target = "backbone._target_=octic.models.hybrid_deit_small_patch16"
+    assert parse_export(["out", target])["backbone"]["_target_"] in target
 
 
 @pytest.mark.parametrize(

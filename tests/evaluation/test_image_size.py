@@ -7,7 +7,7 @@ import pytest
 from evaluation.commands.eval_dinov2_classification import parse_evaluation
 from evaluation.commands.extract_features import parse_extraction
 from evaluation.features.extraction import extract
-from evaluation.image_size import built_for, settle_sizes
+from evaluation.image_size import image_size_of, probed_at, settle_sizes
 from evaluation.judge import judge
 from evaluation.nets import make_net
 from tests.evaluation.backbones import BACKBONES
@@ -35,8 +35,8 @@ SWIN = {"_target_": "vit.adapters.timm_backbone", "model_name": "swin_tiny_patch
         ({"_target_": "vit.adapters.timm_backbone", "model_name": "resnet18"}, 224),
     ],
 )
-def test_the_size_a_net_was_built_for(node, size):
-    assert built_for(make_net(node, None)) == size
+def test_the_size_that_probes_show_a_net(node, size):
+    assert probed_at(make_net(node, None)) == size
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,22 @@ def test_a_net_around_another_one_has_its_size(wrapper, inner):
     inner = inner | {"_partial_": True, "depth": 2}
     options = {"method": "evit"} if "reduced" in wrapper else {}
     net = make_net({"_target_": wrapper, "backbone": inner, "num_classes": 10, **options}, None)
-    assert built_for(net) == inner.get("img_size", 224)
+    assert probed_at(net) == inner.get("img_size", 224)
+
+
+@pytest.mark.parametrize(
+    ("node", "size"),
+    [
+        (TIMM | {"depth": 1}, 384),
+        (TIMM | {"depth": 1, "model_name": "vit_small_patch14_dinov2"}, 518),
+        (PLAIN | SMALL | {"img_size": 32}, 32),
+        (BACKBONES["torchvision"], 32),
+        ({"_target_": "vit.adapters.timm_backbone", "model_name": "resnet18"}, 224),
+    ],
+)
+def test_the_size_that_a_net_was_trained_at(node, size):
+    """Probes show some of these nets 224 pixels, as they take any size."""
+    assert image_size_of(make_net(node, None)) == size
 
 
 def test_what_is_left_open_is_in_published_proportion():

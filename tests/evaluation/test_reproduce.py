@@ -64,6 +64,7 @@ def test_wrong_and_truncated_files_are_refused(tmp_path, capsys):
         ("other.pth", ["--model", "--model=dinov2_vit_large_patch16"], "--model needs a value"),
         ("cut.pth", [], "truncated or not a torch file"),
         ("gone.pth", [], "no such weights file"),
+        ("epoch=3.pth", [], "epoch=3.pth: no such weights file"),
     ):
         with pytest.raises(SystemExit) as left:
             parse_reproduction([str(tmp_path / name), *words])

@@ -89,7 +89,7 @@ def test_helpers_alone():
     tensor = torch.arange(3.0)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     distributed.barrier()
-    assert distributed.all_reduce_mean(tensor) is tensor
+    assert distributed.all_reduce_mean(tensor) is distributed.all_reduce_sum(tensor) is tensor
     assert distributed.all_gather_variable(tensor) is tensor
     assert distributed.gather_objects("x") == ["x"]
     assert distributed.broadcast_object("x") == "x"
@@ -119,6 +119,8 @@ def _company(rank: int, world: int) -> None:
         assert (distributed.rank(), distributed.world_size()) == (rank, world)
         own = torch.full((rank + 1, 2), float(rank))
         assert distributed.all_reduce_mean(torch.tensor(float(rank))) == 0.5
+        count = torch.tensor([rank + 1, 2**60])  # whole numbers stay exact
+        assert distributed.all_reduce_sum(count).tolist() == [3, 2**61] and count[0] == rank + 1
         assert distributed.all_reduce_max(torch.tensor([1 - rank, rank])).tolist() == [1, 1]
         assert distributed.all_gather_variable(own).tolist() == [[0, 0], [1, 1], [1, 1]]
         unlike = torch.nn.BatchNorm2d(2)

@@ -112,7 +112,8 @@ def test_tasks_follow_from_folders_and_keys(monkeypatch):
     [("90", 90), ("1:30", 2), ("2:00:00", 120), ("1-2", 1560), ("1-02:30", 1590)],
 )
 def test_times_of_sbatch(text, minutes):
-    words, _ = read_segmentation_arguments([f"time={text}", "mem=240G", "cpus-per-task=8"])
+    same = [f"time={text}", f"timeout={minutes}"]  # two spellings of one time agree
+    words, _ = read_segmentation_arguments([*same, "mem=240G", "cpus-per-task=8"])
     assert f"launcher.timeout_min={minutes}" in words
     assert {"launcher=slurm", "cluster.mem_gb=240", "cluster.cpus_per_task=8"} <= set(words)
 
@@ -129,8 +130,9 @@ def test_times_of_sbatch(text, minutes):
         (["distributed=yes"], "distributed is True or False, not 'yes'"),
         (
             ["ntasks_per_node=4", "gpus_per_node=2"],
-            "ntasks_per_node=4 and gpus_per_node=2 disagree",
+            "ntasks_per_node=4 and gpus_per_node=2 disagree: there is one process per GPU",
         ),
+        (["time=1:00:00", "timeout=90"], "time=1:00:00 and timeout=90 disagree$"),
         (["mem=lots"], "memory per node is written 240G"),
         (["time=soon"], "a time is minutes, H:M:S or D-H:M"),
         (["nodes=two"], "a whole number is needed"),

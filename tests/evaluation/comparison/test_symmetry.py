@@ -53,6 +53,11 @@ def test_a_model_of_the_users_joins():
     assert runs["mine"]["recipe"]["epochs"] == runs["plain"]["recipe"]["epochs"]
 
 
+def test_a_model_may_have_the_name_of_another_key():
+    words = [*ONLY_PLAIN, "models.trained=deit/quickstart.yaml", "--device", "cpu"]
+    assert list(parse_comparison(words)["runs"]) == ["plain", "trained"]
+
+
 def test_turned_training_is_the_same_recipe_on_turned_digits():
     runs = parse_comparison(["--turned", "--device", "cpu", *ONLY_PLAIN])["runs"]
     assert list(runs) == ["plain", "plain_turned"]

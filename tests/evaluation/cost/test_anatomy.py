@@ -160,6 +160,15 @@ def test_a_kernel_is_shown_without_its_path_and_arguments(name, shown):
         (["growth", "--json", "nowhere/g.json"], "there is no folder nowhere"),
         (["times", "--json", "nowhere/t.json"], "there is no folder nowhere"),
         (["blocks", "--models", "resnet18"], "has no `blocks`"),
+        (["growth", "--steps", "0"], "--steps must be a whole number from 1, not 0"),
+        (["growth", "--batch-size", "0"], "--batch-size must be a whole number from 1"),
+        (["growth", "--threads", "0"], "--threads must be a whole number from 1"),
+        (["growth", "--device", "foo"], "device is auto, cpu, cuda or mps, not 'foo'"),
+        (["growth", "--picture", "x.foo"], "--picture x.foo must end in .png"),
+        (["growth", "--json", "."], ". is a folder"),
+        (["growth", "--sizes=", "--batches=", "--depths="], "nothing would be measured"),
+        (["blocks", "--json", "b.json"], "--json is for growth and times; blocks does not read it"),
+        (["roofline", "--size", "384"], "roofline does not read it"),
         pytest.param(
             ["times"],
             "torch sees none here",
@@ -172,6 +181,11 @@ def test_mistakes_are_one_line(words, said, capsys):
         command.main(words)
     assert left.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_flag_has_readers_and_a_default():
+    flags = {action.dest for action in command.make_parser()._actions} - {"help", "what"}
+    assert flags == set(command.READERS) == set(command.DEFAULTS)
 
 
 def test_least_times_are_printed(capsys):

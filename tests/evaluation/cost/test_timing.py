@@ -49,7 +49,7 @@ class Stub:
 def test_turns_alternate_and_steps_are_dealt_out():
     log = []
     nets = {name: Stub(name, log) for name in "ab"}
-    turns, lost = measure_in_turn(nets, INFERENCE, steps=5, rounds=2, warmup=7, shown=False)
+    turns, lost = measure_in_turn(nets, INFERENCE, steps=5, rounds=2, warmup=7)
     assert log == [("a", 7), ("b", 7), ("a", 3), ("b", 3), ("a", 2), ("b", 2)] + RELEASED
     assert [len(turn.seconds) for turn in turns["a"]] == [3, 2] and lost == []
 
@@ -73,7 +73,7 @@ def test_out_of_memory_is_one_line_and_the_others_go_on(fails_at, error, capsys)
 def test_other_errors_are_raised():
     nets = {"a": Stub("a", [], 1, RuntimeError("shapes do not fit"))}
     with pytest.raises(RuntimeError, match="shapes"):
-        measure_in_turn(nets, INFERENCE, steps=1, rounds=1, warmup=0, shown=False)
+        measure_in_turn(nets, INFERENCE, steps=1, rounds=1, warmup=0)
 
 
 def test_a_slow_spell_of_the_machine_cancels_out_of_the_ratio():
@@ -185,7 +185,7 @@ def test_what_cannot_be_captured_is_one_line_with_the_net():
     log = []
     nets = {"a": Stub("a", log, 1, UserError("cannot be captured")), "b": Stub("b", log)}
     with pytest.raises(UserError, match="^a: inference cannot be captured$"):
-        measure_in_turn(nets, INFERENCE, steps=1, rounds=1, warmup=0, shown=False)
+        measure_in_turn(nets, INFERENCE, steps=1, rounds=1, warmup=0)
     assert log == RELEASED
 
 

@@ -144,7 +144,7 @@ def test_a_stopped_probe_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, capsys
 
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dense_training.HeadTraining, "_log", stop)
+        patch.setattr(dense_training.PixelHeadRun, "_log", stop)
         make_probe(checkpoint_every=2).fit(net, folder)
     found = make_probe(checkpoint_every=2).fit(net, folder).state_dict()
     assert "going on from the checkpoint of step 4" in capsys.readouterr().out

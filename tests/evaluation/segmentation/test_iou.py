@@ -19,6 +19,7 @@ def test_by_the_definition():
     assert scores.miou_classes == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert scores.miou == pytest.approx((2 / 3 + 0 + 1 + 0) / 4)
     assert scores.acc == 3 / 5
+    assert confusion.scores([255]).acc == 3 / 6  # the counts stay
 
 
 def test_nothing_to_count():

@@ -1,0 +1,36 @@
+"""Ask a net for features; a net of the user's own may break the contract of `vit.backbone`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from utils.errors import UserError
+from vit.backbone import Backbone, Features
+
+
+def features_of(
+    net: Backbone, images: Tensor, layers: Sequence[int] | None = None
+) -> list[Features]:
+    """Features of the asked blocks, by default of the last, for which a net needs no `layers`.
+
+    UserError for a net that has fewer blocks, or that returns anything else.
+    """
+    asked, name = [-1] if layers is None else list(layers), type(net).__name__
+    try:
+        found = net.features(images) if layers is None else net.features(images, layers)
+    except IndexError as error:
+        if asked == [-1]:
+            raise
+        raise UserError(
+            f"{name}.features, asked for blocks {asked}: {error}; a net with fewer blocks needs a "
+            "probe that asks for fewer, such as probes.linear.n_last_blocks=[1]"
+        ) from error
+    parts = list(found) if isinstance(found, list | tuple) else []
+    named = all(hasattr(part, field) for part in parts for field in Features._fields)
+    if len(parts) != len(asked) or not named:
+        told = ", ".join(type(part).__name__ for part in parts) or type(found).__name__
+        raise UserError(
+            f"{name}.features returned {told} for blocks {asked}; it must return a list of as many "
+            "vit.backbone.Features(cls=[B D], patches=[B h w D] or None)"
+        )
+    return [Features(part.cls, part.patches) for part in parts]

@@ -1,0 +1,58 @@
+"""A net of the user's own that breaks the contract of features is told in one line."""
+
+import pytest
+import torch
+
+from evaluation.features.dataset import class_token
+from evaluation.features.reading import features_of
+from evaluation.probes.training import FrozenFeatures
+from tests.evaluation.toys import ToyNet
+from utils.errors import UserError
+
+IMAGES = torch.zeros(2, 3, 8, 8)
+
+
+class Tuples(ToyNet):
+    def features(self, images, layers=(-1,)):
+        return [tuple(part) for part in super().features(images, layers)]
+
+
+class TheLastOne(ToyNet):
+    def features(self, images, layers=(-1,)):
+        return super().features(images)
+
+
+class ThreeBlocks(ToyNet):
+    def features(self, images, layers=(-1,)):
+        blocks = super().features(images) * 3
+        return [blocks[layer] for layer in layers]
+
+
+def test_features_are_those_of_the_net():
+    net = ToyNet().eval()
+    (found,) = features_of(net, IMAGES)
+    assert found.cls.shape == (2, 6) and len(features_of(net, IMAGES, (-2, -1))) == 2
+
+
+def test_the_last_block_alone_is_asked_without_layers():
+    class Last(ToyNet):
+        def features(self, images):
+            return super().features(images)
+
+    assert class_token(Last(), IMAGES).shape == (2, 6)
+
+
+def test_plain_tuples_are_told():
+    said = r"^Tuples.features returned tuple for blocks \[-1\].*vit.backbone.Features\(cls="
+    with pytest.raises(UserError, match=said):
+        class_token(Tuples(), IMAGES)
+    with pytest.raises(UserError, match="returned Features for blocks .* list of as many"):
+        features_of(TheLastOne(), IMAGES, (-2, -1))
+
+
+def test_blocks_that_a_net_lacks_are_told():
+    layers = (-4, -3, -2, -1)
+    said = r"ThreeBlocks.features, asked for blocks \[-4, -3, -2, -1\]: .*n_last_blocks=\[1\]"
+    with pytest.raises(UserError, match=said):
+        FrozenFeatures(ThreeBlocks(), layers, "fp32")(IMAGES)
+    assert len(features_of(ThreeBlocks(), IMAGES, layers[1:])) == 3
