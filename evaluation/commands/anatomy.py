@@ -73,8 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words, and the defaults of those left out; exits for a flag that `what` does not read."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     what = given.pop("what")
@@ -82,7 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if what not in READERS[name]:
             flag, readers = name.replace("_", "-"), " and ".join(READERS[name])
             parser.error(f"--{flag} is for {readers}; {what} does not read it")
+    return argparse.Namespace(what=what, **{**DEFAULTS, **given})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = read(argv)
     from evaluation.cost.anatomy import show  # late: it imports torch
 
-    show(argparse.Namespace(what=what, **{**DEFAULTS, **given}))
+    show(words)
     return 0

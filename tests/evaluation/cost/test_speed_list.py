@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.commands.anatomy import make_parser
+from evaluation.commands.anatomy import read
 from evaluation.cost.models import find_backbone, make_groups
 from evaluation.cost.speed_list import DEVICES, choose, read_list, script_of
 from slurm.command import capture
@@ -71,8 +71,7 @@ def test_every_command_of_the_lists_is_one(device, entry, tmp_path, capsys):
     """Scripts take the words, nets are known, and what is trained can be built."""
     script, *words = entry.filled(tmp_path, 2)
     if script.endswith("anatomy.py"):
-        asked = make_parser().parse_args(words)
-        for name in filter(None, asked.models.split(",")):
+        for name in filter(None, read(words).models.split(",")):
             find_backbone(name)
         return
     function, parse = capture(script_of(script))
