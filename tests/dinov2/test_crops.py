@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from dinov2.crops import MultiCrop
-from tests.dinov2.tiny import Noise
+from dinov2.crops import CropOptions, MultiCrop
+from tests.dinov2.tiny import Noise, make_recipe
 
 
 def count_calls(monkeypatch, layer: type, draws: int = 200, **options) -> Counter:
@@ -140,3 +140,17 @@ def test_mistakes_are_named():
         MultiCrop(blur_probabilities=(0.5,))
     with pytest.raises(ValueError, match="twice the smallest crop, 4; not 9"):
         MultiCrop(local_crops_size=4)
+
+
+def test_any_callable_on_an_image_makes_crops():
+    """What it returns is trained on: it need leave nothing to the device, and say nothing of it."""
+
+    class Flat(CropOptions):
+        def __call__(self, image):
+            return {"global_crops": torch.full((2, 3, 16, 16), float(image.width))}
+
+    crops = Flat(global_crops_size=16, local_crops_number=0, blur_kernel_size=3)
+    recipe = make_recipe(crops=crops)
+    batch = recipe.prepare(next(recipe.batches(0)))
+    assert torch.equal(batch["global_crops"], torch.full((6, 3, 16, 16), 20.0))
+    assert recipe.losses(batch, 0)["loss"].isfinite()

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dinov2.crops import CropOptions
 from dinov2.masking import padded_mask_rows
 from dinov2.schedules import Schedules
 from tests.dinov2.tiny import HEAD, Noise, make_backbone, make_batch, make_recipe, to_double
@@ -263,20 +262,6 @@ def test_batches_come_from_the_loader():
     again = next(recipe.batches(1))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert not torch.equal(next(batches)["global_crops"], batch["global_crops"])
-
-
-def test_any_callable_on_an_image_makes_crops():
-    """What it returns is trained on: it need leave nothing to the device, and say nothing of it."""
-
-    class Flat(CropOptions):
-        def __call__(self, image):
-            return {"global_crops": torch.full((2, 3, 16, 16), float(image.width))}
-
-    crops = Flat(global_crops_size=16, local_crops_number=0, blur_kernel_size=3)
-    recipe = make_recipe(crops=crops)
-    batch = recipe.prepare(next(recipe.batches(0)))
-    assert torch.equal(batch["global_crops"], torch.full((6, 3, 16, 16), 20.0))
-    assert recipe.losses(batch, 0)["loss"].isfinite()
 
 
 def test_parts_are_wrapped_with_their_blocks():
