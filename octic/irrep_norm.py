@@ -1,6 +1,6 @@
-"""The norm over irreps, alone or after a sum: operators of torch (namespace `octic`).
+"""The norm over irreps, alone or after a sum: an operator of torch (namespace `octic`).
 
-Each is one operator forward and one backward, which an autograd.Function ties together. On CUDA a
+It is one operator forward and one backward, which an autograd.Function ties together. On CUDA a
 Triton kernel computes it (`triton_norm`); elsewhere, and in float64, a plain twin does
 (`plain_kernels`). Both compute in float32 (float64 for float64) and round once. `torch.compile`
 keeps the operators whole, autocast leaves them alone, and FLOP counters count no multiply-adds for
@@ -48,8 +48,8 @@ def irrep_norm(
     if composed.is_composed():
         return composed.norm(x, scales, shift, *plan, eps, dtype)
     if torch.is_grad_enabled():
-        return _Norm.apply(x, shift, *plan, eps, dtype, *scales)
-    return _norm(x, scales, shift, *plan, eps, dtype)
+        return _Norm.apply(x, None, None, shift, *plan, eps, dtype, *scales)[-1]
+    return _norm(x, None, None, scales, shift, *plan, eps, dtype)[-1]
 
 
 def residual_norm(
@@ -80,8 +80,8 @@ def residual_norm(
         total = x + with_bias(branch, bias)
         return total, composed.norm(total, scales, shift, *plan, eps, dtype)
     if torch.is_grad_enabled():
-        return _ResidualNorm.apply(x, branch, bias, shift, *plan, eps, dtype, *scales)
-    return _residual_norm(x, branch, bias, scales, shift, *plan, eps, dtype)
+        return _Norm.apply(x, branch, bias, shift, *plan, eps, dtype, *scales)
+    return _norm(x, branch, bias, scales, shift, *plan, eps, dtype)
 
 
 def _checked_plan(
@@ -113,53 +113,21 @@ def _check_width(name: str, tensor: Tensor, width: int) -> None:
         raise ValueError(f"irrep_norm: {name} has shape {[*tensor.shape]}; it must be [{width}]")
 
 
-# The norm as an operator.
+# The norm as an operator. Without a branch nothing is added, and the sum it returns is empty: an
+# operator returns tensors, never None or one of its arguments.
 
 _NORM_ARGUMENTS = (
     "Tensor[] scales, Tensor? shift, int[] lengths, float[] weights, int[] shared, float eps"
 )
 
 
-@operator(f"irrep_norm(Tensor x, {_NORM_ARGUMENTS}, ScalarType dtype) -> Tensor")
-def _norm(
-    x: Tensor,
-    scales: Sequence[Tensor],
-    shift: Tensor | None,
-    lengths: Sequence[int],
-    weights: Sequence[float],
-    shared: Sequence[int],
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    parts = (x.contiguous(), None, None, _all_dense(scales), _dense(shift))
-    return _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)[1]
-
-
 @operator(
-    f"irrep_norm_backward(Tensor grad, Tensor x, {_NORM_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
-)
-def _norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    scales: Sequence[Tensor],
-    shift: Tensor | None,
-    lengths: Sequence[int],
-    weights: Sequence[float],
-    shared: Sequence[int],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    parts = (x.contiguous(), grad.contiguous(), None, None, _all_dense(scales), _dense(shift))
-    dx, _, *sums = _run("backward", *parts, *_plan(lengths, weights, shared), eps)
-    return dx, *_like_parameters(x, sums, scales, shift)
-
-
-@operator(
-    f"residual_norm(Tensor x, Tensor branch, Tensor? bias, {_NORM_ARGUMENTS}, ScalarType dtype)"
+    f"irrep_norm(Tensor x, Tensor? branch, Tensor? bias, {_NORM_ARGUMENTS}, ScalarType dtype)"
     " -> (Tensor, Tensor)"
 )
-def _residual_norm(
+def _norm(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     bias: Tensor | None,
     scales: Sequence[Tensor],
     shift: Tensor | None,
@@ -169,116 +137,72 @@ def _residual_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    added = (branch.contiguous(), _dense(bias))
-    parts = (x.contiguous(), *added, _all_dense(scales), _dense(shift))
-    return _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)
+    parts = (x.contiguous(), _dense(branch), _dense(bias), _all_dense(scales), _dense(shift))
+    total, y = _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)
+    return x.new_empty(0) if branch is None else total, y
 
 
 @operator(
-    f"residual_norm_backward(Tensor grad, Tensor? past, Tensor total, {_NORM_ARGUMENTS},"
-    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"irrep_norm_backward(Tensor grad, Tensor? past, Tensor x, {_NORM_ARGUMENTS},"
+    " ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def _residual_norm_backward(
+def _norm_backward(
     grad: Tensor,
     past: Tensor | None,
-    total: Tensor,
+    x: Tensor,
     scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: Sequence[int],
     weights: Sequence[float],
     shared: Sequence[int],
     eps: float,
-    branch_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cast = None if branch_dtype == total.dtype else branch_dtype
-    parts = (total, grad.contiguous(), _dense(past), cast, _all_dense(scales), _dense(shift))
-    dx, dbranch, *sums = _run("backward", *parts, *_plan(lengths, weights, shared), eps)
-    dbranch = total.new_empty(0) if dbranch is None else dbranch
-    return dx, dbranch, *_like_parameters(total, sums, scales, shift)
+    """Gradients of x [... D], the same in `branch_dtype`, of all scales [D] and of the shift [C].
 
-
-def _like_parameters(
-    x: Tensor, sums: Sequence[Tensor | None], scales: Sequence[Tensor], shift: Tensor | None
-) -> list[Tensor]:
-    """Gradients by segment of all scales [D] and of the shift [C], in their dtypes."""
-    # An operator returns tensors, never None.
-    return [
-        x.new_empty(0) if total is None or parameter is None else total.to(parameter.dtype)
-        for total, parameter in zip(sums, (scales[0] if scales else None, shift), strict=True)
-    ]
+    What is not asked for or not there is empty. x is what was normalised, `past` the gradient that
+    it has from elsewhere.
+    """
+    tensors = (x.contiguous(), grad.contiguous(), _dense(past))
+    plan = (_all_dense(scales), _dense(shift), *_plan(lengths, weights, shared))
+    found = _run("backward", *tensors, branch_dtype, *plan, eps)
+    dx, dbranch, dscales, dshift = (x.new_empty(0) if t is None else t for t in found)
+    dscales = dscales.to(scales[0].dtype) if scales else dscales
+    return dx, dbranch, dscales, dshift if shift is None else dshift.to(shift.dtype)
 
 
 @torch.library.register_fake("octic::irrep_norm")
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=arguments[-1])
+def _(x: Tensor, branch: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=arguments[-1])
+    if branch is None:
+        return x.new_empty(0), y
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype)), y
 
 
 @torch.library.register_fake("octic::irrep_norm_backward")
-def _(grad: Tensor, x: Tensor, scales: Sequence[Tensor], shift: Tensor | None, *_: Any) -> Any:
-    return x.new_empty(x.shape), *_empty_gradients(x, scales, shift)
-
-
-@torch.library.register_fake("octic::residual_norm")
-def _(x: Tensor, branch: Tensor, *arguments: Any) -> Any:
-    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
-    return total, x.new_empty(x.shape, dtype=arguments[-1])
-
-
-@torch.library.register_fake("octic::residual_norm_backward")
 def _(
     grad: Tensor,
     past: Tensor | None,
-    total: Tensor,
+    x: Tensor,
     scales: Sequence[Tensor],
     shift: Tensor | None,
     *arguments: Any,
-) -> Any:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = arguments[-1]
-    dbranch = total.new_empty(0 if dtype == total.dtype else total.shape, dtype=dtype)
-    return total.new_empty(total.shape), dbranch, *_empty_gradients(total, scales, shift)
-
-
-def _empty_gradients(
-    x: Tensor, scales: Sequence[Tensor], shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    dbranch = x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
     dscales = scales[0].new_empty(x.shape[-1]) if scales else x.new_empty(0)
-    return dscales, x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    return x.new_empty(x.shape), dbranch, dscales, dshift
 
 
 class _Norm(torch.autograd.Function):
+    """The sum, where there is a branch, and its norm."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        shift: Tensor | None,
-        lengths: list[int],
-        weights: list[float],
-        shared: list[int],
-        eps: float,
-        dtype: torch.dtype,
-        *scales: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, shift, *scales)
-        ctx.arguments = (lengths, weights, shared, eps)
-        return _norm(x, scales, shift, *ctx.arguments, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, shift, *scales = ctx.saved_tensors
-        if composed.is_differentiated_again():
-            dx, dshift, *dscales = _gradients_again(ctx, x, shift, scales, grad)
-            return dx, dshift, *[None] * 5, *dscales
-        dx, dscales, dshift = _norm_backward(grad, x, scales, shift, *ctx.arguments)
-        dshift = None if shift is None else dshift
-        return dx, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
-
-
-class _ResidualNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor,
+        branch: Tensor | None,
         bias: Tensor | None,
         shift: Tensor | None,
         lengths: list[int],
@@ -287,28 +211,33 @@ class _ResidualNorm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
         *scales: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        arguments = (lengths, weights, shared, eps)
-        total, y = _residual_norm(x, branch, bias, scales, shift, *arguments, dtype)
-        ctx.save_for_backward(total, shift, *scales)
-        ctx.arguments, ctx.branch_dtype = arguments, branch.dtype
+    ) -> tuple[Tensor, ...]:
+        ctx.arguments = (lengths, weights, shared, eps)
+        total, y = _norm(x, branch, bias, scales, shift, *ctx.arguments, dtype)
+        ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
-        return total, y
+        ctx.save_for_backward(x if branch is None else total, shift, *scales)
+        return (y,) if branch is None else (total, y)
 
     @staticmethod
-    def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple:
-        total, shift, *scales = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        x, shift, *scales = ctx.saved_tensors
+        summed, grad = ctx.branch_dtype is not None, grads[-1]
+        past = grads[0] if summed else None
         if grad is None:
             return past, past, *[None] * (7 + len(scales))
         if composed.is_differentiated_again():
-            dx, dshift, *dscales = _gradients_again(ctx, total, shift, scales, grad)
+            dx, dshift, *dscales = _gradients_again(ctx, x, shift, scales, grad)
             dx = dx if past is None else dx + past
-            return dx, dx.to(ctx.branch_dtype), None, dshift, *[None] * 5, *dscales
-        arguments = (total, scales, shift, *ctx.arguments, ctx.branch_dtype)
-        dx, dbranch, dscales, dshift = _residual_norm_backward(grad, past, *arguments)
-        dbranch = dx if ctx.branch_dtype == total.dtype else dbranch
+            dbranch = dx.to(ctx.branch_dtype) if summed else None
+            return dx, dbranch, None, dshift, *[None] * 5, *dscales
+        cast = None if ctx.branch_dtype == x.dtype else ctx.branch_dtype
+        arguments = (x, scales, shift, *ctx.arguments, cast)
+        dx, dbranch, dscales, dshift = _norm_backward(grad, past, *arguments)
+        if cast is None:
+            dbranch = dx if summed else None
         dshift = None if shift is None else dshift
-        return dx, dbranch, None, dshift, *[None] * 5, *_summed(dscales, scales, ctx.arguments[2])
+        return dx, dbranch, None, dshift, *[None] * 5, *_by_scale(dscales, scales, ctx.arguments[2])
 
 
 def _gradients_again(
@@ -326,7 +255,7 @@ def _gradients_again(
     return composed.gradients(norm, inputs, wanted, grad)
 
 
-def _summed(dscales: Tensor, scales: Sequence[Tensor], shared: Sequence[int]) -> list[Tensor]:
+def _by_scale(dscales: Tensor, scales: Sequence[Tensor], shared: Sequence[int]) -> list[Tensor]:
     """Gradients of the scales, from those [D] by segment."""
     found, start = [], 0
     for scale, count in zip(scales, shared, strict=False):
@@ -336,12 +265,7 @@ def _summed(dscales: Tensor, scales: Sequence[Tensor], shared: Sequence[int]) ->
     return found
 
 
-multiplies_nothing(
-    torch.ops.octic.irrep_norm,
-    torch.ops.octic.irrep_norm_backward,
-    torch.ops.octic.residual_norm,
-    torch.ops.octic.residual_norm_backward,
-)
+multiplies_nothing(torch.ops.octic.irrep_norm, torch.ops.octic.irrep_norm_backward)
 
 
 # Choice of the kernel.

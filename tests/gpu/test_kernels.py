@@ -249,9 +249,9 @@ def test_operators_are_registered_completely():
     flat = [entry for row in D4 for entry in row]
     ops = torch.ops.octic
     options = (parted(scale, OCTIC), shift, *plan, 1e-5)
-    torch.library.opcheck(ops.irrep_norm, (x, *options, torch.float32))
+    torch.library.opcheck(ops.irrep_norm, (x, grad, None, *options, torch.float32))
     torch.library.opcheck(ops.regular_gelu, (x, scale[:4], flat))
-    torch.library.opcheck(ops.irrep_norm_backward, (grad, x, *options))
+    torch.library.opcheck(ops.irrep_norm_backward, (grad, grad, x, *options, None))
     torch.library.opcheck(ops.regular_gelu_backward, (grad, x, scale[:4], flat))
 
 
@@ -269,6 +269,6 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(norm_of(x, segments=OCTIC)[-500:], norm_of(end, segments=OCTIC))
     assert torch.equal(regular_gelu(x, D4)[-500:], regular_gelu(end, D4))
     ops = torch.ops.octic
-    arguments = ((), None, *plan, 1e-5)
-    dx = ops.irrep_norm_backward(x, x, *arguments)[0][-500:]
-    assert torch.equal(dx, ops.irrep_norm_backward(end, end, *arguments)[0])
+    arguments = ((), None, *plan, 1e-5, None)
+    dx = ops.irrep_norm_backward(x, None, x, *arguments)[0][-500:]
+    assert torch.equal(dx, ops.irrep_norm_backward(end, None, end, *arguments)[0])

@@ -288,13 +288,11 @@ def test_operators_are_registered_completely():
     check, ops = torch.library.opcheck, torch.ops.octic
     for parameters in ((parted(scale, OCTIC), shift), ((), None)):
         arguments = (*parameters, *plan, 1e-5)
-        check(ops.irrep_norm, (x, *arguments, torch.bfloat16))
-        check(ops.irrep_norm_backward, (grad, x, *arguments))
         branch = torch.randn_like(x).bfloat16()
-        for bias in (shift, None):
-            check(ops.residual_norm, (x, branch, bias, *arguments, torch.bfloat16))
-        for past, kind in ((None, torch.float32), (grad, torch.bfloat16)):
-            check(ops.residual_norm_backward, (grad, past, x, *arguments, kind))
+        for summand in ((None, None), (branch, None), (branch, shift)):
+            check(ops.irrep_norm, (x, *summand, *arguments, torch.bfloat16))
+        for past, kind in ((None, None), (grad, None), (grad, torch.bfloat16)):
+            check(ops.irrep_norm_backward, (grad, past, x, *arguments, kind))
     for bias in (torch.randn(6), None):
         check(ops.split_heads, (torch.randn(2, 3, 48), bias, 2, [1, 1, 1, 1, 2, 2], 3))
     check(ops.join_heads, ([torch.randn(2, 3, 2, 8)] * 3, [1, 1, 1, 1, 2, 2]))
