@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
+# A process per core; a file's tests stay together, for the nets that they share.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart speed test test-slow test-lowest test-gpu test-slurm lint format typecheck wheel clean
@@ -30,18 +32,17 @@ quickstart: install ## train a small octic ViT on the embedded digits and show w
 speed: install ## measure the speed table of this machine
 	$(BIN)/python experiments/speed.py $(ARGS)
 
-# A process per core; a file's tests stay together, for the nets that they share.
 test: lint typecheck ## lint, types and the fast tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-slow: install ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" $(SPREAD) $(ARGS)
 
 test-lowest: ## the fast tests with the lowest versions that pyproject.toml asks for, in an environment of their own
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) .ci/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[train,dev]' --constraint $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(LOWEST)/bin/python -m pytest $(SPREAD) $(ARGS)
 
 test-gpu: install ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
