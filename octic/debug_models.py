@@ -4,25 +4,19 @@ They are not equivariant, since nothing makes the halves of a plain patch embedd
 antisymmetric. Published with "Flopping for FLOPs" for the debugging of timings.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from octic.block import OcticBlock
 from octic.layers import OcticAttention, OcticLayerNorm
 from vit.block import Block
-from vit.models import DEIT, build, default_cfg, size
+from vit.models import DEIT, build, entrypoint, size
 from vit.vision_transformer import VisionTransformer
 
 MIRROR = "mirror"
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}_deit_tiny_patch16_LS": default_cfg("patch_embed.proj", 1000)
-        for name in ("debug_hybrid", "debug_ultra_hybrid")
-    }
-)
 
 
 class _HalvesAttention(OcticAttention):
@@ -57,16 +51,18 @@ class HalvesViT(VisionTransformer):
         self.norm = OcticLayerNorm(self.embed_dim, eps=norm_eps, group=MIRROR)
 
 
-@register_model
-def debug_hybrid_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-Ti/16 with mirror attention on channel halves."""
-    options = {**size("tiny"), **DEIT, **kwargs}
-    return build(HalvesAttentionViT, "debug_hybrid_deit_tiny_patch16_LS", pretrained, **options)
+def _tiny(net: type[VisionTransformer], name: str, description: str) -> Callable[..., nn.Module]:
+    presets = {**size("tiny"), **DEIT}
+    return entrypoint(__name__, partial(build, net), {}, name, description, **presets)
 
 
-@register_model
-def debug_ultra_hybrid_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-Ti/16 with mirror blocks on channel halves."""
-    options = {**size("tiny"), **DEIT, **kwargs}
-    name = "debug_ultra_hybrid_deit_tiny_patch16_LS"
-    return build(HalvesViT, name, pretrained, **options)
+debug_hybrid_deit_tiny_patch16_LS = _tiny(
+    HalvesAttentionViT,
+    "debug_hybrid_deit_tiny_patch16_LS",
+    "ViT-Ti/16 with mirror attention on channel halves.",
+)
+debug_ultra_hybrid_deit_tiny_patch16_LS = _tiny(
+    HalvesViT,
+    "debug_ultra_hybrid_deit_tiny_patch16_LS",
+    "ViT-Ti/16 with mirror blocks on channel halves.",
+)

@@ -7,19 +7,11 @@ classifier invariant; `hybrid_deit_*_LS`, the first half of the blocks equivaria
 `deit_*_LS`. Each function takes any keyword of `OcticVisionTransformer`, to override its own.
 """
 
-from typing import Any
-
-from timm.models import generate_default_cfgs, register_model
-from torch import nn
+from functools import partial
 
 from octic.vision_transformer import OcticVisionTransformer
-from vit.models import build, default_cfg, size
+from vit.models import build, entrypoint, size
 
-FAMILIES = ("d2", "hybrid", "d2_inv_early")
-NAMES = (
-    *("tiny_patch16", "small_patch16", "medium_patch16", "base_patch16", "large_patch16"),
-    *("huge_patch14", "huge_patch14_52"),
-)
 MIRROR = {
     "group": "mirror",
     "qkv_bias": True,
@@ -34,162 +26,96 @@ EQUIVARIANT = {**MIRROR, "invariant": "trivial", "invariant_at": "head"}
 HYBRID = {**MIRROR, "switch_basis": "regular"}
 INVARIANT = {**MIRROR, "invariant": "power_spectrum", "invariant_proj": False}
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{family}_deit_{name}_LS": default_cfg("patch_embed.lift8.conv_A1", 1000)
-        for family in FAMILIES
-        for name in NAMES
-    }
+_mirror = partial(
+    entrypoint,
+    __name__,
+    partial(build, OcticVisionTransformer),
+    {"first_conv": "patch_embed.lift8.conv_A1"},
 )
+_equivariant = partial(_mirror, **EQUIVARIANT)
+_hybrid = partial(_mirror, **HYBRID)
+_invariant = partial(_mirror, **INVARIANT)
 
-
-def _mirror(name: str, pretrained: bool, *presets: dict[str, Any]) -> nn.Module:
-    merged = {key: value for preset in presets for key, value in preset.items()}
-    return build(OcticVisionTransformer, name, pretrained, **merged)
-
-
-@register_model
-def d2_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-Ti/16."""
-    presets = (size("tiny"), EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_tiny_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_deit_small_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-S/16."""
-    presets = (size("small"), EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_small_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_deit_medium_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-M/16."""
-    presets = (size("medium"), EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_medium_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_deit_base_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-B/16: 82.2 top-1 on ImageNet, read off a plot."""
-    presets = (size("base"), EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_base_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_deit_large_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-L/16: 83.4 top-1 on ImageNet, read off a plot."""
-    presets = (size("large"), EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_large_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_deit_huge_patch14_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-H/14: 84.4 top-1 on ImageNet, read off a plot."""
-    presets = (size("huge"), {"patch_size": 14}, EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_huge_patch14_LS", pretrained, *presets)
-
-
-@register_model
-def d2_deit_huge_patch14_52_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant DeiT III ViT-H/14 of 52 blocks."""
-    presets = (size("huge_52"), {"patch_size": 14}, EQUIVARIANT, kwargs)
-    return _mirror("d2_deit_huge_patch14_52_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-Ti/16."""
-    presets = (size("tiny"), HYBRID, kwargs)
-    return _mirror("hybrid_deit_tiny_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_small_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-S/16."""
-    presets = (size("small"), HYBRID, kwargs)
-    return _mirror("hybrid_deit_small_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_medium_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-M/16."""
-    presets = (size("medium"), HYBRID, kwargs)
-    return _mirror("hybrid_deit_medium_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_base_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-B/16: 83.0 top-1 on ImageNet, read off a plot."""
-    presets = (size("base"), HYBRID, kwargs)
-    return _mirror("hybrid_deit_base_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_large_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-L/16: 84.5 top-1 on ImageNet, read off a plot."""
-    presets = (size("large"), HYBRID, kwargs)
-    return _mirror("hybrid_deit_large_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_huge_patch14_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-H/14: 85.0 top-1 on ImageNet, read off a plot."""
-    presets = (size("huge"), {"patch_size": 14}, HYBRID, kwargs)
-    return _mirror("hybrid_deit_huge_patch14_LS", pretrained, *presets)
-
-
-@register_model
-def hybrid_deit_huge_patch14_52_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror hybrid DeiT III ViT-H/14 of 52 blocks."""
-    presets = (size("huge_52"), {"patch_size": 14}, HYBRID, kwargs)
-    return _mirror("hybrid_deit_huge_patch14_52_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-Ti/16."""
-    presets = (size("tiny"), INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_tiny_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_small_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-S/16."""
-    presets = (size("small"), INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_small_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_medium_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-M/16."""
-    presets = (size("medium"), INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_medium_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_base_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-B/16."""
-    presets = (size("base"), INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_base_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_large_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-L/16."""
-    presets = (size("large"), INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_large_patch16_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_huge_patch14_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-H/14."""
-    presets = (size("huge"), {"patch_size": 14}, INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_huge_patch14_LS", pretrained, *presets)
-
-
-@register_model
-def d2_inv_early_deit_huge_patch14_52_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-invariant DeiT III ViT-H/14 of 52 blocks."""
-    presets = (size("huge_52"), {"patch_size": 14}, INVARIANT, kwargs)
-    return _mirror("d2_inv_early_deit_huge_patch14_52_LS", pretrained, *presets)
+d2_deit_tiny_patch16_LS = _equivariant(
+    "d2_deit_tiny_patch16_LS", "Mirror-equivariant DeiT III ViT-Ti/16.", **size("tiny")
+)
+d2_deit_small_patch16_LS = _equivariant(
+    "d2_deit_small_patch16_LS", "Mirror-equivariant DeiT III ViT-S/16.", **size("small")
+)
+d2_deit_medium_patch16_LS = _equivariant(
+    "d2_deit_medium_patch16_LS", "Mirror-equivariant DeiT III ViT-M/16.", **size("medium")
+)
+d2_deit_base_patch16_LS = _equivariant(
+    "d2_deit_base_patch16_LS",
+    "Mirror-equivariant DeiT III ViT-B/16: 82.2 top-1 on ImageNet, read off a plot.",
+    **size("base"),
+)
+d2_deit_large_patch16_LS = _equivariant(
+    "d2_deit_large_patch16_LS",
+    "Mirror-equivariant DeiT III ViT-L/16: 83.4 top-1 on ImageNet, read off a plot.",
+    **size("large"),
+)
+d2_deit_huge_patch14_LS = _equivariant(
+    "d2_deit_huge_patch14_LS",
+    "Mirror-equivariant DeiT III ViT-H/14: 84.4 top-1 on ImageNet, read off a plot.",
+    **size("huge", patch_size=14),
+)
+d2_deit_huge_patch14_52_LS = _equivariant(
+    "d2_deit_huge_patch14_52_LS",
+    "Mirror-equivariant DeiT III ViT-H/14 of 52 blocks.",
+    **size("huge", depth=52, patch_size=14),
+)
+hybrid_deit_tiny_patch16_LS = _hybrid(
+    "hybrid_deit_tiny_patch16_LS", "Mirror hybrid DeiT III ViT-Ti/16.", **size("tiny")
+)
+hybrid_deit_small_patch16_LS = _hybrid(
+    "hybrid_deit_small_patch16_LS", "Mirror hybrid DeiT III ViT-S/16.", **size("small")
+)
+hybrid_deit_medium_patch16_LS = _hybrid(
+    "hybrid_deit_medium_patch16_LS", "Mirror hybrid DeiT III ViT-M/16.", **size("medium")
+)
+hybrid_deit_base_patch16_LS = _hybrid(
+    "hybrid_deit_base_patch16_LS",
+    "Mirror hybrid DeiT III ViT-B/16: 83.0 top-1 on ImageNet, read off a plot.",
+    **size("base"),
+)
+hybrid_deit_large_patch16_LS = _hybrid(
+    "hybrid_deit_large_patch16_LS",
+    "Mirror hybrid DeiT III ViT-L/16: 84.5 top-1 on ImageNet, read off a plot.",
+    **size("large"),
+)
+hybrid_deit_huge_patch14_LS = _hybrid(
+    "hybrid_deit_huge_patch14_LS",
+    "Mirror hybrid DeiT III ViT-H/14: 85.0 top-1 on ImageNet, read off a plot.",
+    **size("huge", patch_size=14),
+)
+hybrid_deit_huge_patch14_52_LS = _hybrid(
+    "hybrid_deit_huge_patch14_52_LS",
+    "Mirror hybrid DeiT III ViT-H/14 of 52 blocks.",
+    **size("huge", depth=52, patch_size=14),
+)
+d2_inv_early_deit_tiny_patch16_LS = _invariant(
+    "d2_inv_early_deit_tiny_patch16_LS", "Mirror-invariant DeiT III ViT-Ti/16.", **size("tiny")
+)
+d2_inv_early_deit_small_patch16_LS = _invariant(
+    "d2_inv_early_deit_small_patch16_LS", "Mirror-invariant DeiT III ViT-S/16.", **size("small")
+)
+d2_inv_early_deit_medium_patch16_LS = _invariant(
+    "d2_inv_early_deit_medium_patch16_LS", "Mirror-invariant DeiT III ViT-M/16.", **size("medium")
+)
+d2_inv_early_deit_base_patch16_LS = _invariant(
+    "d2_inv_early_deit_base_patch16_LS", "Mirror-invariant DeiT III ViT-B/16.", **size("base")
+)
+d2_inv_early_deit_large_patch16_LS = _invariant(
+    "d2_inv_early_deit_large_patch16_LS", "Mirror-invariant DeiT III ViT-L/16.", **size("large")
+)
+d2_inv_early_deit_huge_patch14_LS = _invariant(
+    "d2_inv_early_deit_huge_patch14_LS",
+    "Mirror-invariant DeiT III ViT-H/14.",
+    **size("huge", patch_size=14),
+)
+d2_inv_early_deit_huge_patch14_52_LS = _invariant(
+    "d2_inv_early_deit_huge_patch14_52_LS",
+    "Mirror-invariant DeiT III ViT-H/14 of 52 blocks.",
+    **size("huge", depth=52, patch_size=14),
+)

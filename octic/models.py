@@ -4,13 +4,10 @@
 Each function takes any keyword of `OcticVisionTransformer`, to override its own.
 """
 
-from typing import Any
-
-from timm.models import generate_default_cfgs, register_model
-from torch import nn
+from functools import partial
 
 from octic.vision_transformer import OcticVisionTransformer
-from vit.models import DEIT, build, default_cfg, size
+from vit.models import DEIT, build, entrypoint, size
 
 # Departs from octic-vits: layer scale starts at 1e-5 as its configs ask, where the released code
 # silently takes 1e-4; init_values=1e-4 is the released behaviour.
@@ -26,134 +23,78 @@ DINOV2 = {
 # the power spectrum; `vit.weights.load_weights` says which a file needs.
 INVARIANT = {"invariant": "power_spectrum"}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"{family}_deit_{name}": default_cfg("patch_embed.lift8.conv_A1", 1000)
-            for family in ("hybrid", "d8_inv_early")
-            for name in ("small_patch16", "base_patch16", "large_patch16", "huge_patch14")
-        },
-        **{
-            f"{family}_dinov2_vit_{name}_patch16": default_cfg("patch_embed.lift8.conv_A1", 0)
-            for family in ("hybrid", "d8_inv_early")
-            for name in ("small", "base", "large", "huge")
-        },
-    }
+_octic = partial(
+    entrypoint,
+    __name__,
+    partial(build, OcticVisionTransformer),
+    {"first_conv": "patch_embed.lift8.conv_A1"},
 )
+_hybrid_deit = partial(_octic, **DEIT)
+_hybrid_dinov2 = partial(_octic, **DINOV2)
+_invariant_deit = partial(_hybrid_deit, **INVARIANT)
+_invariant_dinov2 = partial(_hybrid_dinov2, **INVARIANT)
 
-
-def _octic(name: str, pretrained: bool, *presets: dict[str, Any]) -> nn.Module:
-    merged = {key: value for preset in presets for key, value in preset.items()}
-    return build(OcticVisionTransformer, name, pretrained, **merged)
-
-
-@register_model
-def hybrid_deit_small_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DeiT III ViT-S/16."""
-    presets = (size("small"), DEIT)
-    return _octic("hybrid_deit_small_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_deit_base_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DeiT III ViT-B/16."""
-    presets = (size("base"), DEIT)
-    return _octic("hybrid_deit_base_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_deit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DeiT III ViT-L/16: 84.5 top-1 on ImageNet as published."""
-    presets = (size("large"), DEIT)
-    return _octic("hybrid_deit_large_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_deit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DeiT III ViT-H/14: 85.0 top-1 on ImageNet as published."""
-    presets = (size("huge"), {"patch_size": 14}, DEIT)
-    return _octic("hybrid_deit_huge_patch14", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_deit_small_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DeiT III ViT-S/16."""
-    presets = (size("small"), DEIT, INVARIANT)
-    return _octic("d8_inv_early_deit_small_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_deit_base_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DeiT III ViT-B/16."""
-    presets = (size("base"), DEIT, INVARIANT)
-    return _octic("d8_inv_early_deit_base_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_deit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DeiT III ViT-L/16: 84.0 top-1 on ImageNet as published."""
-    presets = (size("large"), DEIT, INVARIANT)
-    return _octic("d8_inv_early_deit_large_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_deit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DeiT III ViT-H/14: 84.7 top-1 on ImageNet as published."""
-    presets = (size("huge"), {"patch_size": 14}, DEIT, INVARIANT)
-    return _octic("d8_inv_early_deit_huge_patch14", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_dinov2_vit_small_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DINOv2 ViT-S/16."""
-    presets = (size("small"), DINOV2)
-    return _octic("hybrid_dinov2_vit_small_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_dinov2_vit_base_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DINOv2 ViT-B/16."""
-    presets = (size("base"), DINOV2)
-    return _octic("hybrid_dinov2_vit_base_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_dinov2_vit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DINOv2 ViT-L/16: 81.3 linear, 80.8 kNN as published."""
-    presets = (size("large"), DINOV2)
-    return _octic("hybrid_dinov2_vit_large_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def hybrid_dinov2_vit_huge_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Hybrid DINOv2 ViT-H/16: 82.2 linear, 81.4 kNN as published."""
-    presets = (size("huge"), DINOV2)
-    return _octic("hybrid_dinov2_vit_huge_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_dinov2_vit_small_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DINOv2 ViT-S/16."""
-    presets = (size("small"), DINOV2, INVARIANT)
-    return _octic("d8_inv_early_dinov2_vit_small_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_dinov2_vit_base_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DINOv2 ViT-B/16."""
-    presets = (size("base"), DINOV2, INVARIANT)
-    return _octic("d8_inv_early_dinov2_vit_base_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_dinov2_vit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DINOv2 ViT-L/16: 81.2 linear, 80.4 kNN as published."""
-    presets = (size("large"), DINOV2, INVARIANT)
-    return _octic("d8_inv_early_dinov2_vit_large_patch16", pretrained, *presets, kwargs)
-
-
-@register_model
-def d8_inv_early_dinov2_vit_huge_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Invariant DINOv2 ViT-H/16: 81.9 linear, 80.9 kNN as published."""
-    presets = (size("huge"), DINOV2, INVARIANT)
-    return _octic("d8_inv_early_dinov2_vit_huge_patch16", pretrained, *presets, kwargs)
+hybrid_deit_small_patch16 = _hybrid_deit(
+    "hybrid_deit_small_patch16", "Hybrid DeiT III ViT-S/16.", **size("small")
+)
+hybrid_deit_base_patch16 = _hybrid_deit(
+    "hybrid_deit_base_patch16", "Hybrid DeiT III ViT-B/16.", **size("base")
+)
+hybrid_deit_large_patch16 = _hybrid_deit(
+    "hybrid_deit_large_patch16",
+    "Hybrid DeiT III ViT-L/16: 84.5 top-1 on ImageNet as published.",
+    **size("large"),
+)
+hybrid_deit_huge_patch14 = _hybrid_deit(
+    "hybrid_deit_huge_patch14",
+    "Hybrid DeiT III ViT-H/14: 85.0 top-1 on ImageNet as published.",
+    **size("huge", patch_size=14),
+)
+d8_inv_early_deit_small_patch16 = _invariant_deit(
+    "d8_inv_early_deit_small_patch16", "Invariant DeiT III ViT-S/16.", **size("small")
+)
+d8_inv_early_deit_base_patch16 = _invariant_deit(
+    "d8_inv_early_deit_base_patch16", "Invariant DeiT III ViT-B/16.", **size("base")
+)
+d8_inv_early_deit_large_patch16 = _invariant_deit(
+    "d8_inv_early_deit_large_patch16",
+    "Invariant DeiT III ViT-L/16: 84.0 top-1 on ImageNet as published.",
+    **size("large"),
+)
+d8_inv_early_deit_huge_patch14 = _invariant_deit(
+    "d8_inv_early_deit_huge_patch14",
+    "Invariant DeiT III ViT-H/14: 84.7 top-1 on ImageNet as published.",
+    **size("huge", patch_size=14),
+)
+hybrid_dinov2_vit_small_patch16 = _hybrid_dinov2(
+    "hybrid_dinov2_vit_small_patch16", "Hybrid DINOv2 ViT-S/16.", **size("small")
+)
+hybrid_dinov2_vit_base_patch16 = _hybrid_dinov2(
+    "hybrid_dinov2_vit_base_patch16", "Hybrid DINOv2 ViT-B/16.", **size("base")
+)
+hybrid_dinov2_vit_large_patch16 = _hybrid_dinov2(
+    "hybrid_dinov2_vit_large_patch16",
+    "Hybrid DINOv2 ViT-L/16: 81.3 linear, 80.8 kNN as published.",
+    **size("large"),
+)
+hybrid_dinov2_vit_huge_patch16 = _hybrid_dinov2(
+    "hybrid_dinov2_vit_huge_patch16",
+    "Hybrid DINOv2 ViT-H/16: 82.2 linear, 81.4 kNN as published.",
+    **size("huge"),
+)
+d8_inv_early_dinov2_vit_small_patch16 = _invariant_dinov2(
+    "d8_inv_early_dinov2_vit_small_patch16", "Invariant DINOv2 ViT-S/16.", **size("small")
+)
+d8_inv_early_dinov2_vit_base_patch16 = _invariant_dinov2(
+    "d8_inv_early_dinov2_vit_base_patch16", "Invariant DINOv2 ViT-B/16.", **size("base")
+)
+d8_inv_early_dinov2_vit_large_patch16 = _invariant_dinov2(
+    "d8_inv_early_dinov2_vit_large_patch16",
+    "Invariant DINOv2 ViT-L/16: 81.2 linear, 80.4 kNN as published.",
+    **size("large"),
+)
+d8_inv_early_dinov2_vit_huge_patch16 = _invariant_dinov2(
+    "d8_inv_early_dinov2_vit_huge_patch16",
+    "Invariant DINOv2 ViT-H/16: 81.9 linear, 80.9 kNN as published.",
+    **size("huge"),
+)

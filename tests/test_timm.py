@@ -7,6 +7,7 @@ OCTIC_TIMM_TESTS=<path> pytest -m slow tests/test_timm.py
 
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 import octic
 import vit
+from baselines import dhvt, evit, flopping, gevit
+from baselines.posthoc import vision_transformer
+from baselines.token_reduction import swag
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = [
@@ -40,6 +44,8 @@ GRID = 4
 # What a classifier reads: the invariant half of equivariant tokens.
 WIDTHS = {"d2_deit_small_patch16_LS": 32}
 family = pytest.mark.parametrize("name", FAMILIES)
+OURS = (octic.models, octic.mirror_models, octic.debug_models, vit.models)
+BASELINES = (*(net.models for net in (dhvt, evit, flopping, gevit)), vision_transformer, swag)
 
 
 def create(name: str, **options) -> nn.Module:
@@ -52,12 +58,7 @@ def images(batch: int = 2, channels: int = 3, size: tuple[int, int] = (32, 32)) 
 
 def registered() -> list[str]:
     """Names that the modules of `octic` and `vit` register."""
-    return [
-        name
-        for module in (octic.models, octic.mirror_models, octic.debug_models, vit.models)
-        for name in module.default_cfgs
-        if callable(getattr(module, name))
-    ]
+    return [name for module in OURS for name in module.default_cfgs]
 
 
 def test_published_names_are_registered():
@@ -82,7 +83,16 @@ def test_published_names_are_registered():
         names += [f"deit_{size}", f"deit_{size}_LS"]
     names.append("deit_huge_patch14_26x2_LS")
     assert set(names) == set(registered())
-    assert all(timm.is_model(name) for name in names)
+
+
+@pytest.mark.parametrize("module", [*OURS, *BASELINES], ids=lambda module: module.__name__)
+def test_a_registered_name_is_a_function_of_its_module(module):
+    """Under its own name, so that it can be imported and pickled, with one line of help."""
+    assert sorted(module.__all__) == sorted(module.default_cfgs)
+    for name in module.default_cfgs:
+        function = getattr(module, name)
+        assert timm.model_entrypoint(name) is function is pickle.loads(pickle.dumps(function))
+        assert function.__name__ == name and function.__doc__.count("\n") == 0
 
 
 @pytest.mark.parametrize("name", registered())

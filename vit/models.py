@@ -7,7 +7,9 @@ baselines of octic-vits. Each function takes any keyword of `VisionTransformer`,
 own.
 """
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -25,22 +27,31 @@ SIZES = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
-    "huge_52": (1280, 52, 16),
 }
 
 
-def size(name: str) -> dict[str, int]:
-    """Constructor keywords of a size."""
+def size(name: str, **changes: int) -> dict[str, int]:
+    """Constructor keywords of a size; `changes` replace or join them."""
     embed_dim, depth, num_heads = SIZES[name]
-    return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **changes}
 
 
-def default_cfg(first_conv: str, num_classes: int) -> dict[str, Any]:
-    """timm's description of a model: input, normalisation, first and last layer."""
+def default_cfg(
+    *,
+    first_conv: str = "patch_embed.proj",
+    img_size: int = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    **fields: Any,
+) -> dict[str, Any]:
+    """timm's description of a model: input, normalisation, first and last layer.
+
+    fields: those of timm's `PretrainedCfg` that differ from ours.
+    """
     return {
         "url": "",
         "num_classes": num_classes,
-        "input_size": (3, 224, 224),
+        "input_size": (in_chans, img_size, img_size),
         "pool_size": None,
         "crop_pct": 1.0,
         "interpolation": "bicubic",
@@ -50,6 +61,7 @@ def default_cfg(first_conv: str, num_classes: int) -> dict[str, Any]:
         "first_conv": first_conv,
         "classifier": "head",
         "license": "apache-2.0",
+        **fields,
     }
 
 
@@ -82,33 +94,38 @@ def build(
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"deit_{name}_LS": default_cfg("patch_embed.proj", 1000)
-            for name in (
-                *("tiny_patch16", "small_patch16", "medium_patch16", "base_patch16"),
-                *("large_patch16", "huge_patch14", "huge_patch14_52"),
-                *("small_patch16_36", "base_patch16_36x1", "small_patch16_18x2"),
-                *("base_patch16_18x2", "huge_patch14_26x2"),
-            )
-        },
-        **{
-            f"deit_{name}": default_cfg("patch_embed.proj", 1000)
-            for name in (
-                *("small_patch16_36", "base_patch16_36x1"),
-                *("small_patch16_18x2", "base_patch16_18x2"),
-            )
-        },
-        **{
-            f"dinov2_vit_{name}_patch16": default_cfg("patch_embed.proj", 0)
-            for name in ("small", "base", "large", "huge")
-        },
-    }
-)
+def entrypoint(
+    module: str,
+    make: Callable[..., nn.Module],
+    cfg: dict[str, Any],
+    name: str,
+    description: str,
+    /,
+    **presets: Any,
+) -> Callable[..., nn.Module]:
+    """The function that builds the model `name`, registered with timm as one of `module`.
+
+    Assign it to that name in the module, so that it can be imported and pickled.
+
+    make: builds the model, called as `make(name, pretrained, **keywords)`.
+    cfg: keywords of `default_cfg`; image size, channels and classes are those of the presets. The
+        result joins the module's `default_cfgs`, where timm looks for it.
+    description: the function's docstring, in one line.
+    presets: the model's keywords, which a call may override.
+    """
+
+    def model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return make(name, pretrained, **{**presets, **kwargs})
+
+    model.__module__, model.__name__, model.__qualname__ = module, name, name
+    model.__doc__ = description
+    known = {key: presets[key] for key in ("img_size", "in_chans", "num_classes") if key in presets}
+    default_cfgs = vars(sys.modules[module]).setdefault("default_cfgs", {})
+    default_cfgs.update(generate_default_cfgs({name: default_cfg(**cfg, **known)}))
+    return register_model(model)
+
 
 DEIT = {"qkv_bias": True, "init_values": 1e-4}
-NO_LAYER_SCALE = {"init_values": None}
 DINOV2 = {
     "qkv_bias": True,
     "init_values": 1e-5,
@@ -120,145 +137,81 @@ DINOV2 = {
     "num_classes": 0,
 }
 
+_deit = partial(entrypoint, __name__, partial(build, VisionTransformer), {}, **DEIT)
+_parallel = partial(entrypoint, __name__, partial(build, ParallelVisionTransformer), {}, **DEIT)
+_dinov2 = partial(entrypoint, __name__, partial(build, VisionTransformer), {}, **DINOV2)
 
-def _deit(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(VisionTransformer, name, pretrained, **{**DEIT, **kwargs})
-
-
-def _parallel(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(ParallelVisionTransformer, name, pretrained, **{**DEIT, **kwargs})
-
-
-def _dinov2(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(VisionTransformer, name, pretrained, **{**DINOV2, **kwargs})
-
-
-@register_model
-def deit_tiny_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-Ti/16."""
-    return _deit("deit_tiny_patch16_LS", pretrained, **{**size("tiny"), **kwargs})
-
-
-@register_model
-def deit_small_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-S/16."""
-    return _deit("deit_small_patch16_LS", pretrained, **{**size("small"), **kwargs})
-
-
-@register_model
-def deit_medium_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-M/16."""
-    return _deit("deit_medium_patch16_LS", pretrained, **{**size("medium"), **kwargs})
-
-
-@register_model
-def deit_base_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-B/16."""
-    return _deit("deit_base_patch16_LS", pretrained, **{**size("base"), **kwargs})
-
-
-@register_model
-def deit_large_patch16_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-L/16."""
-    return _deit("deit_large_patch16_LS", pretrained, **{**size("large"), **kwargs})
-
-
-@register_model
-def deit_huge_patch14_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-H/14."""
-    kwargs = {**size("huge"), "patch_size": 14, **kwargs}
-    return _deit("deit_huge_patch14_LS", pretrained, **kwargs)
-
-
-@register_model
-def deit_huge_patch14_52_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III ViT-H/14 of 52 blocks."""
-    kwargs = {**size("huge_52"), "patch_size": 14, **kwargs}
-    return _deit("deit_huge_patch14_52_LS", pretrained, **kwargs)
-
-
-@register_model
-def deit_small_patch16_36_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/16 of 36 blocks."""
-    kwargs = {**size("small"), "depth": 36, **kwargs}
-    return _deit("deit_small_patch16_36_LS", pretrained, **kwargs)
-
-
-@register_model
-def deit_small_patch16_36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/16 of 36 blocks, without layer scale."""
-    kwargs = {**size("small"), "depth": 36, **NO_LAYER_SCALE, **kwargs}
-    return _deit("deit_small_patch16_36", pretrained, **kwargs)
-
-
-@register_model
-def deit_base_patch16_36x1_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16 of 36 blocks."""
-    kwargs = {**size("base"), "depth": 36, **kwargs}
-    return _deit("deit_base_patch16_36x1_LS", pretrained, **kwargs)
-
-
-@register_model
-def deit_base_patch16_36x1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16 of 36 blocks, without layer scale."""
-    kwargs = {**size("base"), "depth": 36, **NO_LAYER_SCALE, **kwargs}
-    return _deit("deit_base_patch16_36x1", pretrained, **kwargs)
-
-
-@register_model
-def deit_small_patch16_18x2_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/16 of 18 blocks with parallel branches."""
-    kwargs = {**size("small"), "depth": 18, **kwargs}
-    return _parallel("deit_small_patch16_18x2_LS", pretrained, **kwargs)
-
-
-@register_model
-def deit_small_patch16_18x2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/16 of 18 blocks with parallel branches, without layer scale."""
-    kwargs = {**size("small"), "depth": 18, **NO_LAYER_SCALE, **kwargs}
-    return _parallel("deit_small_patch16_18x2", pretrained, **kwargs)
-
-
-@register_model
-def deit_base_patch16_18x2_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16 of 18 blocks with parallel branches."""
-    kwargs = {**size("base"), "depth": 18, **kwargs}
-    return _parallel("deit_base_patch16_18x2_LS", pretrained, **kwargs)
-
-
-@register_model
-def deit_base_patch16_18x2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16 of 18 blocks with parallel branches, without layer scale."""
-    kwargs = {**size("base"), "depth": 18, **NO_LAYER_SCALE, **kwargs}
-    return _parallel("deit_base_patch16_18x2", pretrained, **kwargs)
-
-
-@register_model
-def deit_huge_patch14_26x2_LS(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-H/14 of 26 blocks with parallel branches."""
-    kwargs = {**size("huge"), "patch_size": 14, "depth": 26, **kwargs}
-    return _parallel("deit_huge_patch14_26x2_LS", pretrained, **kwargs)
-
-
-@register_model
-def dinov2_vit_small_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain DINOv2 ViT-S/16."""
-    return _dinov2("dinov2_vit_small_patch16", pretrained, **{**size("small"), **kwargs})
-
-
-@register_model
-def dinov2_vit_base_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain DINOv2 ViT-B/16."""
-    return _dinov2("dinov2_vit_base_patch16", pretrained, **{**size("base"), **kwargs})
-
-
-@register_model
-def dinov2_vit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain DINOv2 ViT-L/16 (`vit_large`): 80.9 linear, 80.5 kNN on ImageNet as published."""
-    return _dinov2("dinov2_vit_large_patch16", pretrained, **{**size("large"), **kwargs})
-
-
-@register_model
-def dinov2_vit_huge_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain DINOv2 ViT-H/16 (`vit_huge`): 81.7 linear, 81.0 kNN on ImageNet as published."""
-    return _dinov2("dinov2_vit_huge_patch16", pretrained, **{**size("huge"), **kwargs})
+deit_tiny_patch16_LS = _deit("deit_tiny_patch16_LS", "DeiT III ViT-Ti/16.", **size("tiny"))
+deit_small_patch16_LS = _deit("deit_small_patch16_LS", "DeiT III ViT-S/16.", **size("small"))
+deit_medium_patch16_LS = _deit("deit_medium_patch16_LS", "DeiT III ViT-M/16.", **size("medium"))
+deit_base_patch16_LS = _deit("deit_base_patch16_LS", "DeiT III ViT-B/16.", **size("base"))
+deit_large_patch16_LS = _deit("deit_large_patch16_LS", "DeiT III ViT-L/16.", **size("large"))
+deit_huge_patch14_LS = _deit(
+    "deit_huge_patch14_LS", "DeiT III ViT-H/14.", **size("huge", patch_size=14)
+)
+deit_huge_patch14_52_LS = _deit(
+    "deit_huge_patch14_52_LS",
+    "DeiT III ViT-H/14 of 52 blocks.",
+    **size("huge", depth=52, patch_size=14),
+)
+deit_small_patch16_36_LS = _deit(
+    "deit_small_patch16_36_LS", "ViT-S/16 of 36 blocks.", **size("small", depth=36)
+)
+deit_small_patch16_36 = _deit(
+    "deit_small_patch16_36",
+    "ViT-S/16 of 36 blocks, without layer scale.",
+    **size("small", depth=36),
+    init_values=None,
+)
+deit_base_patch16_36x1_LS = _deit(
+    "deit_base_patch16_36x1_LS", "ViT-B/16 of 36 blocks.", **size("base", depth=36)
+)
+deit_base_patch16_36x1 = _deit(
+    "deit_base_patch16_36x1",
+    "ViT-B/16 of 36 blocks, without layer scale.",
+    **size("base", depth=36),
+    init_values=None,
+)
+deit_small_patch16_18x2_LS = _parallel(
+    "deit_small_patch16_18x2_LS",
+    "ViT-S/16 of 18 blocks with parallel branches.",
+    **size("small", depth=18),
+)
+deit_small_patch16_18x2 = _parallel(
+    "deit_small_patch16_18x2",
+    "ViT-S/16 of 18 blocks with parallel branches, without layer scale.",
+    **size("small", depth=18),
+    init_values=None,
+)
+deit_base_patch16_18x2_LS = _parallel(
+    "deit_base_patch16_18x2_LS",
+    "ViT-B/16 of 18 blocks with parallel branches.",
+    **size("base", depth=18),
+)
+deit_base_patch16_18x2 = _parallel(
+    "deit_base_patch16_18x2",
+    "ViT-B/16 of 18 blocks with parallel branches, without layer scale.",
+    **size("base", depth=18),
+    init_values=None,
+)
+deit_huge_patch14_26x2_LS = _parallel(
+    "deit_huge_patch14_26x2_LS",
+    "ViT-H/14 of 26 blocks with parallel branches.",
+    **size("huge", depth=26, patch_size=14),
+)
+dinov2_vit_small_patch16 = _dinov2(
+    "dinov2_vit_small_patch16", "Plain DINOv2 ViT-S/16.", **size("small")
+)
+dinov2_vit_base_patch16 = _dinov2(
+    "dinov2_vit_base_patch16", "Plain DINOv2 ViT-B/16.", **size("base")
+)
+dinov2_vit_large_patch16 = _dinov2(
+    "dinov2_vit_large_patch16",
+    "Plain DINOv2 ViT-L/16 (`vit_large`): 80.9 linear, 80.5 kNN on ImageNet as published.",
+    **size("large"),
+)
+dinov2_vit_huge_patch16 = _dinov2(
+    "dinov2_vit_huge_patch16",
+    "Plain DINOv2 ViT-H/16 (`vit_huge`): 81.7 linear, 81.0 kNN on ImageNet as published.",
+    **size("huge"),
+)

@@ -38,12 +38,11 @@ OF_DHVT_ALONE = ("decay", "sync_batch_norm", "representation_size", "distilled")
 
 
 def _cfg(settings: dict[str, Any]) -> dict[str, Any]:
-    pixels = settings["img_size"]
-    return {
-        **default_cfg("patch_embed.proj.0.0", settings["num_classes"]),
-        "input_size": (3, pixels, pixels),
-        "crop_pct": 1.0 if pixels <= 32 else 0.875,
-    }
+    pixels, classes = settings["img_size"], settings["num_classes"]
+    crop_pct = 1.0 if pixels <= 32 else 0.875
+    return default_cfg(
+        first_conv="patch_embed.proj.0.0", img_size=pixels, num_classes=classes, crop_pct=crop_pct
+    )
 
 
 default_cfgs = generate_default_cfgs({name: _cfg(entry) for name, entry in MODELS.items()})

@@ -8,15 +8,16 @@ because `convnext_tiny` and so on are timm's; the published code overwrites them
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from baselines.flopping.convnext import MirrorConvNeXt
 from baselines.flopping.plain import PlainConvNeXt, PlainResMlp
 from baselines.flopping.resmlp import MirrorResMlp
-from vit.models import default_cfg, filter_state
+from vit.models import entrypoint, filter_state
 
 # size -> constructor keywords
 RESMLP: dict[str, dict[str, Any]] = {
@@ -39,205 +40,139 @@ HIERARCHICAL: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(first_conv: str, crop_pct: float) -> dict[str, Any]:
-    return {**default_cfg(first_conv, 1000), "crop_pct": crop_pct}
-
-
-def _resmlp_cfg(first_conv: str) -> dict[str, Any]:
-    return {**_cfg(first_conv, 1.0), "fixed_input_size": True}
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"resmlp_equi_d2_{name}": _resmlp_cfg("stem.conv_A1") for name in RESMLP if name != "36"
-        },
-        **{f"resmlp_{name}": _resmlp_cfg("stem.proj") for name in ("12", "24", "36")},
-        **{f"resmlp{name}": _resmlp_cfg("stem.proj") for name in ("B_24", "L_24")},
-        **{f"d2_convnext_isotropic_{name}": _cfg("stem.conv_A1", 0.875) for name in ISOTROPIC},
-        **{f"convnext_isotropic_{name}": _cfg("stem", 0.875) for name in ISOTROPIC},
-        **{f"d2_convnext_{name}": _cfg("stem.conv_A1", 0.875) for name in HIERARCHICAL},
-        **{f"flopping_convnext_{name}": _cfg("stem", 0.875) for name in HIERARCHICAL},
-    }
-)
-
-
 def _make(
-    model_class: Callable[..., nn.Module],
-    name: str,
-    pretrained: bool,
-    size: dict[str, Any],
-    kwargs: dict[str, Any],
+    model_class: Callable[..., nn.Module], name: str, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
-    sizes = {**size, **kwargs}
-    stages = len(sizes.get("depths", (1,)))
+    stages = len(kwargs.get("depths", (1,)))
     return build_model_with_cfg(
         model_class,
         name,
         pretrained,
         pretrained_filter_fn=filter_state,
         feature_cfg={"out_indices": stages if stages > 1 else 3, "feature_cls": "getter"},
-        **sizes,
+        **kwargs,
     )
 
 
-@register_model
-def resmlp_equi_d2_12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ResMLP-S12: 72.0 top-1 on ImageNet, read off the paper's plot."""
-    return _make(MirrorResMlp, "resmlp_equi_d2_12", pretrained, RESMLP["12"], kwargs)
+def _family(
+    model_class: Callable[..., nn.Module], **cfg: Any
+) -> Callable[..., Callable[..., nn.Module]]:
+    return partial(entrypoint, __name__, partial(_make, model_class), cfg)
 
 
-@register_model
-def resmlp_equi_d2_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ResMLP-S24: 74.9 top-1 on ImageNet, read off the paper's plot."""
-    return _make(MirrorResMlp, "resmlp_equi_d2_24", pretrained, RESMLP["24"], kwargs)
+_mirror_resmlp = _family(MirrorResMlp, first_conv="stem.conv_A1", fixed_input_size=True)
+_resmlp = _family(PlainResMlp, first_conv="stem.proj", fixed_input_size=True)
+_mirror_convnext = _family(MirrorConvNeXt, first_conv="stem.conv_A1", crop_pct=0.875)
+_convnext = _family(PlainConvNeXt, first_conv="stem", crop_pct=0.875)
 
-
-@register_model
-def resmlp_equi_d2_B_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ResMLP-B24: 80.8 top-1 on ImageNet, read off the paper's plot."""
-    return _make(MirrorResMlp, "resmlp_equi_d2_B_24", pretrained, RESMLP["B_24"], kwargs)
-
-
-@register_model
-def resmlp_equi_d2_L_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ResMLP-L24: 81.5 top-1 on ImageNet, read off the paper's plot."""
-    return _make(MirrorResMlp, "resmlp_equi_d2_L_24", pretrained, RESMLP["L_24"], kwargs)
-
-
-@register_model
-def resmlp_12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ResMLP-S12: 76.6 top-1 on ImageNet, read off the paper's plot."""
-    return _make(PlainResMlp, "resmlp_12", pretrained, RESMLP["12"], kwargs)
-
-
-@register_model
-def resmlp_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ResMLP-S24: 79.4 top-1 on ImageNet, read off the paper's plot."""
-    return _make(PlainResMlp, "resmlp_24", pretrained, RESMLP["24"], kwargs)
-
-
-@register_model
-def resmlp_36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ResMLP-S36."""
-    return _make(PlainResMlp, "resmlp_36", pretrained, RESMLP["36"], kwargs)
-
-
-@register_model
-def resmlpB_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ResMLP-B24: 81.0 top-1 on ImageNet, read off the paper's plot."""
-    return _make(PlainResMlp, "resmlpB_24", pretrained, RESMLP["B_24"], kwargs)
-
-
-@register_model
-def resmlpL_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ResMLP-L24: 80.4 top-1 on ImageNet, read off the paper's plot."""
-    return _make(PlainResMlp, "resmlpL_24", pretrained, RESMLP["L_24"], kwargs)
-
-
-@register_model
-def d2_convnext_isotropic_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant isotropic ConvNeXt-S: 76.8 top-1, read off the paper's plot."""
-    return _make(
-        MirrorConvNeXt, "d2_convnext_isotropic_small", pretrained, ISOTROPIC["small"], kwargs
-    )
-
-
-@register_model
-def d2_convnext_isotropic_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant isotropic ConvNeXt-B: 81.3 top-1, read off the paper's plot."""
-    return _make(
-        MirrorConvNeXt, "d2_convnext_isotropic_base", pretrained, ISOTROPIC["base"], kwargs
-    )
-
-
-@register_model
-def d2_convnext_isotropic_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant isotropic ConvNeXt-L: 82.6 top-1, read off the paper's plot."""
-    return _make(
-        MirrorConvNeXt, "d2_convnext_isotropic_large", pretrained, ISOTROPIC["large"], kwargs
-    )
-
-
-@register_model
-def convnext_isotropic_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain isotropic ConvNeXt-S: 79.7 top-1, read off the paper's plot."""
-    return _make(PlainConvNeXt, "convnext_isotropic_small", pretrained, ISOTROPIC["small"], kwargs)
-
-
-@register_model
-def convnext_isotropic_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain isotropic ConvNeXt-B: 82.0 top-1, read off the paper's plot."""
-    return _make(PlainConvNeXt, "convnext_isotropic_base", pretrained, ISOTROPIC["base"], kwargs)
-
-
-@register_model
-def convnext_isotropic_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain isotropic ConvNeXt-L: 82.6 top-1, read off the paper's plot."""
-    return _make(PlainConvNeXt, "convnext_isotropic_large", pretrained, ISOTROPIC["large"], kwargs)
-
-
-@register_model
-def d2_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ConvNeXt-T."""
-    return _make(MirrorConvNeXt, "d2_convnext_tiny", pretrained, HIERARCHICAL["tiny"], kwargs)
-
-
-@register_model
-def d2_convnext_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ConvNeXt-S."""
-    return _make(MirrorConvNeXt, "d2_convnext_small", pretrained, HIERARCHICAL["small"], kwargs)
-
-
-@register_model
-def d2_convnext_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ConvNeXt-B."""
-    return _make(MirrorConvNeXt, "d2_convnext_base", pretrained, HIERARCHICAL["base"], kwargs)
-
-
-@register_model
-def d2_convnext_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ConvNeXt-L."""
-    return _make(MirrorConvNeXt, "d2_convnext_large", pretrained, HIERARCHICAL["large"], kwargs)
-
-
-@register_model
-def d2_convnext_xlarge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirror-equivariant ConvNeXt-XL."""
-    return _make(MirrorConvNeXt, "d2_convnext_xlarge", pretrained, HIERARCHICAL["xlarge"], kwargs)
-
-
-@register_model
-def flopping_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ConvNeXt-T (`convnext_tiny` in the published code)."""
-    return _make(PlainConvNeXt, "flopping_convnext_tiny", pretrained, HIERARCHICAL["tiny"], kwargs)
-
-
-@register_model
-def flopping_convnext_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ConvNeXt-S (`convnext_small` in the published code)."""
-    return _make(
-        PlainConvNeXt, "flopping_convnext_small", pretrained, HIERARCHICAL["small"], kwargs
-    )
-
-
-@register_model
-def flopping_convnext_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ConvNeXt-B (`convnext_base` in the published code)."""
-    return _make(PlainConvNeXt, "flopping_convnext_base", pretrained, HIERARCHICAL["base"], kwargs)
-
-
-@register_model
-def flopping_convnext_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ConvNeXt-L (`convnext_large` in the published code)."""
-    return _make(
-        PlainConvNeXt, "flopping_convnext_large", pretrained, HIERARCHICAL["large"], kwargs
-    )
-
-
-@register_model
-def flopping_convnext_xlarge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ConvNeXt-XL (`convnext_xlarge` in the published code)."""
-    return _make(
-        PlainConvNeXt, "flopping_convnext_xlarge", pretrained, HIERARCHICAL["xlarge"], kwargs
-    )
+resmlp_equi_d2_12 = _mirror_resmlp(
+    "resmlp_equi_d2_12",
+    "Mirror-equivariant ResMLP-S12: 72.0 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["12"],
+)
+resmlp_equi_d2_24 = _mirror_resmlp(
+    "resmlp_equi_d2_24",
+    "Mirror-equivariant ResMLP-S24: 74.9 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["24"],
+)
+resmlp_equi_d2_B_24 = _mirror_resmlp(
+    "resmlp_equi_d2_B_24",
+    "Mirror-equivariant ResMLP-B24: 80.8 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["B_24"],
+)
+resmlp_equi_d2_L_24 = _mirror_resmlp(
+    "resmlp_equi_d2_L_24",
+    "Mirror-equivariant ResMLP-L24: 81.5 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["L_24"],
+)
+resmlp_12 = _resmlp(
+    "resmlp_12",
+    "Plain ResMLP-S12: 76.6 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["12"],
+)
+resmlp_24 = _resmlp(
+    "resmlp_24",
+    "Plain ResMLP-S24: 79.4 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["24"],
+)
+resmlp_36 = _resmlp("resmlp_36", "Plain ResMLP-S36.", **RESMLP["36"])
+resmlpB_24 = _resmlp(
+    "resmlpB_24",
+    "Plain ResMLP-B24: 81.0 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["B_24"],
+)
+resmlpL_24 = _resmlp(
+    "resmlpL_24",
+    "Plain ResMLP-L24: 80.4 top-1 on ImageNet, read off the paper's plot.",
+    **RESMLP["L_24"],
+)
+d2_convnext_isotropic_small = _mirror_convnext(
+    "d2_convnext_isotropic_small",
+    "Mirror-equivariant isotropic ConvNeXt-S: 76.8 top-1, read off the paper's plot.",
+    **ISOTROPIC["small"],
+)
+d2_convnext_isotropic_base = _mirror_convnext(
+    "d2_convnext_isotropic_base",
+    "Mirror-equivariant isotropic ConvNeXt-B: 81.3 top-1, read off the paper's plot.",
+    **ISOTROPIC["base"],
+)
+d2_convnext_isotropic_large = _mirror_convnext(
+    "d2_convnext_isotropic_large",
+    "Mirror-equivariant isotropic ConvNeXt-L: 82.6 top-1, read off the paper's plot.",
+    **ISOTROPIC["large"],
+)
+convnext_isotropic_small = _convnext(
+    "convnext_isotropic_small",
+    "Plain isotropic ConvNeXt-S: 79.7 top-1, read off the paper's plot.",
+    **ISOTROPIC["small"],
+)
+convnext_isotropic_base = _convnext(
+    "convnext_isotropic_base",
+    "Plain isotropic ConvNeXt-B: 82.0 top-1, read off the paper's plot.",
+    **ISOTROPIC["base"],
+)
+convnext_isotropic_large = _convnext(
+    "convnext_isotropic_large",
+    "Plain isotropic ConvNeXt-L: 82.6 top-1, read off the paper's plot.",
+    **ISOTROPIC["large"],
+)
+d2_convnext_tiny = _mirror_convnext(
+    "d2_convnext_tiny", "Mirror-equivariant ConvNeXt-T.", **HIERARCHICAL["tiny"]
+)
+d2_convnext_small = _mirror_convnext(
+    "d2_convnext_small", "Mirror-equivariant ConvNeXt-S.", **HIERARCHICAL["small"]
+)
+d2_convnext_base = _mirror_convnext(
+    "d2_convnext_base", "Mirror-equivariant ConvNeXt-B.", **HIERARCHICAL["base"]
+)
+d2_convnext_large = _mirror_convnext(
+    "d2_convnext_large", "Mirror-equivariant ConvNeXt-L.", **HIERARCHICAL["large"]
+)
+d2_convnext_xlarge = _mirror_convnext(
+    "d2_convnext_xlarge", "Mirror-equivariant ConvNeXt-XL.", **HIERARCHICAL["xlarge"]
+)
+flopping_convnext_tiny = _convnext(
+    "flopping_convnext_tiny",
+    "Plain ConvNeXt-T (`convnext_tiny` in the published code).",
+    **HIERARCHICAL["tiny"],
+)
+flopping_convnext_small = _convnext(
+    "flopping_convnext_small",
+    "Plain ConvNeXt-S (`convnext_small` in the published code).",
+    **HIERARCHICAL["small"],
+)
+flopping_convnext_base = _convnext(
+    "flopping_convnext_base",
+    "Plain ConvNeXt-B (`convnext_base` in the published code).",
+    **HIERARCHICAL["base"],
+)
+flopping_convnext_large = _convnext(
+    "flopping_convnext_large",
+    "Plain ConvNeXt-L (`convnext_large` in the published code).",
+    **HIERARCHICAL["large"],
+)
+flopping_convnext_xlarge = _convnext(
+    "flopping_convnext_xlarge",
+    "Plain ConvNeXt-XL (`convnext_xlarge` in the published code).",
+    **HIERARCHICAL["xlarge"],
+)

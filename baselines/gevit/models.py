@@ -9,48 +9,21 @@ pixel, so that it is equivariant (Departs from GE-ViT; same parameters). `gevit_
 is the original.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from baselines.gevit.network import GEViT
 from baselines.gevit.weights import published_state
-from vit.models import default_cfg
+from vit.models import entrypoint
 
 MNIST = {"mean": (0.1307,), "std": (0.3081,)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 PCAM = {"mean": (0.701, 0.538, 0.692), "std": (0.235, 0.277, 0.213)}
 DIGITS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-ROTMNIST_GROUPS = ("z2", "p4", "p8", "p12", "p16", "mz2", "p4m", "p8m")
-PATCHES = (2, 3, 6, 12, 16)
-
-
-def _cfg(
-    size: int, channels: int, num_classes: int, first_conv: str, colours: dict[str, Any]
-) -> dict[str, Any]:
-    shape = (channels, size, size)
-    return {**default_cfg(first_conv, num_classes), "input_size": shape, **colours}
-
-
-LIFTING = "lifting_self_attention.query"
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"gevit_rotmnist_{group}": _cfg(28, 1, 10, LIFTING, MNIST) for group in ROTMNIST_GROUPS},
-        **{f"gevit_cifar10_{g}": _cfg(32, 3, 10, LIFTING, CIFAR10) for g in ("z2", "mz2")},
-        **{
-            f"gevit_pcam_{name}": _cfg(96, 3, 2, LIFTING, PCAM)
-            for name in ("p4", "p8", "p4m", "p4_published", "p8_published")
-        },
-        **{
-            f"modern_gevit_pcam_patch{patch}": _cfg(96, 3, 2, "stem.project", PCAM)
-            for patch in PATCHES
-        },
-        "gevit_pcam_gcnn_p4m": _cfg(96, 3, 2, "stem.lift", PCAM),
-        "gevit_digits_p4m": _cfg(32, 3, 10, "stem.lift", DIGITS),
-    }
-)
 
 ROTMNIST = {
     "img_size": 28,
@@ -101,7 +74,8 @@ BEHIND_A_STEM = {
     "crop": (1, 0, 0, 0, 0),
     "norm_between": True,
 }
-MODERN = {**BEHIND_A_STEM, "group": "p4", "window": 3}
+MODERN = {**BEHIND_A_STEM, "group": "p4", "window": 3, "stem": "patch"}
+EXACT = {**BEHIND_A_STEM, "group": "p4m", "window": 5, "pool_last": True, "stem": "gcnn"}
 SMALL = {
     "group": "p4m",
     "img_size": 32,
@@ -124,162 +98,111 @@ def filter_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return published_state(state, model)
 
 
-def _build(name: str, pretrained: bool, settings: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(
         GEViT,
         name,
         pretrained,
         pretrained_filter_fn=filter_state,
         feature_cfg={"out_indices": 2, "feature_cls": "getter"},
-        **{**settings, **kwargs},
+        **kwargs,
     )
 
 
-def _rotmnist(group: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    settings = {**ROTMNIST, "group": group}
-    return _build(f"gevit_rotmnist_{group}", pretrained, settings, kwargs)
+def _family(
+    first_conv: str, colours: dict[str, Any], presets: dict[str, Any]
+) -> Callable[..., Callable[..., nn.Module]]:
+    return partial(entrypoint, __name__, _make, {"first_conv": first_conv, **colours}, **presets)
 
 
-def _pcam(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    group, _, published = name.partition("_")
-    settings = {**(PCAM_PUBLISHED if published else PCAM_NET), "group": group}
-    return _build(f"gevit_pcam_{name}", pretrained, settings, kwargs)
+def _patches(size: int) -> dict[str, Any]:
+    return {"patch_size": size, "width": 128, "mirrors": True}
 
 
-def _modern(patch: int, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    stem = {"patch_size": patch, "width": 128, "mirrors": True}
-    settings = {**MODERN, "stem": "patch", "stem_options": stem}
-    return _build(f"modern_gevit_pcam_patch{patch}", pretrained, settings, kwargs)
+LIFTING = "lifting_self_attention.query"
+_rotmnist = _family(LIFTING, MNIST, ROTMNIST)
+_cifar10 = _family(LIFTING, CIFAR10, CIFAR)
+_pcam = _family(LIFTING, PCAM, PCAM_NET)
+_pcam_published = _family(LIFTING, PCAM, PCAM_PUBLISHED)
+_modern = _family("stem.project", PCAM, MODERN)
+_exact = _family("stem.lift", PCAM, EXACT)
+_digits = _family("stem.lift", DIGITS, SMALL)
 
-
-@register_model
-def gevit_rotmnist_z2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Without symmetry, for comparison."""
-    return _rotmnist("z2", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_p4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Four rotations: 97.58 % on rotMNIST as published, the best epoch chosen on the test set."""
-    return _rotmnist("p4", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_p8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Eight rotations, of which the pixel grid has four."""
-    return _rotmnist("p8", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_p12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Twelve rotations: 98.01 % on rotMNIST as published, the best of all."""
-    return _rotmnist("p12", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_p16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Sixteen rotations."""
-    return _rotmnist("p16", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_mz2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirroring alone."""
-    return _rotmnist("mz2", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_p4m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The eight symmetries of the square, exact by our group table."""
-    return _rotmnist("p4m", pretrained, kwargs)
-
-
-@register_model
-def gevit_rotmnist_p8m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Eight rotations, each mirrored too."""
-    return _rotmnist("p8m", pretrained, kwargs)
-
-
-@register_model
-def gevit_cifar10_z2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Without symmetry, for comparison."""
-    return _build("gevit_cifar10_z2", pretrained, {**CIFAR, "group": "z2"}, kwargs)
-
-
-@register_model
-def gevit_cifar10_mz2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Mirroring: 70.48 % on CIFAR-10 in the published logs, best epoch on the test set."""
-    return _build("gevit_cifar10_mz2", pretrained, {**CIFAR, "group": "mz2"}, kwargs)
-
-
-@register_model
-def gevit_pcam_p4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Four rotations, with even pools."""
-    return _pcam("p4", pretrained, kwargs)
-
-
-@register_model
-def gevit_pcam_p8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Eight rotations, with even pools."""
-    return _pcam("p8", pretrained, kwargs)
-
-
-@register_model
-def gevit_pcam_p4m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The eight symmetries of the square, with even pools."""
-    return _pcam("p4m", pretrained, kwargs)
-
-
-@register_model
-def gevit_pcam_p4_published(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Not equivariant, for old checkpoints: its last pool drops a row and a column."""
-    return _pcam("p4_published", pretrained, kwargs)
-
-
-@register_model
-def gevit_pcam_p8_published(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Not equivariant, for old checkpoints: 83.82 % on PCam as published, the best of all."""
-    return _pcam("p8_published", pretrained, kwargs)
-
-
-@register_model
-def modern_gevit_pcam_patch2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Patches of 2 pixels first; 77.5 % with 1 % of PCam as published (validation)."""
-    return _modern(2, pretrained, kwargs)
-
-
-@register_model
-def modern_gevit_pcam_patch3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Patches of 3 pixels first; 78.5 % with 1 % of PCam as published (validation)."""
-    return _modern(3, pretrained, kwargs)
-
-
-@register_model
-def modern_gevit_pcam_patch6(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Patches of 6 pixels first; 78.8 % with 1 % of PCam as published (validation)."""
-    return _modern(6, pretrained, kwargs)
-
-
-@register_model
-def modern_gevit_pcam_patch12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Patches of 12 pixels first; 75.5 % with 1 % of PCam as published (validation)."""
-    return _modern(12, pretrained, kwargs)
-
-
-@register_model
-def modern_gevit_pcam_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Patches of 16 pixels first; 73.9 % with 1 % of PCam as published (validation)."""
-    return _modern(16, pretrained, kwargs)
-
-
-@register_model
-def gevit_pcam_gcnn_p4m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """An exact G-CNN first: the published hybrid, but truly invariant to the eight symmetries."""
-    settings = {**BEHIND_A_STEM, "group": "p4m", "window": 5, "pool_last": True, "stem": "gcnn"}
-    return _build("gevit_pcam_gcnn_p4m", pretrained, settings, kwargs)
-
-
-@register_model
-def gevit_digits_p4m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Small enough for the embedded digits on a CPU core: one group convolution, two blocks."""
-    return _build("gevit_digits_p4m", pretrained, SMALL, kwargs)
+gevit_rotmnist_z2 = _rotmnist("gevit_rotmnist_z2", "Without symmetry, for comparison.", group="z2")
+gevit_rotmnist_p4 = _rotmnist(
+    "gevit_rotmnist_p4",
+    "Four rotations: 97.58 % on rotMNIST as published, the best epoch chosen on the test set.",
+    group="p4",
+)
+gevit_rotmnist_p8 = _rotmnist(
+    "gevit_rotmnist_p8", "Eight rotations, of which the pixel grid has four.", group="p8"
+)
+gevit_rotmnist_p12 = _rotmnist(
+    "gevit_rotmnist_p12",
+    "Twelve rotations: 98.01 % on rotMNIST as published, the best of all.",
+    group="p12",
+)
+gevit_rotmnist_p16 = _rotmnist("gevit_rotmnist_p16", "Sixteen rotations.", group="p16")
+gevit_rotmnist_mz2 = _rotmnist("gevit_rotmnist_mz2", "Mirroring alone.", group="mz2")
+gevit_rotmnist_p4m = _rotmnist(
+    "gevit_rotmnist_p4m",
+    "The eight symmetries of the square, exact by our group table.",
+    group="p4m",
+)
+gevit_rotmnist_p8m = _rotmnist(
+    "gevit_rotmnist_p8m", "Eight rotations, each mirrored too.", group="p8m"
+)
+gevit_cifar10_z2 = _cifar10("gevit_cifar10_z2", "Without symmetry, for comparison.", group="z2")
+gevit_cifar10_mz2 = _cifar10(
+    "gevit_cifar10_mz2",
+    "Mirroring: 70.48 % on CIFAR-10 in the published logs, best epoch on the test set.",
+    group="mz2",
+)
+gevit_pcam_p4 = _pcam("gevit_pcam_p4", "Four rotations, with even pools.", group="p4")
+gevit_pcam_p8 = _pcam("gevit_pcam_p8", "Eight rotations, with even pools.", group="p8")
+gevit_pcam_p4m = _pcam(
+    "gevit_pcam_p4m", "The eight symmetries of the square, with even pools.", group="p4m"
+)
+gevit_pcam_p4_published = _pcam_published(
+    "gevit_pcam_p4_published",
+    "Not equivariant, for old checkpoints: its last pool drops a row and a column.",
+    group="p4",
+)
+gevit_pcam_p8_published = _pcam_published(
+    "gevit_pcam_p8_published",
+    "Not equivariant, for old checkpoints: 83.82 % on PCam as published, the best of all.",
+    group="p8",
+)
+modern_gevit_pcam_patch2 = _modern(
+    "modern_gevit_pcam_patch2",
+    "Patches of 2 pixels first; 77.5 % with 1 % of PCam as published (validation).",
+    stem_options=_patches(2),
+)
+modern_gevit_pcam_patch3 = _modern(
+    "modern_gevit_pcam_patch3",
+    "Patches of 3 pixels first; 78.5 % with 1 % of PCam as published (validation).",
+    stem_options=_patches(3),
+)
+modern_gevit_pcam_patch6 = _modern(
+    "modern_gevit_pcam_patch6",
+    "Patches of 6 pixels first; 78.8 % with 1 % of PCam as published (validation).",
+    stem_options=_patches(6),
+)
+modern_gevit_pcam_patch12 = _modern(
+    "modern_gevit_pcam_patch12",
+    "Patches of 12 pixels first; 75.5 % with 1 % of PCam as published (validation).",
+    stem_options=_patches(12),
+)
+modern_gevit_pcam_patch16 = _modern(
+    "modern_gevit_pcam_patch16",
+    "Patches of 16 pixels first; 73.9 % with 1 % of PCam as published (validation).",
+    stem_options=_patches(16),
+)
+gevit_pcam_gcnn_p4m = _exact(
+    "gevit_pcam_gcnn_p4m",
+    "An exact G-CNN first: the published hybrid, but truly invariant to the eight symmetries.",
+)
+gevit_digits_p4m = _digits(
+    "gevit_digits_p4m",
+    "Small enough for the embedded digits on a CPU core: one group convolution, two blocks.",
+)

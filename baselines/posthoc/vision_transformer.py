@@ -6,15 +6,14 @@ Letters in shapes: B images, C channels, N patches in a grid of h x w, T tokens,
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from utils.ranges import check_count
 from vit.backbone import Features
-from vit.models import build, default_cfg
+from vit.models import build, entrypoint
 from vit.trunk import take_indices
 
 
@@ -159,29 +158,26 @@ class AttentionBlock(nn.Module):
         return x + self.linear(self.layer_norm_2(x))
 
 
-def _cfg(channels: int, size: int, num_classes: int) -> dict[str, Any]:
-    return {
-        **default_cfg("input_layer", num_classes),
-        "input_size": (channels, size, size),
-        "classifier": "mlp_head.1",
-        "fixed_input_size": True,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {"posthoc_vit_mnist": _cfg(1, 28, 10), "posthoc_vit_pcam": _cfg(3, 96, 2)}
+_small = partial(
+    entrypoint,
+    __name__,
+    partial(build, SmallVisionTransformer),
+    {"first_conv": "input_layer", "classifier": "mlp_head.1", "fixed_input_size": True},
 )
 
-
-@register_model
-def posthoc_vit_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The digits' ViT: 28 x 28, one channel, patches of 4; 97.2 on rotMNIST as published."""
-    preset = {"img_size": 28, "in_chans": 1, "num_classes": 10, "patch_size": 4}
-    return build(SmallVisionTransformer, "posthoc_vit_mnist", pretrained, **{**preset, **kwargs})
-
-
-@register_model
-def posthoc_vit_pcam(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PCam's ViT: 96 x 96, three channels, patches of 6."""
-    preset = {"img_size": 96, "in_chans": 3, "num_classes": 2, "patch_size": 6}
-    return build(SmallVisionTransformer, "posthoc_vit_pcam", pretrained, **{**preset, **kwargs})
+posthoc_vit_mnist = _small(
+    "posthoc_vit_mnist",
+    "The digits' ViT: 28 x 28, one channel, patches of 4; 97.2 on rotMNIST as published.",
+    img_size=28,
+    in_chans=1,
+    num_classes=10,
+    patch_size=4,
+)
+posthoc_vit_pcam = _small(
+    "posthoc_vit_pcam",
+    "PCam's ViT: 96 x 96, three channels, patches of 6.",
+    img_size=96,
+    in_chans=3,
+    num_classes=2,
+    patch_size=6,
+)

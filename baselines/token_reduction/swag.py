@@ -10,18 +10,18 @@ Letters in shapes: B images, N tokens with the class token, g side of the grid, 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.backbone import Features, in_asked_order
 from vit.keys import renamed, strip_wrappers
-from vit.models import build, default_cfg
+from vit.models import build, entrypoint
 from vit.trunk import take_indices
 
 # name -> constructor keywords
@@ -156,36 +156,12 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) 
     return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _cfg(size: int) -> dict[str, Any]:
-    cfg = default_cfg("patch_embed.proj", 1000)
-    return {
-        **cfg,
-        "input_size": (3, size, size),
-        "fixed_input_size": True,
-        "license": "cc-by-nc-4.0",
-    }
+def _swag(name: str, description: str) -> Callable[..., nn.Module]:
+    make = partial(build, SwagVisionTransformer)
+    cfg = {"fixed_input_size": True, "license": "cc-by-nc-4.0"}
+    return entrypoint(__name__, make, cfg, name, description, **SWAG[name])
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(kw["img_size"]) for name, kw in SWAG.items()})
-
-
-def _make(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    return build(SwagVisionTransformer, name, pretrained, **{**SWAG[name], **kwargs})
-
-
-@register_model
-def swag_vit_b16_in1k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16 at 384 pixels: 85.304 top-1 on ImageNet."""
-    return _make("swag_vit_b16_in1k", pretrained, kwargs)
-
-
-@register_model
-def swag_vit_l16_in1k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-L/16 at 512 pixels: 88.064 top-1 on ImageNet."""
-    return _make("swag_vit_l16_in1k", pretrained, kwargs)
-
-
-@register_model
-def swag_vit_h14_in1k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-H/14 at 518 pixels: 88.552 top-1 on ImageNet."""
-    return _make("swag_vit_h14_in1k", pretrained, kwargs)
+swag_vit_b16_in1k = _swag("swag_vit_b16_in1k", "ViT-B/16 at 384 pixels: 85.304 top-1 on ImageNet.")
+swag_vit_l16_in1k = _swag("swag_vit_l16_in1k", "ViT-L/16 at 512 pixels: 88.064 top-1 on ImageNet.")
+swag_vit_h14_in1k = _swag("swag_vit_h14_in1k", "ViT-H/14 at 518 pixels: 88.552 top-1 on ImageNet.")

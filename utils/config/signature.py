@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -116,8 +117,9 @@ def refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None:
         return None
     name, key = match.groups()
     frame, found = error.__traceback__, getattr(target, "func", target)
-    found = found if getattr(found, "__name__", "") == name else None
-    while frame is not None:  # look the name up in the globals of the calling frames
+    if getattr(found, "__name__", "") != name:  # look the name up in the target's module
+        found = getattr(sys.modules.get(found.__module__), name, None)
+    while frame is not None:  # and in the globals of the calling frames
         found = frame.tb_frame.f_globals.get(name, found)
         frame = frame.tb_next
     return _unknown(name, key, keywords_of(found)) if callable(found) else str(error)

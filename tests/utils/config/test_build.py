@@ -102,8 +102,11 @@ def test_misspelt_keywords_inside_a_target(key: str, value: object, said: str) -
     assert said in str(caught.value)
 
 
-def test_a_keyword_no_constructor_takes_is_told_with_the_known_ones() -> None:
-    node = {"_target_": "vit.models.dinov2_vit_small_patch16", "_partial_": True, "dept": 2}
+@pytest.mark.parametrize(
+    "target", ["vit.models.dinov2_vit_small_patch16", "octic.models.hybrid_deit_small_patch16"]
+)
+def test_a_keyword_no_constructor_takes_is_told_with_the_known_ones(target: str) -> None:
+    node = {"_target_": target, "_partial_": True, "dept": 2}
     with pytest.raises(UserError, match="no 'dept'; did you mean 'depth'.*known: .*embed_dim"):
         build(OmegaConf.create({"backbone": node}).backbone)()
 
