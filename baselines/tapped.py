@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from utils.ranges import check_count
-from vit.trunk import Trunk, fresh_head, init_linear
+from vit.initialisation import fresh_head, init_linear
+from vit.trunk import Trunk
 
 SIZES = ("patch_size", "num_heads")
 

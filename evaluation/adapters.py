@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from vit.backbone import Features
-from vit.trunk import take_indices
+from vit.backbone import Features, take_indices
 from vit.vision_transformer import resample_grid
 
 LOADER = "__model_loader__"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from octic.groups import Group, get_group
+from octic.layer_tensors import Matrices
 from octic.layers import (
     OcticAttention,
     OcticLayerNorm,
@@ -12,7 +13,6 @@ from octic.layers import (
     OcticScale,
     matrices_of,
 )
-from octic.matrices import Matrices
 from octic.operators import takes_triton
 from vit.block import Addend, ResidualBlock, has_hooks
 from vit.packing import Packing

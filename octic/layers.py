@@ -16,7 +16,8 @@ from octic.groups import Group, get_group
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
 from octic.irrep_norm import irrep_norm, residual_norm
-from octic.matrices import Matrices, Sources, stack_matrices
+from octic.layer_tensors import Matrices, Sources
+from octic.matrices import stack_matrices
 from octic.operators import takes_triton
 from octic.precision import autocast_dtype
 from octic.regular_gelu import regular_gelu

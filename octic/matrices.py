@@ -3,46 +3,18 @@
 In PyTorch this takes some thirty short operators per block, forward and backward, and a GPU spends
 more time on launching than on running them. On CUDA it is one operator (namespace `octic`) and one
 Triton kernel (`triton_matrices`) each way, for any number of layers.
-
-Letters: L one-dimensional irreps, their matrices [C' C]; the two-dimensional one's [Q' Q].
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octic.composed import gradients, is_composed, is_differentiated_again
+from octic.layer_tensors import Matrices, Sources
 from octic.operators import multiplies_nothing, operator, runs_triton, takes_triton
-
-
-class Sources(NamedTuple):
-    """The tensors that the matrices of one layer are made of.
-
-    weights: of the L = `lines` one-dimensional irreps, then of the two-dimensional one if there is
-    one. factors: none at all, or for each weight the factors of its rows; the first ones also scale
-    the bias.
-    """
-
-    weights: Sequence[Tensor]
-    bias: Tensor | None
-    factors: Sequence[Tensor]
-    lines: int
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Weights, bias and factors in one list, in this order."""
-        return [*self.weights, *([] if self.bias is None else [self.bias]), *self.factors]
-
-
-class Matrices(NamedTuple):
-    """The matrices of a layer: [L C' C], [Q' Q] or None, and the bias [C'] or None."""
-
-    lines: Tensor
-    plane: Tensor | None
-    bias: Tensor | None
 
 
 def stack_matrices(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from octic.groups import Group, get_group
 from octic.layers import OcticLinear, channels_per_copy
 from vit.backbone import check_counts
-from vit.trunk import init_convolution
+from vit.initialisation import init_convolution
 
 
 class Unfold(nn.Module):

@@ -4,10 +4,6 @@ Torch's own kernel for a strided part of a matrix reaches an eighth of a GPU's b
 only when a CUDA tensor needs it.
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 import triton
 import triton.language as tl
 from torch import Tensor

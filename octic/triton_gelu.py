@@ -6,10 +6,6 @@ the octic group, a butterfly, against 64 multiply-adds. All arithmetic is float3
 rounded once. No autotuning: the tile depends on the channel count alone.
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 from collections import Counter
 from functools import lru_cache
 from typing import Any

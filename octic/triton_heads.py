@@ -5,10 +5,6 @@ where a channel comes from is worked out once for all its tokens. Imported only 
 needs them.
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any

@@ -6,10 +6,6 @@ kernel with the matrices read the other way. Tiles depend on the widths alone: n
 Imported only when it is asked for (`octic.irrep_linear`).
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 from functools import lru_cache
 from typing import Any
 

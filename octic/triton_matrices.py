@@ -5,10 +5,6 @@ each shorter than its launch. A launch is a list of jobs, one a weight, dealt ou
 the list is known when the kernel is compiled. Imported only when a CUDA tensor needs them.
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.matrices import Matrices, Sources
+from octic.layer_tensors import Matrices, Sources
 from octic.operators import ceil_div
 
 BLOCK = 1024  # values of a program

@@ -8,10 +8,6 @@ program, and the host adds these sums in a fixed order (no atomics: the same bit
 autotuning: the launch depends on the width alone.
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 from functools import lru_cache
 from typing import Any
 

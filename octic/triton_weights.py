@@ -5,10 +5,6 @@ tile of one matrix over its share of them, in float32, and a second kernel adds 
 fixed order (no atomics: the same bits every time). Imported only when a CUDA tensor needs them.
 """
 
-# Arguments of a Triton function have no Python types.
-# ruff: noqa: ANN001, ANN201, ANN202, D103
-# mypy: disable-error-code="assignment, attr-defined"
-
 from functools import lru_cache
 from typing import Any
 

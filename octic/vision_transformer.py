@@ -21,8 +21,9 @@ from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
 from vit.backbone import check_counts
 from vit.block import Block
+from vit.initialisation import init_linear
 from vit.stochastic_depth import drop_path_rates
-from vit.trunk import Trunk, init_linear
+from vit.trunk import Trunk
 from vit.vision_transformer import resample_grid
 
 BASES = ("isotypic", "regular")
@@ -112,7 +113,8 @@ class OcticVisionTransformer(Trunk):
             group=self.group,
         )
         self._check_grid()
-        self._make_tokens(class_token, num_register_tokens, mask_token)
+        self._make_positions()
+        self._make_tokens(self.copy_dim, mask_token=mask_token)
         rates = drop_path_rates(drop_path_rate, depth, drop_path_uniform)
         shared: dict[str, Any] = {
             "num_heads": num_heads,
@@ -138,18 +140,12 @@ class OcticVisionTransformer(Trunk):
             self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.init_weights()
 
-    def _make_tokens(self, class_token: bool, num_registers: int, mask_token: bool) -> None:
-        """Make the trained parts of positions and of class, register and mask tokens."""
+    def _make_positions(self) -> None:
         self.unfold_positions = Unfold(*self.grid_size, scaled=False, group=self.group)
         slab = self.unfold_positions.slab
         self.pos_embed = nn.ParameterList(
             torch.empty(*slab, self.copy_dim) for _ in range(len(self.group.slots))
         )
-        self.cls_token = nn.Parameter(torch.empty(1, 1, self.copy_dim)) if class_token else None
-        self.register_tokens = (
-            nn.Parameter(torch.empty(1, num_registers, self.copy_dim)) if num_registers else None
-        )
-        self.mask_token = nn.Parameter(torch.empty(1, self.copy_dim)) if mask_token else None
 
     def _check_grid(self) -> None:
         try:
@@ -239,12 +235,7 @@ class OcticVisionTransformer(Trunk):
         self.apply(init_linear)
         for parameter in self.pos_embed:
             nn.init.trunc_normal_(parameter, std=self.pos_embed_std)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=self.cls_token_std)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        if self.mask_token is not None:
-            nn.init.zeros_(self.mask_token)
+        self._init_tokens(self.cls_token_std)
 
     def position_grid(self) -> Tensor:
         """Unfolded positions [1 h w D] of the model's own grid; an equivariant field."""

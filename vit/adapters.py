@@ -13,8 +13,7 @@ import torch
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
-from vit.backbone import Features, in_asked_order
-from vit.trunk import take_indices
+from vit.backbone import Features, features_of_intermediates, take_indices
 
 
 class TimmBackbone(nn.Module):
@@ -47,7 +46,7 @@ class TimmBackbone(nn.Module):
         self.patch_size = last["reduction"]
         self.depth = len(self.net.feature_info)
         self.in_chans = channels_of(self.net, self.options.get("in_chans", 3))
-        self._prefix, self._wanted = _intermediates_options(self.net)
+        self._wanted = _intermediates_options(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """The network's own output."""
@@ -56,18 +55,7 @@ class TimmBackbone(nn.Module):
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Normalised features of the asked blocks; a CNN's class token is its mean feature."""
         indices = take_indices(layers, self.depth)
-        entries = self.net.forward_intermediates(
-            images, indices=sorted(set(indices)), intermediates_only=True, **self._wanted
-        )
-        return [self._features(entry) for entry in in_asked_order(entries, indices)]
-
-    def _features(self, entry: Any) -> Features:
-        maps, tokens = entry if self._prefix else (entry, None)
-        if tokens is not None and getattr(self.net, "has_class_token", True):
-            cls = tokens[:, 0]
-        else:
-            cls = maps.mean(dim=(2, 3))
-        return Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
+        return features_of_intermediates(self.net, images, indices, **self._wanted)
 
 
 def _architecture(model_name: str) -> str:
@@ -115,15 +103,15 @@ def _from_hub(model_name: str, options: dict[str, Any]) -> nn.Module:
     return net
 
 
-def _intermediates_options(net: Any) -> tuple[bool, dict[str, bool]]:
-    """Whether `forward_intermediates` returns prefix tokens, and its further keywords."""
+def _intermediates_options(net: Any) -> dict[str, bool]:
+    """Keywords of `forward_intermediates`, so that it gives prefix tokens and normalises."""
     known = inspect.signature(net.forward_intermediates).parameters
     prefix = bool(getattr(net, "num_prefix_tokens", 0)) and "return_prefix_tokens" in known
     options = {"return_prefix_tokens": True} if prefix else {}
     # Nets without a norm of their own behind the blocks (Hiera) refuse to be asked.
     if hasattr(net, "blocks") and (hasattr(net, "norm") or hasattr(net, "neck")):
         options["norm"] = True
-    return prefix, options
+    return options
 
 
 def channels_of(net: Any, asked: int = 3) -> int:

@@ -136,7 +136,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend within each sequence; x and the result are [B T D]."""
-        q, k, v = self.queries_keys_values(x)
+        return self.attended(*self.queries_keys_values(x), packing)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None) -> Tensor:
+        """Attention of q, k, v [B T H K], projected: [B T D]."""
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, packing, backend=self.backend, dropout=dropout)
         return self.proj(out.flatten(2))

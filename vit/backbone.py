@@ -39,9 +39,33 @@ class Backbone(Protocol):
         ...
 
 
-def in_asked_order(entries: Sequence[Any], indices: Sequence[int]) -> list[Any]:
-    """Reorder timm's outputs, one per distinct block, ascending, to the `indices` as asked."""
-    found = dict(zip(sorted(set(indices)), entries, strict=True))
+def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """Block indices in [0, depth): None all, n the last n, a list as given (negatives allowed)."""
+    if indices is None:
+        return list(range(depth))
+    asked = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
+    taken = [index + depth if index < 0 else index for index in asked]
+    too_many = isinstance(indices, int) and indices > depth  # some blocks would be taken twice
+    if too_many or not taken or any(not 0 <= index < depth for index in taken):
+        raise ValueError(f"blocks {indices} asked of a network with blocks 0 to {depth - 1}")
+    return taken
+
+
+def features_of_intermediates(
+    net: Any, images: Tensor, indices: Sequence[int], **options: bool
+) -> list[Features]:
+    """Features of blocks in [0, depth) by timm's `forward_intermediates`, given `options`.
+
+    Where it gives no class token, that is the mean of the map.
+    """
+    blocks = sorted(set(indices))  # timm gives each block once, ascending
+    entries = net.forward_intermediates(images, indices=blocks, intermediates_only=True, **options)
+    found = {}
+    for block, entry in zip(blocks, entries, strict=True):
+        maps, prefix = entry if isinstance(entry, tuple) else (entry, None)
+        pooled = prefix is None or not getattr(net, "has_class_token", True)
+        cls = maps.mean(dim=(2, 3)) if pooled else prefix[:, 0]
+        found[block] = Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
     return [found[index] for index in indices]
 
 

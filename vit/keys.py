@@ -148,18 +148,6 @@ def _layer_scale_name(name: str, tensor: Tensor) -> str:
     return _GAMMA.sub(rf"\g<1>ls\g<2>{twin}" + (".gamma" if plain else ""), name)
 
 
-def to_published(name: str, *, octic: bool = True, deit: bool = False) -> str:
-    """The published name of one of our parameters, in DINOv2's or DeiT III's spelling."""
-    if octic and name in TOKENS:
-        return f"{name}.0"
-    if deit:
-        name = re.sub(
-            r"(^|\.)ls([12])1(?=\.|$)", r"\1ls\2_1", name
-        )  # the twin of parallel branches
-        return re.sub(r"(^|\.)ls([12](?:_1)?)(\.gamma)?(?=\.|$)", r"\1gamma_\2", name)
-    return name
-
-
 def _listing(names: list[str], most: int = 8) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -9,7 +9,6 @@ Letters in shapes: B images, T all tokens, P prefix tokens (class and registers)
 grid of h x w, D channels.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vit.backbone import Encoded, Features, check_counts
+from vit.backbone import Encoded, Features, check_counts, take_indices
 from vit.block import Addend, ResidualBlock, added, has_hooks, terms_of
+from vit.initialisation import fresh_head
 from vit.packing import Packing, pack, unpack
 
 POOLS = ("token", "avg", "")
@@ -81,6 +81,23 @@ class Trunk(nn.Module):
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+    def _make_tokens(self, channels: int, *, mask_token: bool = False) -> None:
+        """Add class, register and mask tokens, as far as the model has them, without values."""
+        registers = self.num_register_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, 1, channels)) if self.has_class_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, registers, channels)) if registers else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, channels)) if mask_token else None
+
+    def _init_tokens(self, cls_token_std: float) -> None:
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=cls_token_std)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
 
     # What a subclass defines.
 
@@ -351,44 +368,6 @@ class Trunk(nn.Module):
 def _defers_sum(block: nn.Module) -> bool:
     """Whether a block leaves its last sum to the next one; not with hooks, which want the sum."""
     return isinstance(block, ResidualBlock) and block.defers_sum and not has_hooks(block)
-
-
-def take_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
-    """Block indices in [0, depth): None all, n the last n, a list as given (negatives allowed)."""
-    if indices is None:
-        return list(range(depth))
-    asked = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
-    taken = [index + depth if index < 0 else index for index in asked]
-    too_many = isinstance(indices, int) and indices > depth  # some blocks would be taken twice
-    if too_many or not taken or any(not 0 <= index < depth for index in taken):
-        raise ValueError(f"blocks {indices} asked of a network with blocks 0 to {depth - 1}")
-    return taken
-
-
-def fresh_head(net: nn.Module, width: int, num_classes: int) -> nn.Linear | nn.Identity:
-    """A newly drawn classifier beside a net's parameters, in their dtype (0 classes: none)."""
-    if num_classes <= 0:
-        return nn.Identity()
-    like = next(net.parameters())
-    head = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
-    init_linear(head)
-    return head
-
-
-def init_linear(layer: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02, zero biases (both recipes)."""
-    if isinstance(layer, nn.Linear):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
-def init_convolution(weight: Tensor, bias: Tensor | None) -> None:
-    """Uniform weight and bias of bound 1/sqrt(fan in)."""
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    if bias is not None:
-        bound = 1 / math.sqrt(weight[0].numel())
-        nn.init.uniform_(bias, -bound, bound)
 
 
 def _checked_pool(global_pool: str, class_token: bool) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.block import Block
+from vit.initialisation import init_convolution, init_linear
 from vit.stochastic_depth import drop_path_rates
-from vit.trunk import Trunk, init_convolution, init_linear
+from vit.trunk import Trunk
 
 
 class VisionTransformer(Trunk):
@@ -79,13 +80,7 @@ class VisionTransformer(Trunk):
         )
         positions = self.grid_size[0] * self.grid_size[1] + int(class_position)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim))
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
-        self.register_tokens = (
-            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
-            if num_register_tokens
-            else None
-        )
-        self.mask_token = nn.Parameter(torch.empty(1, embed_dim)) if mask_token else None
+        self._make_tokens(embed_dim, mask_token=mask_token)
         self.blocks = nn.ModuleList(
             self.block_class(
                 embed_dim,
@@ -109,12 +104,7 @@ class VisionTransformer(Trunk):
         self.apply(init_linear)
         init_convolution(self.patch_embed.proj.weight, self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=self.cls_token_std)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        if self.mask_token is not None:
-            nn.init.zeros_(self.mask_token)
+        self._init_tokens(self.cls_token_std)
 
     def class_position(self) -> Tensor | None:
         """Position of the class token [1 1 D]: the first row of `pos_embed`, where it has one."""

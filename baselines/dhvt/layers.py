@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.dhvt.norms import batch_norm
-from vit.attention import Attention, attend
+from vit.attention import Attention
 from vit.stochastic_depth import add_branch
 
 
@@ -40,13 +40,8 @@ class HeadInteractedAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens [B N D], the class token first, to as many."""
         count = x.shape[1]
-        q, k, v = (
-            self.qkv(torch.cat([x, self.head_tokens(x)], dim=1))
-            .unflatten(-1, (3, self.num_heads, -1))
-            .unbind(2)
-        )
-        dropout = self.attn_drop if self.training else 0.0
-        out = self.proj(attend(q, k, v, backend=self.backend, dropout=dropout).flatten(2))
+        with_heads = torch.cat([x, self.head_tokens(x)], dim=1)
+        out = self.attended(*self.queries_keys_values(with_heads))
         tokens, heads = out[:, :count], out[:, count:]
         cls = tokens[:, :1] + heads.mean(dim=1, keepdim=True)
         return torch.cat([cls, tokens[:, 1:]], dim=1)

@@ -7,7 +7,6 @@ Letters in shapes: B images, T tokens, h w grid of patches, D channels.
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
@@ -15,8 +14,8 @@ from baselines.dhvt.norms import check_sync
 from baselines.dhvt.stem import OverlappingPatchEmbed
 from baselines.tapped import TappedTrunk, check_sizes
 from utils.ranges import check_range, check_word
+from vit.initialisation import init_linear
 from vit.stochastic_depth import drop_path_rates
-from vit.trunk import init_linear
 
 DECAYS = ("exempt", "published")
 
@@ -82,11 +81,10 @@ class DHVT(TappedTrunk):
             dynamic_img_size=dynamic_img_size,
         )
         self.decay = decay
-        self.register_tokens = self.mask_token = None
         self.patch_embed = OverlappingPatchEmbed(
             patch_size, in_chans, embed_dim, sync=sync_batch_norm != "none"
         )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self._make_tokens(embed_dim)
         self.blocks = nn.ModuleList(
             DHVTBlock(
                 embed_dim,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from baselines.evit.reorganisation import most_important, reorganise
 from baselines.selection import class_attention
-from vit.attention import Attention, attend
+from vit.attention import Attention
 from vit.block import Block
 from vit.packing import Packing
 from vit.stochastic_depth import add_branch
@@ -37,9 +37,7 @@ class EViTAttention(Attention):
     def select(self, x: Tensor, num_kept: int | None = None) -> Attended:
         """Attend among tokens [B 1+n D]; `num_kept` asks for the most important ones."""
         q, k, v = self.queries_keys_values(x)
-        dropout = self.attn_drop if self.training else 0.0
-        out = attend(q, k, v, backend=self.backend, dropout=dropout)
-        out = self.proj(out.flatten(2))
+        out = self.attended(q, k, v)
         if num_kept is None:
             return Attended(out)
         importance = class_attention(q.transpose(1, 2), k.transpose(1, 2))[:, 1:]

@@ -27,7 +27,7 @@ from baselines.flopping.net import Net, Stage, check_drop_path
 from octic.invariants import make_invariantization
 from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
 from utils.ranges import check_count, check_word
-from vit.trunk import init_linear
+from vit.initialisation import init_linear
 
 DOWNSAMPLING = {"conv": MirrorDownsample, "mean": MeanDownsample}
 EPS = 1e-6

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.ranges import check_count, check_range
-from vit.backbone import Features
-from vit.trunk import fresh_head, init_linear, take_indices
+from vit.backbone import Features, take_indices
+from vit.initialisation import fresh_head, init_linear
 
 POOLS = ("avg", "")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from timm.layers import LayerNorm2d
@@ -16,8 +16,8 @@ from baselines.flopping.keys import plain_convnext_names, plain_resmlp_names
 from baselines.flopping.net import check_drop_path
 from baselines.flopping.resmlp import check_own_size, check_whole_patches
 from utils.ranges import check_count
-from vit.backbone import Features, in_asked_order
-from vit.trunk import init_convolution, init_linear, take_indices
+from vit.backbone import Features, features_of_intermediates, take_indices
+from vit.initialisation import init_convolution, init_linear
 
 
 class PlainResMlp(MlpMixer):
@@ -75,9 +75,7 @@ class PlainResMlp(MlpMixer):
         """Normalised features of the asked blocks; the class token is the mean one (Backbone)."""
         check_own_size(images.shape[-2:], self.img_size)
         indices = take_indices(layers, self.depth)
-        found: Any = self.forward_intermediates(images, indices, norm=True, intermediates_only=True)
-        maps = in_asked_order(found, indices)
-        return [Features(x.mean((2, 3)), x.permute(0, 2, 3, 1)) for x in maps]
+        return features_of_intermediates(self, images, indices, norm=True)
 
     def no_weight_decay(self) -> set[str]:
         """The affine layers' gains and shifts, which timm stores as [1 1 D].

@@ -25,7 +25,7 @@ from octic.invariants import make_invariantization
 from octic.irrep_linear import irrep_linear
 from octic.layers import channels_per_copy
 from utils.ranges import check_word
-from vit.trunk import init_linear
+from vit.initialisation import init_linear
 
 POOLINGS = ("spectrum", "space")
 SPECTRAL = ("trivial", "power_spectrum")

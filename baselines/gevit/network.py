@@ -19,8 +19,7 @@ from baselines.gevit.plan import Halve, LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
 from utils.ranges import check_count, check_share, check_word
-from vit.backbone import Features
-from vit.trunk import take_indices
+from vit.backbone import Features, features_of_intermediates, take_indices
 
 POOLS = ("avg", "")
 
@@ -279,8 +278,7 @@ class GEViT(nn.Module):
         The mean [B D] is invariant, the map [B h w D] turns with the image. With crops the map is
         that of the middle of the image.
         """
-        maps = self.forward_intermediates(images, layers, intermediates_only=True)
-        return [Features(cls=x.mean(dim=(2, 3)), patches=x.permute(0, 2, 3, 1)) for x in maps]
+        return features_of_intermediates(self, images, take_indices(layers, self.depth))
 
     def forward_intermediates(
         self,

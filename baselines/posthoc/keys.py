@@ -36,14 +36,6 @@ def rename_state(
     return {f"{MODEL}{name}": tensor for name, tensor in _of_backbone(state, model).items()}
 
 
-def published_name(name: str, aggregator: str) -> str:
-    """The published name of one of our parameters, for a learned aggregator of that name."""
-    prefix = {"learned_score": "scoring_model.", "learned_attention": "aggregation_model."}
-    if name.startswith(AGGREGATOR) and aggregator in prefix:
-        return prefix[aggregator] + name.removeprefix(AGGREGATOR)
-    return name
-
-
 def _our_name(name: str) -> str:
     for prefix in PUBLISHED_AGGREGATORS:
         if name.startswith(prefix):

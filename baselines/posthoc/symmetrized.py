@@ -31,8 +31,9 @@ OUTPUTS = ("logits", "embedding", "map")
 class Symmetrized(nn.Module):
     """f(x) = aggregate over t of backbone(g_t x), g_t the elements of a group; f(g x) = f(x).
 
-    backbone: any timm, octic or torchvision classifier, or (embed, head), two callables with
-        logits = head(embed(images)).
+    backbone: any timm, octic or torchvision classifier; what builds one, then with the keywords
+        that are not of this class (num_classes, img_size, drop_path_rate, ...); or (embed, head),
+        two callables with logits = head(embed(images)).
     group, fill, disc_mask, interpolation, rectangular: see `baselines.posthoc.groups`. Exact for
         the symmetries of the square that the group holds; finer angles interpolate.
     aggregator, form, aggregator_options: see `baselines.posthoc.aggregators`; among the options of
@@ -52,7 +53,9 @@ class Symmetrized(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module | tuple[Callable[..., Tensor], Callable[..., Tensor]],
+        backbone: Callable[..., nn.Module]
+        | nn.Module
+        | tuple[Callable[..., Tensor], Callable[..., Tensor]],
         group: str = "D4",
         aggregator: str | Aggregator = "mean",
         *,
@@ -66,11 +69,14 @@ class Symmetrized(nn.Module):
         interpolation: str = "bilinear",
         rectangular: str = "refuse",
         aggregator_options: Mapping[str, Any] | None = None,
+        **backbone_keywords: Any,
     ) -> None:
         super().__init__()
         check_word("output", output, OUTPUTS)
         check_count("chunk", chunk)
-        self.model = backbone if isinstance(backbone, nn.Module) else Pair(*backbone)
+        whole = Pair(*backbone) if isinstance(backbone, tuple) else backbone
+        own = keywords_of(Symmetrized)
+        self.model = make_backbone(whole, backbone_keywords, "Symmetrized", own)
         self.split = find_split(self.model)
         self.group = CopyGroup(
             group,
@@ -293,43 +299,7 @@ class Symmetrized(nn.Module):
         return dict(self._own("pretrained_cfg") or self._own("default_cfg") or {})
 
 
-def symmetrized(
-    backbone: Callable[..., nn.Module] | nn.Module,
-    *,
-    group: str = "D4",
-    aggregator: str | Aggregator = "mean",
-    form: str = "sound",
-    chunk: int = 0,
-    trained: str = "all",
-    one_copy: bool = False,
-    output: str = "logits",
-    fill: float | Sequence[float] = 0.0,
-    disc_mask: bool = False,
-    interpolation: str = "bilinear",
-    rectangular: str = "refuse",
-    aggregator_options: Mapping[str, Any] | None = None,
-    **backbone_keywords: Any,
-) -> Symmetrized:
-    """Build `Symmetrized` around a backbone that is still to be made (config target).
-
-    Other keywords go to the backbone: num_classes, img_size, drop_path_rate, ...
-    """
-    own = keywords_of(Symmetrized)
-    return Symmetrized(
-        make_backbone(backbone, backbone_keywords, "Symmetrized", own),
-        group,
-        aggregator,
-        form=form,
-        chunk=chunk,
-        trained=trained,
-        one_copy=one_copy,
-        output=output,
-        fill=fill,
-        disc_mask=disc_mask,
-        interpolation=interpolation,
-        rectangular=rectangular,
-        aggregator_options=aggregator_options,
-    )
+symmetrized = Symmetrized  # its name in configs
 
 
 def inspectable(model: nn.Module) -> bool:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.ranges import check_count
-from vit.backbone import Features
+from vit.backbone import Features, take_indices
 from vit.models import build, entrypoint
-from vit.trunk import take_indices
 
 
 class SmallVisionTransformer(nn.Module):

@@ -16,8 +16,7 @@ from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reducer import Reducer, State
 from baselines.wrapping import make_backbone
 from vit.adapters import channels_of
-from vit.backbone import Encoded, Features
-from vit.trunk import take_indices
+from vit.backbone import Encoded, Features, take_indices
 from vit.weights import state_for
 
 NET = "net."

@@ -19,10 +19,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit.backbone import Features, in_asked_order
+from vit.backbone import Features, features_of_intermediates, take_indices
 from vit.keys import renamed, strip_wrappers
 from vit.models import build, entrypoint
-from vit.trunk import take_indices
 
 # name -> constructor keywords
 SWAG: dict[str, dict[str, Any]] = {
@@ -96,23 +95,8 @@ class SwagVisionTransformer(VisionTransformer):
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
         """Features of the asked blocks after the final norm (Backbone contract)."""
         indices = take_indices(layers, self.depth)
-        prefix = self.num_prefix_tokens
-        found: Any = self.forward_intermediates(
-            images,
-            indices=indices,
-            return_prefix_tokens=True,
-            norm=True,
-            stop_early=True,
-            intermediates_only=True,
-        )
-        # Without prefix tokens an entry is the map alone.
-        entries = in_asked_order(found, indices)
-        return [self._features(*(entry if prefix else (entry, None))) for entry in entries]
-
-    def _features(self, maps: Tensor, prefix: Tensor | None) -> Features:
-        pooled = prefix is None or not self.has_class_token
-        cls = maps.mean(dim=(2, 3)) if pooled else prefix[:, 0]  # type: ignore[index]
-        return Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
+        options = {"return_prefix_tokens": True, "norm": True, "stop_early": True}
+        return features_of_intermediates(self, images, indices, **options)
 
 
 def swag_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from octic.groups import get_group
 from octic.irrep_norm import irrep_norm, residual_norm
-from octic.matrices import Sources
+from octic.layer_tensors import Sources
 
 # Segments (length, weight) of features over groups of order 8, 4, 2, and of one that is no group's.
 SEGMENTS = {

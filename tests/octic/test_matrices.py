@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from octic import matrices
-from octic.matrices import Matrices, Sources, plain_stack, plain_unstack, stack_matrices
+from octic.layer_tensors import Matrices, Sources
+from octic.matrices import plain_stack, plain_unstack, stack_matrices
 from tests.octic.kernel_cases import matrix_sources
 
 KINDS = [(True, True), (False, False), (False, True), (True, False)]

@@ -17,9 +17,10 @@ from deit.recipe import DeiT
 from deit.schedules import SHAPES, Schedules
 from evaluation.probes.class_metrics import ClassCounts
 from tests.parity.harness import NotBuilt, check, load, strip
+from tests.published_names import published_vit_name
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
 from utils.schedules import Constant
-from vit.keys import from_published, to_published
+from vit.keys import from_published
 
 DTYPES = (torch.float64, torch.float32)
 CONSTRUCTORS = {
@@ -194,7 +195,7 @@ def run_decay_groups(case: Case, folder: Path) -> None:
             lost = {"pos_embed", "cls_token"} & groups["decay"]
             groups = {"no_decay": groups["no_decay"] | lost, "decay": groups["decay"] - lost}
         for name, _ in model.named_parameters():
-            theirs = to_published(name, octic=octic_names, deit=True)
+            theirs = published_vit_name(name, octic=octic_names, deit=True)
             assert theirs in groups["no_decay" if name in exempt else "decay"], name
         assert sum(map(len, groups.values())) == len(list(model.parameters()))
 
@@ -241,7 +242,7 @@ def train_steps(
 
     def named(part: nn.Module) -> dict[str, nn.Parameter]:
         return {
-            to_published(name, octic=octic_names, deit=True): p
+            published_vit_name(name, octic=octic_names, deit=True): p
             for name, p in part.named_parameters()
         }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octic.groups import get_group
 from tests.parity.harness import check, load
-from vit.keys import to_published
+from tests.published_names import published_vit_name
 from vit.weights import load_state
 
 D4 = get_group("D4")
@@ -96,7 +96,7 @@ class Case:
         loss.backward()
         named = list(module.named_parameters()) if module is not None else []
         parameters = {
-            to_published(name, octic=octic, deit=deit): parameter
+            published_vit_name(name, octic=octic, deit=deit): parameter
             for name, parameter in named
             for octic in (False, True)
             for deit in (False, True)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.posthoc.groups import CopyGroup, group_name
-from baselines.posthoc.keys import published_name
 from baselines.posthoc.symmetrized import Symmetrized
 from baselines.posthoc.vision_transformer import SmallVisionTransformer
 from tests.parity.harness import check, check_gradients, load, strip
+from tests.published_names import published_posthoc_name
 from utils.symmetry import transform_image
 from vit.weights import load_state
 
@@ -54,7 +54,7 @@ def aggregate(case: dict[str, Any], folder: Path) -> None:
         for name, stored in strip(tensors, "out.").items():
             check(name, found[name], stored, tol)
         gradients = {
-            published_name(name, case["ctor"]["aggregator"]): parameter.grad
+            published_posthoc_name(name, case["ctor"]["aggregator"]): parameter.grad
             for name, parameter in net.named_parameters()
         }
         check_gradients({"x": z.grad, **gradients}, strip(tensors, "grad."), tol)

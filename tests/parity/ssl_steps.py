@@ -12,8 +12,9 @@ from dinov2.crops import MultiCrop
 from dinov2.masking import padded_mask_rows
 from dinov2.recipe import DINOv2
 from tests.parity.harness import NotBuilt, check, load, strip
+from tests.published_names import published_vit_name
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
-from vit.keys import from_published, to_published
+from vit.keys import from_published
 
 CONSTRUCTORS = {
     "hybrid": octic.models.hybrid_dinov2_vit_small_patch16,
@@ -199,7 +200,7 @@ def published_name(name: str, model: dict[str, Any]) -> str:
     if chunks and name.startswith("blocks."):
         _, index, rest = name.split(".", 2)
         name = f"blocks.{int(index) // (model['depth'] // chunks)}.{index}.{rest}"
-    return to_published(name, octic=model["family"] != "plain")
+    return published_vit_name(name, octic=model["family"] != "plain")
 
 
 def published_parameters(

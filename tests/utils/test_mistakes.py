@@ -12,17 +12,17 @@ from slurm.job import Job
 from utils.errors import UserError, as_user_error
 from utils.mistakes import mistakes_told
 from utils.ranges import check_share
-from vit.trunk import take_indices
+from vit.backbone import take_indices
 
 
 def test_a_mistake_of_the_user_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"\(vit/trunk.py:\d+\)$") as told, mistakes_told():
+    with pytest.raises(UserError, match=r"\(vit/backbone.py:\d+\)$") as told, mistakes_told():
         take_indices([-9], 4)
     assert "\n" not in str(told.value)
 
 
 def test_every_command_tells_it() -> None:
-    with pytest.raises(UserError, match=r"\(vit/trunk.py:\d+\)$"):
+    with pytest.raises(UserError, match=r"\(vit/backbone.py:\d+\)$"):
         Job(lambda config: take_indices([config["layer"]], 4), {"layer": -9})()
 
 

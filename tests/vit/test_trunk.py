@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from octic.vision_transformer import OcticVisionTransformer
-from vit.trunk import take_indices
 from vit.vision_transformer import VisionTransformer
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4}
@@ -100,14 +99,6 @@ def test_features_of_a_block_do_not_depend_on_what_else_is_asked_for(kind):
         for found in (together[index], *net.features(crops[0], [index])):
             torch.testing.assert_close(found.cls, expected[:, 0])
             torch.testing.assert_close(found.patches.flatten(1, 2), expected[:, 3:])
-
-
-def test_more_blocks_than_there_are_are_refused():
-    """Not taken twice; as many as there are, are all of them."""
-    assert take_indices(4, 4) == take_indices(None, 4) == [0, 1, 2, 3]
-    for count in (0, -1, 5, 8, 9):
-        with pytest.raises(ValueError, match=f"blocks {count} asked of a network with blocks 0 to"):
-            take_indices(count, 4)
 
 
 def test_tokens_are_pooled_as_asked_and_not_as_nobody_can():

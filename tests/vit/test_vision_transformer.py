@@ -7,7 +7,6 @@ import torch
 import octic  # noqa: F401  (registers the models)
 from vit.adapters import TimmBackbone
 from vit.backbone import Backbone
-from vit.trunk import take_indices
 from vit.vision_transformer import VisionTransformer, resample_grid
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -101,14 +100,6 @@ def test_timm_features_are_normalised() -> None:
     torch.testing.assert_close(net.features(x)[0].cls, net.net.forward_features(x)[:, 0])
     with pytest.raises(ValueError, match="timm has no model"):
         TimmBackbone("vit_tinny_patch16_224")
-
-
-def test_indices() -> None:
-    """Lists, counts, negatives; what is out of range is refused."""
-    assert take_indices(2, 4) == [2, 3]
-    assert take_indices([0, -1], 4) == [0, 3]
-    with pytest.raises(ValueError, match="blocks 0 to 3"):
-        take_indices([4], 4)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

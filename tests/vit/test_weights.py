@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import octic  # noqa: F401  (registers the models)
 from octic import OcticVisionTransformer
 from octic.invariants import INVARIANTIZATIONS
+from tests.published_names import published_vit_name
 from vit.finetune import adapt_state, load_adapted
-from vit.keys import from_published, rename_published, renamed, to_published
+from vit.keys import from_published, rename_published, renamed
 from vit.weights import load_state, load_weights, read_state
 
 LAYOUTS = json.loads(
@@ -60,7 +61,7 @@ def published_spelling(net: nn.Module, deit: bool) -> dict[str, Tensor]:
     """The model's weights as the reference stores them, zero token parts included."""
     state = {}
     for name, tensor in net.state_dict().items():
-        spelled = to_published(name, octic=True, deit=deit)
+        spelled = published_vit_name(name, octic=True, deit=deit)
         state[spelled] = tensor
         if spelled.endswith("token.0") or spelled.endswith("tokens.0"):
             for part in range(1, 5 if deit else 8):
@@ -72,7 +73,7 @@ def published_spelling(net: nn.Module, deit: bool) -> dict[str, Tensor]:
     "ours", ["ls1.gamma", "ls2.alpha_A1", "blocks.3.ls1.gamma", "ls21.gamma", "blocks.3.ls11.gamma"]
 )
 def test_a_published_layer_scale_is_found_again_in_a_net_or_a_block_of_its_own(ours):
-    published = to_published(ours, deit=True)
+    published = published_vit_name(ours, deit=True)
     assert re.fullmatch(r"(blocks\.3\.)?gamma_[12](_1)?(\.alpha_A1)?", published)
     assert list(rename_published({published: torch.ones(1)})[0]) == [ours]
 

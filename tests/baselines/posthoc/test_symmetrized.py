@@ -12,11 +12,11 @@ from baselines.flopping.plain import PlainResMlp
 from baselines.gevit import GEViT
 from baselines.gevit import models as gevit
 from baselines.posthoc.aggregators import AGGREGATORS, LEARNED, Aggregator
-from baselines.posthoc.keys import published_name
 from baselines.posthoc.split import find_split
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
 from evaluation.symmetry.equivariance import measure, worst_error
 from tests.baselines.posthoc.toys import CLASSES, KINDS, SMALL, images, make
+from tests.published_names import published_posthoc_name
 from utils.config.build import build
 from utils.errors import UserError
 from utils.symmetry import transform_image, transform_map
@@ -227,7 +227,7 @@ def test_files_load_under_our_names_and_the_published_ones(aggregator, tmp_path)
     net = Symmetrized(make("small"), "D4", aggregator).eval()
     for name, rename in {
         "ours": lambda n: n,
-        "theirs": lambda n: published_name(n, aggregator),
+        "theirs": lambda n: published_posthoc_name(n, aggregator),
     }.items():
         path = tmp_path / f"{name}.safetensors"
         save_file({rename(key): tensor for key, tensor in net.state_dict().items()}, path)
@@ -235,7 +235,7 @@ def test_files_load_under_our_names_and_the_published_ones(aggregator, tmp_path)
         fresh = Symmetrized(KINDS["small"](), "D4", aggregator).eval()
         load_weights(fresh, path)
         assert torch.equal(fresh(images()), net(images()))
-    state = {published_name(k, aggregator): v for k, v in net.state_dict().items()}
+    state = {published_posthoc_name(k, aggregator): v for k, v in net.state_dict().items()}
     state.pop("model.cls_token")
     with pytest.raises(ValueError, match=r"missing: model\.cls_token; left over: model\.extra"):
         load_state(fresh, state | {"model.extra": torch.zeros(1)})
