@@ -21,6 +21,7 @@ from utils import distributed
 from utils.config.build import plain
 from utils.data.classes import class_list
 from utils.data.images import ImageDataset
+from utils.joining import session
 
 
 def judge_classifier(config: Mapping[str, Any]) -> Figures:
@@ -32,7 +33,7 @@ def judge_classifier(config: Mapping[str, Any]) -> Figures:
     """
     config = plain(config)
     folder = Path(config["output_dir"])
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         probes = build_probes(config)
         # The throughput probe alone needs no images.
         data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}

@@ -36,6 +36,7 @@ from utils.data.segmentation_transforms import squash_image, squash_mask
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.joining import session
 from utils.ranges import check_count, check_word
 from utils.symmetry import SYMMETRIES
 from vit.backbone import Backbone
@@ -51,7 +52,7 @@ def draw(config: Mapping[str, Any]) -> list[Path]:
     """
     config = dict(plain(config))
     check_folder(config["output_dir"])
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         config["backbone"] = chosen_backbone(config)
         picture = build({**config["picture"], "_partial_": True})
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)

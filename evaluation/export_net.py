@@ -26,6 +26,7 @@ from utils.data.classes import NAMES
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError, as_user_error
 from utils.folders import check_folder, make_folder
+from utils.joining import session
 from vit import export, hub
 from vit.finetune import head_of
 from vit.weights import read_metadata, read_state
@@ -42,7 +43,7 @@ def export_net(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = plain(config)
     check_folder(config["output_dir"])
-    with distributed.session("cpu"):
+    with session("cpu"):
         if not distributed.is_main():
             return {}
         path = weights_file(config["weights"])

@@ -12,6 +12,7 @@ from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.joining import session
 from utils.probing import numbers
 
 Figures = dict[str, float]
@@ -24,7 +25,7 @@ def judge(config: Mapping[str, Any]) -> Figures:
     """
     config = dict(plain(config))
     folder = Path(config["output_dir"])
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         config["backbone"] = chosen_backbone(config)
         probes = build_probes(config)
         for name in probes:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from evaluation.progress import say
 from utils import distributed
-from utils.checkpoints.exported import EXPORTED, FORMERLY
 from utils.config.build import build, is_own
 from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError, as_user_error, one_line
+from utils.run_files import EXPORTED, FORMERLY
 from vit.finetune import head_of
 from vit.weights import load_net, read_metadata, read_state
 

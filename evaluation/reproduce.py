@@ -16,6 +16,7 @@ from utils import distributed
 from utils.config.build import build, plain
 from utils.config.files import CONFIGS
 from utils.errors import UserError, as_user_error, one_line
+from utils.joining import session
 from utils.nearest import nearest
 from vit.weights import load_state, read_state
 
@@ -28,7 +29,7 @@ def reproduce(config: Mapping[str, Any]) -> bool:
     """
     config = plain(config)
     published = PUBLISHED[config["published"]]
-    with distributed.session(config["device"]):
+    with session(config["device"]):
         count = len(make_data(config["data"], "val"))
         if count != IMAGENET_VAL:
             raise UserError(

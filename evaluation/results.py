@@ -12,16 +12,15 @@ from rich.table import Table
 
 from utils.console import may_be_lost
 from utils.folders import make_folder
+from utils.run_files import RESULTS
 from utils.whole_file import write_text
-
-RESULTS_FILE = "results.json"
 
 
 def write_results(
     output_dir: Path, probe: str, *, protocol: Mapping[str, object], figures: Mapping[str, object]
 ) -> Path:
     """Write one probe's figures into `output_dir`/results.json, beside those of other probes."""
-    path = Path(output_dir) / RESULTS_FILE
+    path = Path(output_dir) / RESULTS
     make_folder(path.parent)
     results = _read(path) if path.exists() else {}
     if (before := _net_of(results.get(probe))) and before != _net_of({"protocol": protocol}):

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from slurm.checks import check_launch
 from slurm.launch import launch_all
 from slurm.task import Task
-from utils.checkpoints.exported import EXPORTED
 from utils.config.build import plain
 from utils.config.flags import slurm_minutes
 from utils.console import open_closed_streams
 from utils.errors import UserError, fail
 from utils.nearest import nearest
+from utils.run_files import EXPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 Parse = Callable[[list[str]], Mapping[str, Any] | None]

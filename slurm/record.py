@@ -33,8 +33,8 @@ from typing import Any
 from utils.environment import whole_number
 from utils.errors import UserError, one_line
 from utils.proc import started
+from utils.run_files import LAUNCHES, PROGRESS
 
-NAME = "launches.jsonl"
 # Errors of a rank that lost another one; torch's own exceptions are matched by class name.
 _LOST = re.compile(
     r"Dist(Backend|Network|Store)Error|connection (closed|reset|refused)|timed out waiting"
@@ -64,7 +64,7 @@ def note(folder: Path, event: str, *, job: str = "", attempt: int = 0, **facts: 
     line = {"event": event, "job": job, "attempt": attempt, "time": round(time.time(), 3), **facts}
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / (f"launches.rank{rank}.jsonl" if rank else NAME), "a") as file:
+        with open(folder / (f"launches.rank{rank}.jsonl" if rank else LAUNCHES), "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -152,7 +152,7 @@ def _rank() -> int:
 def _progress(folder: Path) -> int:
     """Modification time of progress.json in nanoseconds; 0 if there is none."""
     with suppress(OSError):
-        return (folder / "progress.json").stat().st_mtime_ns
+        return (folder / PROGRESS).stat().st_mtime_ns
     return 0
 
 

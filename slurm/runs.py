@@ -13,9 +13,10 @@ from slurm import record
 from utils.endings import HUNG, MAX_STEPS
 from utils.lock import STALE_S
 from utils.proc import started
+from utils.run_files import CHECKPOINTS, CONFIG, LAUNCHES, LOCK, METRICS, PROGRESS, RESULTS, SUMMARY
 
 # Folders inside a run folder that contain no runs.
-_INSIDE = {"code", "checkpoints", "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
+_INSIDE = {"code", CHECKPOINTS, "slurm", "logs", "hangs", "exported", "wandb", "__pycache__"}
 MAX_DEPTH = 5
 UNREADABLE = "UNREADABLE"
 
@@ -82,8 +83,8 @@ def _described(folder: Path) -> Run:
     run.job = next((line["job"] for line in reversed(run.lines) if line["job"]), "")
     run.log = next((line.get("log", "") for line in reversed(submitted)), "")
     run.restarts = max((line["attempt"] for line in run.lines if line["job"] == run.job), default=0)
-    summary, config = _json(folder / "summary.json"), _head_of_config(folder)
-    progress = _json(folder / "progress.json")
+    summary, config = _json(folder / SUMMARY), _head_of_config(folder)
+    progress = _json(folder / PROGRESS)
     run.name = str(
         next((x["name"] for x in (config, summary, *submitted) if x.get("name")), folder.name)
     )
@@ -106,9 +107,9 @@ def _folders(place: Path, depth: int = 0, *, inside: bool = False) -> Iterator[P
     except OSError:
         yield place  # its row in the list says why
         return
-    is_run = record.NAME in has or {"config.yaml", "metrics.jsonl"} <= has
+    is_run = LAUNCHES in has or {CONFIG, METRICS} <= has
     # The files of a probe inside a run folder are no run.
-    is_run = is_run or not inside and bool({"summary.json", "results.json"} & has)
+    is_run = is_run or not inside and bool({SUMMARY, RESULTS} & has)
     if is_run:
         yield place
     if depth < MAX_DEPTH:
@@ -187,7 +188,7 @@ def _judge(run: Run, summary: Mapping[str, Any]) -> None:
         run.state = "COMPLETED" if as_asked else "STOPPED"
         run.why = _left_early(run, summary)
         run.seconds = summary.get("seconds")
-    if not run.lines and (run.folder / "results.json").is_file():
+    if not run.lines and (run.folder / RESULTS).is_file():
         run.state = "COMPLETED"
 
 
@@ -253,7 +254,7 @@ def _hang(folder: Path) -> str:
 def _lives(began: Mapping[str, Any], folder: Path) -> bool:
     if began.get("host") == socket.gethostname():
         return bool(began.get("since")) and started(int(began["pid"])) == began["since"]
-    lock = folder / ".lock"
+    lock = folder / LOCK
     return lock.exists() and time.time() - lock.stat().st_mtime < STALE_S
 
 
@@ -261,7 +262,7 @@ def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
     """The last step, and the last values of the losses and of the probes' figures."""
     step: int | None = None
     found: dict[str, float] = {}
-    for line in _tail(folder / "metrics.jsonl"):
+    for line in _tail(folder / METRICS):
         step = int(line.get("step") or step or 0)
         found |= {
             key: float(value)
@@ -269,7 +270,7 @@ def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
             if (key == "loss" or "/" in key and not key.startswith("grad_norm/"))
             and isinstance(value, int | float)
         }
-    for probe, part in _json(folder / "results.json").items():
+    for probe, part in _json(folder / RESULTS).items():
         figures = part.get("figures", {}) if isinstance(part, dict) else {}
         found |= {f"{probe}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
     return step, found
@@ -300,7 +301,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _head_of_config(folder: Path) -> dict[str, str]:
     """The run's name from config.yaml, without parsing YAML, as the list may be long."""
     with suppress(OSError):
-        for line in (folder / "config.yaml").read_text("utf-8", "replace").splitlines():
+        for line in (folder / CONFIG).read_text("utf-8", "replace").splitlines():
             if line.startswith("name: "):
                 return {"name": line.removeprefix("name: ").strip("'\" ")}
     return {}

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from utils.revision import NOTE, revision
+from utils.run_files import CHECKPOINTS, CONFIG, LAUNCHES, LOCK, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 1_000_000  # of a file: code and configs are smaller
@@ -91,10 +92,10 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _is_run(folder: Path) -> bool:
     """Whether it is the folder of a run or of a sweep, which holds results and no code."""
-    if (folder / "launches.jsonl").exists() or any(folder.glob(f"code/*/{NOTE}")):
+    if (folder / LAUNCHES).exists() or any(folder.glob(f"code/*/{NOTE}")):
         return True
-    marks = (".lock", "config.yaml", "metrics.jsonl")
-    return (folder / "checkpoints").is_dir() and any((folder / mark).exists() for mark in marks)
+    marks = (LOCK, CONFIG, METRICS)
+    return (folder / CHECKPOINTS).is_dir() and any((folder / mark).exists() for mark in marks)
 
 
 def _known_to_git(root: Path) -> list[str]:

@@ -22,8 +22,8 @@ from utils.endings import LOST
 from utils.errors import UserError
 from utils.folders import make_folder, refused
 from utils.proc import started
+from utils.run_files import LOCK
 
-NAME = ".lock"
 BEAT_S = 10.0
 STALE_S = 120.0
 
@@ -35,7 +35,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
-        self.path = Path(folder) / NAME
+        self.path = Path(folder) / LOCK
         self.beat_s, self.stale_s = beat_s, stale_s
         self.owner = describe_process()
         self._over = threading.Event()
@@ -47,7 +47,7 @@ class FolderLock:
         Waits for a holder that has missed a beat until it stirs or counts as dead.
         """
         make_folder(self.path.parent)
-        mine = self.path.with_name(f"{NAME}.{self.owner['token']}")
+        mine = self.path.with_name(f"{LOCK}.{self.owner['token']}")
         try:
             self._write(mine)
             while not self._link(mine):
@@ -107,7 +107,7 @@ class FolderLock:
 
     def _take_over(self, mine: Path, holder: Mapping[str, Any]) -> None:
         # Two may find the same lock stale: a folder, made atomically, lets one of them act.
-        guard = self.path.with_name(f"{NAME}.taking")
+        guard = self.path.with_name(f"{LOCK}.taking")
         try:
             guard.mkdir()
         except FileExistsError:

@@ -24,6 +24,7 @@ from torch import Tensor
 from utils import distributed
 from utils.console import Lines
 from utils.meter import Meter
+from utils.run_files import CURVES, METRICS, PROGRESS
 from utils.whole_file import write_text
 
 _UNDRAWN = {"step", "waited_for_data", "images_per_second", "memory_gb"}
@@ -51,7 +52,7 @@ class Metrics:
         sinks: tuple[Sink, ...] = (),
         console: Console | None = None,
     ) -> None:
-        self.path = Path(folder) / "metrics.jsonl"
+        self.path = Path(folder) / METRICS
         self.step, self.total_steps, self.log_every = first_step, total_steps, max(log_every, 1)
         self.images_per_step, self.sinks = images_per_step, sinks
         self.last: dict[str, float] = {}
@@ -94,7 +95,7 @@ class Metrics:
         self._current, self._micro_batches, self.step = {}, 0, step
         if self._progress and distributed.is_main():
             with suppress(OSError):  # a full disk
-                self.path.with_name("progress.json").write_text(json.dumps(self._progress) + "\n")
+                self.path.with_name(PROGRESS).write_text(json.dumps(self._progress) + "\n")
         self._progress = {}
 
     def due(self, step: int) -> bool:
@@ -237,7 +238,7 @@ def draw_curves(path: Path) -> None:
         axes.tick_params(labelsize=7)
         if len(series) > 1:
             axes.legend(fontsize=6)
-    figure.savefig(Path(path).parent / "curves.png", dpi=100)
+    figure.savefig(Path(path).parent / CURVES, dpi=100)
 
 
 def _panel(name: str) -> str:

@@ -12,6 +12,7 @@ import yaml
 from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError, one_line
 from utils.revision import revision
+from utils.run_files import CODE, CONFIG
 from utils.whole_file import write_text
 
 # Keys that change where, how fast or how closely watched a run is, but not the weights that come
@@ -43,7 +44,7 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpo
     start: a command that is refused (for weights of another model, say) must not replace it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     notes = changed_plan(config, checkpoints)
     if path.exists():
         earlier = saved_config(path)
@@ -60,7 +61,7 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], checkpoints: Checkpo
     # Legible, and each value on one line, as slurm.runs looks for the name without reading YAML.
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=10_000)
     write_text(path, text)
-    write_text(folder / "git.txt", describe_code() + "\n")
+    write_text(folder / CODE, describe_code() + "\n")
     return notes
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from utils.checkpoints import state
-from utils.checkpoints.exported import EXPORTED, FORMERLY
 from utils.checkpoints.files import DESCRIPTION, Parts
 from utils.errors import UserError
 from utils.precision import Precision
+from utils.run_files import CHECKPOINTS, CONFIG, EXPORTED, FORMERLY
 from utils.run_folder import changed_keys, saved_config
 
 MOST_CHANGES = 4  # changed keys that an error names
@@ -116,14 +116,14 @@ def _exported(folder: Path) -> Path | None:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    pointer = folder / "checkpoints" / "last"
-    found = folder / "checkpoints" / (pointer.read_text().strip() if pointer.exists() else "?")
+    pointer = folder / CHECKPOINTS / "last"
+    found = folder / CHECKPOINTS / (pointer.read_text().strip() if pointer.exists() else "?")
     return found if (found / DESCRIPTION).exists() else None
 
 
 def _other_network(folder: Path, config: Mapping[str, Any], error: state.Misfit) -> str:
     """An error line with the keys that make this another network than the run folder's."""
-    saved = folder / "config.yaml"
+    saved = folder / CONFIG
     changes: list[str] = []
     if saved.is_file():
         every = changed_keys(saved_config(saved), config)

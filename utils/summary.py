@@ -11,13 +11,11 @@ import yaml
 from rich.table import Table
 
 from utils import distributed
-from utils.checkpoints.exported import EXPORTED
 from utils.console import Lines
 from utils.endings import MAX_STEPS
 from utils.metrics import read_metrics
+from utils.run_files import CONFIG, EXPORTED, METRICS, SUMMARY
 from utils.whole_file import write_text
-
-NAME = "summary.json"
 
 
 class History(NamedTuple):
@@ -39,11 +37,11 @@ def read_history(
     folder: Path, step: int, config: Mapping[str, Any], schedules: Collection[str]
 ) -> History:
     """The history of a run folder; `schedules` are the keys of metrics.jsonl that may be NaN."""
-    summary = _read(folder / NAME, json.loads)
+    summary = _read(folder / SUMMARY, json.loads)
     summary = summary if summary.get("step") == step else {}
     logged: dict[str, float] = {}
     skipped = 0
-    for line in read_metrics(folder / "metrics.jsonl"):
+    for line in read_metrics(folder / METRICS):
         if line["step"] == step:
             logged |= line
         if "loss" in line and line["step"] <= step:  # one line per step has it
@@ -63,7 +61,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Write summary.json and print the table, on rank 0; returns the summary."""
     if not distributed.is_main():
         return summary
-    write_text(folder / NAME, json.dumps(summary, indent=1) + "\n")
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     table = Table(title=f"{summary['name']}: {folder}", show_header=False)
     for key, value in summary.items():
         if key not in ("name", "output_dir") and value != "":
@@ -74,7 +72,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 def _judged(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> set[str]:
     # With the same settings, on the same images.
-    earlier = _read(folder / "config.yaml", yaml.safe_load)
+    earlier = _read(folder / CONFIG, yaml.safe_load)
     now = json.loads(json.dumps(config, default=str))
     if not earlier or earlier.get("data") != now.get("data"):
         return set()

@@ -1,4 +1,4 @@
-"""The loop. What plugs into it is in `utils/recipe.py`; `utils/run.py` builds the objects."""
+"""The loop. What plugs into it is in `utils/recipe.py`; `utils/run_objects.py` builds it."""
 
 from collections.abc import Callable
 from typing import cast

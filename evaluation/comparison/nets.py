@@ -22,6 +22,7 @@ from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.joining import session
 from utils.run import train
 from vit.weights import read_metadata
 
@@ -43,7 +44,7 @@ def train_then(
     for name, run in config["runs"].items():
         if isinstance(run, dict):
             _check_training(name, run)
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         check(config)
         for name, run in config["runs"].items():
             if isinstance(run, dict):

@@ -23,8 +23,10 @@ from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
 from utils.folders import check_folder
+from utils.joining import session
 from utils.metrics import read_metrics
 from utils.run import train
+from utils.run_files import CURVES, METRICS, RESULTS
 
 Figures = dict[str, float | None]
 SHOWN = ("_top1", "_miou")
@@ -41,7 +43,7 @@ def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
     folder, runs = Path(config["output_dir"]), config["runs"]
     check_folder(folder)
     summaries = {}
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         for name, run in runs.items():
             if distributed.is_main():
                 say(f"--- training: {name}, in {run['output_dir']}")
@@ -84,7 +86,7 @@ def _speed(folder: Path) -> Figures:
     machine do not count against one net alone.
     """
     steps, seconds, rates = 0, 0.0, []
-    for line in read_metrics(folder / "metrics.jsonl"):
+    for line in read_metrics(folder / METRICS):
         if "steps_per_second" in line:
             seconds += (line["step"] - steps) / line["steps_per_second"]
             steps = line["step"]
@@ -104,7 +106,7 @@ def _show(folder: Path, figures: Mapping[str, Figures], runs: Mapping[str, Any])
 
 
 def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
-    logs = {name: Path(run["output_dir"]) / "metrics.jsonl" for name, run in runs.items()}
+    logs = {name: Path(run["output_dir"]) / METRICS for name, run in runs.items()}
     pictures = {"losses": draw_losses(logs, folder / "losses.png")}
     for name, run in runs.items():
         net = make_net(run["backbone"], run["output_dir"]).to(device)
@@ -124,8 +126,8 @@ def _draw(folder: Path, runs: Mapping[str, Any], device: torch.device) -> None:
         )
     for what, path in pictures.items():
         say(f"picture: {what}: {path}")
-    curves = ", ".join(f"{run['output_dir']}/curves.png" for run in runs.values())
-    say(f"all curves of each run: {curves}; all figures: {folder / 'results.json'}")
+    curves = ", ".join(f"{run['output_dir']}/{CURVES}" for run in runs.values())
+    say(f"all curves of each run: {curves}; all figures: {folder / RESULTS}")
     say(f"all of it as one page: {write_report(folder)}")
 
 

@@ -7,8 +7,8 @@ import torch
 
 from evaluation.cost import block_times, blocks, growth, roofline
 from evaluation.cost.settings import PICTURES, choose_device, whole_numbers
-from utils.distributed import check_device
 from utils.errors import UserError, fail
+from utils.joining import check_device
 from utils.mistakes import mistakes_told
 from utils.ranges import check_count
 

@@ -34,6 +34,7 @@ from evaluation.progress import say
 from utils import distributed
 from utils.config.build import plain
 from utils.flops import count_operations
+from utils.joining import session
 from utils.parallel import allow_variants
 from utils.precision import float32_products_in
 from utils.ranges import check_count
@@ -52,7 +53,7 @@ def measure(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = dict(plain(config))
     name = choose_device(config["device"])
-    with distributed.session("cpu" if name == "mps" else name) as found:
+    with session("cpu" if name == "mps" else name) as found:
         device = torch.device("mps") if name == "mps" else found
         settings = read_settings(config, device)
         check_outputs(config)

@@ -30,6 +30,7 @@ from utils.config.build import build, plain
 from utils.data.colour_plan import finished
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder, read_image
+from utils.joining import session
 from utils.parallel import to_device
 from utils.randomness import seed_cpu
 from utils.ranges import check_count
@@ -61,7 +62,7 @@ def measure(config: Mapping[str, Any]) -> dict[str, float]:
     config = dict(plain(config))
     for key, least in (("images", 1), ("batch_size", 1), ("rounds", 1), ("reading", 0)):
         check_count(key, config[key], least)
-    with distributed.session(config["device"]) as device, _one_thread():
+    with session(config["device"]) as device, _one_thread():
         rates: dict[str, float] = {}
         if distributed.is_main():
             files = _files(config["root"], config["images"])

@@ -16,6 +16,7 @@ from evaluation.cost.table import OUT_OF_MEMORY, digits, times_of
 from evaluation.results import print_table
 from utils.errors import UserError
 from utils.metrics import read_metrics
+from utils.run_files import CONFIG, METRICS
 from utils.whole_file import write_text
 
 UNSETTLED = 2  # windows of a training in which it compiles and its workers start
@@ -166,8 +167,8 @@ def _training(
 ) -> Training | None:
     """A run folder's rates once it has settled; None where there are none."""
     try:
-        lines = read_metrics(folder / "metrics.jsonl")
-        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        lines = read_metrics(folder / METRICS)
+        config = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     windows = [line for line in lines if "images_per_second" in line][UNSETTLED:]
@@ -191,7 +192,7 @@ def _training(
 def _operations(folder: Path) -> float | None:
     """Floating-point operations of a DINOv2 step for an image; None for another recipe."""
     try:
-        return work_of(str(folder / "config.yaml"))[0].operations_per_image
+        return work_of(str(folder / CONFIG))[0].operations_per_image
     except UserError:
         return None
 

@@ -20,6 +20,7 @@ from torch import nn
 from utils import distributed, metrics, parallel
 from utils.communication import Communication, Part
 from utils.errors import UserError
+from utils.joining import session
 from utils.run import train
 
 COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
@@ -93,7 +94,7 @@ def _main() -> None:
     torch.set_num_threads(1)
     metrics.draw_curves = lambda path: None
     configs = json.loads(Path(sys.argv[1]).read_text())
-    with distributed.session("cpu"), tempfile.TemporaryDirectory() as folder:
+    with session("cpu"), tempfile.TemporaryDirectory() as folder:
         place = Path(distributed.broadcast_object(folder))
         found = [_one_step(config, place / str(n)) for n, config in enumerate(configs)]
         if distributed.is_main():

@@ -30,6 +30,7 @@ from utils.config.build import build, plain
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
+from utils.joining import session
 from utils.ranges import check_count, check_word
 from vit.backbone import Backbone
 
@@ -95,7 +96,7 @@ def extract(config: Mapping[str, Any]) -> str:
     reader = FeatureReader(
         kind=config["feature"], layers=config["layers"], normalized=config["normalized"]
     )
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         config["backbone"] = chosen_backbone(config)
         dataset = _images(config["data"], config["split"])
         net = make_net(config["backbone"], config["weights"], seed=config["seed"])

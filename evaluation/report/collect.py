@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.run_files import CHECKPOINTS, CODE, CONFIG, CURVES, METRICS, RESULTS, SUMMARY
 
 REPORT = "report.html"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-RUN_MARKS = ("config.yaml", "metrics.jsonl", "summary.json")
+RUN_MARKS = (CONFIG, METRICS, SUMMARY)
 # Too many, too large or of no interest to a reader; checkpoints are listed as folders.
-SKIPPED = {"checkpoints", "slurm", "logs", "wandb", "__pycache__"}
+SKIPPED = {CHECKPOINTS, "slurm", "logs", "wandb", "__pycache__"}
 MOST_FILES = 40
 
 
@@ -71,18 +72,17 @@ def collect(folder: str | Path) -> Contents:
         raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from None
     if not _holds_anything(found):
         raise UserError(
-            f"{folder} holds nothing to report: no config.yaml, metrics.jsonl, summary.json, "
-            "results.json or picture"
+            f"{folder} holds nothing to report: no {', '.join(RUN_MARKS)}, {RESULTS} or picture"
         )
     return found
 
 
 def _read(folder: Path) -> Contents:
     found = Contents(folder)
-    found.config_text = _text(found, "config.yaml")
-    found.config = _mapping(found, "config.yaml", found.config_text, yaml.safe_load)
-    found.summary = _mapping(found, "summary.json", _text(found, "summary.json"), json.loads)
-    found.code = _text(found, "git.txt").strip()
+    found.config_text = _text(found, CONFIG)
+    found.config = _mapping(found, CONFIG, found.config_text, yaml.safe_load)
+    found.summary = _mapping(found, SUMMARY, _text(found, SUMMARY), json.loads)
+    found.code = _text(found, CODE).strip()
     found.metrics = _metrics(found)
     _walk(found, folder)
     found.results += _from_summary(found)
@@ -111,13 +111,13 @@ def _take(found: Contents, path: Path, name: str) -> None:
             found.runs.append(_read(path))
         else:
             _walk(found, path)
-    elif path.name == "results.json":
+    elif path.name == RESULTS:
         found.results += _results(found, name)
     elif path.suffix.lower() in PICTURES:
         # The page draws the curves itself.
-        if not (path.name == "curves.png" and found.metrics):
+        if not (path.name == CURVES and found.metrics):
             found.pictures.append(path)
-    elif path.name not in (*RUN_MARKS, "git.txt", REPORT):
+    elif path.name not in (*RUN_MARKS, CODE, REPORT):
         found.files.append((name, path.stat().st_size))
 
 
@@ -145,14 +145,14 @@ def _from_summary(found: Contents) -> list[Results]:
         if probe in probes and probe not in known:
             parts.setdefault(probe, {})[figure] = value
     return [
-        Results(probe, "summary.json", figures, dict(probes[probe] or {}))
+        Results(probe, SUMMARY, figures, dict(probes[probe] or {}))
         for probe, figures in parts.items()
     ]
 
 
 def _metrics(found: Contents) -> list[dict[str, float]]:
     lines, broken = [], 0
-    for text in _text(found, "metrics.jsonl").splitlines():
+    for text in _text(found, METRICS).splitlines():
         try:
             line = json.loads(text)
             step = int(line["step"])
@@ -162,12 +162,12 @@ def _metrics(found: Contents) -> list[dict[str, float]]:
         except (ValueError, KeyError, TypeError, OverflowError):  # the last: Infinity
             broken += 1
     if broken:
-        found.notes.append(f"metrics.jsonl: {broken} of {broken + len(lines)} lines cannot be read")
+        found.notes.append(f"{METRICS}: {broken} of {broken + len(lines)} lines cannot be read")
     return lines
 
 
 def _checkpoints(found: Contents) -> list[tuple[str, int]]:
-    parent = found.folder / "checkpoints"
+    parent = found.folder / CHECKPOINTS
     try:
         steps = sorted(parent.iterdir(), key=_natural) if parent.is_dir() else []
         sizes = {
@@ -182,7 +182,7 @@ def _checkpoints(found: Contents) -> list[tuple[str, int]]:
 
 
 def _times(folder: Path) -> tuple[datetime | None, datetime | None]:
-    marks = [*RUN_MARKS, "git.txt", "results.json"]
+    marks = [*RUN_MARKS, CODE, RESULTS]
     times = [(folder / mark).stat().st_mtime for mark in marks if (folder / mark).is_file()]
     if not times:
         return None, None

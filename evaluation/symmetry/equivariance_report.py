@@ -30,6 +30,7 @@ from utils.data.embedded import photographs
 from utils.data.images import ImageFolder
 from utils.errors import UserError
 from utils.folders import check_folder
+from utils.joining import session
 from utils.ranges import check_word
 from utils.symmetry import SYMMETRIES
 
@@ -57,7 +58,7 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     broken: list[str] = []
     check_folder(config["output_dir"])
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         if distributed.is_main():
             tolerance = _tolerance(config)
             config["backbone"] = chosen_backbone(config)

@@ -31,6 +31,7 @@ from utils.data.loaders import evaluation_batches
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder, make_folder
+from utils.joining import session
 from utils.symmetry import SYMMETRIES, transform_image
 
 ALONE = "backbone alone"
@@ -54,7 +55,7 @@ def compare_aggregators(config: Mapping[str, Any]) -> dict[str, dict[str, float]
     config = dict(plain(config))
     figures: dict[str, dict[str, float]] = {}
     check_folder(config["output_dir"])
-    with distributed.session(config["device"]) as device:
+    with session(config["device"]) as device:
         if distributed.is_main():
             figures = _compare(config, device)
         distributed.barrier()

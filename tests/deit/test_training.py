@@ -67,8 +67,8 @@ def pair(tmp_path_factory) -> Path:
         "import json, sys, utils.metrics\n"
         "from tests.deit.test_training import compose_config, plain, train\n"
         "utils.metrics.draw_curves = lambda path: None\n"
-        "from utils import distributed\n"
-        "with distributed.session('cpu'):\n"
+        "from utils.joining import session\n"
+        "with session('cpu'):\n"
         "    for words in json.loads(sys.argv[1]):\n"
         "        train(plain(compose_config('deit/quickstart.yaml', words)))\n"
     )

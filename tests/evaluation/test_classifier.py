@@ -1,6 +1,7 @@
 """One command judges any classifier, and refuses weights that mean other classes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from utils.config.build import build
 from utils.data.classes import class_metadata
 from utils.data.images import ImageFolder
 from utils.errors import UserError
+from utils.run_end import export_net
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 OCTIC = {"_target_": "octic.models.d8_inv_early_deit_small_patch16", "_partial_": True}
@@ -239,10 +241,14 @@ def test_unknown_model_names_the_nearest(capsys):
 
 def test_what_a_run_leaves_is_judged_and_guarded(images, tmp_path):
     """The loop writes constructor and classes beside the weights; the evaluation reads them."""
-    from utils.run import export_net
-
     backbone = {**OCTIC, **SIZES, "num_classes": 3}
-    export_net(tmp_path, {"backbone": backbone}, 1, build(backbone)(), ImageFolder(images))
+    run = SimpleNamespace(
+        folder=tmp_path,
+        config={"backbone": backbone},
+        recipe=SimpleNamespace(exported=build(backbone)()),
+        data={"train": ImageFolder(images)},
+    )
+    export_net(run, 1)
     judge_classifier(config(images, tmp_path, OCTIC, tmp_path))
     renamed = tmp_path / "renamed"
     renamed.mkdir()

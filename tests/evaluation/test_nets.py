@@ -15,8 +15,8 @@ from evaluation.nets import (
     weights_in_words,
 )
 from tests.evaluation.backbones import OCTIC, PLAIN, TIMM, TINY, exported
-from utils.checkpoints.exported import EXPORTED
 from utils.errors import UserError
+from utils.run_files import EXPORTED
 from vit.weights import read_state
 
 WRAPPERS = {

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.results import RESULTS_FILE, append_lines, print_figures, write_results
+from evaluation.results import append_lines, print_figures, write_results
+from utils.run_files import RESULTS
 
 
 def net(name: str) -> dict:
@@ -28,7 +29,7 @@ def test_probes_keep_their_figures_beside_each_other(tmp_path: Path, capsys) -> 
 
 @pytest.mark.parametrize("entry", [3, None, {}, {"figures": {}}, {"protocol": "words"}])
 def test_figures_are_written_whatever_stood_in_their_place(tmp_path: Path, entry: object) -> None:
-    path = tmp_path / RESULTS_FILE
+    path = tmp_path / RESULTS
     path.write_text(json.dumps({"knn": entry, "mine": entry}))
     write_results(tmp_path, "knn", protocol={"backbone": "a"}, figures={"top1": 1.0})
     written = json.loads(path.read_text())

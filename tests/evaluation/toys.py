@@ -11,7 +11,7 @@ import torch.multiprocessing
 from PIL import Image
 from torch import Tensor, nn
 
-from utils import distributed
+from utils.joining import session
 from vit.backbone import Features
 
 
@@ -87,5 +87,5 @@ def _one(rank: int, function: Callable[[], object], count: int, port: int, folde
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with distributed.session("cpu"):
+    with session("cpu"):
         (folder / f"{rank}.json").write_text(json.dumps(function()))

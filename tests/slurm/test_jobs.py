@@ -13,11 +13,12 @@ from slurm.jobs import judge, list_runs, main
 from slurm.processes import started
 from slurm.runs import Run, describe
 from utils.errors import UserError
+from utils.run_files import LAUNCHES
 
 
 def lines(folder: Path, *events: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / record.NAME).open("a") as file:
+    with (folder / LAUNCHES).open("a") as file:
         for number, event in enumerate(events):
             whole = {"job": "", "attempt": 0, "time": 100.0 + number, **event}
             file.write(json.dumps(whole) + "\n")
@@ -200,7 +201,7 @@ def test_a_job_that_starts_again_tells_how_often_and_why(tmp_path: Path) -> None
 def test_the_newest_run_stands_last(tmp_path: Path, capsys) -> None:
     for name, when in (("b", 100), ("c", 300), ("a", 200)):
         lines(tmp_path / name, BEGAN, {"event": "ended"})
-        for path in (tmp_path / name / record.NAME, tmp_path / name):
+        for path in (tmp_path / name / LAUNCHES, tmp_path / name):
             os.utime(path, (when, when))
     shown = []
     for last in ("0", "2"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from slurm import record
+from utils.run_files import LAUNCHES
 
 
 def put(path: Path, *lines: tuple[str, float]) -> None:
@@ -14,15 +15,15 @@ def put(path: Path, *lines: tuple[str, float]) -> None:
 
 def test_a_file_keeps_its_order_whatever_the_clocks_of_its_writers_say(tmp_path):
     # A batch script whose node is behind the node of rank 0.
-    put(tmp_path / record.NAME, ("began", 10.0), ("stopped", 12.4), ("final", 12.0))
+    put(tmp_path / LAUNCHES, ("began", 10.0), ("stopped", 12.4), ("final", 12.0))
     put(tmp_path / "launches.rank1.jsonl", ("lost_peer", 11.0), ("failed", 13.0))
     read = [line["event"] for line in record.read(tmp_path)]
     assert read == ["began", "lost_peer", "stopped", "final", "failed"]
 
 
 def test_torn_lines_and_lines_of_something_else_are_left_out(tmp_path):
-    put(tmp_path / record.NAME, ("began", 1.0))
-    with (tmp_path / record.NAME).open("a") as file:
+    put(tmp_path / LAUNCHES, ("began", 1.0))
+    with (tmp_path / LAUNCHES).open("a") as file:
         file.write('7\n{"no": "event"}\n{"event": "sto')
     assert [line["event"] for line in record.read(tmp_path)] == ["began"]
 
@@ -31,7 +32,7 @@ def test_torn_lines_and_lines_of_something_else_are_left_out(tmp_path):
     "line", [{}, {"job": None, "attempt": "x", "time": "noon"}, {"time": 1e999}]
 )
 def test_values_of_another_kind_count_as_none(tmp_path, line):
-    (tmp_path / record.NAME).write_text(json.dumps({"event": "failed", **line}))
+    (tmp_path / LAUNCHES).write_text(json.dumps({"event": "failed", **line}))
     expected = {"event": "failed", "job": "", "attempt": 0, "time": 0.0}
     assert record.read(tmp_path) == [expected]
 

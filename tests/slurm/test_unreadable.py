@@ -16,11 +16,12 @@ from slurm.processes import started
 from slurm.runs import describe
 from utils.config.build import plain
 from utils.config.compose import compose_config
+from utils.run_files import LAUNCHES
 
 
 def run_of(folder: Path, *lines: str) -> Path:
     folder.mkdir(parents=True)
-    (folder / record.NAME).write_text("".join(f"{line}\n" for line in lines))
+    (folder / LAUNCHES).write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
@@ -52,10 +53,10 @@ def test_a_folder_that_cannot_be_read_is_a_row(sound: Path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        (record.NAME, '{"event": "began"}'),
-        (record.NAME, '{"event": "failed", "job": null, "attempt": "x", "time": "noon"}'),
-        (record.NAME, '{"event": ["x"], "time": NaN}'),
-        (record.NAME, '{"event": "final", "status": null}'),
+        (LAUNCHES, '{"event": "began"}'),
+        (LAUNCHES, '{"event": "failed", "job": null, "attempt": "x", "time": "noon"}'),
+        (LAUNCHES, '{"event": ["x"], "time": NaN}'),
+        (LAUNCHES, '{"event": "final", "status": null}'),
         ("metrics.jsonl", '{"step": null}'),
         ("metrics.jsonl", '{"step": [1], "loss": "x"}'),
         ("progress.json", '{"total_steps": "many"}'),

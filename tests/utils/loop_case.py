@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from utils import distributed, metrics
 from utils.checkpoints.files import Parts
+from utils.joining import session
 from utils.parallel import local
 from utils.run import run_built
+from utils.run_objects import Run
 from utils.signals import StopSignal
 
 SAMPLES = 24
@@ -185,17 +187,10 @@ def train_tiny(
     """Train the tiny recipe in `folder`; returns summary and recipe."""
     torch.manual_seed(0)
     made = TinyRecipe(**(recipe or {}))
+    data = {"val": ()} if data is None else data
+    run = Run(make_config(folder, **changes), made, optimizer, data, probes or {})
     with StopSignal() as stop:
-        summary = run_built(
-            make_config(folder, **changes),
-            made,
-            optimizer,
-            data={"val": ()} if data is None else data,
-            probes=probes or {},
-            device=torch.device("cpu"),
-            stop=stop,
-        )
-    return summary, made
+        return run_built(run, torch.device("cpu"), stop), made
 
 
 def parts_of(folder: Path) -> Parts:
@@ -220,6 +215,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     metrics.draw_curves = lambda path: None
     os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if two made a node
-    with distributed.session("cpu"):
+    with session("cpu"):
         for folder, arguments in json.loads(sys.argv[1]):
             train_tiny(Path(folder), **arguments)

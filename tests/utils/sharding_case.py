@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from octic.models import hybrid_dinov2_vit_small_patch16
 from utils import distributed, parallel
 from utils.communication import Communication
+from utils.joining import session
 from utils.precision import Precision
 from vit.models import dinov2_vit_small_patch16
 
@@ -95,7 +96,7 @@ def train(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = str(min(2, int(os.environ["WORLD_SIZE"])))  # two make a node
-    with distributed.session(sys.argv[3]):
+    with session(sys.argv[3]):
         for number, case in enumerate(json.loads(sys.argv[1])):
             found = train(**case)
             if distributed.is_main():

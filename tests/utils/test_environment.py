@@ -5,10 +5,10 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from utils import distributed
-from utils.distributed import Process, find_process
+from utils import joining
 from utils.environment import whole_number
 from utils.errors import UserError
+from utils.joining import Process, find_process
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -48,9 +48,9 @@ def test_processes_cannot_meet_at_a_machine_nobody_knows(monkeypatch) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr(distributed, "NAMED_WITHIN_S", -1)
+    monkeypatch.setattr(joining, "NAMED_WITHIN_S", -1)
     said = "there is no machine nohost, .* Name or service not known"
-    with pytest.raises(UserError, match=said), distributed._meeting(Process(address="nohost")):
+    with pytest.raises(UserError, match=said), joining._meeting(Process(address="nohost")):
         pass
 
 
@@ -62,8 +62,8 @@ def test_a_name_that_becomes_known_is_waited_for(monkeypatch) -> None:
             raise answer
 
     monkeypatch.setattr(socket, "getaddrinfo", known_later)
-    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
-    with distributed._meeting(Process(address="later")):
+    monkeypatch.setattr(joining.time, "sleep", lambda seconds: None)
+    with joining._meeting(Process(address="later")):
         assert answers == []
 
 
@@ -75,5 +75,5 @@ def test_nor_at_a_port_that_another_program_has(monkeypatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(port))
         said = f"port {port} of this machine is in use by another program"
         with pytest.raises(UserError, match=said):
-            distributed.setup("cpu")
+            joining.setup("cpu")
     assert not dist.is_initialized()

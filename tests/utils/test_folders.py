@@ -12,7 +12,6 @@ from tests.utils.loop_case import train_tiny
 from utils import distributed
 from utils.errors import UserError
 from utils.folders import check_folder, check_run_folder, make_folder
-from utils.run import _on_main
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,20 +85,21 @@ def test_what_the_system_refuses_rank_0_reaches_the_others(monkeypatch) -> None:
         raise OSError(errno.EIO, "Input/output error", "config.yaml")
 
     with pytest.raises(OSError, match="config.yaml"):
-        _on_main(refuse)
+        distributed.on_main(refuse)
     assert isinstance(told[0], OSError)
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(distributed, "broadcast_object", lambda value: told[0])
     with pytest.raises(OSError, match="config.yaml"):
-        _on_main(refuse)
+        distributed.on_main(refuse)
 
 
 REFUSED = """
 import sys
 from tests.utils.loop_case import train_tiny
 from utils import distributed
+from utils.joining import session
 from utils.errors import UserError
-with distributed.session("cpu"):
+with session("cpu"):
     try:
         train_tiny(sys.argv[1])
     except UserError as error:

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.utils.loop_case import TinyRecipe, make_config, parts_of, train_tiny
-from utils.checkpoints.exported import EXPORTED
 from utils.errors import UserError
 from utils.run import run_built
+from utils.run_files import EXPORTED
+from utils.run_objects import Run
 from utils.signals import StopSignal
 from utils.start import load_weights
 
@@ -106,16 +107,9 @@ def test_what_may_not_be_read_is_one_line(run: Path, monkeypatch) -> None:
 
 
 def test_the_line_is_told_with_the_others(run: Path, tmp_path: Path, capsys) -> None:
+    config = make_config(tmp_path / "next", weights=str(run), max_steps=1)
     with StopSignal() as stop:
-        run_built(
-            make_config(tmp_path / "next", weights=str(run), max_steps=1),
-            Other(),
-            torch.optim.AdamW,
-            data={},
-            probes={},
-            device=torch.device("cpu"),
-            stop=stop,
-        )
+        run_built(Run(config, Other(), torch.optim.AdamW, {}, {}), torch.device("cpu"), stop)
     assert "is not taken whole" in " ".join(capsys.readouterr().out.split())
 
 
@@ -123,16 +117,9 @@ def test_going_on_with_another_network_says_what_has_changed(run: Path) -> None:
     """The config that began the run stands beside it, and says what made it another network."""
 
     def go_on(**changes: object) -> str:
+        going_on = Run(make_config(run, **changes), Other(), torch.optim.AdamW, {}, {})
         with StopSignal() as stop, pytest.raises(UserError) as caught:
-            run_built(
-                make_config(run, **changes),
-                Other(),
-                torch.optim.AdamW,
-                data={},
-                probes={},
-                device=torch.device("cpu"),
-                stop=stop,
-            )
+            run_built(going_on, torch.device("cpu"), stop)
         return str(caught.value)
 
     line = go_on(backbone={"embed_dim": 128}, seed=1)

@@ -208,7 +208,7 @@ def test_a_last_save_that_fails_leaves_the_network_if_it_fits(tmp_path, monkeypa
 
     monkeypatch.setattr("utils.checkpoints.shards.save_file", full)
     if not fits:
-        monkeypatch.setattr("utils.run.export_weights", full)
+        monkeypatch.setattr("utils.run_end.export_weights", full)
     with pytest.raises(UserError, match="^checkpoint of step 12 not written") as caught:
         train_tiny(tmp_path, every=3, log_every=5)
     assert caught.type is UserError  # by its name slurm/local.py finds the line

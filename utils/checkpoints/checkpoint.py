@@ -190,7 +190,7 @@ class Checkpoints:
 
         Every rank must call this.
         """
-        order = distributed.broadcast_object(self._order() if distributed.is_main() else None)
+        order = distributed.on_main(self._order)
         notes: list[str] = []
         for step in order:
             if not (fault := self._shared_fault(step, weights)):
@@ -201,7 +201,7 @@ class Checkpoints:
     def _shared_fault(self, step: int, weights: Collection[str]) -> str:
         # Nothing if it is sound, its weights too, else one line; each rank reads some of the files.
         path = self.path(step)
-        fault = distributed.broadcast_object(folder_fault(path) if distributed.is_main() else None)
+        fault = distributed.on_main(lambda: folder_fault(path))
         if not fault:
             files = read_description(path)["files"]
             mine = list(files)[distributed.rank() :: distributed.world_size()]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from utils.distributed import check_device
 from utils.errors import UserError
+from utils.joining import check_device
 from utils.parallel import check_sharding
 from utils.precision import check_mode
 from utils.ranges import check_count, check_range

@@ -1,0 +1,14 @@
+"""The files of a run folder, by the names that their writers and their readers share."""
+
+CONFIG = "config.yaml"  # utils/run_folder.py
+CODE = "git.txt"  # utils/run_folder.py
+LOCK = ".lock"  # utils/lock.py
+LAUNCHES = "launches.jsonl"  # slurm/record.py
+METRICS = "metrics.jsonl"  # utils/metrics.py
+PROGRESS = "progress.json"  # utils/metrics.py
+CURVES = "curves.png"  # utils/metrics.py
+CHECKPOINTS = "checkpoints"  # a folder: utils/checkpoints/checkpoint.py
+EXPORTED = "exported/model.safetensors"  # the trained network: utils/run_end.py
+FORMERLY = "exported/teacher.safetensors"  # the same, in the folders of older runs
+SUMMARY = "summary.json"  # utils/summary.py
+RESULTS = "results.json"  # evaluation/results.py
