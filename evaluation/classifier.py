@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.judge import Figures, build_probes, make_data, protocol_of, run_probes, splits_of
+from evaluation.data import data_for
+from evaluation.judge import Figures, build_probes, protocol_of, run_probes
 from evaluation.nets import (
     brings_weights,
     chosen_backbone,
@@ -36,7 +37,7 @@ def judge_classifier(config: Mapping[str, Any]) -> Figures:
     with session(config["device"]) as device:
         probes = build_probes(config)
         # The throughput probe alone needs no images.
-        data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}
+        data = data_for(probes.values(), config["data"])
         dataset = data.get("val")
         path, metadata, state = read_weights(config["weights"], dataset)
         backbone = complete(chosen_backbone(config), metadata, state, dataset)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaluation.data import make_data
 from evaluation.image_size import image_size_of
-from evaluation.judge import make_data
 from evaluation.nets import brings_weights, chosen_backbone, make_net
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.neighbours import draw_neighbours

@@ -1,9 +1,10 @@
 """Evaluate one net with the probes of a config; experiments/eval_dinov2_*.py run this."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.data import data_for
 from evaluation.nets import brings_weights, chosen_backbone, make_net, name_of, weights_in_words
 from evaluation.progress import say
 from evaluation.results import in_words, print_figures, write_results
@@ -31,7 +32,7 @@ def judge(config: Mapping[str, Any]) -> Figures:
         for name in probes:
             check_folder(folder / name)
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
-        data = {split: make_data(config["data"], split) for split in splits_of(probes.values())}
+        data = data_for(probes.values(), config["data"])
         if distributed.is_main():
             _say_what_is_judged(config, data)
         return run_probes(
@@ -64,19 +65,6 @@ def run_probes(
         found |= {f"{name}/{key}": value for key, value in figures.items()}
     distributed.barrier()
     return found
-
-
-def splits_of(probes: Iterable[Callable]) -> list[str]:
-    """The splits of `data` that the probes read; a probe without `splits` reads both."""
-    asked = {split for probe in probes for split in getattr(probe, "splits", ("train", "val"))}
-    return sorted(asked)
-
-
-def make_data(node: Mapping[str, Any], split: str) -> ImageDataset:
-    """The data set of one split of a `data` node."""
-    if not node.get(split):
-        raise UserError(f"data.{split} is missing: a probe needs training and validation images")
-    return build(node[split])
 
 
 def protocol_of(name: str, probe: Callable) -> dict[str, Any]:

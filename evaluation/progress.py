@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from utils.console import may_be_lost
 
+PERIOD_S = 30.0  # between two lines of a log
+
 
 def track(
     batches: Iterable,
@@ -62,10 +64,10 @@ def _display(label: str, total: int, shown: bool) -> Iterator:
 
 
 class _PlainLines:
-    """One line every 30 seconds and one at the end, for logs."""
+    """One line every `PERIOD_S` and one at the end, for logs."""
 
-    def __init__(self, label: str, total: int, period_s: float = 30.0) -> None:
-        self.label, self.total, self.period_s = label, total, period_s
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
         self.done = 0
         self.start = self.last = time.monotonic()
 
@@ -73,7 +75,7 @@ class _PlainLines:
         self.done += count
         now = time.monotonic()
         finished = self.done >= self.total
-        if finished or now - self.last >= self.period_s:
+        if finished or now - self.last >= PERIOD_S:
             self.last = now
             rate = self.done / max(now - self.start, 1e-9)
             left = "done" if finished else f"{(self.total - self.done) / rate:.0f} s left"

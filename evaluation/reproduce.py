@@ -8,7 +8,8 @@ import yaml
 from torch import Tensor
 
 from evaluation.classifier import judge_classifier
-from evaluation.judge import judge, make_data
+from evaluation.data import make_data
+from evaluation.judge import judge
 from evaluation.progress import say
 from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
 from evaluation.results import print_table, write_results

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from utils.config.build import plain, resolve
 from utils.config.command_line import (
-    TAKES_VALUE,
     backbone_words,
     help_page,
     names_backbone,
+    passed_on,
     quoted,
     read_command,
     take_value,
@@ -172,9 +172,7 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
             take_value(name, inline, words)
             found.notes.append(f"{name} has no effect: {IGNORED[name]}")
         elif word.startswith("-") or _is_override(word):
-            found.argv.append(word)
-            if word in TAKES_VALUE and words:
-                found.argv.append(words.pop(0))
+            found.argv.extend(passed_on(word, words))
         elif output:
             raise UserError(f"two output folders, {output!r} and {word!r}; key=value sets a key")
         else:

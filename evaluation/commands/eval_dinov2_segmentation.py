@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from utils.config.build import plain
 from utils.config.command_line import (
-    TAKES_VALUE,
     backbone_words,
     names_backbone,
+    passed_on,
     quoted,
     read_command,
     take_value,
@@ -23,6 +23,7 @@ from utils.config.command_line import (
 )
 from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
+from utils.config.flags import slurm_minutes
 from utils.errors import UserError, fail
 from utils.nearest import nearest
 
@@ -148,9 +149,7 @@ def _read(words: list[str]) -> _Asked:
         elif name in OPTIONS:
             asked.options[OPTIONS[name]] = take_value(name, value, words)
         elif word.startswith("-"):
-            asked.rest.append(word)
-            if word in TAKES_VALUE and words:
-                asked.rest.append(words.pop(0))
+            asked.rest.extend(passed_on(word, words))
         elif not equals and not word.startswith("~"):
             if output:
                 raise UserError(f"two output folders, {output!r} and {word!r}")
@@ -241,7 +240,10 @@ def _launcher(asked: _Asked) -> list[str]:
 
 def _sbatch_value(option: str, value: str) -> str:
     if option in ("time", "timeout"):
-        return str(_minutes(option, value))
+        try:
+            return str(slurm_minutes(value))
+        except ValueError:
+            raise UserError(f"{option}={value}: a time is minutes, H:M:S or D-H:M") from None
     if option == "mem":
         match = re.fullmatch(r"(\d+)([GM]?)B?", value.upper())
         if match is None:
@@ -253,21 +255,6 @@ def _sbatch_value(option: str, value: str) -> str:
             raise UserError(f"{option}={value}: a whole number is needed")
         return value
     return _quoted(value)
-
-
-def _minutes(option: str, text: str) -> int:
-    """sbatch's time: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; seconds round up."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
-        raise UserError(f"{option}={text}: a time is minutes, H:M:S or D-H:M")
-    days, dash, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
-    return int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0)
 
 
 def _tasks(asked: _Asked, named_file: bool) -> list[str]:

@@ -1,6 +1,5 @@
 """Compare token reductions on plain and octic nets (experiments/compare_reduction.py)."""
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +18,11 @@ from evaluation.comparison.nets import (
 )
 from evaluation.comparison.reduction_dense import DenseHead, fit_dense_head, mean_iou
 from evaluation.comparison.reduction_pictures import draw_reductions
+from evaluation.comparison.tables import write_tables
 from evaluation.cost.counting import check_counted
+from evaluation.data import make_data
 from evaluation.features.dataset import device_of
-from evaluation.judge import make_data
 from evaluation.progress import say, track
-from evaluation.results import print_table, write_results
 from utils.config.build import build
 from utils.errors import UserError
 from utils.flops import count_operations
@@ -73,7 +72,7 @@ def compare(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
-    runs, folder = config["runs"], Path(config["output_dir"])
+    runs = config["runs"]
     size, data = image_size(runs), trainings_of(runs)[0]["data"]
     dataset = make_data(data, "val")
     nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
@@ -99,9 +98,9 @@ def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, 
     everyone = {entry.name: entry.net for entry in entries}
     for name, speed in speeds_of(everyone, batch, config["speed_steps"]).items():
         figures[name]["images_per_second"] = speed
-    _report(config, folder, figures, device)
+    _report(config, figures, device)
     if config["pictures"]:
-        say(f"picture: {draw_reductions(figures, folder / 'reductions.png')}")
+        say(f"picture: {draw_reductions(figures, Path(config['output_dir']) / 'reductions.png')}")
     return figures
 
 
@@ -173,45 +172,22 @@ def _figures(
 
 
 def _report(
-    config: Mapping[str, Any],
-    folder: Path,
-    figures: Mapping[str, dict[str, Any]],
-    device: torch.device,
+    config: Mapping[str, Any], figures: Mapping[str, dict[str, Any]], device: torch.device
 ) -> None:
-    dense = config["segmentation"]
-    print_table(
+    write_tables(
+        "reduction",
         "reduced nets: accuracy, segmentation, cost",
-        ("", *COLUMNS.values()),
-        [(name, *(_written(key, row) for key in COLUMNS)) for name, row in figures.items()],
-        protocol=f"{config['epochs']} epochs, {config['words']}; nothing is trained after the "
-        "reduction; data.val; mIoU: of background and classes, a linear head of the unreduced "
-        f"net's patches ({dense['train_images']} images) on the patches handed back; "
-        "multiply-adds of the first image, products alone; "
-        f"images/s: batch {config['speed_batch']}, nets in turn, "
-        f"{torch.get_num_threads()} threads of {device.type}",
+        figures,
+        config,
+        device,
+        columns=COLUMNS,
+        csv_columns=("model", "method", "strength", *COLUMNS),
+        settings=("methods", "segmentation", "speed_batch"),
+        how="nothing is trained after the reduction; data.val; mIoU: of background and classes, a "
+        f"linear head of the unreduced net's patches ({config['segmentation']['train_images']} "
+        "images) on the patches handed back; multiply-adds of the first image, products alone; "
+        f"images/s: batch {config['speed_batch']}, nets in turn,",
     )
-    keys = ("epochs", "words", "models", "methods", "segmentation", "speed_batch", "seed")
-    protocol = {key: config[key] for key in keys}
-    protocol |= {"device": device.type, "threads": torch.get_num_threads()}
-    paths = [write_results(folder, "reduction", protocol=protocol, figures=figures)]
-    paths.append(folder / "results.csv")
-    with paths[-1].open("w", newline="") as file:
-        writer = csv.writer(file)
-        columns = ("model", "method", "strength", *COLUMNS)
-        writer.writerow(columns)
-        writer.writerows([row.get(key) for key in columns] for row in figures.values())
-    say(f"written: {', '.join(map(str, paths))}")
-
-
-def _written(key: str, row: Mapping[str, Any]) -> str | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    if key == "multiply_adds":
-        return f"{value / 1e6:.2f} M"
-    if key == "share":
-        return f"{value:.0f} %"
-    return f"{value:.0f}" if key in ("tokens", "images_per_second") else f"{value:.1f}"
 
 
 def _short(value: Any) -> str:

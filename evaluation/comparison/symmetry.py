@@ -1,6 +1,5 @@
 """Compare nets with and without symmetry under one recipe (experiments/compare_symmetry.py)."""
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,9 @@ from evaluation.comparison.nets import (
 )
 from evaluation.comparison.symmetry_pictures import draw_comparison
 from evaluation.comparison.symmetry_views import Judged, judge_views
-from evaluation.judge import make_data
+from evaluation.comparison.tables import write_tables
+from evaluation.data import make_data
 from evaluation.progress import say
-from evaluation.results import print_table, write_results
 from evaluation.symmetry.angles import angles_of
 from evaluation.symmetry.posthoc import make_wrapped, split_data, wrap_all
 from utils.config.build import build
@@ -88,7 +87,7 @@ def _judge(config: dict[str, Any], device: torch.device) -> Figures:
         }
         if name in speeds:
             figures[name]["images_per_second"] = speeds[name]
-    _report(config, folder, figures, judged, device)
+    _report(config, figures, judged, device)
     if config["pictures"]:
         digit = config["picture_digit"]
         for what, path in draw_comparison(
@@ -145,51 +144,22 @@ def _first(labels: Tensor, digit: int) -> int:
 
 def _report(
     config: Mapping[str, Any],
-    folder: Path,
     figures: Figures,
     judged: Mapping[str, Judged],
     device: torch.device,
 ) -> None:
-    rows = [(name, *(_written(key, row) for key in COLUMNS)) for name, row in figures.items()]
-    protocol = {
-        "epochs": config["epochs"],
-        "words": config["words"],
-        "models": config["models"],
-        "posthoc": config["posthoc"],
-        "angle_step": config["angle_step"],
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "seed": config["seed"],
-    }
-    print_table(
+    found = dict.fromkeys(["model", "upright", *next(iter(figures.values()))])
+    write_tables(
+        "symmetry",
         "digits in all positions: accuracy %, error of invariance, cost",
-        ("", *COLUMNS.values()),
-        rows,
-        protocol=f"{config['epochs']} epochs, {config['words']}; data.val; mean and worst of the "
-        f"square's eight symmetries; any angle: every {config['angle_step']:g} degrees but quarter "
-        "turns, bilinear, black comes in; control: turned there and back, interpolation alone; "
-        "error: largest |f(g x) - f(x)| / |f(x)| of the logits over the eight; "
-        f"{torch.get_num_threads()} threads of {device.type}",
+        {name: row | judged[name]._asdict() for name, row in figures.items()},
+        config,
+        device,
+        columns=COLUMNS,
+        csv_columns=list(found),
+        settings=("posthoc", "angle_step"),
+        how="data.val; mean and worst of the square's eight symmetries; any angle: every "
+        f"{config['angle_step']:g} degrees but quarter turns, bilinear, black comes in; control: "
+        "turned there and back, interpolation alone; error: largest |f(g x) - f(x)| / |f(x)| of "
+        "the logits over the eight;",
     )
-    whole = {name: row | judged[name]._asdict() for name, row in figures.items()}
-    paths = [write_results(folder, "symmetry", protocol=protocol, figures=whole)]
-    paths.append(folder / "results.csv")
-    with paths[-1].open("w", newline="") as file:
-        keys = ["upright", *(key for key in next(iter(figures.values())) if key != "upright")]
-        writer = csv.writer(file)
-        writer.writerow(["model", *keys])
-        writer.writerows([name, *(row.get(key) for key in keys)] for name, row in figures.items())
-    say(f"written: {', '.join(map(str, paths))}")
-
-
-def _written(key: str, row: Mapping[str, float]) -> str | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    if key == "any_angle":
-        return f"{value:.1f} ({row['any_angle_control']:.1f})"
-    if key in ("parameters", "multiply_adds"):
-        return f"{value / 1e6:.2f} M"
-    if key == "equivariance_error":
-        return f"{value:.1e}"
-    return f"{value:.0f}" if key == "images_per_second" else f"{value:.1f}"

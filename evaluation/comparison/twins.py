@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from evaluation.judge import make_data
+from evaluation.data import make_data
 from evaluation.nets import make_net
 from evaluation.pictures.curves import draw_losses
 from evaluation.pictures.neighbours import draw_neighbours

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaluation.features.dataset import (
     FeatureSet,
@@ -32,6 +32,7 @@ from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
+from utils.parallel import whole
 from vit.backbone import Backbone
 
 CLASS_TOKEN = "class token of the last block after the final norm"
@@ -166,11 +167,9 @@ def net_fingerprint(net: Backbone) -> str:
     digest.update(_without_addresses(f"{type(net).__qualname__} {net!r}").encode())
     if isinstance(net, nn.Module):
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-            # All ranks together gather a sharded parameter.
-            whole: Tensor = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
-            whole = whole.detach().cpu().contiguous()
-            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
-            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+            value = whole(tensor).detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return distributed.broadcast_object(digest.hexdigest())
 
 

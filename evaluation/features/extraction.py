@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evaluation.data import make_data
 from evaluation.features.cache import CLASS_TOKEN, identity, store_features, transform_in_words
 from evaluation.features.dataset import PRECISIONS, normalize_rows
 from evaluation.features.files import (
@@ -22,7 +23,6 @@ from evaluation.features.files import (
 )
 from evaluation.features.reading import features_of
 from evaluation.image_size import settle_sizes
-from evaluation.judge import make_data
 from evaluation.nets import brings_weights, chosen_backbone, make_net
 from evaluation.progress import say
 from utils import distributed

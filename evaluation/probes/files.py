@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evaluation.progress import say
 from utils import distributed
 from utils.errors import UserError, as_user_error
+from utils.parallel import whole
 from utils.whole_file import whole_file, write_text
 from vit.weights import read_pickle
 
@@ -138,9 +139,8 @@ def checksum(net: object) -> str:
     state = net.state_dict() if isinstance(net, nn.Module) else {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            # All ranks together gather a sharded parameter.
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            digest.update(f"{name} {[*whole.shape]} {whole.dtype} {_sum_of_bits(whole)};".encode())
+            value = whole(value)
+            digest.update(f"{name} {[*value.shape]} {value.dtype} {_sum_of_bits(value)};".encode())
     return digest.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from utils.schedules import Cosine
 from vit.backbone import Features
 
 FILL = 8192  # rows drawn at a time
-_CHILD = "import sys; from evaluation.probes.measure import work; work(sys.argv[1], sys.argv[2])"
 
 
 class Measured(NamedTuple):
@@ -43,16 +42,28 @@ def measure(probe: str, plan: Plan) -> Measured:
     """Run a probe at this size in a process of its own; UserError for what cannot be measured."""
     if plan.processes > 1 or plan.device != "cpu":
         raise UserError("--measure runs one process on the CPU; add --processes 1 --device cpu")
-    root = Path(__file__).resolve().parents[2]
+    return Measured(
+        **run_apart(
+            f"{probe} probe", "evaluation.probes.measure", probe, json.dumps(plan._asdict())
+        )
+    )
+
+
+def run_apart(what: str, module: str, *words: str) -> Any:
+    """What `work(*words)` of a module prints last, as JSON, in a process of its own.
+
+    UserError, which names `what` is measured, if that process fails, as where memory runs out.
+    """
+    call = f"import sys; from {module} import work; work(*sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, probe, json.dumps(plan._asdict())],
-        cwd=root,
+        [sys.executable, "-c", call, *words],
+        cwd=Path(__file__).resolve().parents[2],
         stdout=subprocess.PIPE,
         text=True,
     )
     if done.returncode:
-        raise UserError(f"the {probe} probe failed at this size (exit code {done.returncode})")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+        raise UserError(f"the {what} failed at this size (exit code {done.returncode})")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def work(probe: str, settings: str) -> None:

@@ -12,8 +12,6 @@ width, k neighbours.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from evaluation.probes.logistic import fit_logistic
-from evaluation.probes.measure import forget_peak, peak_bytes
+from evaluation.probes.measure import forget_peak, peak_bytes, run_apart
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.patch_logreg import hold_batches, predict
@@ -31,6 +29,8 @@ from evaluation.segmentation.patches import majority_labels
 from evaluation.segmentation.probe import MOMENT_ROWS
 from evaluation.segmentation.standardize import Standardizer, fit_standardizer
 from evaluation.segmentation.store import PatchStore, Shape
+from utils.errors import UserError, fail
+from utils.folders import make_folder
 
 FLOAT, DOUBLE, INDEX = 4, 8, 8  # bytes
 NUM_CLASSES = 150
@@ -92,18 +92,20 @@ def peak(plan: Plan) -> tuple[int, str]:
 
 def measure(plan: Plan, scratch: Path | None = None) -> dict[str, dict[str, float]]:
     """Peak bytes above those after the imports, and seconds, by phase; runs in its own process."""
-    command = [sys.executable, "-m", "evaluation.segmentation.memory", "--worker"]
+    if scratch is not None:
+        make_folder(scratch, "--scratch-dir")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        settings = json.dumps([plan._asdict(), folder])
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(
-            [*command, settings], cwd=root, stdout=subprocess.PIPE, text=True, check=True
+        return run_apart(
+            "segmentation probe",
+            "evaluation.segmentation.memory",
+            json.dumps(plan._asdict()),
+            folder,
         )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _work(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
-    """Run and measure the phases of the probe, one after the other, on synthetic patches."""
+def work(settings: str, folder: str) -> None:
+    """Body of the measuring process: measure each phase on synthetic patches, print as JSON."""
+    plan = Plan(**json.loads(settings))
     begin = forget_peak()
     found: dict[str, dict[str, float]] = {"imports": {"bytes": begin, "seconds": 0}}
     device = torch.device("cpu")
@@ -116,7 +118,7 @@ def _work(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
         found[name] = {"bytes": peak_bytes() - begin, "seconds": seconds}
 
     stores: list[PatchStore] = []
-    run("extract", lambda: stores.extend(_fill(plan, folder)))
+    run("extract", lambda: stores.extend(_fill(plan, Path(folder))))
     train, queries, _ = stores
 
     def read() -> Iterator[torch.Tensor]:
@@ -148,7 +150,7 @@ def _work(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
 
     run("knn", search)
     run("logreg", fit)
-    return found
+    print(json.dumps(found))
 
 
 def _fill(plan: Plan, folder: Path) -> list[PatchStore]:
@@ -190,23 +192,21 @@ def _print(plan: Plan, measured: dict[str, dict[str, float]] | None) -> None:
 
 
 def main() -> None:
-    """Print the model, and with --measure the peak of the real code."""
+    """Print the model, and with --measure the peak of the real code; a mistake is one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patches", type=int, default=3_565_044, help="training patches")
     parser.add_argument("--queries", type=int, default=396_116)
     parser.add_argument("--dim", type=int, default=1280)
     parser.add_argument("--measure", action="store_true", help="run it, on synthetic patches")
     parser.add_argument("--scratch-dir", type=Path, help="folder of the features, for --measure")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        plan, folder = json.loads(arguments.worker)
-        print(json.dumps(_work(Plan(**plan), Path(folder))))
-        return
     plan = Plan(arguments.patches, arguments.queries, arguments.dim)
     if min(plan) < 1:
         parser.error("--patches, --queries and --dim must be 1 or more")
-    _print(plan, measure(plan, arguments.scratch_dir) if arguments.measure else None)
+    try:
+        _print(plan, measure(plan, arguments.scratch_dir) if arguments.measure else None)
+    except UserError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

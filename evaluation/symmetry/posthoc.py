@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from evaluation.data import make_data
 from evaluation.features.dataset import device_of
 from evaluation.image_size import image_size_of
-from evaluation.judge import make_data
 from evaluation.nets import complete, make_classifier, name_of, read_weights
 from evaluation.probes.accuracy import UPRIGHT, check_labels
 from evaluation.progress import say, track

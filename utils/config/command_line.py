@@ -97,9 +97,7 @@ def read_words(
             value = option.value or take_value(name, inline, words, f": {option.help}")
             found.overrides.extend(spell(name, value) or [_override(option, value)])
         elif word.startswith(("-", "+", "~")) or "=" in word or not num_places:
-            found.overrides.append(word)
-            if word in TAKES_VALUE and words:
-                found.overrides.append(words.pop(0))
+            found.overrides.extend(passed_on(word, words))
         elif len(found.places) == num_places:
             what = "two output folders" if num_places == 1 else "too many words"
             given = " and ".join(map(repr, [*found.places, word]))
@@ -118,6 +116,14 @@ def take_value(name: str, inline: str, words: list[str], told: str = "") -> str:
     if not value or (not inline and value.startswith("--")):
         raise UserError(f"{name} needs a value{told}")
     return value
+
+
+def passed_on(word: str, words: list[str]) -> list[str]:
+    """A word that is not the command's, with its value where all scripts read it as such a flag.
+
+    The value is removed from `words`, those that follow.
+    """
+    return [word, words.pop(0)] if word in TAKES_VALUE and words else [word]
 
 
 def backbone_words(name: str) -> list[str]:
@@ -183,7 +189,10 @@ def meanings(
     options: Mapping[str, Option], ignored: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The rows of `help_page` for options, and for ignored flags with the reason."""
-    rows = {name: f"{option.help} ({option.key})" for name, option in options.items()}
+    rows = {
+        name: f"{option.help} ({option.key}{f'={option.value}' if option.value else ''})"
+        for name, option in options.items()
+    }
     return rows | {name: f"accepted: {why}" for name, why in (ignored or {}).items()}
 
 

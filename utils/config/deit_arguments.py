@@ -6,10 +6,18 @@ DeiT's own values, those that depend on each other, and those without effect.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.config.build import plain
-from utils.config.command_line import TAKES_VALUE, backbone_words, help_page, read_command, tell
+from utils.config.command_line import (
+    Option,
+    backbone_words,
+    help_page,
+    meanings,
+    passed_on,
+    read_command,
+    tell,
+)
 from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, run_of_model
 from utils.config.flags import quoted, read_arguments
@@ -39,54 +47,45 @@ CLASSES = {"IMNET": 1000, "CIFAR": 100, "CIFAR-10": 10, "INAT": 8142, "INAT19": 
 CLASSES |= dict.fromkeys(DOMAINS, 345)
 DISTILLATIONS = ("none", "soft", "hard")
 CATEGORY = "--inat-category"
-
-
-class Own(NamedTuple):
-    """A flag: the key it sets (with the value, if it takes none), its help, its number of words."""
-
-    key: str
-    help: str
-    words: int = 1
-
-
 AUGMENTATION = "recipe.augmentation"
 OPTIONS = {
-    "--model": Own("backbone", "any of configs/backbone, or of timm"),
-    "--data-set": Own("data", "IMNET, CIFAR, INAT, INAT19, ...; sets the number of classes too"),
-    "--nb-classes": Own("backbone.num_classes", "of the classifier"),
-    "--inat-category": Own("data.category", "rank that is told apart"),
-    "--opt": Own("optimizer", f"{', '.join(OPTIMIZERS)}, or a class such as torch.optim.AdamW"),
-    "--opt-betas": Own("optimizer.betas", "two numbers", 2),
-    "--momentum": Own("optimizer.momentum", "of sgd"),
-    "--sched": Own("recipe.schedules.shape", "of the learning rate: cosine, step"),
-    "--decay-epochs": Own("recipe.schedules.decay_epochs", "of --sched step"),
-    "--decay-rate": Own("recipe.schedules.decay_rate", "of --sched step"),
-    "--unscale-lr": Own("recipe.schedules.lr_scaling=none", "the rate as it is; the default", 0),
-    "--drop": Own("backbone.drop_rate", "dropout before the classifier"),
-    "--no-model-ema": Own("recipe.ema_decay=0", "no average of the weights", 0),
-    "--use-amp": Own("training.precision=fp16", "with a loss scaler, as published", 0),
-    "--no-use-amp": Own("training.precision=tf32", "as mirror ResMLPs were trained", 0),
-    "--symmetrized-asym-feats": Own("backbone.invariant=power_spectrum", "of mirror nets", 0),
-    "--attn-mixer": Own("backbone.attention_mixer=true", "of mirror nets", 0),
-    "--mixup": Own("recipe.mixing.mixup", "Beta parameter of mixup"),
-    "--cutmix": Own("recipe.mixing.cutmix", "Beta parameter of CutMix"),
-    "--cutmix-minmax": Own("recipe.mixing.cutmix_minmax", "two numbers", 2),
-    "--mixup-prob": Own("recipe.mixing.probability", "that a batch is mixed"),
-    "--mixup-switch-prob": Own("recipe.mixing.switch_probability", "that it is CutMix"),
-    "--mixup-mode": Own("recipe.mixing.mode", "batch, pair or elem"),
-    "--smoothing": Own("recipe.smoothing", "of labels; without --bce-loss, recipe.loss=ce"),
-    "--distillation-type": Own("recipe.distillation.kind", ", ".join(DISTILLATIONS)),
-    "--distillation-alpha": Own("recipe.distillation.alpha", "the teacher's share of the loss"),
-    "--distillation-tau": Own("recipe.distillation.tau", "temperature of soft"),
-    "--teacher-model": Own("recipe.distillation.teacher", "a network of timm (regnety_160)"),
-    "--teacher-path": Own("recipe.distillation.weights", "its weights (timm's own)"),
-    "--aa": Own(f"{AUGMENTATION}.auto_augment", "RandAugment, unless --ThreeAugment"),
-    "--train-interpolation": Own(f"{AUGMENTATION}.interpolation", "without 3-Augment"),
-    "--reprob": Own(f"{AUGMENTATION}.erase_probability", "random erasing, without 3-Augment"),
-    "--remode": Own(f"{AUGMENTATION}.erase_mode", "what is filled in, without 3-Augment"),
-    "--recount": Own(f"{AUGMENTATION}.erase_count", "boxes per image, without 3-Augment"),
-    "--eval-crop-ratio": Own("probes.accuracy.eval_crop_ratio", "of the images judged"),
+    "--model": Option("backbone", "any of configs/backbone, or of timm"),
+    "--data-set": Option("data", "IMNET, CIFAR, INAT, INAT19, ...; sets the number of classes too"),
+    "--nb-classes": Option("backbone.num_classes", "of the classifier"),
+    "--inat-category": Option("data.category", "rank that is told apart"),
+    "--opt": Option("optimizer", f"{', '.join(OPTIMIZERS)}, or a class such as torch.optim.AdamW"),
+    "--opt-betas": Option("optimizer.betas", "two numbers"),
+    "--momentum": Option("optimizer.momentum", "of sgd"),
+    "--sched": Option("recipe.schedules.shape", "of the learning rate: cosine, step"),
+    "--decay-epochs": Option("recipe.schedules.decay_epochs", "of --sched step"),
+    "--decay-rate": Option("recipe.schedules.decay_rate", "of --sched step"),
+    "--unscale-lr": Option("recipe.schedules.lr_scaling", "the rate as it is; the default", "none"),
+    "--drop": Option("backbone.drop_rate", "dropout before the classifier"),
+    "--no-model-ema": Option("recipe.ema_decay", "no average of the weights", "0"),
+    "--use-amp": Option("training.precision", "with a loss scaler, as published", "fp16"),
+    "--no-use-amp": Option("training.precision", "as mirror ResMLPs were trained", "tf32"),
+    "--symmetrized-asym-feats": Option("backbone.invariant", "of mirror nets", "power_spectrum"),
+    "--attn-mixer": Option("backbone.attention_mixer", "of mirror nets", "true"),
+    "--mixup": Option("recipe.mixing.mixup", "Beta parameter of mixup"),
+    "--cutmix": Option("recipe.mixing.cutmix", "Beta parameter of CutMix"),
+    "--cutmix-minmax": Option("recipe.mixing.cutmix_minmax", "two numbers"),
+    "--mixup-prob": Option("recipe.mixing.probability", "that a batch is mixed"),
+    "--mixup-switch-prob": Option("recipe.mixing.switch_probability", "that it is CutMix"),
+    "--mixup-mode": Option("recipe.mixing.mode", "batch, pair or elem"),
+    "--smoothing": Option("recipe.smoothing", "of labels; without --bce-loss, recipe.loss=ce"),
+    "--distillation-type": Option("recipe.distillation.kind", ", ".join(DISTILLATIONS)),
+    "--distillation-alpha": Option("recipe.distillation.alpha", "the teacher's share of the loss"),
+    "--distillation-tau": Option("recipe.distillation.tau", "temperature of soft"),
+    "--teacher-model": Option("recipe.distillation.teacher", "a network of timm (regnety_160)"),
+    "--teacher-path": Option("recipe.distillation.weights", "its weights (timm's own)"),
+    "--aa": Option(f"{AUGMENTATION}.auto_augment", "RandAugment, unless --ThreeAugment"),
+    "--train-interpolation": Option(f"{AUGMENTATION}.interpolation", "without 3-Augment"),
+    "--reprob": Option(f"{AUGMENTATION}.erase_probability", "random erasing, without 3-Augment"),
+    "--remode": Option(f"{AUGMENTATION}.erase_mode", "what is filled in, without 3-Augment"),
+    "--recount": Option(f"{AUGMENTATION}.erase_count", "boxes per image, without 3-Augment"),
+    "--eval-crop-ratio": Option("probes.accuracy.eval_crop_ratio", "of the images judged"),
 }
+PAIRS = ("--opt-betas", "--cutmix-minmax")  # flags with two values
 SAME = {
     "--num_workers": "--num-workers",
     "--data_path": "--data-path",
@@ -130,8 +129,7 @@ REFUSED = {
 
 def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config of a training's command line; a mistake prints one line and exits with code 2."""
-    rows = {name: f"{own.help} ({own.key})" for name, own in OPTIONS.items()}
-    page = help_page(rows | {name: f"accepted: {why}" for name, (_, why) in NO_EFFECT.items()})
+    page = help_page(meanings(OPTIONS, {name: why for name, (_, why) in NO_EFFECT.items()}))
     words, notes = read_command(argv, read_deit_training, page=page)
     config = plain(parse_config(DEFAULT, words, runs=RUNS))
     tell(notes)
@@ -183,7 +181,8 @@ def _sort(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[st
         if name in REFUSED:
             raise UserError(f"{name}: {REFUSED[name]}")
         if name in OPTIONS:
-            given[name] = _take(name, OPTIONS[name].words, inline, waiting)
+            count = 0 if OPTIONS[name].value else 1 + (name in PAIRS)
+            given[name] = _take(name, count, inline, waiting)
         elif name in NO_EFFECT:
             count, why = NO_EFFECT[name]
             _take(name, count, inline, waiting)
@@ -191,9 +190,7 @@ def _sort(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[st
         elif name == "--resume":
             rest += [name, *_resumed(inline, waiting)]
         else:
-            rest.append(f"{name}={inline}" if "=" in word else name)
-            if name in TAKES_VALUE and "=" not in word and waiting:
-                rest.append(waiting.pop(0))
+            rest += passed_on(f"{name}={inline}" if "=" in word else name, waiting)
     return given, rest, notes
 
 
@@ -223,9 +220,9 @@ def _resumed(inline: str, waiting: list[str]) -> list[str]:
 
 
 def _words(name: str, values: Sequence[str]) -> list[str]:
-    key = OPTIONS[name].key
-    if not values:
-        return [key]
+    key, value = OPTIONS[name].key, OPTIONS[name].value
+    if value:
+        return [f"{key}={value}"]
     if name == "--drop" and _is_zero(values[0]):  # 0 is every network's default, if it has dropout
         return []
     return [f"{key}={_value(*values)}"]

@@ -27,11 +27,14 @@ class Flag(NamedTuple):
 
 
 def slurm_minutes(text: str) -> int:
-    """Minutes of a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """Minutes of a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Seconds round up; ValueError for another text.
+    """
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
+        raise ValueError(text)
     days, dash, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    if len(parts) > 3:
-        raise ValueError(text)
     if not dash and len(parts) < 3:
         parts = [0, *parts]
     hours, minutes, seconds = (*parts, 0, 0)[:3]

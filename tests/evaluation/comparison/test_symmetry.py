@@ -20,7 +20,7 @@ from evaluation.comparison.symmetry_views import (
     turn,
     turn_and_back,
 )
-from evaluation.judge import make_data
+from evaluation.data import make_data
 from evaluation.symmetry.posthoc import answers
 from utils.checkpoints.weights_file import export_weights
 from utils.data.classes import class_metadata

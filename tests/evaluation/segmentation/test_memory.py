@@ -29,6 +29,17 @@ def test_command(monkeypatch, capsys):
     assert "1,000 training patches, 10 queries, width 1280" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    words = ["--measure", "--scratch-dir", str(tmp_path / "file" / "below")]
+    monkeypatch.setattr(sys, "argv", ["memory", *words])
+    with pytest.raises(SystemExit) as left:
+        memory.main()
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: --scratch-dir: cannot make")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_features_do_not_stay_in_memory(tmp_path):
