@@ -1,5 +1,6 @@
-"""A console, and prints, whose lost output (closed, or on a full disk) ends no work."""
+"""Output that is lost (closed, or on a full disk): it ends no work, or a command in order."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from rich.console import Console
+
+from utils.errors import FULL, fail
 
 
 class Lines(Console):
@@ -41,6 +44,27 @@ def may_be_lost(silence: Callable[[], None] | None = None) -> Iterator[None]:
         if not isinstance(error, BrokenPipeError):  # the reader's own doing
             with suppress(OSError):  # the same disk
                 print(f"standard output takes no more: {error.strerror}", file=sys.stderr)
+
+
+@contextmanager
+def output_taken() -> Iterator[None]:
+    """One line and exit status 1 where standard output does not take what a command prints.
+
+    For what is printed for its own sake (`--check`, `--help`, tables); nothing is said to a reader
+    that has gone.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (*FULL, errno.EPIPE):
+            raise
+        _lead_nowhere(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        fail(f"standard output takes no more: {error.strerror}", code=1)
 
 
 def _lead_nowhere(file: IO[str]) -> None:

@@ -1,5 +1,6 @@
 """The error of a user's mistake, and how a command ends with it."""
 
+import errno
 import json
 import os
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 
 
 class UserError(ValueError):

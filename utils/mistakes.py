@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils.config.build import place_of, raised_by_us
-from utils.errors import UserError, one_line
+from utils.errors import FULL, UserError, one_line
 
 LESS_MEMORY = (
     "smaller batches take less (recipe.accumulation keeps the images of a training's step), and so "
@@ -21,7 +21,6 @@ NEEDS_COMPILER = (
 )
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
 _SHOWN = "_octic_shown"  # attribute of an error whose traceback was printed
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # A place that the user named, or its owner, is in the way.
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 

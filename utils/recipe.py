@@ -7,11 +7,12 @@ recipe's, a schedule's or a probe's business and never an `if` in the loop.
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
+from utils.nearest import nearest
 from utils.parallel import Wrap
 from utils.schedules import Schedule
 
@@ -61,3 +62,35 @@ def check_recipe(recipe: object) -> None:
     if lacking or not isinstance(recipe, nn.Module):
         what = f"it lacks {', '.join(lacking)}" if lacking else "it must be an nn.Module"
         raise UserError(f"recipe: {type(recipe).__name__} is no recipe: {what}")
+
+
+def checked_groups(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe's groups of parameters; UserError unless each names a schedule that works."""
+    schedules = recipe.schedules
+    for name, schedule in schedules.items():
+        value = schedule(0) if callable(schedule) else schedule
+        if not callable(schedule) or not isinstance(value, SupportsFloat):
+            what = f"schedules[{name!r}] must be a function from a step to a number"
+            raise _wrong(recipe, what, value)
+    groups = list(recipe.param_groups())
+    for group in groups:
+        if (name := group.get("lr_schedule", "lr")) not in schedules:
+            what = f"lr_schedule of a group must be one of its schedules, {', '.join(schedules)}"
+            raise _wrong(recipe, what, name, nearest(name, schedules))
+    return groups
+
+
+def checked_losses(recipe: Recipe, losses: Any) -> dict[str, Tensor]:
+    """What `recipe.losses` returned; UserError unless its values are as the Protocol says."""
+    if not isinstance(losses, Mapping) or "loss" not in losses:
+        got = list(losses) if isinstance(losses, Mapping) else losses
+        raise _wrong(recipe, "losses() must return tensors by name, `loss` among them", got)
+    for name, value in losses.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else value
+            raise _wrong(recipe, f"losses()[{name!r}] must be a tensor without dimensions", got)
+    return dict(losses)
+
+
+def _wrong(recipe: object, what: str, got: object, hint: str = "") -> UserError:
+    return UserError(one_line(f"recipe: {type(recipe).__name__}: {what}, not {got!r}{hint}"))

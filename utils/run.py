@@ -15,16 +15,16 @@ from utils.config.build import plain
 from utils.config.settings import check_settings
 from utils.distributed import on_main
 from utils.endings import MAX_STEPS
-from utils.errors import UserError
+from utils.errors import FULL, UserError
 from utils.health import Health
 from utils.joining import session
 from utils.lock import FolderLock
 from utils.metrics import Metrics
-from utils.mistakes import FULL
 from utils.optimizers import make_optimizer
 from utils.precision import Precision
 from utils.probing import ProbeRunner
 from utils.randomness import seed_everything
+from utils.recipe import checked_groups
 from utils.run_end import export_after_failed_save, export_net, facts, probe_again
 from utils.run_folder import prepare_folder, refuse_overwriting
 from utils.run_objects import Run, build_run
@@ -169,7 +169,7 @@ def _prepare(
     notes = load_weights(module, training["weights"]) if given else []
     options = {k: training[k] for k in ("sharding", "compile", "activation_checkpointing")}
     recipe.parallelize(parallel.make_wrap(device, precision, **options))
-    optimizer = make_optimizer(run.optimizer, recipe.param_groups(), module)
+    optimizer = make_optimizer(run.optimizer, checked_groups(recipe), module)
     seed_everything(state.rank_seed(seed))  # drop path differs from rank to rank
     if found is None:
         return optimizer, 0, notes

@@ -15,7 +15,7 @@ from utils.metrics import Metrics
 from utils.optimizers import apply_schedules, clip_parts
 from utils.precision import Precision
 from utils.randomness import ShieldedBatches
-from utils.recipe import Recipe
+from utils.recipe import Recipe, checked_losses
 from utils.signals import StopSignal
 from utils.watchdog import Watchdog
 
@@ -61,7 +61,7 @@ def fit(
             batch = recipe.prepare(parallel.to_device(next(batches), device))
             gradients.set_sync(micro_batch == recipe.accumulation - 1)
             with precision.autocast():
-                losses = recipe.losses(batch, step)
+                losses = checked_losses(recipe, recipe.losses(batch, step))
             precision.backward(losses["loss"] / recipe.accumulation)
             metrics.add(losses)
         # Clip

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.console import output_taken
+
 ABOUT = """What the speed of a net is made of (docs/performance.md).
 
 blocks    operators, compiled kernels and kept activations of each kind of block
@@ -85,6 +87,7 @@ def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(what=what, **{**DEFAULTS, **given})
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = read(argv)

@@ -1,11 +1,15 @@
 """The flags of the comparison of costs, as overrides of configs/complexity.yaml."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from utils.config.build import plain
 from utils.config.command_line import (
     Option,
+    files_beside,
     help_page,
     meanings,
     quoted,
@@ -15,7 +19,7 @@ from utils.config.command_line import (
 )
 from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
-from utils.errors import UserError
+from utils.errors import UserError, fail, one_line
 from utils.nearest import nearest
 
 CONFIG = "complexity.yaml"
@@ -49,7 +53,26 @@ OPTIONS = {
 def parse_complexity(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config a command line asks for; a mistake prints one line, exit code 2."""
     words = read_command(argv, read_complexity_arguments, page=help_page(meanings(OPTIONS)))
-    return plain(parse_config(default=CONFIG, argv=words, base="complexity"))
+    config = plain(parse_config(default=CONFIG, argv=words, base="complexity"))
+    try:
+        files = files_beside(words, "backbone")
+        own = {name: _read(files[name]) for name in config["models"] if name in files}
+    except UserError as error:
+        fail(error)
+    keywords = config["keywords"] or {}
+    for name, node in own.items():
+        keywords = {**keywords, name: {**node, **keywords.get(name, {})}}
+    return {**config, "keywords": keywords}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        node = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: bad YAML: {one_line(error)}") from None
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{file} has no _target_, so it describes no net")
+    return node
 
 
 def read_complexity_arguments(argv: Sequence[str]) -> list[str]:

@@ -1,14 +1,15 @@
 """The flags of DINOv2's classification evaluations, as overrides of configs/evaluate.yaml."""
 
-import argparse
 import contextlib
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from utils.config.build import plain, resolve
 from utils.config.command_line import (
     backbone_words,
+    files_beside,
     help_page,
     names_backbone,
     passed_on,
@@ -18,7 +19,7 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import compose_config, parse_config
-from utils.config.files import CONFIGS, find_file
+from utils.config.files import CONFIGS
 from utils.config.flags import read_arguments
 from utils.config.signature import keywords_of
 from utils.errors import UserError
@@ -128,6 +129,7 @@ IGNORED = {
 }
 CHOICE, MODEL = "--probes", "--model"
 PROBES = ("linear", "knn", "logreg", "attentive")
+_GIVEN = re.compile(r"\+{1,2}(?:probe@)?probes\.(\w+)[.=]")  # of a probe that words add
 OFFERED = f"{', '.join(PROBES)} and other files of configs/probe"
 
 
@@ -157,7 +159,7 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         name, _, inline = word.partition("=")
         if name == CHOICE:
             listed = inline or (words.pop(0) if words else "")
-            found.argv.extend(_choose_probes(listed, _own_probes(argv)))
+            found.argv.extend(_choose_probes(listed, argv))
         elif name == MODEL:
             found.argv.extend(backbone_words(take_value(name, inline, words)))
         elif name in OPTIONS:
@@ -200,26 +202,21 @@ def _read(argv: list[str]) -> tuple[EvaluationArguments, list[str]]:
     return found, [*settings, *found.argv]
 
 
-def _own_probes(argv: Sequence[str]) -> list[str]:
-    """The probes in a folder `probe` beside the run file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-file", nargs="?")  # without a file, the next reader complains
-    file = parser.parse_known_args(argv)[0].config_file
-    folder = find_file(file).parent / "probe" if file else CONFIGS / "probe"
-    return [path.stem for path in folder.glob("*.yaml")]
-
-
-def _choose_probes(listed: str, own: Sequence[str]) -> list[str]:
-    """Overrides that keep only the probes of a comma list; `own` are offered besides ours."""
+def _choose_probes(listed: str, argv: Sequence[str]) -> list[str]:
+    """Overrides that keep only the probes of a comma list: of files, or given by the words."""
     chosen = [name for name in listed.split(",") if name]
-    known = sorted({path.stem for path in (CONFIGS / "probe").glob("*.yaml")} | {*own})
+    files = {path.stem for path in (CONFIGS / "probe").glob("*.yaml")}
+    files |= files_beside(argv, "probe").keys()
+    given = {found[1] for word in argv if (found := _GIVEN.match(word))}
+    known = sorted(files | given)
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         what = f"{unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "nothing"
         raise UserError(f"{CHOICE} takes a list of {OFFERED}; got {what}")
     defaults = plain(compose_config("evaluate.yaml", base="evaluate"))["probes"]
     dropped = [f"probes.{name}=null" for name in defaults if name not in chosen]
-    added = [f"+probe@probes.{name}={name}" for name in chosen if name not in defaults]
+    missing = [name for name in chosen if name in files and name not in defaults]
+    added = [f"+probe@probes.{name}={name}" for name in missing]
     return [*added, *dropped]
 
 

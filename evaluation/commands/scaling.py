@@ -3,11 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
+from utils.console import output_taken
+
 ABOUT = """What a step takes on many GPUs: what ranks send, measured here, and a model of the rest.
 
 The model is arithmetic on stated assumptions, not a measurement (docs/scaling.md)."""
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(

@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.console import output_taken
+
 ABOUT = """The whole speed table of this machine (docs/benchmarks.md).
 
 Runs the measurements of configs/speed.yaml for the device that is here, CUDA or CPU, one after the
@@ -13,6 +15,7 @@ of each and table.md, and the same command goes on where it was cut off. Exit co
 measurement failed, 2 for a mistake, 130 after Ctrl-C."""
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluation.comparison.symmetry_views import Judged, shift, turn
 from evaluation.features.dataset import device_of
+from evaluation.features.reading import features_of
 from evaluation.pictures.figures import grid, save, visible
 from evaluation.pictures.pca import pca_colours
 from utils.folders import make_folder
@@ -106,9 +107,9 @@ def _maps(net: Any, views: Mapping[str, Tensor]) -> Tensor | None:
     try:
         # At twice the training size there are four times as many patches to show.
         double = torch.nn.functional.interpolate(images, scale_factor=2, mode="bicubic")
-        patches = net.features(double)[0].patches
+        patches = features_of(net, double)[0].patches
     except (ValueError, RuntimeError):  # a net of one size
-        patches = net.features(images)[0].patches
+        patches = features_of(net, images)[0].patches
     if patches is None or patches.shape[-1] < 3 or patches.shape[1] * patches.shape[2] < 3:
         return None
     return pca_colours(patches.float().cpu())

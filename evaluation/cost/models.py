@@ -52,17 +52,19 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
     """The node of our config of that name, else of timm's model, for images of `size` pixels.
 
     A dotted name in a package that the environment adds is a net of the user's.
-    keywords: further keywords of the constructor.
+    keywords: further keywords of the constructor; with a `_target_`, all of the node.
     """
+    keywords = keywords or {}
+    if "_target_" in keywords or is_own(name):
+        node = {"_target_": name, **keywords}
+        sized = {"img_size": size} if "img_size" in keywords_of(resolve(node["_target_"])) else {}
+        return {**sized, **node}
     if name in _named():
-        node = {**_read(name), **(keywords or {})}
+        node = {**_read(name), **keywords}
         own = node.get("img_size", size)
         if own != size:
             raise UserError(f"{name} is for images of {own} pixels: size={own}, not {size}")
         return node if size == 224 else {**node, "img_size": size}
-    if is_own(name):
-        sized = {"img_size": size} if "img_size" in keywords_of(resolve(name)) else {}
-        return {"_target_": name, **sized, **(keywords or {})}
     import timm
 
     if name in ADAPTERS:

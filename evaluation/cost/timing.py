@@ -21,6 +21,7 @@ from evaluation.progress import say, track
 from evaluation.sample import num_classes_of
 from utils.errors import UserError
 from utils.parallel import blocks_of
+from utils.ranges import check_count
 
 INFERENCE, TRAINING = "inference", "training step"
 PASSES = (INFERENCE, TRAINING)
@@ -210,7 +211,11 @@ def measure_in_turn(
 
 
 def speed_of(turns: list[Turn], batch: int) -> Speed:
-    """Images per second and peak memory over the turns of one net."""
+    """Images per second and peak memory over the turns of one net.
+
+    OutOfRange if there is no turn, or one without a timed step.
+    """
+    check_count("steps", min((len(turn.seconds) for turn in turns), default=0), 1)
     rates = [batch * len(turn.seconds) / sum(turn.seconds) for turn in turns]
     steps = [second for turn in turns for second in turn.seconds]
     peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]

@@ -1,6 +1,7 @@
-"""Ask a net for features; a net of the user's own may break the contract of `vit.backbone`."""
+"""Features and logits as a net gives them; one of the user's own may give anything else."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -34,3 +35,10 @@ def features_of(
             "vit.backbone.Features(cls=[B D], patches=[B h w D] or None)"
         )
     return [Features(part.cls, part.patches) for part in parts]
+
+
+def logits_in(found: Any) -> Tensor:
+    """What a net returned for images, if it is logits [B classes]; UserError otherwise."""
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        raise UserError("the net gives no logits [images, classes]: it is no classifier")
+    return found

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from evaluation.features.cache import transform_in_words
 from evaluation.features.dataset import PRECISIONS, evaluating, own_batches
+from evaluation.features.reading import logits_in
 from evaluation.image_size import image_size_of
 from evaluation.progress import say
 from evaluation.results import print_table, write_results
@@ -255,8 +256,7 @@ def check_same_classes(dataset: ImageDataset, trained_on: ImageDataset | None) -
 
 def _judge_batch(logits: Any, labels: Tensor, indices: Tensor, dataset: ImageDataset) -> Tensor:
     """Index, prediction, place of the label and loss of each image, float64 [B 4]."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise UserError("the net gives no logits [images, classes]: it is no classifier")
+    logits = logits_in(logits)
     classes = len(class_list(dataset)) or logits.shape[1]
     if logits.shape[1] != classes or int(labels.max()) >= classes:
         raise UserError(

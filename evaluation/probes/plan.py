@@ -8,6 +8,7 @@ from typing import NoReturn
 from evaluation.probes.costs import MODELS, SEARCH_BYTES, Plan, Rates
 from evaluation.progress import say
 from evaluation.results import print_table
+from utils.console import output_taken
 from utils.errors import UserError, fail
 from utils.nearest import nearest
 
@@ -17,6 +18,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan of a probe; a mistake prints one line and exits with code 2."""
     try:

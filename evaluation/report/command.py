@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+from utils.console import output_taken
 from utils.errors import UserError, fail
 
 ABOUT = "Write FOLDER/report.html: one page of what a run or an evaluation left (docs/report.md)."
@@ -14,6 +15,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. A mistake prints one line, exit code 2."""
     try:

@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from evaluation.features.dataset import evaluating
+from evaluation.features.reading import features_of
 from evaluation.progress import track
 from evaluation.symmetry.equivariance import relative_error
 from utils.errors import UserError
@@ -48,11 +49,11 @@ def angle_errors(
     errors = {}
     with evaluating(net) as device:
         images = _cut(images.to(device))
-        still = net.features(images)[0]
+        still = features_of(net, images)[0]
         for angle in track(angles, total=len(angles), label="angles", shown=shown):
             turned_images = _cut(rotate(images, angle))
-            turned = net.features(turned_images)[0]
-            control = net.features(_cut(rotate(turned_images, -angle)))[0]
+            turned = features_of(net, turned_images)[0]
+            control = features_of(net, _cut(rotate(turned_images, -angle)))[0]
             errors[angle] = _compare(still, turned, control, angle)
     return errors
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.features.dataset import evaluating
+from evaluation.features.reading import features_of, logits_in
 from evaluation.progress import track
 from utils.symmetry import SYMMETRIES, transform_image, transform_map
 from vit.backbone import Backbone, Features
@@ -141,10 +142,10 @@ def logit_errors(net: nn.Module, images: Tensor) -> dict[str, tuple[float, float
     """
     with evaluating(net) as device:
         images = images.to(device)
-        still = net(images)
+        still = logits_in(net(images))
         errors = {}
         for element in SYMMETRIES:
-            turned = net(transform_image(images, element))
+            turned = logits_in(net(transform_image(images, element)))
             same = (turned.argmax(dim=-1) == still.argmax(dim=-1)).double().mean()
             told = turned.isfinite().all() and still.isfinite().all()
             errors[element] = (relative_error(turned, still), float(same) if told else math.nan)
@@ -185,7 +186,7 @@ def _run(net: Backbone, images: Tensor) -> _Pass:
             hooks.enter_context(_kept_output(block, f"blocks.{index}", stages))
         if blocks:
             hooks.enter_context(_kept_input(blocks[0], "patch_embed", stages))
-        end = net.features(images)[0]
+        end = features_of(net, images)[0]
     height, width = _grid(net, images, end)
     stages = {
         name: tokens
@@ -193,7 +194,7 @@ def _run(net: Backbone, images: Tensor) -> _Pass:
         if tokens.ndim == 3 and tokens.shape[1] >= height * width
     }
     if not stages:
-        found = net.features(images, range(getattr(net, "depth", 1)))
+        found = features_of(net, images, range(getattr(net, "depth", 1)))
         maps = {f"features.{index}": entry.patches for index, entry in enumerate(found)}
         stages = {name: part for name, part in maps.items() if part is not None}
     return _Pass(stages, end)

@@ -48,6 +48,13 @@ def test_commas_in_brackets_and_in_the_name_of_a_file_list_no_points(tmp_path: P
     assert [point.words for point in found] == [["--drop-loc=(3, 6)"], ["--drop-loc=[2, 4]"]]
 
 
+@pytest.mark.parametrize("one", ["'a,b.pth'", '"a,b.pth"', "{a:1,b:2}", "[0.9,0.95]"])
+def test_a_comma_within_one_value_of_a_flag_lists_no_points(one: str) -> None:
+    found = points(["--weights", one, "optimizer.betas=[0.9,0.95]", "text='a,b'"])
+    assert [point.words[:2] for point in found] == [["--weights", one]]
+    assert [point.label for point in points([f"--weights={one},c"])] != [""]
+
+
 def test_glob_lists_the_options_of_a_group() -> None:
     found = points(["backbone=glob(hybrid_dinov2*)"])
     assert [point.values["backbone"] for point in found] == [

@@ -1,10 +1,13 @@
 """A command without standard streams, or whose log file is on a full disk, goes on."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from utils.console import output_taken
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +35,21 @@ def test_nor_do_those_of_an_evaluation() -> None:
     done = _run(code, ">/dev/full")
     assert done.returncode == 0
     assert done.stderr == "standard output takes no more: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("size", [3, 10_000])  # within the buffer, and beyond it
+def test_what_a_command_is_asked_to_print_ends_it_in_one_line(size) -> None:
+    code = f"from utils.console import output_taken\nwith output_taken(): print('x' * {size})"
+    done = _run(code, ">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output takes no more: No space left on device\n"
+    assert _run(code, ">&2").returncode == 0
+
+
+def test_an_error_with_a_file_is_another() -> None:
+    with pytest.raises(OSError, match=r"results\.json"), output_taken():
+        raise OSError(errno.ENOSPC, "No space left on device", "results.json")
 
 
 def test_closed_streams_lead_nowhere() -> None:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from tests.utils.loop_case import TinyRecipe, parts_of, train_tiny, train_together
 from utils.errors import UserError
 from utils.metrics import read_metrics
-from utils.recipe import check_recipe
 
 TIMES = {"steps_per_second", "images_per_second", "waited_for_data", "memory_gb"}
 
@@ -336,17 +334,3 @@ def test_a_parameter_without_a_group_is_named(tmp_path):
     recipe = Forgetful()
     with pytest.raises(UserError, match=r"head\.weight"):
         make_optimizer(torch.optim.AdamW, recipe.param_groups(), recipe)
-
-
-def test_what_a_recipe_lacks_is_named():
-    class Unfinished(torch.nn.Module):
-        total_steps = accumulation = batch_size_per_gpu = 1
-
-        def batches(self, first_step):
-            return iter(())
-
-    check_recipe(TinyRecipe())
-    with pytest.raises(UserError, match="Unfinished is no recipe: it lacks schedules, exported, p"):
-        check_recipe(Unfinished())
-    with pytest.raises(UserError, match="nn.Module"):
-        check_recipe(SimpleNamespace(**{name: None for name in dir(TinyRecipe())}))

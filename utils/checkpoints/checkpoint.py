@@ -146,7 +146,8 @@ class Checkpoints:
         problem = ""
         if distributed.is_main() and error is not None:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
-            steps = self.steps()
+            # A save that failed at `last` has left its folder too.
+            steps = [s for s in self.steps() if s != step] or self.steps()
             kept = f"the one of step {steps[-1]} stays" if steps else "there is no earlier one"
             problem = f"checkpoint of step {step} not written to {self.folder} ({reason(error)})"
             problem = f"{problem}: {kept}"
@@ -257,9 +258,16 @@ class Checkpoints:
             os.rename(self.path(step), replaced)
         os.rename(temporary, self.path(step))
         sync_folder(self.folder)
-        write_text(self.folder / "last", f"{step}\n")
+        self._point_to(step)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(step)
+
+    def _point_to(self, step: int) -> None:
+        last = self.folder / "last"
+        try:
+            write_text(last, f"{step}\n")
+        except OSError as error:  # which may name a temporary file, or none
+            raise OSError(error.errno, f"{last}: {error.strerror}") from error
 
     def _prune(self, step: int) -> None:
         # Newer folders (of a run that was set back to an earlier step) do not count: they will be

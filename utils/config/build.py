@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from utils.config.signature import check_keywords, join, refused_keyword
@@ -75,15 +76,7 @@ def resolve(target: object, where: str = "") -> Callable[..., Any]:
             f"and timm's models; what is yours: OCTIC_PACKAGES={wanted} in the environment"
         )
     module_name, _, name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # an optional package that the module itself needs
-        path = "; its folder belongs on PYTHONPATH" if error.name in own_packages() else ""
-        raise UserError(
-            f"{prefix}there is no module {error.name!r} (in {target!r}){path or _elsewhere(target)}"
-        ) from None
+    module = _imported(module_name, target, prefix)
     if not hasattr(module, name):
         public = [word for word in vars(module) if not word.startswith("_")]
         raise UserError(f"{prefix}{module_name} has no {name!r}{nearest(name, public)}")
@@ -117,6 +110,22 @@ def plain(node: Any) -> Any:
         omegaconf: Any = sys.modules["omegaconf"]  # already imported, as the node is from it
         return omegaconf.OmegaConf.to_container(node, resolve=True)
     return node
+
+
+def _imported(module_name: str, target: str, prefix: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        lacks = error.name if isinstance(error, ModuleNotFoundError) else None
+        if lacks and f"{module_name}.".startswith(f"{lacks}."):
+            path = "; its folder belongs on PYTHONPATH" if lacks in own_packages() else ""
+            hint = path or _elsewhere(target)
+            raise UserError(f"{prefix}there is no module {lacks!r} (in {target!r}){hint}") from None
+        if not is_own(target):
+            raise  # ours: an optional package that the module itself needs
+        raise UserError(
+            f"{prefix}{module_name} cannot be imported: {_unforeseen(error)}"
+        ) from error
 
 
 def _elsewhere(target: str) -> str:
@@ -175,9 +184,13 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + one_line(error)) from error
         message = refused_keyword(error, target) if isinstance(error, TypeError) else None
-        said = one_line(error)[:300]
-        unforeseen = f"cannot be built with these values: {type(error).__name__}: {said}"
-        raise UserError(prefix + (message or unforeseen + place_of(error))) from error
+        said = message or f"cannot be built with these values: {_unforeseen(error)}"
+        raise UserError(prefix + said) from error
+
+
+def _unforeseen(error: Exception) -> str:
+    said = error.msg if isinstance(error, SyntaxError) else error
+    return f"{type(error).__name__}: {one_line(said)[:300]}{place_of(error)}"
 
 
 def _keywords(node: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -203,7 +216,12 @@ def _is_timm_model(found: Callable[..., Any]) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """` (file:line)` of a traceback's last line that is ours or in a user's package; "" if none."""
+    """` (file:line)` of a traceback's last line that is ours or in a user's package; "" if none.
+
+    Of a file that Python cannot read: the line that is at fault.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
     place, frame = "", error.__traceback__
     while frame is not None:
         file = Path(frame.tb_frame.f_code.co_filename).resolve()

@@ -92,6 +92,7 @@ def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
     import torch
 
     from utils.optimizers import make_optimizer
+    from utils.recipe import checked_groups
 
     with torch.device("meta"):
         factory = _factory("backbone", content["backbone"])
@@ -104,7 +105,7 @@ def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
         recipe = _factory("recipe", node)(backbone=factory, dataset=UnreadImages())
         if content.get("optimizer"):
             optimizer = _factory("optimizer", content["optimizer"])
-            make_optimizer(optimizer, recipe.param_groups(), recipe)
+            make_optimizer(optimizer, checked_groups(recipe), recipe)
         return factory(), recipe
 
 

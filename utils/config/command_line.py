@@ -3,13 +3,15 @@
 `utils.config.flags` reads the remaining words, with the flags that all scripts share.
 """
 
+import argparse
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from utils.config.files import CONFIGS
+from utils.config.files import CONFIGS, find_file
 from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError, fail
 from utils.nearest import nearest, nearest_family
@@ -153,6 +155,16 @@ def unknown_model(name: str) -> str:
     ours = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
     hint = nearest_family(name, [*ours, *timm.list_models()])
     return f"there is no model {name!r}, neither of ours nor of timm{hint}"
+
+
+def files_beside(words: Sequence[str], group: str) -> dict[str, Path]:
+    """The files of a group beside the run file that the words name, by the option's name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # Without a file behind it the next reader complains.
+    parser.add_argument("--config-file", "--config", nargs="?", dest="file")
+    file = parser.parse_known_args(words)[0].file
+    found = (find_file(file).parent / group).glob("*.yaml") if file else ()
+    return {path.stem: path for path in found}
 
 
 def names_backbone(words: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from utils.console import output_taken
 from utils.data.packing import SPLITS, Parser, run_command, split_tree
 from utils.errors import UserError
 
@@ -46,6 +47,7 @@ def write_splits(
     }
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
     """The command line; a mistake is one line and exit code 2."""
 

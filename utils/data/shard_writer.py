@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.console import output_taken
 from utils.data.packing import (
     SPLITS,
     Packed,
@@ -186,6 +187,7 @@ def _say_skipped(message: str) -> None:
     print(f"left out: {message}", flush=True)
 
 
+@output_taken()
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
     """The command line; a mistake is one line and exit code 2."""
 

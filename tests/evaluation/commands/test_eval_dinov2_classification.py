@@ -196,3 +196,16 @@ def test_the_file_of_a_training_is_refused_with_what_to_give_instead(capsys):
     with pytest.raises(SystemExit):
         parse_evaluation(["--config-file", "configs/dinov2/quickstart.yaml", "--weights", "run"])
     assert "describes a training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+probes.mine={_target_:evaluation.probes.knn.KNN}",
+        "+probes.mine._target_=evaluation.probes.knn.KNN",
+        "+probe@probes.mine=knn",
+    ],
+)
+def test_a_probe_that_the_command_line_adds_can_be_chosen(word):
+    config = parse_evaluation([word, "--probes", "mine"])
+    assert [name for name, node in config["probes"].items() if node] == ["mine"]

@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from evaluation.commands.complexity import parse_complexity
 from evaluation.cost.counting import count_cost
 from evaluation.cost.models import (
     find_backbone,
@@ -121,3 +122,13 @@ def test_a_net_of_the_users_own_is_measured_at_the_asked_size(monkeypatch, tmp_p
     assert find_backbone("own_costs.Free", keywords={"width": 4}) == free
     with pytest.raises(UserError, match="own_costs has no 'Fre'; did you mean 'Free'"):
         find_backbone("own_costs.Fre")
+
+
+def test_a_net_in_a_folder_beside_the_run_file_has_a_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("OCTIC_PACKAGES", "tests")
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone/mine.yaml").write_text("_target_: tests.evaluation.toys.ToyNet\n")
+    (tmp_path / "costs.yaml").write_text("defaults: [/complexity, _self_]\n")
+    config = parse_complexity(["--config-file", str(tmp_path / "costs.yaml"), "--models", "mine"])
+    node = find_backbone("mine", keywords=config["keywords"]["mine"])
+    assert type(make_net("mine", node, "cpu")).__name__ == "ToyNet"

@@ -23,6 +23,7 @@ from evaluation.cost.timing import (
 )
 from tests.evaluation.backbones import IMAGE_SIZE, any_backbone, make
 from utils.errors import UserError
+from utils.ranges import OutOfRange
 
 RELEASED = [("a", "released"), ("b", "released")]
 
@@ -219,3 +220,9 @@ def test_a_broken_capture_tells_what_broke_it(first, expected, message, monkeypa
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.raises(expected, match=message):
         graphs._capture(None, step, None)
+
+
+@pytest.mark.parametrize("turns", [[], [Turn([], None)], [Turn([1.0], None), Turn([], None)]])
+def test_turns_without_steps_have_no_speed(turns):
+    with pytest.raises(OutOfRange, match="steps must be a whole number from 1, not 0"):
+        speed_of(turns, batch=1)

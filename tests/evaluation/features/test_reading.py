@@ -1,11 +1,16 @@
 """A net of the user's own that breaks the contract of features is told in one line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from evaluation.comparison.symmetry_pictures import draw_latent_maps
 from evaluation.features.dataset import class_token
 from evaluation.features.reading import features_of
 from evaluation.probes.training import FrozenFeatures
+from evaluation.symmetry.angles import angle_errors
+from evaluation.symmetry.equivariance import logit_errors, measure
 from tests.evaluation.toys import ToyNet
 from utils.errors import UserError
 
@@ -48,6 +53,28 @@ def test_plain_tuples_are_told():
         class_token(Tuples(), IMAGES)
     with pytest.raises(UserError, match="returned Features for blocks .* list of as many"):
         features_of(TheLastOne(), IMAGES, (-2, -1))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda net: angle_errors(net, IMAGES, [90]),
+        lambda net: measure(net, IMAGES),
+        lambda net: draw_latent_maps({"mine": net}, IMAGES[:1], Path("maps.png")),
+    ],
+)
+def test_symmetry_and_its_pictures_tell_it_too(look):
+    with pytest.raises(UserError, match=r"^Tuples.features returned tuple for blocks"):
+        look(Tuples())
+
+
+def test_a_net_that_gives_a_tuple_for_logits_is_told():
+    class Twice(ToyNet):
+        def forward(self, images):
+            return images, images
+
+    with pytest.raises(UserError, match="the net gives no logits"):
+        logit_errors(Twice(), IMAGES)
 
 
 def test_blocks_that_a_net_lacks_are_told():

@@ -196,6 +196,8 @@ def test_a_failure_after_the_tensors_leaves_a_sound_checkpoint(tmp_path, monkeyp
         patch.setattr(f"utils.checkpoints.checkpoint.{name}", fail)
         problem = checkpoints.save(2, parts(2))
     assert "Input/output error" in problem and "\n" not in problem
+    assert problem.endswith(": the one of step 1 stays")
+    assert (f"{tmp_path}/last: Input/output error" in problem) == (stage == "last")
     found = Checkpoints(tmp_path).load()
     assert found[3] == [] and value(found) == found[0]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.config.build import build, resolve
+from utils.config.build import build, check_targets, resolve
 from utils.errors import UserError
 
 
@@ -68,6 +68,26 @@ def test_what_fails_in_a_package_is_told_with_its_line(monkeypatch):
     monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
     with pytest.raises(UserError, match=r"KeyError: 'label' \(.*my_nets\.py:13\)"):
         build({"_target_": "my_nets.Failing"})
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os\n{}['label']\n", "KeyError: 'label' (FILE:2)"),
+        ("import os\nraise ValueError('two\\nlines')\n", "ValueError: two lines (FILE:2)"),
+        ("import no_such_thing\n", "No module named 'no_such_thing' (FILE:1)"),
+        ("from utils.errors import Nothing\n", "cannot import name 'Nothing'"),
+        ("import os\nclass Mine(\n", "SyntaxError: '(' was never closed (FILE:2)"),
+    ],
+)
+def test_a_package_that_fails_when_it_is_imported_is_one_line(monkeypatch, tmp_path, code, said):
+    (tmp_path / "failing_nets.py").write_text(code)
+    monkeypatch.setenv("OCTIC_PACKAGES", "failing_nets")
+    with pytest.raises(UserError) as told:
+        check_targets({"backbone": {"_target_": "failing_nets.Mine"}})
+    line = str(told.value)
+    assert line.startswith("backbone: failing_nets cannot be imported: ") and "\n" not in line
+    assert said.replace("FILE", str(tmp_path / "failing_nets.py")) in line
 
 
 @pytest.mark.parametrize("value", [True, 3, "x", None, [1], {"a": 1}])
