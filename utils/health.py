@@ -140,14 +140,19 @@ class Health:
     def examine(self, net: nn.Module, batch: Any) -> dict[str, float]:
         """Effective rank and standard deviation of the net's features on the batch's images.
 
-        At most 128 images per rank; empty for a net that is no Backbone, and for one image or two,
-        which span a line whatever the net. Every rank must call this.
+        At most 128 images per rank; empty for a net that is no Backbone, whatever its `features`
+        are, and for one image or two, which span a line whatever the net. Every rank must call
+        this.
         """
         images = _images(batch)
         if images is None or not hasattr(net, "features"):
             return {}
         with undisturbed(net):
-            features = net.features(images[:128])[-1].cls
+            found = net.features(images[:128])
+        last = found[-1] if isinstance(found, list | tuple) and found else None
+        features = getattr(last, "cls", None)
+        if not isinstance(features, Tensor):  # as of torchvision's VGG, or of a net of the user's
+            return {}
         features = distributed.all_gather_variable(parallel.whole(features).float()).cpu()
         self._overflows = not features.isfinite().all()
         if self._overflows:  # on every rank, as all have gathered the same

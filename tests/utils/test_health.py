@@ -197,6 +197,17 @@ def test_one_image_or_two_cannot_tell_of_a_collapse(count):
     assert shown["feature_rank"] > 1 and all(map(math.isfinite, shown.values()))
 
 
+@pytest.mark.parametrize(
+    "found", [torch.ones(8, 4), [], [torch.ones(8, 4)], [(torch.ones(8, 4), None)]], ids=str
+)
+def test_features_of_another_kind_end_no_training(found):
+    """torchvision's VGG has `features` too; that they are none of ours is for probes to say."""
+    net = Doubling()
+    net.features = lambda images: found
+    health = Health()
+    assert health.examine(net, torch.randn(8, 3, 4, 4)) == {} and health.alarm == ""
+
+
 def test_images_that_are_not_finite_say_nothing_of_the_weights():
     net, health = Doubling(), Health()
     health.bad_steps = [(6, {"loss": NAN})]
