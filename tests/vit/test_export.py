@@ -61,7 +61,8 @@ def test_a_program_takes_any_batch_at_its_size():
 
 @pytest.mark.parametrize("invariant", INVARIANTIZATIONS)
 def test_a_program_takes_any_batch_through_every_invariantization(invariant):
-    net = small("d8_inv_early_deit_small_patch16", invariant=invariant, octic_equi_break_layer=1)
+    options = {"invariant": invariant, "depth": 1, "octic_equi_break_layer": 1}
+    net = small("d8_inv_early_deit_small_patch16", **options)
     run = export.trace(net, size=32, output="logits").module()
     for batch in (1, 3):
         images = torch.randn(batch, 3, 32, 32)

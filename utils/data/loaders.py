@@ -176,20 +176,27 @@ def _load(
         generator=Generator(),  # else the loader draws from the global one
     )
     batches = iter(loader)
-    while True:
-        try:
-            batch, failures = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if num_workers and "exited unexpectedly" in str(error):
-                raise UserError(_worker_died(error, num_workers)) from None
-            raise
-        if failures and not source.skip:
-            raise _unreadable(source.dataset, failures[0])
-        if batch is None and isinstance(source, TrainingSource):
-            raise UserError(f"{source.dataset!r}: {len(failures)} images in a row cannot be read")
-        yield batch, failures
+    try:
+        while True:
+            try:
+                batch, failures = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if num_workers and "exited unexpectedly" in str(error):
+                    raise UserError(_worker_died(error, num_workers)) from None
+                raise
+            if failures and not source.skip:
+                raise _unreadable(source.dataset, failures[0])
+            if batch is None and isinstance(source, TrainingSource):
+                raise UserError(
+                    f"{source.dataset!r}: {len(failures)} images in a row cannot be read"
+                )
+            yield batch, failures
+    finally:
+        # Its workers end with it. An error's traceback would keep it for the garbage collector,
+        # which takes the queues first: then the workers hear nothing, and each is waited for.
+        del batches
 
 
 def _leave_signals_to_the_process(worker: int) -> None:

@@ -171,6 +171,7 @@ def test_a_bad_image_stops_with_its_name_and_index(
     with pytest.raises(UserError, match=message) as error:
         _batches(images, 6, num_workers=num_workers)
     assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()  # with the error at hand; later they are deaf
     with pytest.raises(UserError, match=message):
         list(evaluation_batches(images, augment, 4, num_workers=num_workers))
 
