@@ -19,7 +19,7 @@ from utils.errors import UserError
 _PLAIN = ("cluster.", "launcher.", "output_dir", "name")
 _BY_NAME = {name: flag for flag in FLAGS if flag.kind is not None for name in flag.names}
 # Those in brackets or quotes belong to one value.
-_COMMA = re.compile(r""",(?=([^'"]|'[^']*'|"[^"]*")*$)(?![^(\[{]*[)\]}])""")
+_COMMA = re.compile(r""",(?=(?:[^'"]|'[^']*'|"[^"]*")*$)(?![^(\[{]*[)\]}])""")
 
 
 class Point(NamedTuple):
@@ -78,7 +78,7 @@ def _choices(words: list[str]) -> list[_Choice]:
             continue
         rest = [] if has_value or not words else [words.pop(0)]
         value = value if has_value else "".join(rest)
-        parts = [part.strip() for part in _COMMA.sub("\n", value).split("\n")]
+        parts = [part.strip() for part in _COMMA.split(value)]
         # The run folders of a sweep have names like lr=1,seed=0.
         one = flag.key.startswith(_PLAIN) or os.path.exists(os.path.expanduser(value))
         if len(parts) < 2 or one:

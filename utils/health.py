@@ -145,7 +145,7 @@ class Health:
         this.
         """
         images = _images(batch)
-        if images is None or not hasattr(net, "features"):
+        if images is None or not callable(getattr(net, "features", None)):
             return {}
         with undisturbed(net):
             found = net.features(images[:128])

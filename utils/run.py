@@ -200,7 +200,7 @@ def _usable_probes(run: Run, metrics: Metrics) -> dict[str, Callable[..., dict[s
     bare = [name for name, part in run.data.items() if getattr(part, "labels", part) is None]
     usable = {}
     for name, probe in run.probes.items():
-        # A probe without `splits` reads both, as in evaluation/judge.py.
+        # A probe without `splits` reads both, as in evaluation/data.py.
         if "val" not in run.data and "val" in getattr(probe, "splits", ("train", "val")):
             metrics.say(f"probe {name} is left out: there is no data.val")
         elif bare and getattr(probe, "needs_labels", False):

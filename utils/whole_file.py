@@ -12,7 +12,7 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file written there, synced to the disk, replaces `path`.
 
-    If an error is raised, `path` stays as it was.
+    If an error is raised, `path` stays as it was; one of the disk names it.
     """
     # A random name: process ids repeat in containers on several nodes.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -21,6 +21,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        # A full disk names no file, and others the temporary one.
+        if error.errno is not None and error.filename in (None, os.fspath(partial)):
+            error.filename = os.fspath(path)
+        raise
     finally:
         with suppress(OSError):  # the first error is the one that tells
             partial.unlink(missing_ok=True)

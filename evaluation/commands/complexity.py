@@ -68,8 +68,10 @@ def parse_complexity(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         node = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: bad YAML: {one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
     if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{file} has no _target_, so it describes no net")
     return node

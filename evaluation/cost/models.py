@@ -57,14 +57,18 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
     keywords = keywords or {}
     if "_target_" in keywords or is_own(name):
         node = {"_target_": name, **keywords}
-        sized = {"img_size": size} if "img_size" in keywords_of(resolve(node["_target_"])) else {}
-        return {**sized, **node}
-    if name in _named():
-        node = {**_read(name), **keywords}
-        own = node.get("img_size", size)
-        if own != size:
-            raise UserError(f"{name} is for images of {own} pixels: size={own}, not {size}")
-        return node if size == 224 else {**node, "img_size": size}
+        sized = "img_size" in keywords_of(resolve(node["_target_"]))
+    elif name in _named():
+        node, sized = {**_read(name), **keywords}, size != 224
+    else:
+        return _of_timm(name, size)
+    own = node.get("img_size", size)
+    if own != size:
+        raise UserError(f"{name} is for images of {own} pixels: size={own}, not {size}")
+    return {**node, "img_size": size} if sized else node
+
+
+def _of_timm(name: str, size: int) -> Node:
     import timm
 
     if name in ADAPTERS:
@@ -72,7 +76,7 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
     if not timm.is_model(name.split(".")[0]):
         raise UserError(unknown_model(name))
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    node = {"_target_": "vit.adapters.timm_backbone", "model_name": name}
+    node: Node = {"_target_": "vit.adapters.timm_backbone", "model_name": name}
     if config is not None and config.num_classes != 1000:
         node["num_classes"] = config.num_classes or 0
     else:

@@ -22,6 +22,7 @@ from evaluation.progress import say
 from evaluation.results import print_table
 from utils.errors import UserError, fail
 from utils.lock import FolderLock
+from utils.mistakes import mistakes_told
 from utils.nearest import nearest
 from utils.whole_file import write_text
 
@@ -94,6 +95,7 @@ class Session:
             say(f"{entry.name}: {entry.tells} (at most {entry.minutes:g} min; {state})")
             say(f"    {self.command_of(entry)}")
 
+    @mistakes_told()  # a full disk among them
     def take(self, chosen: Sequence[Measurement], end: float | None) -> int:
         """Run measurements until `end` (monotonic clock), print tables; returns the exit code."""
         try:

@@ -54,3 +54,19 @@ def test_a_file_that_the_disk_did_not_take_does_not_replace(
     with pytest.raises(OSError, match="Input/output error"):
         write_text(path, "6\n")
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == "5\n"
+
+
+def test_an_error_of_the_disk_names_the_file_and_another_what_it_named(tmp_path: Path) -> None:
+    """A full disk names none, and the temporary file is gone when a user looks for it."""
+    path = tmp_path / "state.json"
+    with pytest.raises(OSError) as caught, whole_file(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(path)
+    with pytest.raises(IsADirectoryError) as caught, whole_file(path) as partial:
+        partial.mkdir()
+        partial.write_text("")
+    assert caught.value.filename == str(path)
+    partial.rmdir()
+    with pytest.raises(FileNotFoundError) as caught, whole_file(path):
+        (tmp_path / "image.png").read_bytes()
+    assert caught.value.filename == str(tmp_path / "image.png")

@@ -92,6 +92,8 @@ def test_plain_twin():
     assert isinstance(timm.create_model("dhvt_tiny_cifar_patch4", **off), VisionTransformer)
     with pytest.raises(ValueError, match="decay: the plain ViT"):
         timm.create_model("dhvt_tiny_cifar_patch4", apply_dhvt=False, decay="published")
+    with pytest.raises(ValueError, match="apply_dhvt must be True or False, not 'no'"):
+        timm.create_model("dhvt_tiny_cifar_patch4", apply_dhvt="no", **options)
 
 
 def test_timm_takes_features_alone():

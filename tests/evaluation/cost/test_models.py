@@ -118,6 +118,8 @@ def test_a_net_of_the_users_own_is_measured_at_the_asked_size(monkeypatch, tmp_p
     monkeypatch.setenv("OCTIC_PACKAGES", "own_costs")
     sized = {"_target_": "own_costs.Sized", "img_size": 64}
     assert find_backbone("own_costs.Sized", size=64) == sized
+    with pytest.raises(UserError, match="own_costs.Sized is for images of 32 pixels: size=32, not"):
+        find_backbone("own_costs.Sized", size=64, keywords={"img_size": 32})
     free = {"_target_": "own_costs.Free", "width": 4}
     assert find_backbone("own_costs.Free", keywords={"width": 4}) == free
     with pytest.raises(UserError, match="own_costs has no 'Fre'; did you mean 'Free'"):
@@ -132,3 +134,15 @@ def test_a_net_in_a_folder_beside_the_run_file_has_a_name(monkeypatch, tmp_path)
     config = parse_complexity(["--config-file", str(tmp_path / "costs.yaml"), "--models", "mine"])
     node = find_backbone("mine", keywords=config["keywords"]["mine"])
     assert type(make_net("mine", node, "cpu")).__name__ == "ToyNet"
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff", b"depth: 2"])
+def test_a_file_beside_the_run_file_that_describes_no_net_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone/mine.yaml").write_bytes(content)
+    (tmp_path / "costs.yaml").write_text("defaults: [/complexity, _self_]\n")
+    with pytest.raises(SystemExit) as left:
+        parse_complexity(["--config-file", str(tmp_path / "costs.yaml"), "--models", "mine"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2
+    assert error.startswith("error: ") and "backbone/mine.yaml" in error and error.count("\n") == 1

@@ -1,5 +1,6 @@
 """The speed table: what is taken, stopped, skipped and kept, by real processes."""
 
+import errno
 import json
 import os
 import signal
@@ -297,6 +298,17 @@ def test_mistakes_are_one_line(words, said, here, monkeypatch, capsys):
     assert left.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, make, monkeypatch):
+    """It is not standard output that takes no more."""
+
+    def full(path, *text, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"out/state\.json: No space left on device"):
+        Session(tmp_path / "out", [], FACTS).take([Measurement("a", "tells", (), 5.0)], None)
 
 
 def test_a_state_that_cannot_be_read_is_one_line(tmp_path, make):
