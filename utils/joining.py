@@ -196,7 +196,10 @@ def _choose_device(device: str, process: Process) -> torch.device:
     if count == 0:
         raise UserError("device=cuda, but torch sees no GPU here; use device=cpu or device=auto")
     if ":" in device:
-        return torch.device(device)
+        if (index := int(device.removeprefix("cuda:"))) >= count:
+            seen = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            raise UserError(f"device={device}, but torch sees {seen} here")
+        return torch.device("cuda", index)
     # A launcher that binds one GPU to each task leaves only index 0 visible.
     index = 0 if count == 1 else process.local_rank
     if index >= count:

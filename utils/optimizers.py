@@ -21,8 +21,8 @@ def make_optimizer(
     """Build the optimiser of a recipe's `groups` (see `utils.recipe.Recipe.param_groups`).
 
     torch's Adam and AdamW are fused, on a CPU too, unless they are told `fused` or `foreach`.
-    Raises UserError when a trainable parameter of `recipe` is in no group or in two, and for
-    options without a meaning.
+    Raises UserError when a trainable parameter of `recipe` is in no group or in two, for groups
+    that are empty or hold another's parameters, and for options without a meaning.
     """
     defaults = {"lr_schedule": "lr", "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0}
     groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
@@ -33,6 +33,14 @@ def make_optimizer(
             f"{len(wrong)} trainable parameters are not in exactly one parameter group, "
             f"e.g. {', '.join(wrong[:3])}"
         )
+    own = {id(parameter) for parameter in recipe.parameters()}
+    if foreign := counts.keys() - own:  # no checkpoint would hold them
+        raise UserError(
+            f"{len(foreign)} of the {len(counts)} parameters in the parameter groups are not the "
+            "recipe's own; make what they belong to one of its submodules"
+        )
+    if not counts:
+        raise UserError("there is nothing to train: the parameter groups hold no parameter")
     optimizer = factory([group for group in groups if group["params"]])
     _check_options(optimizer.defaults)
     _fuse(optimizer)

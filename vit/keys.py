@@ -106,8 +106,8 @@ def rename_published(
     order, mirror = None, False
     places = {strip_wrappers(ours): ours for ours in own}
     for name, tensor in state.items():
-        bare = strip_wrappers(name)
-        spelled = name if name in own else places.get(bare, bare)
+        inner = _unwrapped(name, own)
+        spelled = inner if inner in own else places.get(inner, inner)
         if spelled == PERMUTATION and spelled not in own:
             order = tensor
             continue
@@ -119,6 +119,13 @@ def rename_published(
             twice.append(name)
         found[ours] = tensor
     return to_slabs(found, order, grid) if mirror else found, twice
+
+
+def _unwrapped(name: str, own: Collection[str]) -> str:
+    """The name behind its outer wrappers: as soon as it is the model's, else behind all of them."""
+    while name not in own and (inner := _WRAPPER.sub("", name, count=1)) != name:
+        name = inner
+    return name
 
 
 def _our_name(name: str, tensor: Tensor) -> str | None:

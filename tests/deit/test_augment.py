@@ -183,6 +183,13 @@ def test_mixtures_tell_their_shares():
     assert kinds == {"cutmix", "mixup"}
 
 
+def test_labels_are_smoothed_as_much_as_is_asked():
+    """Also those of images that are not mixed: 0.3 is dealt out evenly over the classes."""
+    batch = Collate()(SAMPLES, torch.Generator())
+    mixed = Mixing(probability=0.0).build(6, smoothing=0.3)(batch)
+    torch.testing.assert_close(mixed["targets"], 0.7 * torch.eye(6) + 0.3 / 6)
+
+
 @pytest.mark.parametrize(
     ("options", "kinds"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dinov2.head import DINOHead
 
@@ -31,6 +32,12 @@ def test_logits_are_cosines_times_lengths():
     scaled = head(x)
     head.last_layer.weight_v.data.mul_(7)
     torch.testing.assert_close(head(x), scaled)
+
+
+def test_each_token_has_its_cosines_with_the_prototypes_whatever_its_batch():
+    head, x = make_head(), torch.randn(5, 6)
+    cosines = F.cosine_similarity(head.mlp(x)[:, None], head.last_layer.weight_v, dim=-1)
+    torch.testing.assert_close(head(x), cosines, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_without_layers_or_prototypes_is_refused():

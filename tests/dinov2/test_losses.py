@@ -31,6 +31,23 @@ def test_rows_of_weight_zero_do_not_count():
     assert not student.grad[3:].any()
 
 
+def test_ibot_loss_is_the_mean_over_images_of_the_mean_over_their_patches():
+    student, logits = torch.randn(2, 5, 6, dtype=torch.float64)
+    teacher, images = logits.softmax(dim=-1), ([0, 1, 2], [3, 4])
+    weights = torch.tensor([1 / len(rows) for rows in images for _ in rows], dtype=torch.float64)
+    entropies = -(teacher * (student / 0.1).log_softmax(dim=-1)).sum(dim=-1)
+    expected = torch.stack([entropies[rows].mean() for rows in images]).mean()
+    torch.testing.assert_close(ibot_loss(student, teacher, weights, 2), expected)
+
+
+def test_koleo_is_of_the_distance_to_the_nearest_row_on_the_sphere():
+    x = torch.randn(7, 4, dtype=torch.float64)
+    unit = x / x.norm(dim=-1, keepdim=True)
+    distances = (unit[:, None] - unit).norm(dim=-1).fill_diagonal_(torch.inf)
+    expected = -distances.amin(dim=-1).log().mean()
+    torch.testing.assert_close(koleo_loss(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_koleo_spreads_features():
     x = torch.randn(6, 4, requires_grad=True)
     loss = koleo_loss(x)

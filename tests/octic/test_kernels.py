@@ -1,6 +1,7 @@
 """The operators compute their definitions, differentiate, compile, and survive odd inputs."""
 
 from functools import partial
+from re import escape
 
 import pytest
 import torch
@@ -277,6 +278,10 @@ def test_shapes_that_do_not_fit_are_refused():
         irrep_norm(torch.ones(2, 16), [torch.ones(16)], segments=OCTIC)
     with pytest.raises(ValueError, match=r"scale 4 has shape \[2\]; it must be \[4\]"):
         irrep_norm(torch.ones(2, 16), [torch.ones(2)] * 6, segments=OCTIC)
+    with pytest.raises(ValueError, match=escape("scale 0 is for segments of lengths [1, 1, 2];")):
+        irrep_norm(torch.ones(2, 8), [torch.ones(2)], segments=[(1, 1), (1, 1), (2, 1)], rows=[3])
+    with pytest.raises(ValueError, match=escape("scale 1 is for segments of lengths [];")):
+        irrep_norm(torch.ones(2, 8), [torch.ones(2)] * 2, segments=[(1, 1)] * 4, rows=[4, 0])
     with pytest.raises(ValueError, match=r"shift has shape \[16\]; it must be \[2\]"):
         irrep_norm(torch.ones(2, 16), shift=torch.ones(16), segments=OCTIC)
 

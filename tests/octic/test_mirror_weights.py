@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from octic import OcticVisionTransformer
 from octic.mirror_models import EQUIVARIANT, HYBRID, INVARIANT
 from vit.finetune import adapt_state, load_adapted
+from vit.keys import rename_published
 from vit.mirror_keys import PERMUTATION, mirrored_order
 from vit.weights import load_state, load_weights
 
@@ -100,6 +101,22 @@ def test_a_file_without_its_order_is_taken_for_the_models_grid() -> None:
     del state[PERMUTATION]
     load_state(ours, state)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+def test_a_file_without_its_order_and_of_another_number_of_patches_is_of_a_square() -> None:
+    """The model's grid is then not the file's; what is no square is refused."""
+    for size, grid in ((16, (4, 4)), ((16, 32), (4, 8))):
+        state = published(make("d2", img_size=size))
+        own = make("d2").state_dict()
+        expected, _ = rename_published(state, own, grid=(6, 6))
+        assert expected["pos_embed.0"].shape[:2] == (grid[0], grid[1] // 2)
+        del state[PERMUTATION]
+        if grid == (4, 4):
+            found, _ = rename_published(state, own, grid=(6, 6))
+            assert torch.equal(found["pos_embed.1"], expected["pos_embed.1"])
+        else:
+            with pytest.raises(ValueError, match="for 32 patches, which are no square grid"):
+                rename_published(state, own, grid=(6, 6))
 
 
 @preset

@@ -1,6 +1,7 @@
 """A command without standard streams, or whose log file is on a full disk, goes on."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_what_a_command_is_asked_to_print_ends_it_in_one_line(size) -> None:
     assert done.returncode == 1
     assert done.stderr == "error: standard output takes no more: No space left on device\n"
     assert _run(code, ">&2").returncode == 0
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_to_a_reader_that_has_gone_nothing_is_said(size) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"from utils.console import output_taken\nwith output_taken(): print('x' * {size})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_an_error_with_a_file_is_another() -> None:

@@ -65,6 +65,43 @@ def test_a_slurm_batch_script_without_srun_is_alone():
     )
 
 
+def test_a_step_of_fewer_tasks_or_nodes_than_its_job_meets_by_itself():
+    """What the step says of itself comes before what its job says; each step has its own port."""
+    job = {**SLURM, "SLURM_JOB_NODELIST": "gpu[01-03]", "SLURM_STEP_NUM_TASKS": "9"}
+    assert find_process(job)[:4] == (3, 1, 9, "gpu02")
+    assert find_process(job).port != find_process({**job, "SLURM_STEP_ID": "1"}).port
+    del job["SLURM_STEP_NODELIST"], job["SLURM_STEP_NUM_TASKS"]
+    assert find_process(job)[:4] == (3, 1, 4, "gpu01")
+    assert find_process({**job, "MASTER_ADDR": "x", "MASTER_PORT": "7"})[3:] == ("x", 7)
+
+
+def test_jobs_of_one_machine_meet_at_ports_that_linux_gives_to_nobody():
+    """32768 is the first that it hands out by itself; each job has a port of its own."""
+    places = [{**SUBMITIT, "SUBMITIT_LOCAL_JOB_ID": str(number)} for number in range(30)]
+    ports = [find_process(place).port for place in places]
+    assert min(ports) >= 20000 and max(ports) < 32768
+    assert len(set(ports)) == len(ports)
+
+
+@pytest.mark.parametrize("rank", ["-1", "8", "9"])
+def test_a_rank_beyond_the_processes_is_refused(rank):
+    with pytest.raises(UserError, match=f"^the environment says rank {rank} of 8 processes"):
+        find_process({**TORCHRUN, "RANK": rank})
+    with pytest.raises(UserError, match=f"^the environment says rank {rank} of 4 processes"):
+        find_process({**SLURM, "SLURM_PROCID": rank, "SLURM_NTASKS": "4"})
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "295000"])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(UserError, match=f"^MASTER_PORT is {port}; ports are numbers below 65536$"):
+        find_process({**TORCHRUN, "MASTER_PORT": port})
+
+
+def test_without_a_local_rank_a_process_of_torchrun_takes_its_rank():
+    place = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_RANK"}
+    assert find_process(place)[:3] == (5, 5, 8)
+
+
 def test_submitit_local():
     assert find_process(SUBMITIT)[:4] == (1, 1, 2, "127.0.0.1")
     assert find_process({**SUBMITIT, "SLURM_JOB_ID": "1"})[:3] == (1, 1, 2)
@@ -89,6 +126,43 @@ def test_no_gpu_is_said():
         with pytest.raises(UserError, match="no GPU"):
             joining.setup("cuda")
         assert joining.setup("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "seen"), [(1, "cuda:0 alone"), (2, "cuda:0 to cuda:1"), (10, "cuda:0 to cuda:9")]
+)
+def test_a_gpu_that_is_not_there_is_told_beside_those_that_are(count, seen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for index in (count, 999):
+        with pytest.raises(UserError, match=f"^device=cuda:{index}, but torch sees {seen} here$"):
+            joining.setup(f"cuda:{index}")
+
+
+@pytest.mark.parametrize(("count", "index"), [(1, 0), (4, 2), (3, 2)])
+def test_a_process_takes_the_gpu_of_its_place_or_the_only_one(count, index, monkeypatch):
+    """A launcher may bind one GPU to each process, which then sees no other."""
+    chosen: list[torch.device] = []
+    place = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, value in place.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(joining, "joined", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for device in ("auto", "cuda"):
+        assert joining.setup(device) == torch.device("cuda", index)
+    assert joining.setup("cuda:0") == torch.device("cuda:0")
+    assert chosen == [torch.device("cuda", number) for number in (index, index, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: 2 are visible"):
+        joining.setup("auto")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,1", "cuda1", "cpu:0", ""])
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(UserError, match=f"^device={device} is unknown; choose auto, cpu, cuda or"):
+        joining.setup(device)
 
 
 # A job's handler for signals, and a peer that never comes.

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import warnings
 from functools import partial
 
@@ -137,6 +138,68 @@ def test_schedules_reach_every_group():
     lr, decay = values["lr"], values["weight_decay"]
     found = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert found == [(lr * 0.5, decay), (lr, 0.0), (0.0, decay)]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (lambda own, other: [], "1 trainable parameters are not in .*, e.g. weight"),
+        (lambda own, other: own * 2, "1 trainable parameters are not in .*, e.g. weight"),
+        (lambda own, other: [*own, *other], "2 of the 3 parameters in the .* are not the recipe's"),
+    ],
+)
+def test_groups_hold_each_parameter_of_the_recipe_once_and_no_other(params, said):
+    """Another's would be trained, and no checkpoint could hold it."""
+    recipe, other = nn.Linear(3, 2, bias=False), nn.Linear(3, 2)
+    groups = [{"params": params([*recipe.parameters()], [*other.parameters()])}]
+    with pytest.raises(UserError, match=said):
+        make_optimizer(torch.optim.AdamW, groups, recipe)
+
+
+def test_with_nothing_to_train_there_is_no_optimizer():
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(UserError, match="^there is nothing to train: the parameter groups hold no"):
+        make_optimizer(torch.optim.AdamW, [{"params": []}], frozen)
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "said"),
+    [
+        ("torch.optim.RMSprop", {"momentum": 1.0}, r"momentum must lie in \[0, 1\), not 1.0"),
+        ("timm.optim.Lamb", {"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), not 1.0"),
+        ("timm.optim.Lamb", {"eps": math.nan}, "eps must be finite and at least 0, not nan"),
+    ],
+)
+def test_options_that_an_optimizer_takes_and_that_mean_nothing_are_refused(factory, options, said):
+    recipe = nn.Linear(3, 2)
+    make = partial(resolve(factory), **options)
+    with pytest.raises(UserError, match=f"^optimizer.{said}$"):
+        make_optimizer(make, [{"params": recipe.parameters()}], recipe)
+
+
+def test_a_schedule_is_scaled_by_the_multipliers_of_each_group():
+    recipe = nn.Linear(3, 2)
+    multipliers = {"lr_schedule": "slow", "lr_multiplier": 0.5, "weight_decay_multiplier": 3.0}
+    groups = [{"params": [recipe.weight]}, {"params": [recipe.bias], **multipliers}]
+    optimizer = make_optimizer(torch.optim.AdamW, groups, recipe)
+    schedules = {"lr": lambda step: step, "slow": lambda step: 2.0, "weight_decay": lambda _: 0.25}
+    assert apply_schedules(optimizer, schedules, 8) == {"lr": 8, "slow": 2, "weight_decay": 0.25}
+    found = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [(8, 0.25), (1, 0.75)]
+    apply_schedules(optimizer, {"lr": lambda step: 1.0, "slow": lambda step: 1.0}, 0)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0]
+
+
+def test_norms_of_half_precision_gradients_are_not_of_half_the_range():
+    """300 entries of 100 have a square sum beyond float16, and a norm within."""
+    part = nn.Linear(300, 1, bias=False).half()
+    part.weight.grad = torch.full_like(part.weight, 100.0)
+    twin = nn.Linear(1, 300).half()
+    for parameter in twin.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    norms = clip_parts({"part": part, "twin": twin})
+    assert norms["part"].item() == pytest.approx(100 * 300**0.5, rel=2e-3)
+    assert norms["twin"].item() == pytest.approx(100 * 600**0.5, rel=2e-3)
 
 
 def test_optimizer_state_goes_by_name():

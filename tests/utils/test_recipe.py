@@ -24,6 +24,22 @@ def test_what_a_recipe_lacks_is_named():
         check_recipe(SimpleNamespace(**{name: None for name in dir(TinyRecipe())}))
 
 
+def test_a_member_that_fails_is_not_called_lacking():
+    """Its own error, at its first use, tells more."""
+
+    class Failing(TinyRecipe):
+        @property
+        def batch_size_per_gpu(self):
+            return self.no_such_number
+
+        @batch_size_per_gpu.setter
+        def batch_size_per_gpu(self, value):
+            pass
+
+    assert not hasattr(Failing(), "batch_size_per_gpu")
+    check_recipe(Failing())
+
+
 @pytest.mark.parametrize(
     ("losses", "said"),
     [

@@ -49,6 +49,17 @@ def test_finished_means_all_steps_of_the_recipe(tmp_path, capsys):
     assert (whole["step"], whole["finished"], whole["stopped_by"]) == (12, True, "")
 
 
+def test_no_number_of_steps_prolongs_a_recipe(tmp_path, capsys):
+    """And of probes that have judged before, those are told that are asked again."""
+    ended, _ = train_tiny(tmp_path, max_steps=99, probes={"a": judging(50.0), "c": judging(1.0)})
+    assert (ended["step"], ended["finished"], ended["stopped_by"]) == (12, True, "")
+    capsys.readouterr()
+    train_tiny(tmp_path, max_steps=99, probes={"c": judging(1.0), "b": judging(2.0)})
+    printed = capsys.readouterr().out
+    assert "already finished at step 12\n" in printed
+    assert "judged before, with the same settings: c\n" in printed
+
+
 @pytest.mark.parametrize("most", [None, 5])
 def test_a_command_with_no_step_left_keeps_every_figure(tmp_path, most, capsys):
     calls: list[int] = []

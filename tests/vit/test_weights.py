@@ -20,7 +20,7 @@ from octic import OcticVisionTransformer
 from octic.invariants import INVARIANTIZATIONS
 from tests.published_names import published_vit_name
 from vit.finetune import adapt_state, load_adapted
-from vit.keys import from_published, rename_published, renamed
+from vit.keys import check_fit, from_published, rename_published, renamed
 from vit.weights import load_state, load_weights, read_state
 
 LAYOUTS = json.loads(
@@ -87,6 +87,17 @@ def test_a_name_of_the_model_may_be_that_of_a_wrapper(wrapping):
     assert list(found) == list(net.state_dict())
     for name, tensor in found.items():
         assert torch.equal(tensor, state[wrapping + name])
+
+
+@pytest.mark.parametrize("wrapping", ("", "_orig_mod.", "module.", "module._orig_mod."))
+def test_a_name_behind_a_wrapper_is_the_models_before_another_of_its_names(wrapping):
+    """A net with a classifier of its own beside its backbone's, in either order."""
+    for names in (("head", "backbone"), ("backbone", "head")):
+        parts = {"head": nn.Linear(2, 1), "backbone": nn.ModuleDict({"head": nn.Linear(2, 1)})}
+        net = nn.ModuleDict({name: parts[name] for name in names})
+        state = {wrapping + name: tensor for name, tensor in net.state_dict().items()}
+        for name, tensor in from_published(state, net).items():
+            assert tensor is state[wrapping + name]
 
 
 CONTENTS = {
@@ -190,6 +201,16 @@ def test_wrong_weights_name_what_misses_and_what_is_left_over(tmp_path: Path) ->
         load_state(small(embed_dim=128), small().state_dict())
     with pytest.raises(ValueError, match=r"left over: blocks\.2"):
         load_state(small(), small(depth=4, octic_equi_break_layer=1).state_dict())
+
+
+def test_of_many_names_that_do_not_fit_the_first_eight_are_listed() -> None:
+    """In their own order, and the others are counted."""
+    wanted = {f"w{number}": torch.zeros(1) for number in range(10)}
+    listed = "missing: w0, w1, w2, w3, w4, w5, w6, w7"
+    with pytest.raises(ValueError, match=f"fit a Net; {listed}$"):
+        check_fit({name: wanted[name] for name in ("w8", "w9")}, wanted, "Net")
+    with pytest.raises(ValueError, match=f"fit a Net; {listed} and 2 more; left over: y, x$"):
+        check_fit({"x": torch.zeros(1)}, wanted, "Net", also_left_over=["y"])
 
 
 def test_a_file_of_ours_that_does_not_fit_tells_of_what_network_it_is(tmp_path: Path) -> None:
