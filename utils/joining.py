@@ -83,18 +83,18 @@ def _read_process(env: Mapping[str, str]) -> Process:
             whole_number("SLURM_PROCID", env=env),
             whole_number("SLURM_LOCALID", 0, env),
             whole_number("SLURM_STEP_NUM_TASKS", whole_number("SLURM_NTASKS", 1, env), env),
-            env.get("MASTER_ADDR", first_host(nodes)),
+            env["MASTER_ADDR"] if "MASTER_ADDR" in env else first_host(nodes),
             _port(env, env.get("SLURM_JOB_ID", "") + "." + env["SLURM_STEP_ID"]),
         )
     return Process()
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm node list: `gpu[03-05,9]-ib,x` -> `gpu03-ib`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
-    if match is None:
+    """First host of a Slurm node list: `gpu[03-05,9]-ib,x` is `gpu03-ib`, `r[1-2]n[3-4]` `r1n3`."""
+    first = re.match(r"(?:[^,\[\]]|\[[^\]]+\])+", nodes)
+    if first is None:
         raise UserError(f"no host in the Slurm node list {nodes!r}")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 @contextmanager

@@ -115,10 +115,18 @@ def test_submitit_local():
         ("gpu[003-005,9]", "gpu003"),
         ("gpu[3,9]-ib,x", "gpu3-ib"),
         ("r[1-2]", "r1"),
+        ("r[1-2]n[03,4-5],x", "r1n03"),
     ],
 )
 def test_first_host(nodes, host):
     assert first_host(nodes) == host
+
+
+def test_a_list_that_names_no_node_is_refused_where_it_is_needed():
+    place = {**SLURM, "SLURM_STEP_NODELIST": "[1-2"}
+    with pytest.raises(UserError, match=r"no host in the Slurm node list '\[1-2'"):
+        find_process(place)
+    assert find_process({**place, "MASTER_ADDR": "x"}).address == "x"
 
 
 def test_no_gpu_is_said():
