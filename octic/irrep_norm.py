@@ -101,7 +101,7 @@ def _checked_plan(
         )
     first = 0
     for number, (scale, count) in enumerate(zip(scales, shared, strict=False)):
-        if len({*lengths[first : first + count]}) != 1:
+        if count != 1 and len({*lengths[first : first + count]}) != 1:
             raise ValueError(
                 f"irrep_norm: scale {number} is for segments of lengths "
                 f"{lengths[first : first + count]}; it must be for one or more of one length"
