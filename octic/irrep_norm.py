@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octic import composed
 from octic.operators import channels_of_copies, multiplies_nothing, operator, runs_triton
-from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward, with_bias
+from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward, plain_sum
 from octic.precision import without_autocast
 
 Segments = tuple[tuple[int, float], ...]
@@ -48,8 +48,8 @@ def irrep_norm(
     if composed.is_composed():
         return composed.norm(x, scales, shift, *plan, eps, dtype)
     if torch.is_grad_enabled():
-        return _Norm.apply(x, None, None, shift, *plan, eps, dtype, *scales)[-1]
-    return _norm(x, None, None, scales, shift, *plan, eps, dtype)[-1]
+        return _Norm.apply(x, None, None, None, shift, *plan, eps, dtype, *scales)[-1]
+    return _norm(x, None, None, None, scales, shift, *plan, eps, dtype)[-1]
 
 
 def residual_norm(
@@ -61,27 +61,31 @@ def residual_norm(
     segments: Segments,
     rows: Sequence[int] | None = None,
     bias: Tensor | None = None,
+    factors: Tensor | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + branch and the `irrep_norm` of this sum, in one pass over memory, forward and backward.
+    """x + factors (branch + bias) and the `irrep_norm` of this sum, in one pass over memory.
 
-    The sum has the wider of both dtypes. bias [C]: added to the first C channels too; it gets no
-    gradient (see `octic.irrep_linear`). The rest is as in `irrep_norm`. Raises ValueError where
-    shapes do not fit.
+    The sum has the wider of both dtypes. bias [C]: added to the branch's first C channels; it gets
+    no gradient (see `octic.irrep_linear`). factors: what drop path multiplies by, broadcast to
+    [... 1]; they get none either, and are 1 where not given. The rest is as in `irrep_norm`. Raises
+    ValueError where shapes do not fit.
     """
     if branch.shape != x.shape:
         raise ValueError(f"a branch of shape {[*branch.shape]} beside x of {[*x.shape]}")
     plan = _checked_plan(x, scales, shift, segments, rows)
     if bias is not None:
         _check_width("bias", bias, x.shape[-1] // sum(plan[0]))
+    if factors is not None:
+        factors = factors.expand(*x.shape[:-1], 1)
     dtype = dtype or x.dtype
     if composed.is_composed():
-        total = x + with_bias(branch, bias)
+        total = plain_sum(x, branch, bias, factors)
         return total, composed.norm(total, scales, shift, *plan, eps, dtype)
     if torch.is_grad_enabled():
-        return _Norm.apply(x, branch, bias, shift, *plan, eps, dtype, *scales)
-    return _norm(x, branch, bias, scales, shift, *plan, eps, dtype)
+        return _Norm.apply(x, branch, bias, factors, shift, *plan, eps, dtype, *scales)
+    return _norm(x, branch, bias, factors, scales, shift, *plan, eps, dtype)
 
 
 def _checked_plan(
@@ -127,13 +131,14 @@ _NORM_ARGUMENTS = (
 
 
 @operator(
-    f"irrep_norm(Tensor x, Tensor? branch, Tensor? bias, {_NORM_ARGUMENTS}, ScalarType dtype)"
-    " -> (Tensor, Tensor)"
+    f"irrep_norm(Tensor x, Tensor? branch, Tensor? bias, Tensor? factors, {_NORM_ARGUMENTS},"
+    " ScalarType dtype) -> (Tensor, Tensor)"
 )
 def _norm(
     x: Tensor,
     branch: Tensor | None,
     bias: Tensor | None,
+    factors: Tensor | None,
     scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: Sequence[int],
@@ -142,19 +147,21 @@ def _norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    parts = (x.contiguous(), _dense(branch), _dense(bias), _all_dense(scales), _dense(shift))
-    total, y = _run("forward", *parts, *_plan(lengths, weights, shared), eps, dtype)
+    summed = (x.contiguous(), _dense(branch), _dense(bias), _dense(factors))
+    affine = (_all_dense(scales), _dense(shift))
+    total, y = _run("forward", *summed, *affine, *_plan(lengths, weights, shared), eps, dtype)
     return x.new_empty(0) if branch is None else total, y
 
 
 @operator(
-    f"irrep_norm_backward(Tensor grad, Tensor? past, Tensor x, {_NORM_ARGUMENTS},"
+    f"irrep_norm_backward(Tensor grad, Tensor? past, Tensor x, Tensor? factors, {_NORM_ARGUMENTS},"
     " ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _norm_backward(
     grad: Tensor,
     past: Tensor | None,
     x: Tensor,
+    factors: Tensor | None,
     scales: Sequence[Tensor],
     shift: Tensor | None,
     lengths: Sequence[int],
@@ -163,12 +170,12 @@ def _norm_backward(
     eps: float,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [... D], the same in `branch_dtype`, of all scales [D] and of the shift [C].
+    """Gradients of x [... D], of a branch of `branch_dtype`, of all scales [D] and the shift [C].
 
     What is not asked for or not there is empty. x is what was normalised, `past` the gradient that
     it has from elsewhere.
     """
-    tensors = (x.contiguous(), grad.contiguous(), _dense(past))
+    tensors = (x.contiguous(), grad.contiguous(), _dense(past), _dense(factors))
     plan = (_all_dense(scales), _dense(shift), *_plan(lengths, weights, shared))
     found = _run("backward", *tensors, branch_dtype, *plan, eps)
     dx, dbranch, dscales, dshift = (x.new_empty(0) if t is None else t for t in found)
@@ -189,6 +196,7 @@ def _(
     grad: Tensor,
     past: Tensor | None,
     x: Tensor,
+    factors: Tensor | None,
     scales: Sequence[Tensor],
     shift: Tensor | None,
     *arguments: Any,
@@ -209,6 +217,7 @@ class _Norm(torch.autograd.Function):
         x: Tensor,
         branch: Tensor | None,
         bias: Tensor | None,
+        factors: Tensor | None,
         shift: Tensor | None,
         lengths: list[int],
         weights: list[float],
@@ -218,31 +227,42 @@ class _Norm(torch.autograd.Function):
         *scales: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.arguments = (lengths, weights, shared, eps)
-        total, y = _norm(x, branch, bias, scales, shift, *ctx.arguments, dtype)
+        total, y = _norm(x, branch, bias, factors, scales, shift, *ctx.arguments, dtype)
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if branch is None else total, shift, *scales)
+        ctx.save_for_backward(x if branch is None else total, factors, shift, *scales)
         return (y,) if branch is None else (total, y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        x, shift, *scales = ctx.saved_tensors
+        x, factors, shift, *scales = ctx.saved_tensors
         summed, grad = ctx.branch_dtype is not None, grads[-1]
         past = grads[0] if summed else None
         if grad is None:
-            return past, past, *[None] * (7 + len(scales))
+            dbranch = _of_branch(past, factors, ctx.branch_dtype)
+            return past, dbranch, *[None] * (8 + len(scales))
         if composed.is_differentiated_again():
             dx, dshift, *dscales = _gradients_again(ctx, x, shift, scales, grad)
             dx = dx if past is None else dx + past
-            dbranch = dx.to(ctx.branch_dtype) if summed else None
-            return dx, dbranch, None, dshift, *[None] * 5, *dscales
-        cast = None if ctx.branch_dtype == x.dtype else ctx.branch_dtype
-        arguments = (x, scales, shift, *ctx.arguments, cast)
+            dbranch = _of_branch(dx, factors, ctx.branch_dtype)
+            return dx, dbranch, None, None, dshift, *[None] * 5, *dscales
+        same = factors is None and ctx.branch_dtype in (x.dtype, None)
+        arguments = (x, factors, scales, shift, *ctx.arguments, None if same else ctx.branch_dtype)
         dx, dbranch, dscales, dshift = _norm_backward(grad, past, *arguments)
-        if cast is None:
+        if same:
             dbranch = dx if summed else None
         dshift = None if shift is None else dshift
-        return dx, dbranch, None, dshift, *[None] * 5, *_by_scale(dscales, scales, ctx.arguments[2])
+        dscales = _by_scale(dscales, scales, ctx.arguments[2])
+        return dx, dbranch, None, None, dshift, *[None] * 5, *dscales
+
+
+def _of_branch(
+    dx: Tensor | None, factors: Tensor | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    """Gradient of a branch of `dtype`, from that of the sum; None without a branch."""
+    if dx is None or dtype is None:
+        return None
+    return (dx if factors is None else dx * factors).to(dtype)
 
 
 def _gradients_again(

@@ -216,9 +216,20 @@ class OcticLayerNorm(nn.Module):
         """Normalise features [... D]."""
         return irrep_norm(x, *self._affine(), **self._options(x))
 
-    def after(self, x: Tensor, branch: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + branch and its norm, both [... D], in one pass; `bias` [C] is added to the branch."""
-        return residual_norm(x, branch, *self._affine(), bias=bias, **self._options(x))
+    def after(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        bias: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x + factors (branch + bias) and its norm, both [... D], in one pass.
+
+        bias [C]: for the branch's first C channels; factors, that broadcast to [... 1]: without
+        them 1.
+        """
+        options = {"bias": bias, "factors": factors} | self._options(x)
+        return residual_norm(x, branch, *self._affine(), **options)
 
     def _affine(self) -> tuple[list[Tensor], Tensor | None]:
         if self.scaling is None:

@@ -69,31 +69,43 @@ def plain_norm_backward(
 
 
 def plain_residual_norm(
-    x: Tensor, branch: Tensor | None, bias: Tensor | None, *arguments: Any
+    x: Tensor,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    factors: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """x + branch (without one x itself) and its `plain_norm`, whose other arguments follow.
 
-    bias: added to as many of the branch's first channels as it has.
+    bias: added to as many of the branch's first channels as it has; factors [... 1]: multiply both.
     """
-    total = x if branch is None else x + with_bias(branch, bias)
+    total = x if branch is None else plain_sum(x, branch, bias, factors)
     return total, plain_norm(total, *arguments)
+
+
+def plain_sum(x: Tensor, branch: Tensor, bias: Tensor | None, factors: Tensor | None) -> Tensor:
+    """x + factors (branch + bias), letters as above; without factors they are 1."""
+    branch = with_bias(branch, bias)
+    return x + (branch if factors is None else branch * factors)
 
 
 def plain_residual_norm_backward(
     total: Tensor,
     grad: Tensor,
     past: Tensor | None,
+    factors: Tensor | None,
     branch_dtype: torch.dtype | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, of the branch (the same in its dtype), scales by segment [D] and shift.
+    """Gradients of x, of the branch (in its dtype), scales by segment [D] and shift.
 
     past: the gradient that the sum has from elsewhere, or None.
     """
     dx, dscales, dshift = plain_norm_backward(total, grad, *arguments)
     if past is not None:
         dx = dx + past
-    dbranch = None if branch_dtype is None else dx.to(branch_dtype)
+    dbranch = dx if factors is None else dx * factors
+    dbranch = None if branch_dtype is None else dbranch.to(branch_dtype)
     return dx, dbranch, dscales, dshift
 
 

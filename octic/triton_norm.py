@@ -90,6 +90,7 @@ def forward_kernel(
     x_ptr,
     branch_ptr,
     bias_ptr,
+    factor_ptr,
     scale_ptrs,
     shift_ptr,
     total_ptr,
@@ -103,6 +104,7 @@ def forward_kernel(
     SEGMENTS: tl.constexpr,
     BRANCH: tl.constexpr,
     BIAS: tl.constexpr,
+    FACTOR: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -126,8 +128,11 @@ def forward_kernel(
         x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
         if BRANCH:
             branch = tl.load(branch_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            branch += bias
+            if FACTOR:
+                branch *= tl.load(factor_ptr + row).to(tl.float32)
             # What is normalised is what is stored, rounded.
-            total = (x + branch + bias).to(total_ptr.dtype.element_ty)
+            total = (x + branch).to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + start + offsets, total, mask=mask)
             x = total.to(tl.float32)
         y, _ = _normalised(x, mask, average, weight, eps, G)
@@ -140,6 +145,7 @@ def backward_kernel(
     x_ptr,
     grad_ptr,
     past_ptr,
+    factor_ptr,
     scale_ptrs,
     dx_ptr,
     dbranch_ptr,
@@ -153,6 +159,7 @@ def backward_kernel(
     SEGMENTS: tl.constexpr,
     PAST: tl.constexpr,
     BRANCH: tl.constexpr,
+    FACTOR: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -184,7 +191,10 @@ def backward_kernel(
         if PAST:
             dx += tl.load(past_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
         if BRANCH:
-            dbranch = dx.to(dbranch_ptr.dtype.element_ty)
+            dbranch = dx
+            if FACTOR:
+                dbranch *= tl.load(factor_ptr + row).to(tl.float32)
+            dbranch = dbranch.to(dbranch_ptr.dtype.element_ty)
             tl.store(dbranch_ptr + start + offsets, dbranch, mask=mask)
         tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     sums_ptr += tl.program_id(0).to(tl.int64) * (SCALE * G * C + SHIFT * C)
@@ -218,6 +228,7 @@ def forward(
     x: Tensor,
     branch: Tensor | None,
     bias: Tensor | None,
+    factors: Tensor | None,
     scales: tuple[Tensor, ...],
     shift: Tensor | None,
     lengths: tuple[int, ...],
@@ -228,8 +239,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """x + branch, contiguous [..., G*C] each, in the wider dtype, and its norm, a tensor of dtype.
 
-    A bias [C] is added to the branch's first C channels. Without a branch the first result is x
-    itself.
+    A bias [C] is added to the branch's first C channels, and the factors [..., 1] multiply both.
+    Without a branch the first result is x itself.
     """
     total = x
     if branch is not None:
@@ -237,15 +248,14 @@ def forward(
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return total, y
-    given = {"BRANCH": branch is not None, "BIAS": bias is not None}
+    given = {"BRANCH": branch is not None, "BIAS": bias is not None, "FACTOR": factors is not None}
     given |= {"SCALE": bool(scales), "SHIFT": shift is not None}
     arguments = options(x.shape[-1], lengths, weights, shared) | given
     rows = x.numel() // x.shape[-1]
     # A kernel argument that is not read still has to be a tensor.
-    branch, bias, shift = (x if tensor is None else tensor for tensor in (branch, bias, shift))
-    forward_kernel[(_programs(x, rows, WARPS // arguments["num_warps"]),)](
-        x, branch, bias, scales, shift, total, y, rows, eps, **arguments
-    )
+    read = (x if part is None else part for part in (branch, bias, factors, scales, shift))
+    programs = _programs(x, rows, WARPS // arguments["num_warps"])
+    forward_kernel[(programs,)](x, *read, total, y, rows, eps, **arguments)
     return total, y
 
 
@@ -253,6 +263,7 @@ def backward(
     x: Tensor,
     grad: Tensor,
     past: Tensor | None,
+    factors: Tensor | None,
     branch_dtype: torch.dtype | None,
     scales: tuple[Tensor, ...],
     shift: Tensor | None,
@@ -261,15 +272,15 @@ def backward(
     shared: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x (its dtype), the same in `branch_dtype`, of the scales by segment [D]
+    """Gradients of x (its dtype), of the branch (`branch_dtype`), of the scales by segment [D]
     and of the shift (float32).
 
     x, grad and past are contiguous [..., G*C]; past, the gradient that x has from elsewhere, is
-    added.
+    added. The branch's gradient is that of x, times the factors [..., 1].
     """
     dx = torch.empty_like(x)
     dbranch = None if branch_dtype is None else torch.empty_like(x, dtype=branch_dtype)
-    given = {"PAST": past is not None, "BRANCH": dbranch is not None}
+    given = {"PAST": past is not None, "BRANCH": dbranch is not None, "FACTOR": factors is not None}
     given |= {"SCALE": bool(scales), "SHIFT": shift is not None}
     arguments = options(x.shape[-1], lengths, weights, shared) | given
     rows = x.numel() // x.shape[-1]
@@ -277,7 +288,7 @@ def backward(
     programs = _programs(x, rows, WARPS // arguments["num_warps"])
     sums = x.new_empty(programs, width, dtype=torch.float32)
     if rows:
-        read = (x, grad, x if past is None else past, scales)
+        read = (x, grad, *(x if part is None else part for part in (past, factors)), scales)
         written = (dx, dx if dbranch is None else dbranch, sums)
         backward_kernel[(programs,)](*read, *written, rows, eps, **arguments)
     totals = _sum_programs(sums)

@@ -10,19 +10,27 @@ from torch.nn import functional as F
 
 from vit.attention import Attention
 from vit.packing import Packing
-from vit.stochastic_depth import add_branch, check_mode, drop_path
+from vit.stochastic_depth import add_branch, check_mode, drawn_factors
 
 
 class Addend(NamedTuple):
-    """A sum not taken yet: tokens [B T D] to add, and a bias [C] for their first C channels."""
+    """A sum not taken yet: tokens [B T D] to add, and a bias [C] for their first C channels.
+
+    factors: of drop path, [B 1 1] or [1 T 1], by which both are multiplied.
+    """
 
     tokens: Tensor
     bias: Tensor | None = None
+    factors: Tensor | None = None
 
     def to(self, x: Tensor) -> Tensor:
         """x [B T D] with the addend added."""
-        x = x + self.tokens
-        return x if self.bias is None else x + F.pad(self.bias, (0, x.shape[-1] - len(self.bias)))
+        tokens, bias, factors = self
+        x = x + (tokens if factors is None else tokens * factors)
+        if bias is None:
+            return x
+        bias = F.pad(bias, (0, x.shape[-1] - len(bias)))
+        return x + (bias if factors is None else bias * factors)
 
 
 def added(x: Tensor, addend: Addend | None) -> Tensor:
@@ -30,14 +38,15 @@ def added(x: Tensor, addend: Addend | None) -> Tensor:
     return x if addend is None else addend.to(x)
 
 
-def terms_of(
-    out: Tensor | tuple[Tensor, Tensor | None, Tensor | None],
-) -> tuple[Tensor, Addend | None]:
+Deferred = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def terms_of(out: Tensor | Deferred) -> tuple[Tensor, Addend | None]:
     """Split what a block returned into tokens and its addend (None: nothing is left to add)."""
     if isinstance(out, Tensor):
         return out, None
-    x, tokens, bias = out
-    return x, None if tokens is None else Addend(tokens, bias)
+    x, tokens, bias, factors = out
+    return x, None if tokens is None else Addend(tokens, bias, factors)
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -86,14 +95,14 @@ class ResidualBlock(nn.Module):
         packing: Packing | None = None,
         addend: Addend | None = None,
         defer: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> Tensor | Deferred:
         """Map tokens [B T D], packed or not, to tokens of the same shape.
 
         Residual sums can be fused with the norm that follows: one pass over memory instead of two.
         So a block first adds the `addend` that the block before left it, and with `defer` it leaves
-        its own last sum to the next block: it returns (tokens, addend.tokens, addend.bias), None
-        where nothing is left to add; `terms_of` reads it. A plain tuple, because Dynamo of torch
-        2.11 cannot return a named one.
+        its own last sum to the next block: it returns (tokens, *addend), None where nothing is
+        left to add; `terms_of` reads it. A plain tuple, because Dynamo of torch 2.11 cannot return
+        a named one.
         """
         rate = self.drop_path_rate if self.training else 0.0
         ready = self._prepare(x)
@@ -104,14 +113,14 @@ class ResidualBlock(nn.Module):
             )
             x = add_branch(x, mix_tokens, packing, rate=rate, mode="subset")
             x = add_branch(x, mix_channels, packing, rate=rate, mode="subset")
-            return (x, None, None) if defer else x
+            return (x, None, None, None) if defer else x
         x, normed = self._add_and_norm(x, addend, self.norm1)
-        addend = self._attend(normed, packing, ready, defer=not rate)
+        addend = self._attend(normed, packing, ready, defer=True)
         addend = _thinned(addend, packing, rate, x.dtype)
         x, normed = self._add_and_norm(x, addend, self.norm2)
-        addend = self._transform(normed, ready, defer=defer and not rate)
+        addend = self._transform(normed, ready, defer=defer)
         addend = _thinned(addend, packing, rate, x.dtype)
-        return (x, addend.tokens, addend.bias) if defer else addend.to(x)
+        return (x, *addend) if defer else addend.to(x)
 
     def _mix_tokens(self, x: Tensor, packing: Packing | None, ready: Any = None) -> Tensor:
         """The attention branch [B T D]."""
@@ -143,8 +152,10 @@ class ResidualBlock(nn.Module):
 
 
 def _thinned(addend: Addend, packing: Packing | None, rate: float, dtype: torch.dtype) -> Addend:
-    """The addend after drop path; at a rate above 0 it must have no bias."""
-    return addend._replace(tokens=drop_path(addend.tokens, packing, rate, dtype=dtype))
+    """The addend under drop path."""
+    if not rate:
+        return addend
+    return addend._replace(factors=drawn_factors(addend.tokens, packing, rate, dtype=dtype))
 
 
 class Block(ResidualBlock):

@@ -44,11 +44,12 @@ def drop_path(
     """
     if rate == 0.0:
         return update
-    return update * _keep_mask(update, packing, 1.0 - rate, dtype)
+    return update * drawn_factors(update, packing, rate, dtype=dtype)
 
 
-def _keep_mask(x: Tensor, packing: Packing | None, keep: float, dtype: torch.dtype) -> Tensor:
-    count = x.shape[0] if packing is None else packing.num_sequences
+def drawn_factors(x: Tensor, packing: Packing | None, rate: float, *, dtype: torch.dtype) -> Tensor:
+    """What drop path multiplies tokens [B T D] by, 0 or 1 / (1 - rate): [B 1 1], packed [1 T 1]."""
+    count, keep = x.shape[0] if packing is None else packing.num_sequences, 1.0 - rate
     mask = x.new_empty(count, dtype=dtype).bernoulli_(keep)
     if keep > 0.0:
         mask = mask / keep

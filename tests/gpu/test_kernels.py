@@ -58,21 +58,23 @@ def test_norm_is_its_definition_and_its_twin(name, channels, dtype):
     assert relative_error(ours[0], twin) <= 2 * tolerance
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("channels", [7, 48, 128, 160])
-def test_norm_after_a_sum_is_the_norm_of_the_sum(channels, dtype):
+def test_norm_after_a_sum_is_the_norm_of_the_sum(channels, dtype, dropped):
     *inputs, grad = norm_inputs(
         OCTIC, tokens=(16, 197), channels=channels, dtype=torch.float32, device="cuda"
     )
     branch, past = torch.randn(2, *grad.shape, device="cuda")
+    factors = torch.randint(2, (16, 1, 1), device="cuda") * 2.0 if dropped else None
     found = []
     for together in (True, False):
         x, scale, shift, other = (t.clone().requires_grad_() for t in (*inputs, branch.to(dtype)))
         options = {"segments": OCTIC, "dtype": dtype}
         if together:
-            total, y = norm_of_sum(x, other, scale, shift, **options)
+            total, y = norm_of_sum(x, other, scale, shift, factors=factors, **options)
         else:
-            total = x + other
+            total = x + (other if factors is None else other * factors)
             y = norm_of(total, scale, shift, **options)
         torch.autograd.backward([total, y], [past, grad.to(dtype)])
         found.append([total, y, *(t.grad for t in (x, other, scale, shift))])

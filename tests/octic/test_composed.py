@@ -141,6 +141,7 @@ def partial_operators():
     x, branch = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 32)
     lines, plane, bias = (torch.randn(*shape).double() for shape in ((4, 4, 4), (8, 8), (4,)))
     segments, gelu = OcticLayerNorm(32).segments, OcticGELU()
+    factors = torch.tensor([0.0, 1.25]).double().view(2, 1, 1)
     layer = matrix_sources(scaled=True, biased=True, dtype=torch.float64)
     stack = partial(matrices._Stack.apply, matrices._layout([layer]), torch.float64)
     return {
@@ -150,6 +151,10 @@ def partial_operators():
         "norm alone": (lambda x: irrep_norm(x, segments=segments), (x,)),
         "norm of x and a float32 branch": (
             lambda x, b: residual_norm(x, b, segments=segments, bias=bias),
+            (x, branch),
+        ),
+        "norm of x and a branch under drop path": (
+            lambda x, b: residual_norm(x, b, segments=segments, bias=bias, factors=factors),
             (x, branch),
         ),
         "matrices": (stack, layer.tensors),

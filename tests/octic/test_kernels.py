@@ -1,6 +1,5 @@
 """The operators compute their definitions, differentiate, compile, and survive odd inputs."""
 
-from functools import partial
 from re import escape
 
 import pytest
@@ -112,21 +111,32 @@ def test_norm_after_a_sum_is_the_norm_of_the_sum(dtype):
             assert ours is None or relative_error(ours, reference) <= 2 * ROUNDING[dtype]
 
 
-def test_norm_after_a_sum_takes_the_branchs_bias_along():
+@pytest.mark.parametrize("shape", [None, (3, 1, 1), (1, 5, 1), (3, 5, 1)], ids=str)
+def test_norm_after_a_sum_takes_the_branchs_bias_and_factors_along(shape):
+    """Drop path's factors, of samples or of packed tokens, multiply the branch and its bias."""
     *inputs, grad = norm_inputs(OCTIC, tokens=(3, 5), channels=7, dtype=torch.float64)
     x, scale, shift = inputs
     branch, bias = torch.randn_like(x), torch.randn(7).double()
     padded = torch.cat([bias, bias.new_zeros(49)])
+    factors = None if shape is None else torch.bernoulli(torch.full(shape, 0.5)).double() / 0.5
 
-    def function(bias, *parts):
-        return sum(norm_of_sum(*parts, segments=OCTIC, bias=bias))
+    def together(x, branch, *affine):
+        options = {"segments": OCTIC, "bias": bias, "factors": factors}
+        return sum(norm_of_sum(x, branch, *affine, **options))
 
-    found = [
-        gradients(partial(function, bias), [x, branch, scale, shift], grad),
-        gradients(partial(function, None), [x, branch + padded, scale, shift], grad),
-    ]
+    def apart(x, branch, *affine):
+        branch = (branch + padded) * (1 if factors is None else factors)
+        return sum(norm_of_sum(x, branch, *affine, segments=OCTIC))
+
+    found = [gradients(each, [x, branch, scale, shift], grad) for each in (together, apart)]
     for ours, reference in zip(*found, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    total, y = norm_of_sum(x, branch.requires_grad_(), segments=OCTIC, factors=factors)
+    for used in (total, y):  # each alone
+        assert branch.grad is None
+        used.square().sum().backward(retain_graph=True)
+        assert ((branch.grad == 0) == (factors is not None and factors == 0)).all()
+        branch.grad = None
     with pytest.raises(ValueError, match=r"bias has shape \[56\]; it must be \[7\]"):
         norm_of_sum(x, branch, segments=OCTIC, bias=padded)
 
@@ -294,10 +304,11 @@ def test_operators_are_registered_completely():
     for parameters in ((parted(scale, OCTIC), shift), ((), None)):
         arguments = (*parameters, *plan, 1e-5)
         branch = torch.randn_like(x).bfloat16()
-        for summand in ((None, None), (branch, None), (branch, shift)):
+        factors = torch.tensor([0.0, 1.25]).view(2, 1, 1).expand(2, 3, 1)
+        for summand in ((None,) * 3, (branch, None, None), (branch, shift, factors)):
             check(ops.irrep_norm, (x, *summand, *arguments, torch.bfloat16))
-        for past, kind in ((None, None), (grad, None), (grad, torch.bfloat16)):
-            check(ops.irrep_norm_backward, (grad, past, x, *arguments, kind))
+        for past, each, kind in ((None,) * 3, (grad, None, None), (grad, factors, torch.bfloat16)):
+            check(ops.irrep_norm_backward, (grad, past, x, each, *arguments, kind))
     for bias in (torch.randn(6), None):
         check(ops.split_heads, (torch.randn(2, 3, 48), bias, 2, [1, 1, 1, 1, 2, 2], 3))
     check(ops.join_heads, ([torch.randn(2, 3, 2, 8)] * 3, [1, 1, 1, 1, 2, 2]))

@@ -78,10 +78,11 @@ def norms(channels: int, *, given: bool, tokens: int = 5) -> Iterator[Callable]:
     scales = tuple(torch.zeros(length * channels) for length, _ in OCTIC) if given else ()
     shift, bias = (torch.zeros(channels), branch[0, :channels]) if given else (None, None)
     past, cast = (x, HALF) if given else (None, None)
+    factors = x[:, :1].clone() if given else None
     affine = (scales, shift, *plan_of(OCTIC), 1e-5)
-    yield lambda: triton_norm.forward(x, None, None, *affine, HALF)
-    yield lambda: triton_norm.forward(x, branch, bias, *affine, HALF)
-    yield lambda: triton_norm.backward(x, branch, past, cast, *affine)
+    yield lambda: triton_norm.forward(x, None, None, None, *affine, HALF)
+    yield lambda: triton_norm.forward(x, branch, bias, factors, *affine, HALF)
+    yield lambda: triton_norm.backward(x, branch, past, factors, cast, *affine)
 
 
 def others(channels: int, *, given: bool, tokens: int = 5) -> Iterator[Callable]:

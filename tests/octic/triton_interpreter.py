@@ -72,14 +72,14 @@ def test_norm_equals_the_twin(name, channels, dtype):
     parameters = [p.float() for p in (scale, shift)]
     scales = parted(parameters[0], segments)
     forward = (scales, parameters[1], *plan, 1e-3, dtype)
-    y = triton_norm.forward(x, None, None, *forward)[1]
+    y = triton_norm.forward(x, None, None, None, *forward)[1]
     assert y.dtype == dtype
     assert relative_error(y, plain_kernels.plain_norm(x, *forward)) <= 2 * tolerance
     exact = norm_by_definition(*(t.double() for t in (x, *parameters)), segments, 1e-3)
     assert relative_error(y, exact) < tolerance
     backward = (scales, parameters[1], *plan, 1e-3)
     twin = plain_kernels.plain_norm_backward(x, grad, *backward)
-    dx, _, *sums = triton_norm.backward(x, grad, None, None, *backward)
+    dx, _, *sums = triton_norm.backward(x, grad, None, None, None, *backward)
     for ours, reference in zip((dx, *sums), twin, strict=True):
         assert ours.dtype == reference.dtype and ours.shape == reference.shape
         assert relative_error(ours, reference) <= max(2 * tolerance, 2e-5)
@@ -94,11 +94,11 @@ def test_segments_may_share_a_scale():
     arguments = ((*shared[0], shared[1]), shift, lengths, weights, (1, 1, 1, 1, 2), 1e-5)
     twin = plain_kernels.plain_norm(x, *arguments, torch.float32)
     assert (
-        relative_error(triton_norm.forward(x, None, None, *arguments, torch.float32)[1], twin)
+        relative_error(triton_norm.forward(x, None, None, None, *arguments, torch.float32)[1], twin)
         < 2e-6
     )
     twins = plain_kernels.plain_norm_backward(x, grad, *arguments)
-    ours = triton_norm.backward(x, grad, None, None, *arguments)
+    ours = triton_norm.backward(x, grad, None, None, None, *arguments)
     for value, reference in zip((ours[0], *ours[2:]), twins, strict=True):
         assert relative_error(value, reference) < 2e-5
 
@@ -110,11 +110,11 @@ def test_norm_without_scale_or_shift_and_with_another_dtype():
     for s, b in itertools.product(((), parted(scale, segments)), (None, shift)):
         for dtype in ROUNDING:
             arguments = (s, b, *plan, 1e-5, dtype)
-            _, y = triton_norm.forward(x, None, None, *arguments)
+            _, y = triton_norm.forward(x, None, None, None, *arguments)
             twin = plain_kernels.plain_norm(x, *arguments)
             assert y.dtype == dtype and relative_error(y, twin) <= 2 * ROUNDING[dtype]
             g = grad.to(dtype)
-            dx, _, *sums = triton_norm.backward(x, g, None, None, s, b, *plan, 1e-5)
+            dx, _, *sums = triton_norm.backward(x, g, None, None, None, s, b, *plan, 1e-5)
             ours = (dx, *sums)
             twins = plain_kernels.plain_norm_backward(x, g, s, b, *plan, 1e-5)
             for value, reference in zip(ours, twins, strict=True):
@@ -124,9 +124,12 @@ def test_norm_without_scale_or_shift_and_with_another_dtype():
                     assert relative_error(value, reference) < 2e-6
 
 
-@pytest.mark.parametrize("past, biased", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "past, biased, dropped",
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, True)],
+)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_norm_after_a_sum_equals_the_twin(half, past, biased):
+def test_norm_after_a_sum_equals_the_twin(half, past, biased, dropped):
     segments = SEGMENTS["octic"]
     plan = plan_of(segments)
     x, scale, shift, grad = norm_inputs(segments, tokens=(2, 3), channels=6, dtype=torch.float32)
@@ -134,14 +137,15 @@ def test_norm_after_a_sum_equals_the_twin(half, past, biased):
     branch, grad = branch.to(half), grad.to(half)
     arguments = (parted(scale, segments), shift, *plan, 1e-5)
     bias = torch.randn(6).to(half) if biased else None
-    total, y = triton_norm.forward(x, branch, bias, *arguments, half)
-    twin = plain_kernels.plain_residual_norm(x, branch, bias, *arguments, half)
+    factors = torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25, 1.25]).view(2, 3, 1) if dropped else None
+    total, y = triton_norm.forward(x, branch, bias, factors, *arguments, half)
+    twin = plain_kernels.plain_residual_norm(x, branch, bias, factors, *arguments, half)
     # The twin rounds the branch with its bias.
     assert relative_error(total, twin[0]) <= (ROUNDING[half] if biased else 0)
     assert y.dtype == half
     assert relative_error(y, twin[1]) <= 2 * ROUNDING[half]
-    cast = None if half == torch.float32 else half
-    backward = (total, grad, through if past else None, cast, *arguments)
+    cast = None if half == torch.float32 and not dropped else half
+    backward = (total, grad, through if past else None, factors, cast, *arguments)
     ours, twins = (
         triton_norm.backward(*backward),
         plain_kernels.plain_residual_norm_backward(*backward),
@@ -358,8 +362,8 @@ def test_empty_inputs():
     assert triton_gelu.forward(x, None, TRANSFORMS["D4"]).shape == x.shape
     assert triton_gelu.backward(x, None, x, TRANSFORMS["D4"]).shape == x.shape
     arguments = (parted(scale, SEGMENTS["octic"]), shift, *plan, 1e-5)
-    assert triton_norm.forward(x, None, None, *arguments, torch.float32)[1].shape == x.shape
-    dx, _, dscale, dshift = triton_norm.backward(x, x, None, None, *arguments)
+    assert triton_norm.forward(x, None, None, None, *arguments, torch.float32)[1].shape == x.shape
+    dx, _, dscale, dshift = triton_norm.backward(x, x, None, None, None, *arguments)
     assert dx.shape == x.shape
     assert torch.equal(dscale, torch.zeros(16)) and torch.equal(dshift, torch.zeros(2))
 
