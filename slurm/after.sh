@@ -13,9 +13,11 @@ note() {
         "$1" "$job" "$attempt" "$(date +%s.%3N)" "$status" "$2" >> "$run/launches.jsonl"
 }
 this=", \"attempt\": $attempt,"
-was_killed=no # 128 plus a signal; by HUP, INT, USR1, USR2 and TERM a process is told to leave
+# 128 plus a signal; by HUP, INT, USR1, USR2 and TERM (utils/signals.py) a process is told to leave.
+was_killed=no told=$(count stopped "$this")
 case $status in
-    129 | 130 | 138 | 140 | 143) ;;
+    129 | 130 | 143) ;;
+    138 | 140) told=1 ;; # USR1 and USR2 may come before the processes can note that they were told
     1[3-9]?) was_killed=yes ;;
 esac
 if [ "$status" -eq 0 ]; then
@@ -23,8 +25,7 @@ if [ "$status" -eq 0 ]; then
 elif [ "$(count failed "$this")" -gt 0 ]; then
     # The others were told to end because one rank failed: what they say does not count.
     kind=failed status=1
-elif [ "$was_killed" = no ] && { [ "$(count stopped "$this")" -gt 0 ] || [ "$status" -eq 140 ]; }; then
-    # USR2 may come before the processes can note that they were told.
+elif [ "$was_killed" = no ] && [ "$told" -gt 0 ]; then
     kind=stopped spent=$(count again ".*\"kind\": \"stopped\"") most=$max_requeues
     [ "$(count stopped "$this.*SIGINT")" -gt 0 ] && kind=interrupted
 elif [ "$status" -gt 128 ] || [ "$(count began "$this")" -gt 0 ]; then
@@ -37,9 +38,11 @@ case $kind in stopped | killed)
     case $(scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null) in *" JobState=RUNNING "*)
         if [ "$spent" -lt "$most" ]; then
             echo "job $job: $kind (status $status); it starts again from checkpoint $step"
-            note again "\"kind\": \"$kind\", \"step\": \"$step\""
-            scontrol requeue "$SLURM_JOB_ID" && exit "$status"
+            # What cannot be noted is not counted, so it would start again without end.
+            note again "\"kind\": \"$kind\", \"step\": \"$step\"" \
+                && scontrol requeue "$SLURM_JOB_ID" && exit "$status"
             kind=refused
+            echo "error: job $job: noting that or Slurm's requeue failed: it is given up at checkpoint $step"
         else
             echo "error: job $job: $kind (status $status) after $spent restarts: it is given up at checkpoint $step"
         fi

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slurm import record
 from utils.errors import UserError
 from utils.mistakes import mistakes_told
+from utils.signals import heeded
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -83,17 +84,18 @@ def _join_peers() -> str:
 
 
 def _leave_when_told() -> None:
-    """Exit with 128 plus the signal on SIGUSR2 and SIGTERM; slurm/after.sh requeues the job.
+    """Exit with 128 plus the signal's number when told to; slurm/after.sh requeues the job.
 
-    A training saves a checkpoint first. submitit would requeue from inside the job, where a
-    container may lack Slurm's commands.
+    INT stays KeyboardInterrupt. A training saves a checkpoint first. submitit would requeue from
+    inside the job, where a container may lack Slurm's commands.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, leave)
+    for number in heeded():
+        if number != signal.SIGINT:
+            signal.signal(number, leave)
 
 
 @contextmanager

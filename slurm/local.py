@@ -104,8 +104,7 @@ def _passed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
         received.append(number)
         _pass_on(number, processes)
 
-    numbers = heeded((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
-    earlier = {number: signal.signal(number, handle) for number in numbers}
+    earlier = {number: signal.signal(number, handle) for number in heeded()}
     try:
         yield received
     finally:

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from utils.environment import whole_number
 from utils.errors import UserError, one_line
 from utils.proc import started
 from utils.run_files import LAUNCHES, PROGRESS
+from utils.signals import STOP_SIGNALS
 
 # Errors of a rank that lost another one; torch's own exceptions are matched by class name.
 _LOST = re.compile(
@@ -44,10 +44,7 @@ _LOST = re.compile(
 _TRANSIENT = re.compile(
     r"DataLoader worker .*(killed|exited unexpectedly)|^AcceleratorError(?!.*device-side assert)"
 )
-STOPPED = {
-    128 + number: number
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-}
+STOPPED = {128 + number: number for number in STOP_SIGNALS}
 
 
 class Ended(SystemExit):

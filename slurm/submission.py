@@ -259,10 +259,13 @@ def _code_lines(code: Path | None) -> list[str]:
     """Put the snapshot first on Python's path, before the folder the job was submitted from."""
     if code is None:
         return []
-    place, lines = _in_shell(code), []
-    if "%" in str(code):
-        lines = [f"for _ in {{1..60}}; do [ -e {place} ] && break; sleep 1; done"]
-    return [*lines, f"export PYTHONSAFEPATH=1 PYTHONPATH={place}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    place = _in_shell(code)
+    return [
+        f"for _ in {{1..60}}; do [ -e {place} ] && break; sleep 1; done",
+        # The checkout, if it is installed, is another code by now.
+        f'[ -e {place} ] || {{ echo "error: the copy of the code is gone: "{place}; exit 1; }}',
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={place}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
 
 
 def _in_shell(path: object) -> str:

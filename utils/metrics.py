@@ -1,4 +1,4 @@
-"""Logging of a run: console line, metrics.jsonl, curves.png, and further sinks.
+"""Logging of a run: what goes to the console, metrics.jsonl and further sinks, and when.
 
 Nothing here waits for the device except `flush`, which the loop calls every `log_every` steps and
 before a save. metrics.jsonl holds one line per step with the raw values (mean over micro-batches
@@ -6,28 +6,22 @@ and ranks), and one per probe.
 """
 
 import json
-import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
 from utils import distributed
-from utils.console import Lines
+from utils.curves import draw_curves
 from utils.meter import Meter
-from utils.run_files import CURVES, METRICS, PROGRESS
-from utils.whole_file import write_text
-
-_UNDRAWN = {"step", "waited_for_data", "images_per_second", "memory_gb"}
+from utils.metrics_file import as_line, truncate
+from utils.progress_line import ProgressLine
+from utils.run_files import METRICS, PROGRESS
 
 Sink = Callable[[int, dict[str, float]], None]
 
@@ -65,7 +59,7 @@ class Metrics:
         self._told = False
         self._meters: dict[str, Meter] = {}
         self._line = (
-            _ProgressLine(total_steps, first_step, console) if distributed.is_main() else None
+            ProgressLine(total_steps, first_step, console) if distributed.is_main() else None
         )
         if distributed.is_main():
             truncate(self.path, first_step)
@@ -169,9 +163,7 @@ class Metrics:
     def _write(self, lines: list[dict[str, float]]) -> None:
         if not distributed.is_main():
             return
-        self._unwritten += [
-            json.dumps({k: _finite(v) for k, v in line.items()}) + "\n" for line in lines
-        ]
+        self._unwritten += map(as_line, lines)
         whole = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a") as file:
@@ -185,115 +177,3 @@ class Metrics:
                 self.say(f"{self.path} takes no lines ({error.strerror}): they wait in memory")
         for sink in self.sinks:
             sink(int(lines[-1]["step"]), {k: v for k, v in lines[-1].items() if k != "step"})
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one torn by a crash is left out, null (not finite) is NaN."""
-    lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines.append({k: math.nan if v is None else v for k, v in line.items()})
-    return lines
-
-
-def truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`, so that a resumed run leaves none twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        finite = ({k: _finite(v) for k, v in line.items()} for line in kept)
-        write_text(path, "".join(json.dumps(line) + "\n" for line in finite))
-
-
-def draw_curves(path: Path) -> None:
-    """Draw metrics.jsonl over the steps into curves.png beside it, related values in one panel."""
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for line in read_metrics(path):
-        for name, value in line.items():
-            if name not in _UNDRAWN:
-                panels.setdefault(_panel(name), {}).setdefault(name, []).append(
-                    (int(line["step"]), value)
-                )
-    if not panels:
-        return
-    # Late, and without pyplot: importing it costs a second and chooses a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3 * rows))
-    FigureCanvasAgg(figure)
-    figure.subplots_adjust(0.06, 0.3 / rows / 2, 0.98, 1 - 0.3 / rows / 3, hspace=0.35)
-    for index, (title, series) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        for name, points in series.items():
-            points = points[:: max(1, len(points) // 2000)]
-            marker = "o" if len(points) < 20 else None
-            axes.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1, label=name)
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=7)
-        if len(series) > 1:
-            axes.legend(fontsize=6)
-    figure.savefig(Path(path).parent / CURVES, dpi=100)
-
-
-def _panel(name: str) -> str:
-    if "/" in name:
-        return name.split("/")[0]
-    return "losses" if "loss" in name else "learning rates" if name.endswith("lr") else name
-
-
-class _ProgressLine:
-    """A live bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, total_steps: int, first_step: int, console: Console | None) -> None:
-        # FORCE_COLOR makes a terminal of a log, which cannot move its cursor.
-        live = None if sys.stdout.isatty() else False
-        self.console = console or Lines(soft_wrap=True, highlight=False, force_interactive=live)
-        self.total_steps = total_steps
-        self.progress = None
-        if self.console.is_interactive:
-            columns = (
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(24),
-                TextColumn("{task.description}"),
-            )
-            self.progress = Progress(*columns, console=self.console)
-            self.task = self.progress.add_task("", total=total_steps, completed=first_step)
-            self.progress.start()
-
-    def show(self, line: dict[str, float], meters: Mapping[str, Meter], rate: float) -> None:
-        """One line: step, rate, ETA, losses as median of the last steps (mean of all), lr."""
-        eta = timedelta(seconds=round((self.total_steps - line["step"]) / rate)) if rate else "?"
-        speed = f"{rate:.2f} steps/s" + (
-            f" {line['images_per_second']:.0f} images/s" if "images_per_second" in line else ""
-        )
-        losses = (f"{name} {meter}" for name, meter in meters.items())
-        text = "  ".join([f"{speed}  eta {eta}", *losses])
-        text += f"  lr {line['lr']:.3g}" if "lr" in line else ""
-        if self.progress:
-            self.progress.update(self.task, completed=line["step"], description=text)
-        else:
-            self.say(f"step {line['step']}/{self.total_steps}  {text}")
-
-    def note(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of values that came at `step`."""
-        self.say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-
-    def say(self, text: str) -> None:
-        """Print beside the bar."""
-        self.console.print(text, markup=False)
-
-    def close(self) -> None:
-        """Stop the bar."""
-        if self.progress:
-            self.progress.stop()
-
-
-def _finite(value: float) -> float | None:
-    # JSON knows no NaN.
-    return value if math.isfinite(value) else None

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from utils.download import Unavailable, download
 from utils.errors import UserError
+from utils.only_one import only_one
 
 KEY = "weights"
 # The beginning of a file's SHA-256 in torch.hub's names, as in `deit_..._224-b5f2ef4d.pth`. Eight
@@ -46,7 +45,7 @@ def _file_of(address: str) -> Path:
         if file.is_file():
             return file
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_name(f".{file.name}.lock")):
+        with only_one(file.with_name(f".{file.name}.lock")):
             if not file.is_file():
                 _bring(address, file)
     except Unavailable as error:
@@ -54,10 +53,10 @@ def _file_of(address: str) -> Path:
             f"cannot download {address}: {error}; run this again to go on, or put the file at "
             f"{file} by hand"
         ) from None
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise UserError(
-            f"cannot keep {address} at {file}: {reason}; TORCH_HOME says where downloads go"
+            f"cannot keep {address} at {file}: {error.strerror or error}; TORCH_HOME says where "
+            "downloads go"
         ) from None
     return file
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import parallel
+from utils import layout
 from utils.errors import UserError
 from utils.ranges import check_range
 from utils.schedules import Schedule
@@ -97,7 +97,7 @@ def clip_parts(parts: Mapping[str, nn.Module], max_norm: float | None = None) ->
         for name, norm in norms.items():
             if gradients[name]:
                 scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_([parallel.local(g) for g in gradients[name]], scale)
+                torch._foreach_mul_([layout.local(g) for g in gradients[name]], scale)
     return norms
 
 
@@ -148,7 +148,7 @@ def load_optimizer_state(
         )
     plain["state"] = {
         positions[id(parameters[name])]: {
-            k: parallel.shard_like(v, parameters[name]) if isinstance(v, Tensor) else v
+            k: layout.shard_like(v, parameters[name]) if isinstance(v, Tensor) else v
             for k, v in values.items()
         }
         for name, values in saved["state"].items()
@@ -175,7 +175,7 @@ def _check_memory(
 
 def _memory(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> set[str]:
     """Keys of an optimiser's state per parameter, found by a step of a copy on zeros."""
-    zeros = nn.Parameter(torch.zeros(parameter.shape, device=parallel.local(parameter).device))
+    zeros = nn.Parameter(torch.zeros(parameter.shape, device=layout.local(parameter).device))
     zeros.grad = torch.zeros_like(zeros)
     tried = copy.copy(optimizer)
     tried.state = defaultdict(dict)
@@ -191,14 +191,14 @@ def _norms(gradients: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     # Sums of squares: of whole gradients, and of sharded ones, which are reduced over the ranks.
     device = next((g.device for part in gradients.values() for g in part), torch.device("cpu"))
     groups = [
-        g for part in gradients.values() for g in map(parallel.shard_group, part) if g is not None
+        g for part in gradients.values() for g in map(layout.shard_group, part) if g is not None
     ]
 
     def squares(sharded: bool) -> Tensor:
         totals = []
         for part in gradients.values():
             pieces = [
-                parallel.local(g) for g in part if (parallel.shard_group(g) is not None) == sharded
+                layout.local(g) for g in part if (layout.shard_group(g) is not None) == sharded
             ]
             pieces = [piece for piece in pieces if piece.numel()]
             if pieces:

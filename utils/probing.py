@@ -1,6 +1,6 @@
 """Run the probes of a training when they are due, without side effects on the training."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
 
 
 class ProbeRunner:
-    """The probes of a run, called every `every` steps (0: only at the end) on every rank.
+    """The probes of a run, due every `every` steps (0: only at the end) on every rank.
 
     A probe is `probe(net, data, output_dir, step) -> dict of numbers`; its numbers are reported as
     `name/key`, and it may write to `folder/name`. It finds the net in evaluation mode and cannot
@@ -46,11 +46,19 @@ class ProbeRunner:
         self.results: dict[str, float] = {}
         self._done = -1
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """The results at `step`, if it is due."""
-        return self.final(step) if self.every and step % self.every == 0 else {}
+    def due(self, step: int) -> bool:
+        """Whether the probes are to run after `step` steps, before the end."""
+        return self.every > 0 and step % self.every == 0
 
-    def final(self, step: int) -> dict[str, float]:
+    def owed(self, step: int, logged: Collection[str]) -> bool:
+        """Whether a start at `step` lacks figures that were due, by the keys `logged` there.
+
+        An earlier start was told to leave, or ended while the probes ran.
+        """
+        found = {key.partition("/")[0] for key in logged}
+        return step > 0 and self.due(step) and not found & self.probes.keys()
+
+    def __call__(self, step: int) -> dict[str, float]:
         """The results at `step`; empty if they were returned already."""
         if self._done == step:
             return {}

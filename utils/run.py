@@ -39,8 +39,8 @@ from utils.watchdog import Watchdog
 def train(config: Mapping[str, Any]) -> dict[str, Any]:
     """Build what `config` describes and train it; returns the summary (also in summary.json).
 
-    On a stop signal: saves, calls the earlier handler of the signal (submitit's requeues the job),
-    and exits with 128 plus the signal's number.
+    On a stop signal: saves, calls the earlier handler of the signal, if another had one (submitit
+    without Slurm starts the job again by it), and exits with 128 plus the signal's number.
     """
     config = plain(config)
     check_settings(config)
@@ -105,6 +105,8 @@ def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, A
         folder / "hangs", timeout_s=_hang_timeout(config), watched=fit.__code__.co_filename
     )
     try:
+        if runner.owed(first_step, history.logged):
+            metrics.record(first_step, runner(first_step))
         with watchdog:
             step = fit(
                 recipe,
@@ -118,15 +120,15 @@ def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, A
                 checkpoints=checkpoints,
                 stop=stop,
                 watchdog=watchdog,
+                probes=runner,
                 clip_grad=training["clip_grad"],
-                probe=runner,
             )
         if step < last_step:
             metrics.say(f"stopped at step {step} of {last_step}; the same command goes on there")
         # Before the probes: an error in one must not lose the trained network.
         export_net(run, step)
         if step >= last_step:
-            metrics.record(step, runner.final(step))
+            metrics.record(step, runner(step))
     except NotSaved as error:
         raise export_after_failed_save(run, metrics, error) from None
     finally:
@@ -134,7 +136,7 @@ def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, A
         metrics.close()
     signals = [one.name for one in distributed.gather_objects(stop.received) if one]
     stopped_by = MAX_STEPS if step >= last_step else max(signals, default="a signal")
-    summary = facts(run, step, stopped_by, skipped=health.skipped, alarm=health.alarm)
+    summary = facts(run, step, stopped_by, skipped=health.skipped, alarm=health.features.alarm)
     return write_summary(folder, summary | metrics.last | {"step": step} | runner.results)
 
 
@@ -173,7 +175,7 @@ def _prepare(
     seed_everything(state.rank_seed(seed))  # drop path differs from rank to rank
     if found is None:
         return optimizer, 0, notes
-    step, parts, _, damaged = found
+    step, parts, damaged = found
     restore(parts, module, optimizer, precision, config=run.config, step=step)
     return optimizer, step, damaged
 

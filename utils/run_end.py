@@ -69,7 +69,7 @@ def probe_again(
     try:
         if not (history.summary and history.exported):
             export_net(run, step)
-        metrics.record(step, runner.final(step))
+        metrics.record(step, runner(step))
     finally:
         metrics.close()
     summary = facts(run, step, MAX_STEPS, skipped=history.skipped)

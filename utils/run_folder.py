@@ -1,6 +1,5 @@
 """The run folder: resolved config, revision of the code, and what changed since its last use."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,12 +73,6 @@ def saved_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is no mapping of keys to values: mend or remove it")
     return content
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """A hash of the keys that change results."""
-    text = json.dumps(_relevant(_plain(config)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:

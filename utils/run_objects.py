@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.randomness import seed_everything
 from utils.recipe import Recipe, check_recipe
 from utils.run_files import CHECKPOINTS
-from utils.run_folder import BATCH, fingerprint
+from utils.run_folder import BATCH
 
 
 @dataclass
@@ -45,7 +45,6 @@ class Run:
         self.images_per_step = micro_batch * recipe.accumulation
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
-            fingerprint=fingerprint(self.config),
             plan={"total_steps": recipe.total_steps, BATCH: self.images_per_step},
             **self.config["checkpoint"],
         )

@@ -7,8 +7,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+# By these a process is told to leave: a person (INT), Slurm or an administrator (TERM, and USR1 or
+# USR2 ahead of a limit), a closed terminal (HUP). slurm/after.sh knows them by number.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
-def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+
+def heeded(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
     """These signals without a HUP that is ignored: `nohup` asks to go on without a terminal."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in numbers if number != signal.SIGHUP or not ignored]
@@ -31,13 +35,13 @@ def forget_lost_terminal() -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let INT, TERM and USR2 end the process at once inside a `with` block.
+    """Let a signal that was to be handled end the process at once inside a `with` block.
 
     For a wait in foreign code: a handler of Python's would not run before the wait is over.
     """
     handled: dict[signal.Signals, Any] = {}
     with suppress(ValueError):  # outside the main thread nothing can be changed
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        for number in STOP_SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):
                 signal.signal(number, signal.SIG_DFL)
@@ -79,20 +83,20 @@ class Handlers:
 
 
 class StopSignal(Handlers):
-    """Catches INT, TERM, USR2 and HUP inside a `with` block; a second INT interrupts at once.
+    """Catches `STOP_SIGNALS` inside a `with` block; a second INT interrupts at once.
 
     A later signal does not replace an INT, which means that a person ends the run.
     `received` is what this process saw; the loop makes the ranks agree before anyone stops.
     """
 
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+    caught = STOP_SIGNALS
 
     def __init__(self) -> None:
         super().__init__()
         self.received: signal.Signals | None = None
 
     def earlier_handler(self) -> Callable[[int, FrameType | None], Any] | None:
-        """Another's handler of the received signal (submitit's requeue), for after the save."""
+        """Another's handler of the received signal (submitit's, slurm/job.py's), for after."""
         handler = self._previous.get(self.received) if self.received else None
         return handler if callable(handler) and handler is not signal.default_int_handler else None
 

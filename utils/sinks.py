@@ -64,7 +64,9 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> Sin
     except ValueError as error:  # pydantic's, of settings such as WANDB_MODE
         raise UserError(f"logging.wandb=true: {_settings_fault(error)}") from error
     id_file.write_text(f"{run_id}\n")
-    return _until_lost(lambda step, values: run.log(values, step=step), wandb.teardown)
+    return _until_lost(
+        "Weights & Biases", lambda step, values: run.log(values, step=step), wandb.teardown
+    )
 
 
 def _settings_fault(error: ValueError) -> str:
@@ -78,10 +80,11 @@ def _settings_fault(error: ValueError) -> str:
     return " ".join(what.split())[:300]
 
 
-def _until_lost(write: Sink, leave: Callable[[], None]) -> Sink:
-    """A sink of W&B that is given up when it fails: the training is worth more.
+def _until_lost(name: str, write: Sink, leave: Callable[[], None]) -> Sink:
+    """A sink that is given up when it fails: the training is worth more.
 
     W&B's own process may be gone before ours: Slurm tells all processes of a job to end.
+    TensorBoard's thread ends where the disk is full.
     """
     lost = False
 
@@ -95,7 +98,7 @@ def _until_lost(write: Sink, leave: Callable[[], None]) -> Sink:
             lost = True
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             print(
-                f"note: Weights & Biases takes no more values ({what}): its curve ends before "
+                f"note: {name} takes no more values ({what}): its curve ends before "
                 f"step {step} until the next start; metrics.jsonl goes on",
                 file=sys.stderr,
                 flush=True,
@@ -114,7 +117,7 @@ def _tensorboard(folder: Path, first_step: int) -> Sink:
             writer.add_scalar(key, value, step)
         writer.flush()
 
-    return write
+    return _until_lost("TensorBoard", write, writer.close)
 
 
 def _import(module: str, key: str, package: str) -> Any:

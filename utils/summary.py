@@ -13,7 +13,7 @@ from rich.table import Table
 from utils import distributed
 from utils.console import Lines
 from utils.endings import MAX_STEPS
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 from utils.run_files import CONFIG, EXPORTED, METRICS, SUMMARY
 from utils.whole_file import write_text
 

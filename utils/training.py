@@ -1,6 +1,5 @@
 """The loop. What plugs into it is in `utils/recipe.py`; `utils/run_objects.py` builds it."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,6 +13,7 @@ from utils.health import Health, broken_weights, what_remains
 from utils.metrics import Metrics
 from utils.optimizers import apply_schedules, clip_parts
 from utils.precision import Precision
+from utils.probing import ProbeRunner
 from utils.randomness import ShieldedBatches
 from utils.recipe import Recipe, checked_losses
 from utils.signals import StopSignal
@@ -33,8 +33,8 @@ def fit(
     checkpoints: Checkpoints,
     stop: StopSignal,
     watchdog: Watchdog,
+    probes: ProbeRunner,
     clip_grad: float | None = None,
-    probe: Callable[[int], dict[str, float]] = lambda step: {},
 ) -> int:
     """Train from `first_step` to `last_step` or a stop signal, save, return the steps finished.
 
@@ -53,10 +53,9 @@ def fit(
         return fault
 
     while step < last_step and not stopping:
-        # Schedule
+        # Schedule, forward, backward
         values = apply_schedules(optimizer, recipe.schedules, step)
         health.remember(module)
-        # Forward, backward
         for micro_batch in range(recipe.accumulation):
             batch = recipe.prepare(parallel.to_device(next(batches), device))
             gradients.set_sync(micro_batch == recipe.accumulation - 1)
@@ -78,21 +77,22 @@ def fit(
             health.undo()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        # Log, probe
+        # Log
         metrics.end_step(step, values, norms)
         if metrics.due(step) or step == last_step or health.hopeless:
             metrics.flush(batches.waited())
             with precision.autocast():
-                metrics.record(step, health.examine(recipe.exported, batch))
-            metrics.say(health.alarm)
+                metrics.record(step, health.features.examine(recipe.exported, batch))
+            metrics.say(health.features.alarm)
             metrics.say(checkpoints.news())
-        with watchdog.resting():
-            metrics.record(step, probe(step))
         # Save
         if health.hopeless:
             raise health.give_up(module, checkpoints, save)
         if checkpoints.due(step):
             metrics.say(save(step))
+        # Probe, but not in the time that is left to leave
+        if probes.due(step) and step < last_step and not stopping:
+            _probe(step, probes, checkpoints, metrics, watchdog)
         metrics.rest()
         watchdog.finished(step)
     checkpoints.wait()
@@ -101,3 +101,15 @@ def fit(
     if problem := checkpoints.wait():
         raise NotSaved(problem)
     return step
+
+
+def _probe(
+    step: int,
+    probes: ProbeRunner,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    watchdog: Watchdog,
+) -> None:
+    checkpoints.wait()  # whatever happens in a probe costs no step
+    with watchdog.resting():
+        metrics.record(step, probes(step))

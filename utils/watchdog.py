@@ -103,7 +103,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._last_resort)
 
     def _report(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        self._arm(4 * self.answer_s)  # the report itself may hang: on the disk, on its reader
         waited = time.monotonic() - self._since
         folder, rank = self.folder / str(self.step), distributed.rank()
         frame = sys._current_frames().get(self._main)

@@ -24,7 +24,7 @@ from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
 from utils.folders import check_folder
 from utils.joining import session
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 from utils.run import train
 from utils.run_files import CURVES, METRICS, RESULTS
 

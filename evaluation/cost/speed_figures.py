@@ -15,7 +15,7 @@ from evaluation.cost.speed_list import Measurement
 from evaluation.cost.table import OUT_OF_MEMORY, digits, times_of
 from evaluation.results import print_table
 from utils.errors import UserError
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 from utils.run_files import CONFIG, METRICS
 from utils.whole_file import write_text
 

@@ -32,7 +32,7 @@ from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
-from utils.parallel import whole
+from utils.layout import whole
 from vit.backbone import Backbone
 
 CLASS_TOKEN = "class token of the last block after the final norm"

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from evaluation.pictures.figures import save
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 
 
 def draw_losses(logs: Mapping[str, Path], path: Path) -> Path:

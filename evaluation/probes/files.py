@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from evaluation.progress import say
 from utils import distributed
 from utils.errors import UserError, as_user_error
-from utils.parallel import whole
+from utils.layout import whole
 from utils.whole_file import whole_file, write_text
 from vit.weights import read_pickle
 

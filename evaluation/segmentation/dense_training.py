@@ -188,9 +188,9 @@ class PixelHeadRun:
         found = self.checkpoints.load()
         if found is None:
             return 0
-        step, parts, description, notes = found
+        step, parts, notes = found
         allowed = self.tolerance * float(identity.abs().max())
-        same = description["fingerprint"] == self.checkpoints.fingerprint and torch.allclose(
+        same = parts.description["fingerprint"] == self.checkpoints.fingerprint and torch.allclose(
             parts["net"]["identity"], identity, rtol=0, atol=allowed
         )
         where = f"the checkpoint of step {step} in {self.checkpoints.folder}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from utils.checkpoints.files import Parts
 from utils.config.build import plain
 from utils.config.compose import compose_config
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 from utils.run import train
 
 ROOT = Path(__file__).resolve().parents[2]

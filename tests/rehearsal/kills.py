@@ -23,7 +23,7 @@ from utils import metrics
 from utils.checkpoints.files import Parts
 from utils.config.build import plain
 from utils.config.compose import compose_config
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 
 STEPS = 24
 WORDS = [

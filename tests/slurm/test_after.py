@@ -53,6 +53,7 @@ def end(
         (143, [BEGAN, STOPPED], "stopped"),  # pre-empted
         (140, [BEGAN, STOPPED], "stopped"),  # the time is up
         (140, [], "stopped"),  # while the processes were starting
+        (138, [], "stopped"),
         (129, [BEGAN, STOPPED], "stopped"),  # scancel --signal=HUP
         (138, [BEGAN, STOPPED], "stopped"),  # scancel --signal=USR1
         (129, [BEGAN], "killed"),
@@ -105,6 +106,20 @@ def test_a_job_that_somebody_else_ended_is_left_alone(tmp_path: Path) -> None:
 def test_a_cluster_that_does_not_requeue_is_told_of(tmp_path: Path) -> None:
     told, noted, code = end(tmp_path, 140, BEGAN, STOPPED, refuses=True)
     assert told and code == 140 and noted["kind"] == "refused"
+
+
+@pytest.mark.parametrize("status", [137, 140])
+def test_a_restart_that_cannot_be_noted_is_none(tmp_path: Path, status: int) -> None:
+    """It would not be counted, so the job would start again without end."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho JobId=7 JobState=RUNNING x; echo $1 >> {tmp_path}/told\n")
+    scontrol.chmod(0o755)
+    script = f"run={tmp_path}/gone max_requeues=3 max_restarts=2\n(exit {status})\n"
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    command = ["bash", "-c", script + AFTER.read_text()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (tmp_path / "told").read_text() == "show\n" and done.returncode == status
+    assert "error: job 7: noting that or Slurm's requeue failed: it is given up" in done.stdout
 
 
 def test_a_job_of_an_array_has_its_own_record_and_requeues_itself(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ def test_a_refused_array_leaves_no_file(tmp_path: Path, submission) -> None:
     with pytest.raises(UserError, match="Slurm refused the job: not today"):
         Submission("tests.slurm.work.report", [*asked.configs, *asked.configs]).submit()
     assert left_of(tmp_path / "runs") == []
+
+
+def test_without_the_copy_of_the_code_nothing_else_runs(tmp_path: Path, submission) -> None:
+    """An installed checkout would run in its place, which is another code by then."""
+    asked = submission('case $0 in *srun) echo "$PYTHONPATH" >> "$RAN";; esac')
+    (tmp_path / "bin" / "sleep").write_text("#!/bin/sh\n")  # a minute
+    (tmp_path / "bin" / "sleep").chmod(stat.S_IRWXU)
+    ran, code = tmp_path / "ran", tmp_path / "runs" / "77" / "code" / asked.snapshot.name
+    env = {**os.environ, "RAN": str(ran), "SLURM_JOB_ID": "77", "PYTHONPATH": ""}
+    command = ["bash", "-c", asked.script()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and not ran.exists()
+    assert done.stdout.splitlines()[-1] == f"error: the copy of the code is gone: {code}"
+    code.mkdir(parents=True)
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert ran.read_text() == f"{code}\n"
 
 
 @pytest.mark.parametrize("env", ["null", "{A: null}"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from utils import distributed, metrics
 from utils.checkpoints.files import Parts
 from utils.joining import session
-from utils.parallel import local
+from utils.layout import local
 from utils.run import run_built
 from utils.run_objects import Run
 from utils.signals import StopSignal

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from octic.models import hybrid_dinov2_vit_small_patch16
-from utils import distributed, parallel
+from utils import distributed, layout, parallel
 from utils.communication import Communication
 from utils.joining import session
 from utils.precision import Precision
@@ -74,9 +74,7 @@ def train(
         losses.append(float(distributed.all_reduce_mean(total)))
         if step == 0:
             messages = sent.messages
-            gradients = {
-                n: parallel.whole(p.grad).cpu() for n, p in pair.student.named_parameters()
-            }
+            gradients = {n: layout.whole(p.grad).cpu() for n, p in pair.student.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
     parameters = dict(pair.student.named_parameters())
@@ -84,9 +82,9 @@ def train(
     return {
         "losses": losses,
         "gradients": gradients,
-        "weights": {n: parallel.whole(p.detach()).cpu() for n, p in parameters.items()},
+        "weights": {n: layout.whole(p.detach()).cpu() for n, p in parameters.items()},
         "sharded": sum(isinstance(p, DTensor) for p in parameters.values()) / len(parameters),
-        "held": sum(parallel.local(p).numel() for p in parameters.values()),
+        "held": sum(layout.local(p).numel() for p in parameters.values()),
         "kinds": {f"{kind} {dtype}": count for (kind, dtype), count in kinds.items()},
         "bytes": dict(sum((Counter({m.kind: m.payload}) for m in messages), Counter())),
         "dtypes": sorted({str(p.dtype) for p in parameters.values()}),

@@ -177,57 +177,20 @@ def test_huge_weights_are_as_lost_as_infinite_ones():
     net, health = Doubling(), Health()
     health.bad_steps = [(6, {"loss": NAN})]
     images = torch.rand(8, 3, 4, 4)
-    health.examine(net, images)
+    health.features.examine(net, images)
     assert give_up(health, net) == ("the state from before them is in checkpoints/5", [5])
     with torch.no_grad():
         net.weight.fill_(1e30)
-    health.examine(net, images)
-    assert health.alarm == "ALARM: the features are not finite"
+    health.features.examine(net, images)
+    assert health.features.alarm == "ALARM: the features are not finite"
     fate, saved = give_up(health, net)
     assert fate.startswith("the weights of step 5 give features that are not") and not saved
     assert fate.endswith("the last sound one is checkpoints/3")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_image_or_two_cannot_tell_of_a_collapse(count):
-    """Their rank is 1 at most: no alarm, no NaN, and three images of the same net are judged."""
-    health, images = Health(), torch.randn(3, 3, 4, 4)
-    assert health.examine(Doubling(), images[:count]) == {} and health.alarm == ""
-    shown = health.examine(Doubling(), images)
-    assert shown["feature_rank"] > 1 and all(map(math.isfinite, shown.values()))
-
-
-@pytest.mark.parametrize(
-    "found", [torch.ones(8, 4), [], [torch.ones(8, 4)], [(torch.ones(8, 4), None)]], ids=str
-)
-def test_features_of_another_kind_end_no_training(found):
-    """torchvision's VGG has `features` too; that they are none of ours is for probes to say."""
-    net, health = Doubling(), Health()
-    for features in (lambda images: found, 64):
-        net.features = features
-        assert health.examine(net, torch.randn(8, 3, 4, 4)) == {} and health.alarm == ""
-
-
 def test_images_that_are_not_finite_say_nothing_of_the_weights():
     net, health = Doubling(), Health()
     health.bad_steps = [(6, {"loss": NAN})]
-    health.examine(net, torch.full((8, 3, 4, 4), NAN))
-    assert health.alarm == "ALARM: the images are not finite"
+    health.features.examine(net, torch.full((8, 3, 4, 4), NAN))
+    assert health.features.alarm == "ALARM: the images are not finite"
     assert give_up(health, net) == ("the state from before them is in checkpoints/5", [5])
-
-
-@pytest.mark.parametrize("wrap", [list, tuple, lambda views: {"crops": views, "step": 3}])
-def test_the_largest_images_of_a_batch_are_examined_whatever_it_is(wrap):
-    """Of crops of several sizes; masks and labels beside them are no images."""
-    seen = []
-
-    class Seeing(Doubling):
-        def features(self, images):
-            seen.append(images)
-            return super().features(images)
-
-    small, large = torch.randn(6, 3, 2, 2), torch.randn(4, 3, 4, 4)
-    masks = torch.ones(4, 1, 8, 8, dtype=torch.bool)
-    assert Health().examine(Seeing(), wrap([small, large, masks, torch.zeros(4)]))
-    assert len(seen) == 1 and torch.equal(seen[0], large)
-    assert Health().examine(Seeing(), wrap([masks])) == {} and len(seen) == 1

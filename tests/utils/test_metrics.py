@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
+from utils.curves import draw_curves
 from utils.errors import UserError
-from utils.health import Health, effective_rank, relative_std
-from utils.metrics import Metrics, draw_curves, read_metrics
+from utils.metrics import Metrics
+from utils.metrics_file import read_metrics
 from utils.sinks import check_sinks, make_sinks
 
 ROOT = Path(__file__).parents[2]
@@ -138,46 +138,6 @@ def test_a_setting_that_wandb_does_not_know_is_one_line(tmp_path, monkeypatch):
         make_sinks(tmp_path, wandb=True)
 
 
-def test_effective_rank_and_spread():
-    torch.manual_seed(0)
-    assert effective_rank(torch.randn(2000, 8)) == pytest.approx(8, abs=0.1)
-    line = torch.randn(50, 1) @ torch.randn(1, 8) + 5
-    assert effective_rank(line) == pytest.approx(1, abs=1e-3)
-    assert effective_rank(torch.ones(5, 3)) == 0.0
-    assert relative_std(torch.ones(5, 3)) == 0.0
-    assert relative_std(torch.randn(5000, 3)) == pytest.approx(1, abs=0.01)
-
-
-class Backbone(nn.Module):
-    """Features of a given spread around one point."""
-
-    def __init__(self, spread):
-        super().__init__()
-        self.spread = spread
-
-    def features(self, images, layers=(-1,)):
-        assert not self.training
-
-        class Features:
-            cls = torch.ones(len(images), 4) + self.spread * torch.randn(len(images), 4)
-
-        return [Features]
-
-
-def test_collapse_raises_an_alarm_and_health_does_not():
-    health = Health()
-    small, large = torch.zeros(8, 3, 8, 8), torch.zeros(32, 3, 16, 16)
-    batch = {"crops": [small, large], "masks": torch.zeros(32, 4, dtype=torch.bool)}
-    before = torch.get_rng_state()
-    values = health.examine(Backbone(1.0).train(), batch)
-    assert values["feature_rank"] > 2 and health.alarm == ""
-    assert torch.equal(before, torch.get_rng_state())
-    health.examine(Backbone(1e-6), batch)
-    assert "collapsed" in health.alarm and "\n" not in health.alarm
-    assert health.examine(nn.Linear(2, 2), batch) == {}
-    assert health.examine(Backbone(1.0), {"x": torch.zeros(3)}) == {}
-
-
 def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
     """One line tells of it; nothing is lost, torn or written twice."""
     metrics = Metrics(tmp_path)
@@ -219,6 +179,23 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     again(3, {"loss": 4.0})
     read = events.EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(2, 5.0), (3, 4.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_outlives_tensorboards_full_disk(tmp_path, monkeypatch, capsys):
+    """Its thread dies of it, and whatever is asked of it later raises that error."""
+    writers = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    (sink,) = make_sinks(tmp_path, tensorboard=True)
+    sink(1, {"loss": 2.0})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writers.RecordWriter, "write", full)
+    for step in (2, 3, 4):
+        sink(step, {"loss": 1.0})
+    (note,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert note.startswith("note: TensorBoard takes no more values (OSError: [Errno 28] No space")
 
 
 WANDB = """

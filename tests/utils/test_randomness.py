@@ -28,7 +28,7 @@ def test_every_generator_goes_on_where_a_checkpoint_was_saved(tmp_path):
     Checkpoints(tmp_path).save(1, {"progress": {"random": [random_state()]}})
     expected = [draws() for _ in range(3)]
     seed_everything(4)
-    _, parts, _, _ = Checkpoints(tmp_path).load()
+    _, parts, _ = Checkpoints(tmp_path).load()
     set_random_state(parts["progress"]["random"][0])
     assert [draws() for _ in range(3)] == expected
 

@@ -13,7 +13,7 @@ import torch
 from tests.utils.loop_case import train_tiny
 from utils.checkpoints.checkpoint import Checkpoints
 from utils.errors import UserError
-from utils.run_folder import changed_keys, changed_plan, fingerprint, prepare_folder, saved_config
+from utils.run_folder import changed_keys, changed_plan, prepare_folder, saved_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +60,7 @@ def test_what_changes_the_weights_is_told_and_nothing_else() -> None:
         "recipe": {**before["recipe"], "num_workers": 8},
         "training": {"clip_grad": 1.0},
     }
-    assert changed_keys(before, harmless) == [] and fingerprint(before) == fingerprint(harmless)
+    assert changed_keys(before, harmless) == []
     other = {
         **harmless,
         "data": {**before["data"], "val_fraction": 0.2},
@@ -74,7 +74,6 @@ def test_what_changes_the_weights_is_told_and_nothing_else() -> None:
         "recipe.augmentation.crop: absent -> simple",
         "seed: absent -> 1",
     ]
-    assert fingerprint(before) != fingerprint(other)
 
 
 def test_every_config_that_a_run_had_is_kept(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.signals import StopSignal
+from utils.signals import STOP_SIGNALS, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
 # A run that tells of each step, and saves after a last message.
@@ -30,13 +30,18 @@ with StopSignal() as stop:
 """
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP], ids=lambda n: n.name
-)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_it_is_noted_and_nothing_ends(number: signal.Signals) -> None:
     with StopSignal() as stop:
         os.kill(os.getpid(), number)
     assert stop.received is number
+
+
+def test_whatever_may_warn_a_job_is_a_stop_signal() -> None:
+    """`sbatch --signal` names USR1 as often as USR2."""
+    assert {number.name for number in STOP_SIGNALS} == {
+        *("SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGTERM")
+    }
 
 
 def test_an_interrupt_is_not_forgotten_and_a_second_one_interrupts() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.utils.loop_case import train_tiny
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 
 
 @pytest.fixture(autouse=True)

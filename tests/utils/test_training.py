@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from tests.utils.loop_case import TinyRecipe, parts_of, train_tiny, train_together
 from utils.errors import UserError
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
+from utils.signals import STOP_SIGNALS
 
 TIMES = {"steps_per_second", "images_per_second", "waited_for_data", "memory_gb"}
 
@@ -101,7 +102,7 @@ def test_probes_logs_and_saves_do_not_change_the_training(tmp_path, monkeypatch,
     assert probed == [5, 10, 12]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_resumes_exactly(tmp_path, number):
     def on_step(step):
         if step == 4:
@@ -112,6 +113,51 @@ def test_a_signal_finishes_the_step_saves_and_resumes_exactly(tmp_path, number):
     assert (summary["step"], summary["finished"]) == (5, False)
     train_tiny(tmp_path / "told")
     assert_same(tmp_path / "told", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kept", ["every step", "the end"])
+def test_a_probe_comes_after_the_checkpoint_and_is_made_up(tmp_path, kept):
+    """An error in it costs no step, also at the last one; the next start has its figures."""
+    at = 4 if kept == "every step" else 12
+
+    def probe(net, *, data, output_dir, step):
+        if step == at and broken:
+            assert (tmp_path / "probed/checkpoints/last").read_text() == f"{at}\n"
+            raise RuntimeError("a fault in the probe")
+        return {"draw": torch.rand(()).item()}
+
+    options = {"probe_every": 4, "every": 4 if kept == "every step" else 0}
+    broken = True
+    with pytest.raises(RuntimeError, match="a fault in the probe"):
+        train_tiny(tmp_path / "probed", probes={"p": probe}, **options)
+    broken = False
+    train_tiny(tmp_path / "probed", probes={"p": probe}, **options)
+    train_tiny(tmp_path / "whole", probes={"p": probe}, **options)
+    probed = [line["step"] for line in metrics_of(tmp_path / "probed") if "p/draw" in line]
+    assert probed == [4, 8, 12]
+    if kept == "every step":
+        assert_same(tmp_path / "probed", tmp_path / "whole")
+
+
+def test_a_run_told_to_leave_does_not_probe_first(tmp_path):
+    told, probed = [3], []
+
+    def on_step(step):
+        if step in told:
+            told.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def probe(net, *, data, output_dir, step):
+        probed.append(step)
+        return {"figure": 1.0}
+
+    options = {"probes": {"p": probe}, "probe_every": 4, "recipe": {"on_step": on_step}}
+    assert train_tiny(tmp_path, **options)[0]["step"] == 4 and probed == []
+    assert train_tiny(tmp_path, **options)[0]["finished"] and probed == [4, 8, 12]
+    train_tiny(tmp_path / "2", **options | {"max_steps": 8})
+    probed.clear()
+    train_tiny(tmp_path / "2", **options)
+    assert probed == [12], "what has its figures is not probed again"
 
 
 def test_a_crash_resumes_from_the_checkpoint_without_double_lines(tmp_path):

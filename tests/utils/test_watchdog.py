@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +101,7 @@ def test_a_rank_tells_where_its_loop_stands(tmp_path, monkeypatch, capsys, below
     """The line of the loop, not of what it calls; and whether it waits for the others there."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(Watchdog, "_arm", lambda self, seconds: None)  # it would end this process
     watchdog = Watchdog(tmp_path, timeout_s=0.1, watched=__file__)
     watchdog.finished(4)
     calls = compile("watchdog._report()", f"/site-packages/torch/{below}", "exec")
@@ -112,6 +115,30 @@ def test_a_rank_tells_where_its_loop_stands(tmp_path, monkeypatch, capsys, below
     line = (tmp_path / "4" / "line.txt").read_text()
     assert "is behind, in step 5 at 'exec(" in line and capsys.readouterr().err == f"error: {line}"
     assert "in test_a_rank" in (tmp_path / "4" / "rank0.txt").read_text()
+
+
+def hang_with_a_stalled_reader(folder: Path) -> None:
+    """As a rank whose error stream takes no more."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 65536)
+    os.set_blocking(write, True)
+    sys.stderr = os.fdopen(write, "w")
+    with Watchdog(folder, timeout_s=0.1, watched=__file__):
+        time.sleep(60)
+
+
+def test_a_report_that_hangs_ends_the_rank_too(tmp_path):
+    place = tmp_path / "hangs"
+    rank = get_context("fork").Process(target=hang_with_a_stalled_reader, args=(place,))
+    rank.start()
+    rank.join(30)
+    ended, code = not rank.is_alive(), rank.exitcode
+    rank.kill()
+    assert ended and code == 1  # faulthandler's, which knows no other
+    assert "in _report" in (place / "rank0_held.txt").read_text()
 
 
 def run_two(folder: Path, hang: str, timeout_s: float) -> tuple[list[int], list[str]]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from utils import distributed, parallel
+from utils import distributed, layout
 from utils.checkpoints.files import (
     DESCRIPTION,
     FORMAT,
@@ -48,10 +48,10 @@ class Checkpoints:
     """The checkpoints of one run.
 
     `every` steps one is due (0: only at the end); the newest `keep_last` stay, and those at
-    multiples of `keep_every` (0: none) stay for good. `fingerprint` names the config, to tell a
-    resumed run that it changed; `plan` is numbers that depend on the processes too, and
-    `plan_before` those of the checkpoint that was loaded, if it knows them. Raises UserError for
-    numbers that mean nothing.
+    multiples of `keep_every` (0: none) stay for good. `fingerprint` is kept in each
+    one's description, for the caller to compare; `plan` is numbers that depend on the processes,
+    and `plan_before` those of the checkpoint that was loaded, if it knows them. Raises UserError
+    for numbers that mean nothing.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Checkpoints:
             # Its own, as the thread talks while the training does.
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         future = dcp.async_save(
-            cast(dict[str, Any], parallel.written_here(tensors)),
+            cast(dict[str, Any], layout.written_here(tensors)),
             storage_writer=writer,
             process_group=self._group,
         )
@@ -161,10 +161,8 @@ class Checkpoints:
         told, self._news = "\n".join(self._news), []
         return told
 
-    def load(
-        self, weights: Collection[str] = ()
-    ) -> tuple[int, Parts, dict[str, Any], list[str]] | None:
-        """The checkpoint to resume from: (step, parts, description, notes), or None without any.
+    def load(self, weights: Collection[str] = ()) -> tuple[int, Parts, list[str]] | None:
+        """The checkpoint to resume from: (step, parts, notes), or None without any.
 
         `notes` names, a line each, the unsound ones passed over: damaged, or with NaN or infinity
         in the tensors of the part `recipe` that `weights` names. Raises UserError if all are.
@@ -178,7 +176,7 @@ class Checkpoints:
             self.seconds_before = float(spent) if isinstance(spent, int | float) else 0.0
             self.plan_before = _numbers(parts.description.get("plan"))
             told = [f"{note}; resuming from step {step}" for note in notes]
-            return step, parts, parts.description, told
+            return step, parts, told
         if notes:
             raise UserError(
                 f"no sound checkpoint in {self.folder}: {'; '.join(notes)}; "

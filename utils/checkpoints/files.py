@@ -1,9 +1,9 @@
 """Read and verify a checkpoint's folder, without executing anything its files contain.
 
-A folder has checkpoint.json: format version, step, world size, config fingerprint, size and hash of
-each file. Beside it lie, in format 2, index.json (`utils/checkpoints/index.py`) and
-<rank>.safetensors (`utils/checkpoints/shards.py`); in format 1, which is read by torch's restricted
-loader and no longer written, <part>.pt with whole tensors.
+A folder has checkpoint.json: format version, step, world size, size and hash of each file. Beside
+it lie, in format 2, index.json (`utils/checkpoints/index.py`) and <rank>.safetensors
+(`utils/checkpoints/shards.py`); in format 1, which is read by torch's restricted loader and no
+longer written, <part>.pt with whole tensors.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from utils import parallel
+from utils import layout
 from utils.checkpoints.index import INDEX, Stored, filled, index_fault, pack, stored_in, unpack
 from utils.checkpoints.shards import hash_file, read_into
 from utils.errors import UserError
@@ -81,7 +81,7 @@ class Parts(Mapping[str, Any]):
         """Fill tensors, whole ones or shards, by the names of their `Stored`; no communication."""
         if self._old:
             for name, target in targets.items():
-                target.copy_(parallel.shard_like(self._whole[name], target))
+                target.copy_(layout.shard_like(self._whole[name], target))
             return
         try:
             read_into(self.folder, self._tensors, dict(targets))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import distributed, parallel
+from utils import distributed, layout
 from utils.checkpoints.files import Parts
 from utils.checkpoints.index import Stored, filled
 from utils.errors import UserError
@@ -66,7 +66,7 @@ def restore(
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
     """The state dict as whole CPU tensors on rank 0, empty ones elsewhere; all ranks must call."""
-    return {name: parallel.to_main(value.detach()) for name, value in module.state_dict().items()}
+    return {name: layout.to_main(value.detach()) for name, value in module.state_dict().items()}
 
 
 def load_state(module: nn.Module, parts: Parts, source: str) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from filelock import FileLock
 from torchvision.datasets.sbd import SBDataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from utils.download import Unavailable, download
 from utils.errors import UserError
+from utils.only_one import only_one
 
 
 class Archive(NamedTuple):
@@ -62,7 +62,7 @@ def bring(name: str, root: Path, *, archives: dict[str, Archive] = ARCHIVES) -> 
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{archive.filename}.lock"):
+        with only_one(root / f".{archive.filename}.lock"):
             if not target.is_dir():
                 file = root / archive.filename
                 if not file.exists():
@@ -70,9 +70,8 @@ def bring(name: str, root: Path, *, archives: dict[str, Archive] = ARCHIVES) -> 
                 elif not check_integrity(file, archive.md5):
                     raise UserError(_wrong(archive, file, "move it away and run this again"))
                 _unpack(archive, file, target)
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot bring {name} to {root}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"cannot bring {name} to {root}: {error.strerror or error}") from None
     return target
 
 

@@ -16,12 +16,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageFilter
 
 from utils.data.imagenet import ImageNetTree, relative_path
 from utils.data.images import ImageDataset, ImageFolder, Subset
 from utils.errors import UserError
+from utils.only_one import only_one
 
 VERSION = 1  # to be raised with every change of what is written
 STAMP = "complete.txt"
@@ -67,14 +67,13 @@ def ensure_embedded(root: str | os.PathLike | None = None) -> Path:
         return root
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{root}.lock"):
+        with only_one(f"{root}.lock"):
             if not _is_complete(root):
                 _replace(root)
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise UserError(
-            f"cannot write the embedded images to {root}: {reason}; set OCTIC_DATA to a folder "
-            "that can be written"
+            f"cannot write the embedded images to {root}: {error.strerror or error}; set "
+            "OCTIC_DATA to a folder that can be written"
         ) from None
     return root
 

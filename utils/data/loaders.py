@@ -32,6 +32,7 @@ from utils.data.sources import (
 )
 from utils.errors import UserError
 from utils.ranges import check_count, check_word
+from utils.signals import STOP_SIGNALS
 
 ON_ERROR = ("raise", "skip")
 # Part of every seed, so that those of samples, collation (masks) and evaluation never coincide.
@@ -204,7 +205,7 @@ def _leave_signals_to_the_process(worker: int) -> None:
 
     Slurm signals every process of a job. A worker ends with the process it works for.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from utils.data.images import EXTENSIONS, folder_order
 from utils.data.packing import RateLines
 from utils.data.tar_members import Member, tar_members
 from utils.errors import UserError
+from utils.only_one import only_one
 from utils.whole_file import whole_file
 
 VERSION = 1  # to be raised with every change of what an index holds
@@ -82,15 +82,14 @@ def shard_index(
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{place}.lock"):
+            with only_one(f"{place}.lock"):
                 found = _load(place, stamps)  # another process may have been first
                 if found is None:
                     found = built = built or _build(shards, image, label_key)
                     _store(place, found, stamps)
             return found
-        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-            reason = getattr(error, "strerror", None) or error
-            logger.info("no index of shards at %s: %s", place, reason)
+        except OSError as error:
+            logger.info("no index of shards at %s: %s", place, error.strerror or error)
     logger.warning(
         "the index of %s cannot be stored, so its shards are listed at every start; "
         "data.index_folder=FOLDER names a folder that can be written",

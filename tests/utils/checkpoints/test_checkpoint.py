@@ -36,7 +36,8 @@ def test_save_and_load(tmp_path):
     checkpoints = Checkpoints(tmp_path, fingerprint="abc")
     assert checkpoints.load() is None
     assert checkpoints.save(7, parts(7)) == ""
-    step, read, description, notes = checkpoints.load()
+    step, read, notes = checkpoints.load()
+    description = read.description
     assert (step, notes) == (7, [])
     assert torch.equal(read["recipe"]["weight"], torch.full((100,), 7.0))
     assert (description["world_size"], description["fingerprint"]) == (1, "abc")
@@ -141,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_used(tmp_path, harm):
     damage(tmp_path / "2", harm)
     found = checkpoints.load()
     assert (found[0], value(found)) == (1, 1.0)
-    (note,) = found[3]
+    (note,) = found[2]
     assert str(tmp_path / "2") in note and "resuming from step 1" in note and "\n" not in note
 
 
@@ -199,7 +200,7 @@ def test_a_failure_after_the_tensors_leaves_a_sound_checkpoint(tmp_path, monkeyp
     assert problem.endswith(": the one of step 1 stays")
     assert (f"{tmp_path}/last: Input/output error" in problem) == (stage == "last")
     found = Checkpoints(tmp_path).load()
-    assert found[3] == [] and value(found) == found[0]
+    assert found[2] == [] and value(found) == found[0]
 
 
 def test_a_real_full_file_system(tmp_path):
@@ -239,7 +240,7 @@ def test_killed_in_mid_save_the_last_good_one_stays(tmp_path):
         process.wait()
         checkpoints = Checkpoints(folder)
         found = checkpoints.load()
-        assert found is not None and found[3] == [] and value(found) == found[0]
+        assert found is not None and found[2] == [] and value(found) == found[0]
         assert not list(folder.glob(".w*"))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.utils.checkpoints.test_checkpoint import save_as_format_1
 from tests.utils.loop_case import parts_of, train_tiny, train_together
-from utils.metrics import read_metrics
+from utils.metrics_file import read_metrics
 
 # What does not depend on how many share the work: no dropout, and one clipping for all.
 PLAIN = {"dropout": 0.0, "accumulation": 2, "total_steps": 12}

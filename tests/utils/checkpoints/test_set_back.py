@@ -39,7 +39,7 @@ def test_a_copy_under_another_step_is_not_taken_for_it(tmp_path):
     checkpoints.save(1, parts(1))
     shutil.copytree(tmp_path / "1", tmp_path / "5")
     (tmp_path / "last").write_text("5\n")
-    step, _, _, (note,) = checkpoints.load()
+    step, _, (note,) = checkpoints.load()
     assert step == 1 and f"{tmp_path / '5'} says it is of step 1" in note
 
 

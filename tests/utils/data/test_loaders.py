@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Generator
 from utils.data.images import ImageFolder
 from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
+from utils.signals import STOP_SIGNALS
 
 COUNT = 11
 ROOT = Path(__file__).resolve().parents[3]
@@ -246,7 +246,7 @@ def test_workers_live_on_when_the_whole_job_is_told_to_stop(images: ImageFolder)
     """Slurm's warnings reach every process of a job, and the step in hand is to be finished."""
     stream = training_batches(images, augment, collate, 4, num_workers=1)
     found = [next(stream)]
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for number in STOP_SIGNALS:
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, number)
     found += [next(stream) for _ in range(7)]
