@@ -3,6 +3,7 @@
 Letters: B images, N patches, h w their grid, R registers, D channels.
 """
 
+import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
@@ -89,13 +90,21 @@ class CallableBackbone(nn.Module):
     It may return the triple of capi's encoders, (global [B D], registers [B R D] or None, map
     [B h w D]), or a plain [B D] without patches; or it may have DINOv2's `get_intermediate_layers`,
     the only way to get blocks other than the last. UserError for anything else.
+    source: where the encoder is from, in words that identify it; stored features are told by it.
     """
 
-    def __init__(self, encoder: Callable[..., Any], *, embed_dim: int, patch_size: int) -> None:
+    def __init__(
+        self, encoder: Callable[..., Any], *, embed_dim: int, patch_size: int, source: str = ""
+    ) -> None:
         super().__init__()
         self.net: Any = encoder
+        self.source = source
         self.embed_dim, self.patch_size = embed_dim, patch_size
         self.in_chans = int(getattr(encoder, "in_chans", 3))
+
+    def extra_repr(self) -> str:
+        """Where the encoder is from; a plain function's repr, as it is no module to be shown."""
+        return self.source or ("" if _is_net(self.net) else f"encoder={self.net!r}")
 
     def forward(self, images: Tensor) -> Any:
         """The encoder's own output."""
@@ -163,7 +172,10 @@ def encoder_from_file(
         raise UserError(f"{path}: {LOADER}{inspect.signature(loader)}: {error}") from None
     encoder = loader(**(arguments or {}))
     embed_dim, patch_size = _ask(encoder, image_size)
-    return CallableBackbone(encoder, embed_dim=embed_dim, patch_size=patch_size)
+    # The file's own code decides what a function computes, and modules of the same names, too.
+    code = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    source = f"path={str(file.resolve())!r}, hash={code}, arguments={arguments or {}}"
+    return CallableBackbone(encoder, embed_dim=embed_dim, patch_size=patch_size, source=source)
 
 
 @torch.no_grad()

@@ -5,24 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.data import data_for
-from evaluation.judge import Figures, build_probes, protocol_of, run_probes
+from evaluation.judge import Figures, build_probes, run_probes
 from evaluation.nets import (
-    brings_weights,
     chosen_backbone,
     complete,
     make_classifier,
     name_of,
     read_weights,
+    warn_if_random,
     weights_in_words,
+    weights_of,
 )
 from evaluation.progress import say
 from evaluation.published import published_figure
-from evaluation.results import write_results
 from utils import distributed
 from utils.config.build import plain
 from utils.data.classes import class_list
 from utils.data.images import ImageDataset
 from utils.joining import session
+from utils.probing import protocol_of
+from utils.results_file import write_results
 
 
 def judge_classifier(config: Mapping[str, Any]) -> Figures:
@@ -47,7 +49,11 @@ def judge_classifier(config: Mapping[str, Any]) -> Figures:
         for probe in probes.values():
             if hasattr(probe, "check"):  # its requirements on the net, before anything is measured
                 probe.check(net)
-        judged = {"backbone": name_of(backbone), "weights": path, "data": repr(dataset)}
+        judged = {
+            "backbone": name_of(backbone),
+            "weights": weights_of(backbone, path),
+            "data": repr(dataset),
+        }
 
         def report(name: str, probe: Callable, figures: Figures) -> None:
             protocol = judged | protocol_of(name, probe)
@@ -62,8 +68,7 @@ def judge_classifier(config: Mapping[str, Any]) -> Figures:
 def _say_what_is_judged(
     backbone: Mapping[str, Any], path: str | None, dataset: ImageDataset | None
 ) -> None:
-    if not path and not brings_weights(backbone):
-        say("no weights given (--eval FILE): judging the random initialisation")
+    warn_if_random(backbone, path, flag="--eval", doing="judging")
     say(f"{name_of(backbone)}, weights: {weights_in_words(backbone, path)}")
     if dataset is not None:
         say(f"val: {dataset!r}")

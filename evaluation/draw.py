@@ -2,7 +2,6 @@
 
 The picture of a config is a function below with keywords; it is called on every rank with the net,
 the data node and a folder, and returns the paths that it wrote.
-Letters: B images, h w grid of patches, p pixels a side of a patch, R resolution.
 """
 
 import functools
@@ -10,14 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from evaluation.data import make_data
 from evaluation.image_size import image_size_of
-from evaluation.nets import brings_weights, chosen_backbone, make_net
+from evaluation.nets import chosen_backbone, make_net, warn_if_random
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps, patch_maps
@@ -25,14 +21,15 @@ from evaluation.pictures.published_pca import write_published_pca
 from evaluation.pictures.segmentation import draw_segmentation
 from evaluation.pictures.token_mask import draw_masks, draw_overview, stages
 from evaluation.progress import say
-from evaluation.sample import sample_images, squash_transform
+from evaluation.sample import sample_images, spread
+from evaluation.segmentation.dumps import read_predictions
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.probe import SegmentationProbe
 from utils import distributed
 from utils.config.build import build, plain
 from utils.data.images import ImageDataset, Subset
-from utils.data.segmentation import SegmentationDataset
-from utils.data.segmentation_transforms import squash_image, squash_mask
+from utils.data.segmentation import MaskedSubset, SegmentationDataset
+from utils.data.segmentation_transforms import squash_image, squash_mask, squash_to_tensor
 from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
@@ -56,9 +53,7 @@ def draw(config: Mapping[str, Any]) -> list[Path]:
         config["backbone"] = chosen_backbone(config)
         picture = build({**config["picture"], "_partial_": True})
         net = make_net(config["backbone"], config["weights"], seed=config["seed"]).to(device)
-        random = not config["weights"] and not brings_weights(config["backbone"])
-        if distributed.is_main() and random:
-            say("no weights given (--weights FILE): drawing the random initialisation")
+        warn_if_random(config["backbone"], config["weights"], flag="--weights", doing="drawing")
         paths = picture(net=net, data=config["data"], folder=Path(config["output_dir"]))
         if distributed.is_main():
             say(f"written: {', '.join(str(path) for path in paths)}")
@@ -102,8 +97,7 @@ def draw_pca(
     if num_images < 1:
         raise UserError(f"num_images is {num_images}; it must be at least 1")
     names = range(0, len(dataset), max(1, len(dataset) // num_images))
-    squash = squash_transform(size)
-    images = torch.stack([squash(dataset.read(index)) for index in names])
+    images = torch.stack([squash_to_tensor(dataset.read(index), size) for index in names])
     return write_published_pca(images, patch_maps(net, images), folder, names=names, whiten=whiten)
 
 
@@ -205,13 +199,12 @@ def draw_segmentations(
     """
     check_count("num_images", num_images, 1)
     check_count("num_train", num_train, 1)
-    shown = _Part(test, num_images)
+    shown = _some(test, num_images)
     if predictions is not None:
-        found = _labels(_read_predictions(predictions, len(test)), len(test))
-        found = found[torch.tensor(shown.indices)]
+        found = read_predictions(predictions, len(test))[torch.tensor(shown.indices)]
     else:
         probe = SegmentationProbe(
-            train=_Part(train, num_train),
+            train=_some(train, num_train),
             test=shown,
             classifiers=["knn"],
             knn=PatchKnn(num_neighbors=[num_neighbors], distances=[distance]),
@@ -223,7 +216,7 @@ def draw_segmentations(
         probe(net, {}, folder)
         distributed.barrier()
         if distributed.is_main():
-            found = _labels(_read_predictions(folder / "preds_knn.pth", len(shown)), len(shown))
+            found = read_predictions(folder / "preds_knn.pth", len(shown))
     if not distributed.is_main():
         return []
     size = found.shape[-1]
@@ -238,62 +231,11 @@ def draw_segmentations(
     return [path]
 
 
-class _Part:
-    """Some images of a data set with masks, spread over it."""
-
-    def __init__(self, dataset: SegmentationDataset, count: int) -> None:
-        self.dataset = dataset
-        self.indices: list[int] = (
-            torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-        )
-        self.name, self.class_names = dataset.name, dataset.class_names
-        self.ignore_labels = dataset.ignore_labels
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __repr__(self) -> str:
-        return f"{len(self):,} images of {self.dataset!r}"
-
-    def read(self, index: int) -> Image.Image:
-        return self.dataset.read(self.indices[index])
-
-    def read_mask(self, index: int) -> np.ndarray:
-        return self.dataset.read_mask(self.indices[index])
-
-    def path(self, index: int) -> str:
-        return self.dataset.path(self.indices[index])
-
-
-def _read_predictions(path: str | Path, num_images: int) -> Tensor:
-    """Read the labels [B h w, p p] that a probe wrote; UserError if they are of other images."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of predictions; a segmentation probe leaves one")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the reader raise almost anything
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a file of predictions ({reason})") from None
-    cells = len(found) / num_images if isinstance(found, Tensor) and found.ndim == 2 else 0.5
-    if cells != int(cells) or not all(_is_square(n) for n in (int(cells), found.shape[1])):
-        raise UserError(f"{path}: these are no predictions of the patches of {num_images} images")
-    return found
-
-
-def _labels(predictions: Tensor, num_images: int) -> Tensor:
-    """Predictions [B h w, p p] as maps of labels [B R R]."""
-    grid = round((len(predictions) / num_images) ** 0.5)
-    pixels = round(predictions.shape[1] ** 0.5)
-    cells = predictions.view(num_images, grid, grid, pixels, pixels)
-    return cells.permute(0, 1, 3, 2, 4).reshape(num_images, grid * pixels, grid * pixels)
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and round(number**0.5) ** 2 == number
+def _some(dataset: SegmentationDataset, count: int) -> MaskedSubset:
+    return MaskedSubset(dataset, spread(len(dataset), count))
 
 
 def _thinned(dataset: ImageDataset, count: int | None) -> ImageDataset:
     if count is None or count >= len(dataset):
         return dataset
-    return Subset(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
+    return Subset(dataset, spread(len(dataset), count))

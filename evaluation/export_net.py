@@ -6,29 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from evaluation.image_size import image_size_of
 from evaluation.nets import (
-    brings_weights,
+    build_net,
     complete,
     count_classes,
+    has_classes,
     load_strictly,
     name_of,
+    warn_if_random,
     weights_file,
     weights_in_words,
 )
 from evaluation.progress import say
 from utils import distributed
-from utils.config.build import build, plain, resolve
+from utils.config.build import plain, resolve
 from utils.data.classes import NAMES
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError, as_user_error
 from utils.folders import check_folder, make_folder
 from utils.joining import session
 from vit import export, hub
-from vit.finetune import head_of
 from vit.weights import read_metadata, read_state
 
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
@@ -65,12 +65,10 @@ def make_any_net(
         backbone = {"num_classes": None, **backbone}  # a folder's or repository's own classes
     state = read_state(path) if path else None
     backbone = _with_classes(backbone, metadata, state)
-    torch.manual_seed(config["seed"])
-    net = build({**backbone, "_partial_": True})()
+    net = build_net(backbone, seed=config["seed"])
     if state is not None:
         load_strictly(net, state, path)
-    elif not brings_weights(backbone):
-        say("no weights given (--weights FILE): exporting the random initialisation")
+    warn_if_random(backbone, path, flag="--weights", doing="exporting")
     return net.eval().requires_grad_(False), backbone
 
 
@@ -142,13 +140,6 @@ def _judged(path: Path, difference: float, how: str) -> dict[str, Any]:
         )
     say(f"{how}: largest difference {difference:.1e} of the largest output ({bound:.0e} allowed)")
     return {"path": str(path), "difference": difference}
-
-
-def has_classes(net: nn.Module) -> bool:
-    """Whether a net ends in a classifier."""
-    inner = getattr(net, "net", net)
-    heads = {f"{head_of(inner)}.weight", "heads.head.weight"}  # the second is torchvision's
-    return bool(heads & inner.state_dict().keys())
 
 
 def normalisation(net: nn.Module) -> tuple[list[float], list[float]]:

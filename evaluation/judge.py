@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.data import data_for
-from evaluation.nets import brings_weights, chosen_backbone, make_net, name_of, weights_in_words
+from evaluation.nets import (
+    chosen_backbone,
+    make_net,
+    name_of,
+    warn_if_random,
+    weights_in_words,
+    weights_of,
+)
 from evaluation.progress import say
-from evaluation.results import in_words, print_figures, write_results
+from evaluation.results import in_words, print_figures
 from utils import distributed
 from utils.config.build import build, plain
 from utils.data.images import ImageDataset
-from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
-from utils.probing import numbers
+from utils.probing import numbers, protocol_of
+from utils.results_file import write_results
 
 Figures = dict[str, float]
 
@@ -67,21 +74,9 @@ def run_probes(
     return found
 
 
-def protocol_of(name: str, probe: Callable) -> dict[str, Any]:
-    """What the figures of a probe depend on, as it says; UserError unless that is a mapping."""
-    protocol = getattr(probe, "protocol", {})
-    if not isinstance(protocol, Mapping):
-        raise UserError(
-            f"probes.{name}: its protocol must be a mapping of what its figures depend on, such as "
-            f"{{'crop_size': 224}}, not {protocol!r}"
-        )
-    return dict(protocol)
-
-
 def _say_what_is_judged(config: Mapping[str, Any], data: Mapping[str, ImageDataset]) -> None:
-    backbone = config["backbone"]
-    if not config["weights"] and not brings_weights(backbone):
-        say("no weights given (--pretrained-weights FILE): judging the random initialisation")
+    backbone, weights = config["backbone"], config["weights"]
+    warn_if_random(backbone, weights, flag="--pretrained-weights", doing="judging")
     for split, dataset in data.items():
         say(f"{split}: {dataset!r}")
 
@@ -91,7 +86,8 @@ def _report(
 ) -> None:
     backbone = name_of(config["backbone"])
     protocol = protocol_of(name, probe)
-    judged = {"backbone": backbone, "weights": config["weights"], "seed": config["seed"]}
+    weights = weights_of(config["backbone"], config["weights"])
+    judged = {"backbone": backbone, "weights": weights, "seed": config["seed"]}
     if protocol.get("seed", config["seed"]) != config["seed"]:  # the probe has its own seed
         judged["probe_seed"] = protocol["seed"]
     path = write_results(folder, name, protocol=protocol | judged, figures=figures)

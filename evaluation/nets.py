@@ -22,6 +22,7 @@ from utils.run_files import EXPORTED, FORMERLY
 from vit.finetune import head_of
 from vit.weights import load_net, read_metadata, read_state
 
+FROM_FILE = "evaluation.adapters.encoder_from_file"
 IDENTITY = ("_target_", "model_name")  # the keys of a backbone node that name its model
 HEADS = tuple(
     f".{head}.weight"
@@ -33,6 +34,12 @@ HEADS = tuple(
 )
 
 
+def build_net(backbone: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
+    """Build the net of a backbone node, with the random initialisation of a seed."""
+    torch.manual_seed(seed)
+    return build({**backbone, "_partial_": True})()
+
+
 def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0) -> nn.Module:
     """Build the net of a backbone node, in eval mode; every key of the weights must match.
 
@@ -42,8 +49,7 @@ def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0)
     """
     path = weights_file(weights)
     theirs = constructor_of(path)
-    torch.manual_seed(seed)
-    net = build({**as_built(backbone, theirs), "_partial_": True})()
+    net = build_net(as_built(backbone, theirs), seed=seed)
     if not hasattr(net, "features"):
         raise UserError(
             f"{backbone['_target_']} is no Backbone: it has no features(); use backbone=timm"
@@ -66,13 +72,23 @@ def make_classifier(
 
     UserError for a net without a classifier.
     """
-    torch.manual_seed(seed)
-    net = build({**backbone, "_partial_": True})()
+    net = build_net(backbone, seed=seed)
     if state is not None:
         load_strictly(net, state, path)
-    if f"{head_of(getattr(net, 'net', net))}.weight" not in getattr(net, "net", net).state_dict():
+    if not has_classes(net):
         raise UserError(f"{name_of(backbone)} has no classifier; probe its features instead")
     return net.eval()
+
+
+def has_classes(net: nn.Module) -> bool:
+    """Whether a net ends in a classifier."""
+    inner = getattr(net, "net", net)
+    return f"{head_of(inner)}.weight" in inner.state_dict()
+
+
+def num_classes_of(net: object) -> int:
+    """Number of logits that `net(images)` gives; 0 where it gives none."""
+    return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)
 
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: str | None) -> None:
@@ -126,25 +142,32 @@ def complete(
     state: Mapping[str, Tensor] | None,
     dataset: ImageDataset | None,
 ) -> dict[str, Any]:
-    """The backbone node, with keywords that it leaves open filled from the file.
+    """The backbone node `as_built`, with the number of classes of its head.
 
-    These are the constructor's keywords, if we exported the file, and the number of classes, which
-    is else that of the data set. UserError if the file is of another model.
+    Where the node leaves that open it is the file's, or else that of the data set. UserError if the
+    file is of another model.
     """
     theirs = json.loads(metadata.get("constructor", "{}"))
     if wrong := other_model(backbone, theirs):
         raise UserError(wrong)
-    if isinstance(backbone.get("backbone"), Mapping):
-        # A net that wraps another one: the file is of the whole, or of the inner net alone.
-        if theirs.get("_target_") == backbone["_target_"]:
-            return as_built(backbone, theirs)
-        inner = complete(backbone["backbone"], metadata, state, dataset)
-        return {**backbone, "backbone": {**inner, "_partial_": True}}
-    backbone = {**theirs, **backbone}
+    filled, wraps = as_built(backbone, theirs), isinstance(backbone.get("backbone"), Mapping)
+    if wraps and theirs.get("_target_") == backbone["_target_"]:
+        return filled  # the file is of the whole, which has its classes
+    return _with_classes(filled, state, dataset)
+
+
+def _with_classes(
+    backbone: Mapping[str, Any], state: Mapping[str, Tensor] | None, dataset: ImageDataset | None
+) -> dict[str, Any]:
+    """The node with the classes of a file or a data set, those of the inner net if it wraps one."""
+    inner = backbone.get("backbone")
+    if isinstance(inner, Mapping):
+        return {**backbone, "backbone": {**_with_classes(inner, state, dataset), "_partial_": True}}
+    backbone = dict(backbone)
     if "num_classes" in backbone or backbone.get("pretrained"):
         return {"num_classes": 1000, **backbone}
     if brings_weights(backbone):  # which include the head
-        return {"num_classes": None, **backbone} if ":" in name_of(backbone) else backbone
+        return {"num_classes": None, **backbone} if _from_hub(backbone) else backbone
     count = None if state is None else count_classes(state)
     if count is None and dataset is not None:
         count = len(class_list(dataset))
@@ -182,7 +205,9 @@ def other_model(backbone: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 
 def name_of(backbone: Mapping[str, Any]) -> str:
-    """The registered name of a backbone node's model."""
+    """The registered name of a backbone node's model; for an encoder of a file, the file's stem."""
+    if backbone["_target_"] == FROM_FILE and backbone.get("path"):
+        return Path(backbone["path"]).stem
     return backbone.get("model_name") or backbone["_target_"].split(".")[-1]
 
 
@@ -224,16 +249,39 @@ def constructor_of(path: str | None) -> dict[str, Any]:
 
 
 def brings_weights(backbone: Mapping[str, Any]) -> bool:
-    """Whether the net of a backbone node comes with weights: pretrained, or from a hub."""
-    named = ":" in str(backbone.get("model_name", ""))
-    return bool(backbone.get("pretrained") or backbone.get("weights") or named)
+    """Whether the net of a backbone node, or the one it wraps, comes with weights.
+
+    Pretrained, from a hub, or made by a file of the user's, which loads them itself.
+    """
+    inner = backbone.get("backbone")
+    if isinstance(inner, Mapping) and brings_weights(inner):
+        return True
+    given = backbone.get("pretrained") or backbone.get("weights")
+    return bool(given or _from_hub(backbone) or backbone.get("_target_") == FROM_FILE)
+
+
+def _from_hub(backbone: Mapping[str, Any]) -> bool:
+    return ":" in str(backbone.get("model_name", ""))
+
+
+def warn_if_random(
+    backbone: Mapping[str, Any], weights: str | None, *, flag: str, doing: str
+) -> None:
+    """Say on the main rank that what is done is done to a net without trained weights."""
+    if distributed.is_main() and not weights and not brings_weights(backbone):
+        say(f"no weights given ({flag} FILE): {doing} the random initialisation")
 
 
 def weights_in_words(backbone: Mapping[str, Any], path: str | Path | None) -> str:
     """The weights in words: the file, or what the net has without a file."""
+    return weights_of(backbone, path) or "random initialisation"
+
+
+def weights_of(backbone: Mapping[str, Any], path: str | Path | None) -> str | None:
+    """What a protocol states of the weights: the file, or "its own"; None for random ones."""
     if path:
         return str(path)
-    return "its own" if brings_weights(backbone) else "random initialisation"
+    return "its own" if brings_weights(backbone) else None
 
 
 def _read(path: str) -> dict[str, Tensor]:

@@ -4,21 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from evaluation.classifier import judge_classifier
 from evaluation.data import make_data
 from evaluation.judge import judge
+from evaluation.nets import build_net
 from evaluation.progress import say
 from evaluation.published import DINOV2, IMAGENET_VAL, PUBLISHED, Published
-from evaluation.results import print_table, write_results
+from evaluation.results import print_table
 from utils import distributed
-from utils.config.build import build, plain
-from utils.config.files import CONFIGS
+from utils.config.build import plain
+from utils.config.files import backbone_node
 from utils.errors import UserError, as_user_error, one_line
 from utils.joining import session
 from utils.nearest import nearest
+from utils.results_file import write_results
 from vit.weights import load_state, read_state
 
 
@@ -107,10 +108,5 @@ def model_of(path: str, name: str | None) -> str:
 def check_layout(name: str, state: Mapping[str, Tensor]) -> None:
     """ValueError unless a file's names and shapes are those of a published model."""
     with torch.device("meta"):
-        net = build({**backbone_node(name), "_partial_": True})()
+        net = build_net(backbone_node(name))
     load_state(net, {key: tensor.to("meta") for key, tensor in state.items()})
-
-
-def backbone_node(name: str) -> dict[str, Any]:
-    """The config node of a registered backbone of ours."""
-    return yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())

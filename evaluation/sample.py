@@ -3,15 +3,12 @@
 Letters: B images, H height and width.
 """
 
-from collections.abc import Callable
-
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from utils.data.images import ImageDataset
-from utils.data.transforms import evaluation_transform, to_normalized_tensor
+from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 
 # Positions of further crops of one image, as fractions of the free width and height.
@@ -19,9 +16,12 @@ CORNERS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 CROP = 0.7  # side of these crops, as a fraction of the image's shorter side
 
 
-def num_classes_of(net: object) -> int:
-    """Number of logits that `net(images)` gives; 0 where it gives none."""
-    return int(getattr(getattr(net, "net", net), "num_classes", 0) or 0)
+def spread(total: int, count: int) -> list[int]:
+    """`count` of `total` indices, ascending, from the first to the last; all if there are fewer.
+
+    Data sets are ordered by class, so the first ones would be of one class.
+    """
+    return torch.linspace(0, total - 1, min(count, total)).long().tolist()
 
 
 def sample_images(dataset: ImageDataset, *, size: int, count: int) -> Tensor:
@@ -36,16 +36,10 @@ def sample_images(dataset: ImageDataset, *, size: int, count: int) -> Tensor:
         raise UserError(f"{dataset!r} holds no image")
     transform = evaluation_transform(resize_size=size, crop_size=size)
     if count <= len(dataset):
-        spread = torch.linspace(0, len(dataset) - 1, count).long().tolist()
-        return torch.stack([transform(dataset.read(index)) for index in spread])
+        chosen = spread(len(dataset), count)
+        return torch.stack([transform(dataset.read(index)) for index in chosen])
     rounds = (divmod(index, len(dataset)) for index in range(count))
     return torch.stack([transform(_crop(dataset.read(index), turn)) for turn, index in rounds])
-
-
-def squash_transform(size: int) -> Callable:
-    """Transform from a PIL image to a normalised tensor [3 size size], squashed as in capi."""
-    resize = v2.Resize((size, size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, *to_normalized_tensor()])
 
 
 def _crop(image: Image.Image, turn: int) -> Image.Image:

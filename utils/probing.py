@@ -1,5 +1,6 @@
 """Run the probes of a training when they are due, without side effects on the training."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils import distributed
 from utils.errors import UserError
 from utils.randomness import preserved_randomness
+from utils.results_file import write_results
+from utils.run_files import RESULTS
 
 
 @contextmanager
@@ -29,8 +33,9 @@ class ProbeRunner:
     """The probes of a run, due every `every` steps (0: only at the end) on every rank.
 
     A probe is `probe(net, data, output_dir, step) -> dict of numbers`; its numbers are reported as
-    `name/key`, and it may write to `folder/name`. It finds the net in evaluation mode and cannot
-    disturb the training's random numbers.
+    `name/key`, and it may write to `folder/name`. Where it leaves no results.json there, the
+    numbers are written with its `protocol`. It finds the net in evaluation mode and cannot disturb
+    the training's random numbers.
     """
 
     def __init__(
@@ -66,11 +71,41 @@ class ProbeRunner:
         results: dict[str, float] = {}
         with undisturbed(self.net):
             for name, probe in self.probes.items():
+                before = _state_of(self.folder / name / RESULTS)
                 values = probe(self.net, data=self.data, output_dir=self.folder / name, step=step)
                 figures = numbers(name, values)
+                if distributed.is_main() and _state_of(self.folder / name / RESULTS) == before:
+                    self._write(name, probe, figures, step)
                 results |= {f"{name}/{key}": float(value) for key, value in figures.items()}
         self.results |= results
         return results
+
+    def _write(self, name: str, probe: Callable, figures: Mapping[str, float], step: int) -> None:
+        protocol = protocol_of(name, probe)
+        if "val" in getattr(probe, "splits", ("val",)) and "val" in self.data:
+            protocol["data"] = repr(self.data["val"])
+        protocol["step"] = step
+        write_results(self.folder / name, name, protocol=protocol, figures=figures)
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    """What changes with every writing of a file; None without one."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def protocol_of(name: str, probe: Callable) -> dict[str, Any]:
+    """What the figures of a probe depend on, as it says; UserError unless that is a mapping."""
+    protocol = getattr(probe, "protocol", {})
+    if not isinstance(protocol, Mapping):
+        raise UserError(
+            f"probes.{name}: its protocol must be a mapping of what its figures depend on, such as "
+            f"{{'crop_size': 224}}, not {protocol!r}"
+        )
+    # A training must not end because a value has no form in JSON.
+    return json.loads(json.dumps(dict(protocol), default=str))
 
 
 def numbers(name: str, values: Any) -> dict[str, float]:

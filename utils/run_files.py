@@ -11,4 +11,4 @@ CHECKPOINTS = "checkpoints"  # a folder: utils/checkpoints/checkpoint.py
 EXPORTED = "exported/model.safetensors"  # the trained network: utils/run_end.py
 FORMERLY = "exported/teacher.safetensors"  # the same, in the folders of older runs
 SUMMARY = "summary.json"  # utils/summary.py
-RESULTS = "results.json"  # evaluation/results.py
+RESULTS = "results.json"  # utils/results_file.py

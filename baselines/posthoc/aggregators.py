@@ -32,6 +32,10 @@ class Aggregator(nn.Module):
         # For most aggregators the published form has no fault.
         self.form = form if form in self.forms else "sound"
 
+    def extra_repr(self) -> str:
+        """The form that is computed."""
+        return f"form={self.form!r}"
+
     @property
     def learned(self) -> bool:
         """Whether there are parameters to train."""

@@ -76,6 +76,12 @@ class CopyGroup:
     def __len__(self) -> int:
         return len(self.copies)
 
+    def __repr__(self) -> str:
+        return (
+            f"CopyGroup({self.name!r}, fill={self.fill}, disc_mask={self.disc_mask}, "
+            f"interpolation={self.interpolation!r}, rectangular={self.rectangular!r})"
+        )
+
     # Read by reports of equivariance (`evaluation.symmetry.equivariance.Group`).
 
     @property

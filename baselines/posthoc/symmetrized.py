@@ -262,6 +262,10 @@ class Symmetrized(nn.Module):
         """A file's weights under our names: ours, the published ones, or the backbone's alone."""
         return rename_state(state, self.model, learned=self.aggregator.learned)
 
+    def extra_repr(self) -> str:
+        """The settings that its output depends on and no module inside shows."""
+        return f"group={self.group!r}, output={self.output!r}"
+
     # Parts of the above.
 
     def _embed(self, copies: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def parse_comparison(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with `runs`: every model's training, or the file it is loaded from.
 
-    UserError for a file that is not there, and for words that a run file does not know.
+    `posthoc.of` becomes the list of the runs of that model. UserError for a file that is not there,
+    for words that a run file does not know, and for two runs of one name.
     """
     unknown = set(config["trained_on"]) - {UPRIGHT, TURNED}
     if unknown or not config["trained_on"]:
@@ -42,12 +43,18 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
             f"models are {', '.join(models)}"
         )
     runs: dict[str, Any] = {}
+    wrapped: list[str] = []
     for trained_on in config["trained_on"]:
         for name, source in models.items():
             run = _run(str(source), config, trained_on)
-            if run is not None:
-                runs[name if trained_on == UPRIGHT else f"{name}_{TURNED}"] = run
-    return in_folders(runs, config)
+            if run is None:
+                continue
+            named = name if trained_on == UPRIGHT else f"{name}_{TURNED}"
+            if named in runs:
+                raise UserError(f"models.{named} has the name of the turned {name}; rename it")
+            runs[named] = run
+            wrapped += [named] if name == posthoc["of"] else []
+    return in_folders(runs, {**config, "posthoc": {**posthoc, "of": wrapped}})
 
 
 def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:

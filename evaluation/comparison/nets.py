@@ -13,6 +13,7 @@ from evaluation.features.dataset import device_of
 from evaluation.image_size import image_size_of
 from evaluation.nets import make_net, weights_file
 from evaluation.progress import say
+from evaluation.sample import spread
 from utils import distributed
 from utils.config.build import plain
 from utils.config.check import networks
@@ -111,9 +112,7 @@ def read_images(
     count: only so many, spread evenly over the data set.
     """
     transform = evaluation_transform(resize_size=size, crop_size=size)
-    # Spread, because data sets are ordered by class.
-    count = min(count or len(dataset), len(dataset))
-    chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()
+    chosen = spread(len(dataset), count or len(dataset))
     images = torch.stack([transform(dataset.read(index)) for index in chosen])
     return images, torch.tensor([dataset.label(index) for index in chosen])
 

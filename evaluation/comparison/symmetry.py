@@ -105,12 +105,12 @@ def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     nets = {name: load_run(run, dataset, size).to(device).eval() for name, run in runs.items()}
     shared: list[str] = []
     posthoc = config["posthoc"]
-    for of in [name for name in nets if posthoc["of"] and _is_of(name, posthoc["of"])]:
+    for of in [name for name in nets if name in posthoc["of"]]:
         wanted = _posthoc(config)
         wrapped, _ = make_wrapped(nets[of], wanted, split_data(wanted), transform)
         named = {f"{of} + {aggregator}": net for aggregator, net in wrapped.items()}
         nets |= named
-        shared += named if of == posthoc["of"] else ()
+        shared += named if of == posthoc["of"][0] else ()
     return Field(nets, shared, images, labels, list(dataset.class_names))
 
 
@@ -126,15 +126,11 @@ def _check(config: Mapping[str, Any]) -> None:
     runs, size = config["runs"], image_size(config["runs"])
     dataset, posthoc = make_data(trainings_of(runs)[0]["data"], "val"), config["posthoc"]
     for name, net in unfinished(runs, dataset, size):
-        if posthoc["of"] and _is_of(name, posthoc["of"]):
+        if name in posthoc["of"]:
             wanted = _posthoc(config)
             split_data(wanted)
             build(wanted["training"])
             wrap_all(net, wanted)
-
-
-def _is_of(name: str, of: str) -> bool:
-    return name in (of, f"{of}_turned")
 
 
 def _first(labels: Tensor, digit: int) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from evaluation.progress import say
-from evaluation.results import print_table, write_results
+from evaluation.results import print_table
+from utils.results_file import write_results
 
 # How a figure is written in the table; the others with one digit behind the point.
 FORMATS: dict[str, Callable[[Any], str]] = {

@@ -14,7 +14,7 @@ from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.pca import draw_pca_maps
 from evaluation.progress import say
 from evaluation.report.page import write_report
-from evaluation.results import in_words, print_table, write_results
+from evaluation.results import in_words, print_table
 from evaluation.sample import sample_images
 from evaluation.symmetry.equivariance import layer_errors, worst_error
 from utils import distributed
@@ -25,6 +25,7 @@ from utils.flops import multiply_adds
 from utils.folders import check_folder
 from utils.joining import session
 from utils.metrics_file import read_metrics
+from utils.results_file import write_results
 from utils.run import train
 from utils.run_files import CURVES, METRICS, RESULTS
 

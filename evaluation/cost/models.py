@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
-from utils.config.build import build, is_own, resolve
+from evaluation.nets import build_net
+from utils.config.build import is_own, resolve
 from utils.config.command_line import unknown_model
-from utils.config.files import CONFIGS
+from utils.config.files import backbone_names, backbone_node
 from utils.config.signature import keywords_of
 from utils.errors import UserError, one_line
 
@@ -29,7 +29,9 @@ class Group(NamedTuple):
 
 def registered() -> list[str]:
     """Names in configs/backbone that need no other keyword and take images of any size."""
-    return [name for name in _named() if name not in WRAPPERS and "img_size" not in _read(name)]
+    return [
+        name for name in _named() if name not in WRAPPERS and "img_size" not in backbone_node(name)
+    ]
 
 
 def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
@@ -59,7 +61,7 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
         node = {"_target_": name, **keywords}
         sized = "img_size" in keywords_of(resolve(node["_target_"]))
     elif name in _named():
-        node, sized = {**_read(name), **keywords}, size != 224
+        node, sized = {**backbone_node(name), **keywords}, size != 224
     else:
         return _of_timm(name, size)
     own = node.get("img_size", size)
@@ -86,19 +88,13 @@ def _of_timm(name: str, size: int) -> Node:
 
 
 def _named() -> list[str]:
-    names = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
-    return [name for name in names if name not in ADAPTERS]
-
-
-def _read(name: str) -> Node:
-    return yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())
+    return [name for name in backbone_names() if name not in ADAPTERS]
 
 
 def make_net(name: str, node: Node, device: torch.device | str, *, seed: int = 0) -> nn.Module:
     """The net with random weights on `device`; UserError, with its name, if it cannot be built."""
-    torch.manual_seed(seed)
     try:
         with torch.device(device):
-            return build({**node, "_partial_": True})()
+            return build_net(node, seed=seed)
     except ValueError as error:
         raise UserError(f"{name}: {one_line(error)}") from error

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from evaluation.cost.graphs import Recording, is_out_of_memory, record
 from evaluation.cost.peaks import synchronize
+from evaluation.nets import num_classes_of
 from evaluation.progress import say, track
-from evaluation.sample import num_classes_of
 from utils.errors import UserError
 from utils.parallel import blocks_of
 from utils.ranges import check_count

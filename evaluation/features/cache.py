@@ -37,6 +37,7 @@ from vit.backbone import Backbone
 
 CLASS_TOKEN = "class token of the last block after the final norm"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default repr of an object
+_SHARDED = re.compile(r"\bFSDP(?=\w)")  # which `fully_shard` puts before the name of a class
 
 
 def class_tokens(
@@ -59,15 +60,16 @@ def class_tokens(
 
     transform: None is `evaluation_transform` of these sizes. With `features_dir`, tokens are read
     from a folder below it that holds the same features, or else extracted and stored there. A
-    transform with the default repr cannot be identified: its features are neither read nor stored.
-    `normalized` is applied after reading.
+    transform with the default repr cannot be identified, nor a net around such a function: their
+    features are neither read nor stored. `normalized` is applied after reading.
     """
     transform_words = transform_in_words(transform, resize_size, crop_size)
-    if features_dir is not None and _ADDRESS.search(transform_words):
+    unknown = unidentified(net) or (_ADDRESS.search(transform_words) and transform_words)
+    if features_dir is not None and unknown:
         if distributed.is_main():
             say(
-                f"{split} features: not kept in {features_dir}, as {transform_words} has no repr "
-                "that tells its settings"
+                f"{split} features: not kept in {features_dir}, as {unknown} has no repr that "
+                "tells its settings"
             )
         features_dir = None
     options: dict[str, Any] = {
@@ -162,15 +164,29 @@ def identity(
 
 
 def net_fingerprint(net: Backbone) -> str:
-    """A hash of the net's modules, parameters and buffers; every rank must call this."""
+    """A hash of the net's modules, their settings, parameters and buffers; the one notion of a net.
+
+    It is the same on any number of processes and for shards. What a module does not show in its
+    repr and has no state of is not seen. Every rank must call this.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(_without_addresses(f"{type(net).__qualname__} {net!r}").encode())
+    # Addresses stay in: a function that tells nothing of itself is the same net in no other run.
+    words = " ".join(f"{type(net).__qualname__} {net!r}".split())
+    digest.update(_SHARDED.sub("", words).encode())
     if isinstance(net, nn.Module):
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             value = whole(tensor).detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return distributed.broadcast_object(digest.hexdigest())
+
+
+def unidentified(net: Backbone) -> str:
+    """The part of a net's repr, one line, that tells nothing of its settings; "" if there is none.
+
+    As of a plain function within a net, whose figures must not be taken for those of another one.
+    """
+    return next((line.strip() for line in repr(net).splitlines() if _ADDRESS.search(line)), "")
 
 
 def read_share(

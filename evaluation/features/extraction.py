@@ -23,7 +23,7 @@ from evaluation.features.files import (
 )
 from evaluation.features.reading import features_of
 from evaluation.image_size import settle_sizes
-from evaluation.nets import brings_weights, chosen_backbone, make_net
+from evaluation.nets import chosen_backbone, make_net, warn_if_random
 from evaluation.progress import say
 from utils import distributed
 from utils.config.build import build, plain
@@ -101,9 +101,9 @@ def extract(config: Mapping[str, Any]) -> str:
         dataset = _images(config["data"], config["split"])
         net = make_net(config["backbone"], config["weights"], seed=config["seed"])
         _check_layers(net, config["layers"])
+        backbone, weights = config["backbone"], config["weights"]
+        warn_if_random(backbone, weights, flag="--weights", doing="features of")
         if distributed.is_main():
-            if not config["weights"] and not brings_weights(config["backbone"]):
-                say("no weights given (--weights FILE): features of the random initialisation")
             say(f"images: {dataset!r}")
         resize_size, crop_size = settle_sizes(net, config["resize_size"], config["crop_size"])
         asked = identity(

@@ -11,6 +11,7 @@ from evaluation.features.dataset import class_token, evaluating, normalize_rows
 from evaluation.pictures.figures import grid, save
 from evaluation.probes.neighbours import Neighbours, find_neighbours
 from evaluation.progress import track
+from evaluation.sample import spread
 from utils.data.images import ImageDataset, Subset
 from utils.data.loaders import evaluation_batches
 from vit.backbone import Backbone
@@ -34,14 +35,13 @@ def draw_neighbours(
     A green frame is a neighbour of the same label, a red one of another; no frame, no labels. One
     process draws the picture, reading all images itself.
     """
-    spread = torch.linspace(0, len(val) - 1, min(num_queries, len(val))).long().tolist()
-    queries = Subset(val, spread)
+    queries = Subset(val, spread(len(val), num_queries))
     rows, found = (
         _class_tokens(net, data, transform, batch_size, num_workers, shown)
         for data in (train, queries)
     )
     neighbours = find_neighbours(found, rows, k=k)
-    figure, axes = grid(len(spread), 1 + neighbours.indices.shape[1])
+    figure, axes = grid(len(queries), 1 + neighbours.indices.shape[1])
     axes[0][0].set_title("query", fontsize=9)
     axes[0][1].set_title("nearest training images", fontsize=9, loc="left")
     _draw_rows(axes, queries, train, neighbours)

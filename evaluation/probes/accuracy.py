@@ -16,7 +16,7 @@ from evaluation.features.dataset import PRECISIONS, evaluating, own_batches
 from evaluation.features.reading import logits_in
 from evaluation.image_size import image_size_of
 from evaluation.progress import say
-from evaluation.results import print_table, write_results
+from evaluation.results import print_table
 from utils import distributed
 from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset
@@ -131,9 +131,6 @@ class AccuracyProbe:
             say(f"Accuracy of the network on the {count} test images: {main.acc1:.1f}%")
             if len(figures) > 1:
                 self._print(figures)
-            if step:  # without a step, the evaluation itself writes them, with the net's name
-                protocol = self.protocol | {"data": repr(dataset), "step": step}
-                write_results(output_dir, "accuracy", protocol=protocol, figures=results)
         return results
 
     @property

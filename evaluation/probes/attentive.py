@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evaluation.features.cache import net_fingerprint
 from evaluation.features.dataset import evaluating, full_float32_products
 from evaluation.probes.attentive_heads import REPRESENTATIONS, AttentiveHeads, make_grid
 from evaluation.probes.exams import Exam, TestSet, count_classes, prepare_exam
-from evaluation.probes.files import ProbeFiles, checksum
+from evaluation.probes.files import ProbeFiles
 from evaluation.probes.head_results import by_head, print_heads
 from evaluation.probes.run import HeadRun
 from evaluation.probes.training import HeadTraining, best_head
-from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset, Subset
 from utils.errors import UserError
 from utils.ranges import check_list, check_range, check_words
+from utils.results_file import write_results
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Backbone
 
@@ -56,8 +57,8 @@ class AttentiveProbe:
         global_batch_size: int = 1024,
         sampler: str = "shuffled",
         seed: int = 0,
-        resize_size: int | None = 256,
-        crop_size: int | None = 224,
+        resize_size: int | None = None,
+        crop_size: int | None = None,
         transform: Callable | None = None,
         train_transform: Callable | None = None,
         batch_size: int = 128,
@@ -143,7 +144,7 @@ class AttentiveProbe:
         schedule = warm_cosine(
             training.num_steps, warmup_steps=self.warmup_epochs * training.steps_per_epoch
         )
-        owner = {"net": checksum(net), "step": step}
+        owner = {"net": net_fingerprint(net), "step": step}
         files = ProbeFiles(
             folder,
             owner | {"protocol": self.protocol | {"train_images": len(train_set)}},

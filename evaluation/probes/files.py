@@ -4,19 +4,17 @@ The layout is that of DINOv2's files: `model` holds the heads by their names, `i
 of the last step done, counted from 0; a text file names the newest file of weights.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluation.progress import say
 from utils import distributed
 from utils.errors import UserError, as_user_error
-from utils.layout import whole
 from utils.whole_file import whole_file, write_text
 from vit.weights import read_pickle
 
@@ -38,8 +36,8 @@ class StoredHeads(Protocol):
 class ProbeFiles:
     """The files `<running>.pth`, `<final>.pth` and `<pointer>` of one probe in its folder.
 
-    `owner` names what the heads depend on: the net, by `checksum`, the step it was trained to, and
-    the protocol. Files of another net are replaced; files with other settings are refused.
+    `owner` names what the heads depend on: the net, by `net_fingerprint`, the step it was trained
+    to, and the protocol. Files of another net are replaced; files with other settings are refused.
     """
 
     def __init__(
@@ -127,29 +125,6 @@ def load_classifier(path: str | Path, heads: StoredHeads, num_steps: int) -> int
         raise UserError(f"{path}: 'model' holds no named weights")
     _load(path, heads, model)
     return min(int(saved.get("iteration", num_steps)) + 1, num_steps)
-
-
-@torch.no_grad()
-def checksum(net: object) -> str:
-    """A short hash of a net's parameters and buffers, the same on any number of processes.
-
-    Every rank must call this.
-    """
-    digest = hashlib.sha256()
-    state = net.state_dict() if isinstance(net, nn.Module) else {}
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            value = whole(value)
-            digest.update(f"{name} {[*value.shape]} {value.dtype} {_sum_of_bits(value)};".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sum_of_bits(tensor: Tensor) -> int:
-    # A sum of integers does not depend on the order in which the device adds.
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().flatten().view(integers[tensor.element_size()])
-    weights = torch.arange(1, 1 + len(bits), device=bits.device) % 65521
-    return int((bits.long() * weights).sum())
 
 
 def _read(path: Path) -> dict[str, Any]:

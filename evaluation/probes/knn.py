@@ -25,10 +25,11 @@ from evaluation.probes.neighbours import (
     gather_neighbours,
 )
 from evaluation.progress import say
-from evaluation.results import append_lines, write_results
+from evaluation.results import append_lines
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.ranges import check_count, check_range, check_word
+from utils.results_file import write_results
 from vit.backbone import Backbone
 
 Figures = dict[tuple[str, int], dict[int, float]]
@@ -57,8 +58,8 @@ class KnnProbe:
         num_tries: int = 1,
         batch_size: int = 256,
         num_workers: int = 0,
-        resize_size: int | None = 256,
-        crop_size: int | None = 224,
+        resize_size: int | None = None,
+        crop_size: int | None = None,
         transform: Callable | None = None,
         precision: str = "fp32",
         search_precision: str = "fp32",

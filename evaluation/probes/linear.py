@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.features.cache import net_fingerprint
 from evaluation.features.dataset import evaluating, full_float32_products
 from evaluation.probes.class_metrics import METRICS, check_metric
 from evaluation.probes.exams import (
@@ -22,16 +23,16 @@ from evaluation.probes.exams import (
     prepare_exam,
     split_tenth,
 )
-from evaluation.probes.files import ProbeFiles, checksum
+from evaluation.probes.files import ProbeFiles
 from evaluation.probes.head_results import by_head, print_heads
 from evaluation.probes.linear_heads import LinearHeads, make_grid
 from evaluation.probes.run import HeadRun
 from evaluation.probes.training import HeadTraining, best_head
 from evaluation.progress import say
-from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.ranges import check_distinct, check_list, check_word
+from utils.results_file import write_results
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Backbone
 
@@ -78,8 +79,8 @@ class LinearProbe:
         classifier: str | None = None,
         sampler: str = "shuffled",
         seed: int = 0,
-        resize_size: int | None = 256,
-        crop_size: int | None = 224,
+        resize_size: int | None = None,
+        crop_size: int | None = None,
         transform: Callable | None = None,
         train_transform: Callable | None = None,
         batch_size: int = 128,
@@ -224,7 +225,7 @@ class LinearProbe:
         settings = self.training_protocol | {"train_images": len(train_set)}
         files = ProbeFiles(
             folder,
-            {"net": checksum(net), "step": step, "protocol": settings},
+            {"net": net_fingerprint(net), "step": step, "protocol": settings},
             running="running_checkpoint_linear_eval",
             final="model_final",
         )

@@ -14,11 +14,11 @@ from evaluation.image_size import settle_sizes
 from evaluation.probes.class_metrics import ClassCounts, check_metric
 from evaluation.probes.logistic import LogisticModel, fit_logistic, measure_moments
 from evaluation.progress import say
-from evaluation.results import write_results
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.errors import UserError
 from utils.ranges import check_count, check_list, check_word
+from utils.results_file import write_results
 from vit.backbone import Backbone
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -68,8 +68,8 @@ class LogregProbe:
         dtype: str = "float64",
         batch_size: int = 256,
         num_workers: int = 0,
-        resize_size: int | None = 224,
-        crop_size: int | None = 224,
+        resize_size: int | None = None,
+        crop_size: int | None = None,
         transform: Callable | None = None,
         precision: str = "fp32",
         chunk_size: int = 16384,

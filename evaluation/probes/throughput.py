@@ -16,7 +16,6 @@ from evaluation.cost.timing import INFERENCE, Contestant, Turn, speed_of
 from evaluation.features.dataset import PRECISIONS
 from evaluation.image_size import image_size_of
 from evaluation.progress import say
-from evaluation.results import write_results
 from utils import distributed
 from utils.errors import UserError
 from utils.flops import count_one_image
@@ -73,11 +72,7 @@ class ThroughputProbe:
             f"{speed.images_per_second:.1f} img/s (batch {self.batch_size}, {size} x {size}, "
             f"{self.precision}, {device_name(device)}), {count} multiply-adds"
         )
-        results = {"images_per_second": speed.images_per_second, "gmacs": macs}
-        if step:  # without a step, the evaluation itself writes them, with the net's name
-            protocol = self.protocol | {"step": step}
-            write_results(output_dir, "throughput", protocol=protocol, figures=results)
-        return results
+        return {"images_per_second": speed.images_per_second, "gmacs": macs}
 
     @property
     def protocol(self) -> dict[str, object]:

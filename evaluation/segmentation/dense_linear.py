@@ -16,7 +16,8 @@ from torch import Tensor
 from evaluation.features.dataset import PRECISIONS, evaluating
 from evaluation.pictures.segmentation import draw_segmentation
 from evaluation.progress import track
-from evaluation.results import print_table, write_results
+from evaluation.results import print_table
+from evaluation.sample import spread
 from evaluation.segmentation.dense_head import PixelHead
 from evaluation.segmentation.dense_training import (
     PixelHeadRun,
@@ -36,6 +37,7 @@ from utils import distributed
 from utils.data.loaders import evaluation_batches
 from utils.data.segmentation import SegmentationDataset
 from utils.ranges import check_count, check_word
+from utils.results_file import write_results
 from vit.backbone import Backbone
 
 NAME = "seg_linear"
@@ -150,7 +152,6 @@ class PixelLinearProbe:
                 batch_size_per_gpu=self.batch_size_per_gpu,
                 num_workers=self.num_workers,
                 checkpoint_every=self.checkpoint_every,
-                tolerance=1e-3 if self.precision == "fp32" else 3e-2,
                 key=f"{self.precision}, step {step}",
             )
             return training.run()
@@ -162,8 +163,7 @@ class PixelLinearProbe:
         Every rank must call this, and gets the scores and predictions over all ranks.
         """
         used, shown = self._used(net), {}
-        count = min(self.num_overlays, len(self.test))
-        chosen = set(np.linspace(0, len(self.test) - 1, count).astype(int).tolist())
+        chosen = set(spread(len(self.test), self.num_overlays))
         with evaluating(net, self.precision) as device:
             confusion = Confusion(device)
             labels = torch.from_numpy(self.table.labels).to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import default_collate
 
+from evaluation.features.cache import net_fingerprint
 from evaluation.features.reading import features_of
 from evaluation.progress import say, track
 from evaluation.segmentation.dense_head import (
@@ -78,12 +79,10 @@ class PixelHeadRun:
         batch_size_per_gpu: int,
         num_workers: int,
         checkpoint_every: int,
-        tolerance: float,
         key: str = "",
     ) -> None:
         self.net, self.dataset, self.recipe, self.name = net, dataset, recipe, name
-        self.device, self.tolerance = device, tolerance
-        self.num_workers = num_workers
+        self.device, self.num_workers = device, num_workers
         self.micro_batch, self.accumulation = shared_batches(
             recipe.effective_batch_size, batch_size_per_gpu, distributed.world_size()
         )
@@ -97,14 +96,13 @@ class PixelHeadRun:
             folder / f"{name}_checkpoints",
             every=checkpoint_every,
             keep_last=1,
-            fingerprint=json.dumps([asdict(recipe), repr(dataset), key]),
+            fingerprint=json.dumps([asdict(recipe), repr(dataset), key, net_fingerprint(net)]),
         )
 
     @torch.enable_grad()
     def run(self) -> PixelHead:
         """Train to the last step and return the head; every rank must call this."""
-        recipe, identity = self.recipe, self._identity()
-        first = self._resume(identity)
+        recipe, first = self.recipe, self._resume()
         self._start_log(first)
         batches = self._batches(first)
         steps = track(
@@ -129,7 +127,7 @@ class PixelHeadRun:
             if step % LOG_EVERY == 0 or last:
                 self._log(step, loss, rate)
             if self.checkpoints.due(step + 1) and not last:
-                self._save(step + 1, identity)
+                self._save(step + 1)
         return self.head
 
     def _gradients(self, batches: Iterator) -> Tensor:
@@ -178,21 +176,12 @@ class PixelHeadRun:
             micro_batches=self.accumulation,
         )
 
-    def _identity(self) -> Tensor:
-        """The net's mean feature [D] of fixed noise, which identifies the net of a checkpoint."""
-        size = self.recipe.crop_size
-        noise = torch.randn(1, 3, size, size, generator=Generator().manual_seed(0))
-        return patches_of(self.net, noise.to(self.device)).mean(dim=(0, 1, 2)).cpu()
-
-    def _resume(self, identity: Tensor) -> int:
+    def _resume(self) -> int:
         found = self.checkpoints.load()
         if found is None:
             return 0
         step, parts, notes = found
-        allowed = self.tolerance * float(identity.abs().max())
-        same = parts.description["fingerprint"] == self.checkpoints.fingerprint and torch.allclose(
-            parts["net"]["identity"], identity, rtol=0, atol=allowed
-        )
+        same = parts.description["fingerprint"] == self.checkpoints.fingerprint
         where = f"the checkpoint of step {step} in {self.checkpoints.folder}"
         told = (
             f"going on from {where}" if same else f"{where} is of another net or protocol, so anew"
@@ -206,12 +195,8 @@ class PixelHeadRun:
         self.optimizer.load_state_dict(parts["optimizer"])
         return step
 
-    def _save(self, step: int, identity: Tensor) -> None:
-        parts = {
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "net": {"identity": identity},
-        }
+    def _save(self, step: int) -> None:
+        parts = {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
         problem = self.checkpoints.save(step, parts)
         if problem and distributed.is_main():
             say(f"{self.name}: {problem}")

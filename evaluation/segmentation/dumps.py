@@ -1,4 +1,8 @@
-"""Write features and predictions of all ranks to one file each, as the published probe does."""
+"""Features and predictions of all ranks in one file each, as the published probe writes them.
+
+Letters: N patches of all images, D width, B images, h w grid of patches, p pixels a side of a
+patch, R resolution.
+"""
 
 import os
 from collections.abc import Mapping
@@ -10,6 +14,7 @@ from torch import Tensor
 from evaluation.segmentation.standardize import Standardizer
 from evaluation.segmentation.store import PatchStore
 from utils import distributed
+from utils.errors import UserError
 
 
 @torch.no_grad()
@@ -57,6 +62,31 @@ def gather_predictions(store: PatchStore, own: Tensor) -> Tensor:
     for block in everyone.split(65536):
         torch.distributed.all_reduce(block)  # every rank has zeros in the rows of the others
     return everyone
+
+
+def read_predictions(path: str | Path, num_images: int) -> Tensor:
+    """Predictions [B h w, p p] that a probe wrote, as maps of labels [B R R].
+
+    UserError for another file, and for predictions of another number of images.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of predictions; a segmentation probe leaves one")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the reader raise almost anything
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a file of predictions ({reason})") from None
+    cells = len(found) / num_images if isinstance(found, Tensor) and found.ndim == 2 else 0.5
+    if cells != int(cells) or not all(_is_square(n) for n in (int(cells), found.shape[1])):
+        raise UserError(f"{path}: these are no predictions of the patches of {num_images} images")
+    grid, pixels = round(cells**0.5), round(found.shape[1] ** 0.5)
+    patches = found.view(num_images, grid, grid, pixels, pixels)
+    return patches.permute(0, 1, 3, 2, 4).reshape(num_images, grid * pixels, grid * pixels)
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number
 
 
 def _write_rows(path: Path, rows: Tensor, numbers: Tensor) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from evaluation.features.dataset import PRECISIONS, device_of
 from evaluation.progress import say
-from evaluation.results import write_results
 from evaluation.segmentation.dumps import dump_features, gather_predictions
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
@@ -36,6 +35,7 @@ from utils.data.images import ImageDataset
 from utils.data.segmentation import SegmentationDataset
 from utils.errors import UserError
 from utils.ranges import check_word, check_words
+from utils.results_file import write_results
 from vit.backbone import Backbone
 
 MOMENT_ROWS = 16384  # float64 copies of this many rows are made

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from evaluation.features.dataset import full_float32_products
 from evaluation.image_size import image_size_of
-from evaluation.nets import chosen_backbone, make_net
+from evaluation.nets import chosen_backbone, make_net, num_classes_of
 from evaluation.progress import say
-from evaluation.results import print_table, write_results
-from evaluation.sample import num_classes_of, sample_images
+from evaluation.results import print_table
+from evaluation.sample import sample_images
 from evaluation.symmetry.angles import AngleError, angle_errors, angles_of
 from evaluation.symmetry.equivariance import (
     Measured,
@@ -32,6 +32,7 @@ from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
 from utils.ranges import check_word
+from utils.results_file import write_results
 from utils.symmetry import SYMMETRIES
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10}

@@ -21,7 +21,7 @@ from evaluation.image_size import image_size_of
 from evaluation.nets import complete, make_classifier, name_of, read_weights
 from evaluation.probes.accuracy import UPRIGHT, check_labels
 from evaluation.progress import say, track
-from evaluation.results import print_table, write_results
+from evaluation.results import print_table
 from utils import distributed
 from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, plain
@@ -32,6 +32,7 @@ from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transf
 from utils.errors import UserError
 from utils.folders import check_folder, make_folder
 from utils.joining import session
+from utils.results_file import write_results
 from utils.symmetry import SYMMETRIES, transform_image
 
 ALONE = "backbone alone"

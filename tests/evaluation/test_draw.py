@@ -8,10 +8,11 @@ from evaluation.commands.draw import parse_drawing
 from evaluation.draw import draw
 from evaluation.image_size import image_size_of
 from evaluation.nets import make_net
-from evaluation.sample import sample_images, squash_transform
+from evaluation.sample import sample_images, spread
 from tests.evaluation.backbones import BACKBONES, any_backbone
 from tests.evaluation.toys import ToyImages, in_processes
 from utils.data.segmentation import scenes
+from utils.data.segmentation_transforms import squash_to_tensor
 from utils.errors import UserError
 
 
@@ -132,12 +133,17 @@ def test_words_of_the_command_line():
     assert found["picture"]["train"]["root"] == "here" and found["seed"] == 3
 
 
+def test_a_few_of_many_are_spread_evenly():
+    assert spread(9, 3) == [0, 4, 8] and spread(10, 4) == [0, 3, 6, 9]
+    assert spread(3, 5) == spread(3, 3) == [0, 1, 2] and spread(9, 1) == [0] and spread(9, 0) == []
+
+
 def test_more_crops_than_images_and_sizes_of_nets():
     images = ToyImages(2, 0)
     found = sample_images(images, size=8, count=5)
     assert found.shape == (5, 3, 8, 8)
     assert len({crop.numpy().tobytes() for crop in found}) == 5
-    assert squash_transform(8)(images.read(0)).shape == (3, 8, 8)
+    assert squash_to_tensor(images.read(0), 8).shape == (3, 8, 8)
     for backbone in BACKBONES.values():
         assert image_size_of(make_net(backbone, None)) == 32
 

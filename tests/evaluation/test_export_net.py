@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from evaluation import export_net as command
 from evaluation.commands.export import parse_export, read_export_arguments
-from evaluation.export_net import export_net, has_classes
+from evaluation.export_net import export_net
 from evaluation.image_size import image_size_of
+from evaluation.nets import has_classes
 from tests.evaluation.backbones import BACKBONES, any_backbone, make
 from utils.errors import UserError
 

@@ -1,6 +1,7 @@
 """Images come at the size that a net was built for; published nets stay at 256 and 224."""
 
 import json
+from inspect import signature
 
 import pytest
 
@@ -11,7 +12,7 @@ from evaluation.image_size import image_size_of, probed_at, settle_sizes
 from evaluation.judge import judge
 from evaluation.nets import make_net
 from tests.evaluation.backbones import BACKBONES
-from utils.config.build import build
+from utils.config.build import build, resolve
 from utils.config.compose import compose_config
 
 PROBES = ("knn", "linear", "logreg", "attentive")
@@ -83,6 +84,9 @@ def test_every_probe_leaves_it_open_and_the_flag_sets_it(tmp_path):
         (None, None)
     }
     assert "the net's own size" in build(probes["linear"]).protocol["transform"]
+    for name in PROBES:  # called by hand a probe has the defaults of its config
+        keywords = signature(resolve(probes[name]["_target_"])).parameters
+        assert keywords["resize_size"].default is keywords["crop_size"].default is None
     probes = parse_evaluation([*words, "--input-size", "48", "probes.knn.crop_size=16"])["probes"]
     assert [probes[name]["crop_size"] for name in PROBES] == [16, 48, 48, 48]
     assert parse_extraction([str(tmp_path), "--input-size", "48"])["crop_size"] == 48

@@ -7,10 +7,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluation.nets import (
+    complete,
     count_classes,
     load_strictly,
     make_net,
+    name_of,
     other_model,
+    warn_if_random,
     weights_file,
     weights_in_words,
 )
@@ -23,6 +26,7 @@ WRAPPERS = {
     "symmetrized": {"_target_": "baselines.posthoc.symmetrized.symmetrized"},
     "reduced": {"_target_": "baselines.token_reduction.reduced.reduced", "method": "evit"},
 }
+FROM_FILE = {"_target_": "evaluation.adapters.encoder_from_file", "path": "encoders/mine.py"}
 
 
 def test_weights_are_loaded_strictly(tmp_path):
@@ -117,10 +121,34 @@ def test_weights_may_lie_at_home(tmp_path, monkeypatch):
         (TIMM, None, "random initialisation"),
         ({**TIMM, "pretrained": True}, None, "its own"),
         ({**TIMM, "model_name": "local-dir:runs/hub"}, None, "its own"),
+        (FROM_FILE, None, "its own"),
+        *(
+            ({**node, "backbone": TIMM}, None, "random initialisation")
+            for node in WRAPPERS.values()
+        ),
+        *(
+            ({**w, "backbone": {**TIMM, "pretrained": True}}, None, "its own")
+            for w in WRAPPERS.values()
+        ),
+        *(({**w, "backbone": FROM_FILE}, None, "its own") for w in WRAPPERS.values()),
     ],
 )
-def test_a_title_says_which_weights_were_judged(backbone, path, words):
+def test_a_title_says_which_weights_were_judged(backbone, path, words, capsys):
     assert weights_in_words(backbone, path) == words
+    warn_if_random(backbone, path, flag="--weights", doing="judging")
+    warned = "no weights given (--weights FILE): judging the random initialisation\n"
+    assert capsys.readouterr().out == (warned if words == "random initialisation" else "")
+
+
+def test_an_encoder_of_a_file_has_the_files_name_and_no_classes_of_ours(tmp_path):
+    assert name_of(FROM_FILE) == "mine"
+    assert complete(FROM_FILE, {}, None, None) == FROM_FILE
+    state = {"head.weight": torch.zeros(3, 4)}
+    for node in (
+        FROM_FILE,
+        {"_target_": "x.wrapped", "backbone": {**FROM_FILE, "_partial_": True}},
+    ):
+        assert complete(node, {}, state, None) == node
 
 
 @pytest.mark.parametrize("name", ["ese_vovnet19b_dw", "mambaout_femto", "resnet10t", "levit_128s"])

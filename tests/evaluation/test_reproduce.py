@@ -37,7 +37,7 @@ def test_every_published_file_is_recognised(layout, monkeypatch):
 def test_swags_files_are_recognised(name, monkeypatch):
     """In torchvision's layout, as linked."""
     with torch.device("meta"):
-        net = command.build({**command.backbone_node(name), "_partial_": True})()
+        net = command.build_net(command.backbone_node(name))
         state = swag_layout(net, torchvision=True)
     state = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in state.items()}
     monkeypatch.setattr(command, "read_state", lambda path: state)
@@ -79,7 +79,7 @@ def test_from_file_to_verdict(tmp_path, monkeypatch, capsys):
     """The whole command on a small model: with a stated figure that is right, and a wrong one."""
     node = command.backbone_node("hybrid_deit_small_patch16") | SMALL | {"num_classes": 10}
     monkeypatch.setattr(command, "backbone_node", lambda name: node)
-    net = command.build({**node})()
+    net = command.build_net(node)
     torch.save({"model": net.state_dict()}, tmp_path / "w.pth")
     name, words = "hybrid_deit_small_patch16", [f"backbone.{k}={v}" for k, v in SMALL.items()]
     words += ["+backbone.num_classes=10", "data=digits", "device=cpu", f"output_dir={tmp_path}/out"]

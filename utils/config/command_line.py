@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from utils.config.files import CONFIGS, find_file
+from utils.config.files import CONFIGS, backbone_names, find_file
 from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError, fail
 from utils.nearest import nearest, nearest_family
@@ -152,8 +152,7 @@ def unknown_model(name: str) -> str:
     """The error line for an unknown model, with the nearest names of ours and of timm."""
     import timm
 
-    ours = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
-    hint = nearest_family(name, [*ours, *timm.list_models()])
+    hint = nearest_family(name, [*backbone_names(), *timm.list_models()])
     return f"there is no model {name!r}, neither of ours nor of timm{hint}"
 
 

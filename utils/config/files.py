@@ -1,6 +1,9 @@
 """Find config files, on disk as given or below `configs/`."""
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from utils.errors import UserError
 from utils.nearest import nearest
@@ -17,6 +20,16 @@ def find_file(file: str | Path) -> Path:
         return _found(file)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or file}: {error.strerror}") from None
+
+
+def backbone_names() -> list[str]:
+    """The names of all files in configs/backbone, in order."""
+    return sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
+
+
+def backbone_node(name: str) -> dict[str, Any]:
+    """The node of a file in configs/backbone."""
+    return yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())
 
 
 def run_of_model(overrides: list[str], runs: str) -> str | None:

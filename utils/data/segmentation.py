@@ -55,6 +55,33 @@ class SegmentationDataset(Protocol):
         ...
 
 
+class MaskedSubset:
+    """Images of a data set with their masks, by their indices in it."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, list(indices)
+        self.name, self.class_names = dataset.name, dataset.class_names
+        self.ignore_labels = dataset.ignore_labels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"{len(self):,} images of {self.dataset!r}"
+
+    def read(self, index: int) -> Image.Image:
+        """Decoded image."""
+        return self.dataset.read(self.indices[index])
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """Labels as stored, uint8 [H W]."""
+        return self.dataset.read_mask(self.indices[index])
+
+    def path(self, index: int) -> str:
+        """Where the image comes from."""
+        return self.dataset.path(self.indices[index])
+
+
 class Pair(NamedTuple):
     """The files of one image, relative to the folder of the data set."""
 

@@ -18,8 +18,12 @@ def squash(image: Image.Image, mask: np.ndarray, resolution: int) -> tuple[Tenso
     The aspect ratio is not kept. Image: PIL's bicubic, ImageNet's mean and deviation; mask
     (uint8 [H W]): nearest, so that every pixel keeps a label that was there.
     """
-    normalised = v2.Compose(to_normalized_tensor())(squash_image(image, resolution))
-    return normalised, torch.from_numpy(squash_mask(mask, resolution))
+    return squash_to_tensor(image, resolution), torch.from_numpy(squash_mask(mask, resolution))
+
+
+def squash_to_tensor(image: Image.Image, resolution: int) -> Tensor:
+    """The image at resolution x resolution, normalised float32 [3 R R]."""
+    return v2.Compose(to_normalized_tensor())(squash_image(image, resolution))
 
 
 def squash_image(image: Image.Image, resolution: int) -> Image.Image:

@@ -66,9 +66,24 @@ def test_turned_training_is_the_same_recipe_on_turned_digits():
     assert turned["_target_"].endswith("RandomTurn")
 
 
+def test_only_the_model_that_is_asked_for_is_wrapped(tmp_path):
+    """Another model's name does not make it a copy of that one."""
+
+    def wrapped(*words):
+        return parse_comparison(["--device", "cpu", *ONLY_PLAIN, *words])["posthoc"]["of"]
+
+    assert wrapped("--turned") == ["plain", "plain_turned"]
+    assert wrapped("models.plain_turned=deit/quickstart.yaml") == ["plain"]
+    assert wrapped("posthoc.of=null") == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["--turned", "models.plain_turned=deit/quickstart.yaml"],
+            "models.plain_turned has the name of the turned plain; rename it",
+        ),
         (["posthoc.of=plian"], "posthoc.of is 'plian'; did you mean 'plain'?"),
         (["models.plain=deit/quickstart_plan.yaml"], "did you mean"),
         (["models.mirror=runs/nowhere"], "there is no runs/nowhere"),

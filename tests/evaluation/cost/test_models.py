@@ -13,7 +13,7 @@ from evaluation.cost.models import (
     make_net,
     registered,
 )
-from evaluation.sample import num_classes_of
+from evaluation.nets import num_classes_of
 from utils.config.files import CONFIGS
 from utils.errors import UserError
 

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from deit.unaugmented import Unaugmented
+from evaluation.adapters import CallableBackbone, encoder_from_file
 from evaluation.features import files
 from evaluation.features.cache import class_tokens, net_fingerprint, transform_in_words
 from evaluation.features.dataset import extract_features
 from evaluation.features.files import FeatureWriter, open_features
 from evaluation.probes.knn import KnnProbe
 from evaluation.probes.logreg import LogregProbe
-from tests.evaluation.backbones import any_backbone, make
+from tests.evaluation.backbones import PLAIN, any_backbone, make
 from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
 from utils.data.images import ImageError, Subset
 from utils.errors import UserError
@@ -283,3 +285,62 @@ def test_the_fingerprint_tells_weights_and_settings_apart(backbone):
     nets = make(backbone), make(backbone), make(backbone, seed=1)
     first, same, other = (net_fingerprint(net) for net in nets)
     assert first == same != other
+
+
+WRAPPED = {
+    "reduced": [{"method": "tome", "options": {"r": r}} for r in (0, 2)],
+    "symmetrized": [{"group": "D4"}, {"group": "C4"}, {"fill": 1.0}, {"disc_mask": True}],
+}
+TARGETS = {
+    "reduced": "baselines.token_reduction.reduced.reduced",
+    "symmetrized": "baselines.posthoc.symmetrized.symmetrized",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_without_weights_of_their_own_are_told_apart(wrapper):
+    inner = {**PLAIN, "num_classes": 2}
+    nodes = [{"_target_": TARGETS[wrapper], "backbone": inner, **more} for more in WRAPPED[wrapper]]
+    found = [net_fingerprint(make(node)) for node in nodes]
+    assert len({*found, net_fingerprint(make(inner))}) == 1 + len(nodes)
+    assert net_fingerprint(make(nodes[0])) == found[0]
+
+
+FUNCTION = """
+def __model_loader__(scale=1):
+    return lambda images: scale * images.mean(dim=(2, 3)) + {shift}
+"""
+
+
+def test_encoders_of_files_are_told_by_code_and_arguments(tmp_path, capsys):
+    """Also where the encoder is a function, which has neither modules nor weights."""
+    file, folder = tmp_path / "encoder.py", tmp_path / "features"
+
+    def encoder(shift=0, **arguments):
+        file.write_text(FUNCTION.format(shift=shift))
+        return encoder_from_file(str(file), arguments=arguments, image_size=8)
+
+    first = tokens(folder, encoder())
+    for other in ({"shift": 1}, {"scale": 2}):
+        assert not torch.equal(tokens(folder, encoder(**other)).features, first.features)
+    capsys.readouterr()
+    assert torch.equal(tokens(folder, encoder(scale=2)).features, 2 * first.features)
+    assert "features: read from" in capsys.readouterr().out
+
+
+def test_features_of_an_unknown_function_are_not_kept(tmp_path, capsys):
+    for sign in (1, -1):
+        net = CallableBackbone(
+            lambda images, sign=sign: sign * images.mean(dim=(2, 3)), embed_dim=3, patch_size=8
+        )
+        found = tokens(tmp_path / "features", net).features
+        assert torch.equal(
+            found,
+            sign
+            * tokens(
+                None,
+                CallableBackbone(lambda images: images.mean(dim=(2, 3)), embed_dim=3, patch_size=8),
+            ).features,
+        )
+        assert re.search(r"not kept in .*encoder=<function .* has no repr", capsys.readouterr().out)
+    assert not (tmp_path / "features").exists()

@@ -14,6 +14,7 @@ from octic.vision_transformer import OcticVisionTransformer
 from tests.evaluation.toys import ToyImages, in_processes, to_tensor
 from utils.data.images import Subset
 from utils.errors import UserError
+from utils.probing import ProbeRunner
 from utils.symmetry import SYMMETRIES
 from vit.adapters import TimmBackbone
 
@@ -77,10 +78,12 @@ def test_figures_are_those_counted_by_hand(tmp_path, capsys):
 def test_the_figures_lie_beside_their_protocol(tmp_path):
     """A training run has no other place that says how they were counted."""
     net, images = ToyClassifier().eval(), ToyImages(10, seed=2)
-    found = AccuracyProbe(**OPTIONS)(net, {"val": images}, tmp_path / "accuracy", step=7)
+    probes = {"accuracy": AccuracyProbe(**OPTIONS)}
+    found = ProbeRunner(probes, net, {"val": images}, tmp_path).final(7)
     written = json.loads((tmp_path / "accuracy/results.json").read_text())["accuracy"]
-    assert written["figures"] == found
+    assert {f"accuracy/{key}": value for key, value in written["figures"].items()} == found
     assert (written["protocol"]["step"], written["protocol"]["probe"]) == (7, "accuracy")
+    assert written["protocol"]["data"] == repr(images)
     AccuracyProbe(**OPTIONS)(net, {"val": images}, tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()  # that writes it with the name of the net
 

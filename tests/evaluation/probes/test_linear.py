@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from deit.unaugmented import Unaugmented
+from evaluation.features.cache import net_fingerprint
 from evaluation.probes.exams import split_tenth
-from evaluation.probes.files import checksum
 from evaluation.probes.linear import LinearProbe
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
@@ -133,17 +133,17 @@ def test_a_stopped_probe_goes_on_to_the_same_bits(tmp_path, capsys):
 
 
 def sharded(folder: Path) -> list:
-    """The net's checksum, and figures of a trained and of a resumed probe of one image."""
+    """The net's fingerprint, and figures of a trained and of a resumed probe of one image."""
     net, data = ToyNet(), make_data(val=1)
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     register_fsdp_forward_method(net, "features")
     steps = {"transform": Unaugmented(input_size=8), "train_transform": Unaugmented(input_size=8)}
-    return [checksum(net), *(make_probe(**steps)(net, data, folder) for _ in range(2))]
+    return [net_fingerprint(net), *(make_probe(**steps)(net, data, folder) for _ in range(2))]
 
 
 def test_a_sharded_net_goes_on_and_may_have_a_rank_without_images(tmp_path):
     first, second = in_processes(functools.partial(sharded, tmp_path / "heads"), 2, tmp_path)
-    assert first == second == [checksum(ToyNet()), first[1], first[1]]
+    assert first == second == [net_fingerprint(ToyNet()), first[1], first[1]]
 
 
 def test_files_of_another_net_or_step_are_not_gone_on_with(tmp_path, capsys):
@@ -154,6 +154,22 @@ def test_files_of_another_net_or_step_are_not_gone_on_with(tmp_path, capsys):
             net.weight += change
         make_probe()(net, make_data(), tmp_path, step=step)
         assert "is of another net: the probe starts anew" in capsys.readouterr().out
+
+
+class Negative(ToyNet):
+    """The same weights, and other features."""
+
+    def features(self, images, layers=(-1,)):
+        return [Features(-cls, patches) for cls, patches in super().features(images, layers)]
+
+
+def test_heads_of_a_net_with_the_same_weights_are_not_taken_for_its_own(tmp_path, capsys):
+    short = {"epochs": 1, "epoch_length": 2}
+    make_probe(**short)(ToyNet(), make_data(), tmp_path / "both")
+    capsys.readouterr()
+    found = make_probe(**short)(Negative(), make_data(), tmp_path / "both")
+    assert "is of another net: the probe starts anew" in capsys.readouterr().out
+    assert found == make_probe(**short)(Negative(), make_data(), tmp_path / "alone")
 
 
 def test_files_of_other_settings_are_refused(tmp_path):

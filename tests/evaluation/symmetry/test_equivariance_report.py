@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from evaluation.commands.equivariance import parse_equivariance
-from evaluation.results import write_results
 from evaluation.symmetry.equivariance_report import _tolerance, report
 from octic.layers import OcticLinear
 from tests.evaluation.backbones import BACKBONES, any_backbone
+from utils.results_file import write_results
 
 
 @pytest.fixture(autouse=True)
