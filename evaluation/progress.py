@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from utils.console import may_be_lost
+from utils.console import say
+from utils.progress import RateLines
 
-PERIOD_S = 30.0  # between two lines of a log
+__all__ = ["say", "track"]
 
 
 def track(
@@ -30,12 +31,6 @@ def track(
         for batch in batches:
             yield batch
             advance(size(batch))
-
-
-def say(line: str) -> None:
-    """Print one line at once, without rich's markup; on a full disk it is lost without an error."""
-    with may_be_lost():
-        print(line, flush=True)
 
 
 @contextmanager
@@ -60,23 +55,4 @@ def _display(label: str, total: int, shown: bool) -> Iterator:
 
             yield advance
     else:
-        yield _PlainLines(label, total)
-
-
-class _PlainLines:
-    """One line every `PERIOD_S` and one at the end, for logs."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total = label, total
-        self.done = 0
-        self.start = self.last = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        finished = self.done >= self.total
-        if finished or now - self.last >= PERIOD_S:
-            self.last = now
-            rate = self.done / max(now - self.start, 1e-9)
-            left = "done" if finished else f"{(self.total - self.done) / rate:.0f} s left"
-            say(f"{self.label}: {self.done}/{self.total}, {rate:.0f}/s, {left}")
+        yield RateLines(label, total, unit="", ends=True).add

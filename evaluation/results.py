@@ -1,4 +1,4 @@
-"""Print the results of a probe as a table with its protocol, and write DINOv2's lines."""
+"""Print results as a table with their protocol; write measurements, and DINOv2's lines."""
 
 import json
 import sys
@@ -10,6 +10,13 @@ from rich.table import Table
 
 from utils.console import may_be_lost
 from utils.folders import make_folder
+from utils.whole_file import write_text
+
+
+def write_measured(path: Path, protocol: object, **found: object) -> Path:
+    """Write what was measured, by its name, with the protocol, as the one JSON of a file."""
+    write_text(path, json.dumps({"protocol": protocol, **found}, indent=2) + "\n")
+    return path
 
 
 def append_lines(path: Path, figures: Mapping[str, object]) -> None:

@@ -104,8 +104,8 @@ def plain_residual_norm_backward(
     dx, dscales, dshift = plain_norm_backward(total, grad, *arguments)
     if past is not None:
         dx = dx + past
-    dbranch = dx if factors is None else dx * factors
-    dbranch = None if branch_dtype is None else dbranch.to(branch_dtype)
+    of_branch = dx if factors is None else dx * factors
+    dbranch = None if branch_dtype is None else of_branch.to(branch_dtype)
     return dx, dbranch, dscales, dshift
 
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 from slurm.checks import check_launch
 from slurm.launch import launch_all
 from slurm.task import Task
+from utils.command import as_command
 from utils.config.build import plain
 from utils.config.flags import slurm_minutes
 from utils.console import open_closed_streams, output_taken
-from utils.errors import UserError, fail
+from utils.errors import UserError
 from utils.nearest import nearest
 from utils.run_files import EXPORTED
 
@@ -52,10 +53,9 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
         return None
     open_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        with output_taken():
+    with as_command():
+        if {"-h", "--help"} & set(words):
             return parse(words)
-    with output_taken():
         tasks, folder, dry_run = _read_tasks(function, parse, words)
     result = launch_all(tasks, folder=folder, dry_run=dry_run) if tasks else None
     with output_taken():  # what the last prints left in the buffer
@@ -65,22 +65,16 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
 def _read_tasks(
     function: str, parse: Parse, words: list[str]
 ) -> tuple[list[Task], Path | None, bool]:
-    """The tasks of a command line, their folder if they are several, and whether to start none.
-
-    A mistake prints one line and exits with code 2.
-    """
-    try:
-        _refuse_lost_folder()
-        _refuse_clock_times(words)
-        parse = _checking(parse)
-        asked = _read(words)
-        if not (asked.sweeps or asked.then):
-            config = parse(asked.words)
-            tasks = [] if config is None else [Task(function, plain(config))]
-            return tasks, None, asked.dry_run
-        return *_tasks(function, parse, asked), asked.dry_run
-    except UserError as error:
-        fail(error)
+    """The tasks of a command line, their folder if they are several, and whether to start none."""
+    _refuse_lost_folder()
+    _refuse_clock_times(words)
+    parse = _checking(parse)
+    asked = _read(words)
+    if not (asked.sweeps or asked.then):
+        config = parse(asked.words)
+        tasks = [] if config is None else [Task(function, plain(config))]
+        return tasks, None, asked.dry_run
+    return *_tasks(function, parse, asked), asked.dry_run
 
 
 def _refuse_lost_folder() -> None:

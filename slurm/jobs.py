@@ -18,6 +18,7 @@ from typing import Any
 
 from slurm import runs
 from slurm.runs import Run
+from utils.command import Parser, as_command
 from utils.errors import UserError
 
 _SACCT = "JobID,State,ExitCode,ElapsedRaw,Timelimit,NodeList"
@@ -30,20 +31,17 @@ _RARE = ("NODE_FAIL", "PREEMPTED", "DEADLINE", "BOOT_FAIL", "UNKNOWN", runs.UNRE
 _STATES = (*_ONGOING, *_ENDED, *_RARE)
 
 
+@as_command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m slurm.jobs", description=__doc__)
+    parser = Parser(prog="python -m slurm.jobs", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER")
     parser.add_argument("--json", action="store_true", help="everything known, as JSON")
     parser.add_argument("--last", type=int, default=0, metavar="N", help="the newest N runs alone")
     parser.add_argument("--state", default="", help="runs of this state alone, such as FAILED")
     arguments = parser.parse_args(argv)
-    try:
-        _check(arguments.folders, arguments.last, arguments.state.upper())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _check(arguments.folders, arguments.last, arguments.state.upper())
     found = list_runs(arguments.folders)
     if arguments.state:
         found = [run for run in found if run.state.startswith(arguments.state.upper())]

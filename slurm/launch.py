@@ -21,11 +21,11 @@ from slurm.local import run_apart, run_processes
 from slurm.printing import show_outcomes, show_points
 from slurm.submission import Submission, with_id
 from slurm.task import Task
+from utils.command import told_in_one_line
 from utils.config.build import check_targets, plain
 from utils.environment import whole_number
-from utils.errors import UserError, fail
+from utils.errors import UserError
 from utils.folders import check_run_folder, keeps_records, make_folder
-from utils.mistakes import mistakes_told
 from utils.online_weights import with_files
 
 if TYPE_CHECKING:
@@ -47,14 +47,8 @@ def launch_all(tasks: Sequence[Task], *, folder: Path | None = None, dry_run: bo
     In Slurm several tasks are one job array; elsewhere they run one after another, each in its own
     process. A failed one does not stop the others. `dry_run` shows what would be started.
     """
-    try:
-        with mistakes_told():  # also around imports, checks and records, not only the function
-            return _launch(tasks, folder or tasks[0].folder, dry_run)
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    with told_in_one_line():  # also around imports, checks and records, not only the function
+        return _launch(tasks, folder or tasks[0].folder, dry_run)
 
 
 def submit(function: Function, config: Mapping[str, Any]) -> "submitit.Job[Any]":

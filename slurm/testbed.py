@@ -14,7 +14,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from slurm.testbed_files import (
     SLURM_CONF,
     SLURMDBD_CONF,
 )
+from utils.command import Parser, as_command
 from utils.errors import UserError
 from utils.proc import started
 
@@ -251,23 +251,17 @@ def lacking() -> list[str]:
     return [name for name in PROGRAMS if not shutil.which(name, path=path)]
 
 
+@as_command()
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m slurm.testbed", description=__doc__)
+    parser = Parser(prog="python -m slurm.testbed", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=("up", "status", "down"))
     default = Path(tempfile.gettempdir()) / "octic-slurm"
     parser.add_argument("--folder", type=Path, default=default, help=f"{default} by default")
     arguments = parser.parse_args(argv)
     testbed = Testbed(arguments.folder.absolute())
-    try:
-        return {"up": _up, "status": _status, "down": _down}[arguments.command](testbed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return {"up": _up, "status": _status, "down": _down}[arguments.command](testbed)
 
 
 def _up(testbed: Testbed) -> int:

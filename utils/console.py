@@ -46,6 +46,12 @@ def may_be_lost(silence: Callable[[], None] | None = None) -> Iterator[None]:
                 print(f"standard output takes no more: {error.strerror}", file=sys.stderr)
 
 
+def say(line: str) -> None:
+    """Print one line at once; on a full disk, or to a reader that has gone, it is lost."""
+    with may_be_lost():
+        print(line, flush=True)
+
+
 @contextmanager
 def output_taken() -> Iterator[None]:
     """One line and exit status 1 where standard output does not take what a command prints.

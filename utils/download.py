@@ -2,15 +2,16 @@
 
 import http
 import http.client
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from utils.console import say
+from utils.progress import RateLines
+
 ATTEMPTS = 5  # connections that bring nothing, before giving up
 TIMEOUT_S = 60.0
-PERIOD_S = 10.0  # between two lines of progress
 CHUNK_BYTES = 1 << 20
 MB = 1e6
 
@@ -72,7 +73,9 @@ def _fetch(address: str, part: Path, label: str) -> bool:
                 version_file.write_text(version)
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
-        progress = _Progress(label, have, total)
+        size = f"{total / MB:,.0f} MB" if total else "a file of unknown size"
+        say(f"{label}: {size}" + (f", {have / MB:,.0f} MB are there" if have else ""))
+        progress = RateLines(label, total, "MB", scale=MB, done=have, ends=True)
         with part.open("ab" if resumed else "wb") as file:
             while chunk := answer.read(CHUNK_BYTES):
                 file.write(chunk)
@@ -89,33 +92,6 @@ def _version_of(headers: Mapping[str, str]) -> str:
 
 def _version_file(part: Path) -> Path:
     return part.with_name(f"{part.name}-of")
-
-
-class _Progress:
-    """A line every few seconds with rate and time left."""
-
-    def __init__(self, label: str, done: int, total: int | None) -> None:
-        self.label, self.done, self.total, self.first = label, done, total, done
-        self.start = self.last = time.monotonic()
-        size = f"{total / MB:,.0f} MB" if total else "a file of unknown size"
-        held = f", {done / MB:,.0f} MB are there" if done else ""
-        print(f"{label}: {size}{held}", flush=True)
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        finished = self.done == self.total
-        if not finished and now - self.last < PERIOD_S:
-            return
-        self.last = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        line = f"{self.label}: {self.done / MB:,.0f}"
-        if self.total is None:
-            line += f" MB, {rate / MB:.1f} MB/s"
-        else:
-            left = "done" if finished else f"{(self.total - self.done) / rate:,.0f} s left"
-            line += f" of {self.total / MB:,.0f} MB, {rate / MB:.1f} MB/s, {left}"
-        print(line, flush=True)
 
 
 def _size(path: Path) -> int:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.console import output_taken
+from utils.command import Parser, as_command
 
 ABOUT = """What the speed of a net is made of (docs/performance.md).
 
@@ -45,9 +45,9 @@ DEFAULTS = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The flags, each with the words that read it; what is not given is not in the namespace."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The words, and the defaults of those left out; exits for a flag that `what` does not read."""
+    """The words, and the defaults of those left out; UserError for a flag of another `what`."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     what = given.pop("what")
@@ -87,7 +87,7 @@ def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(what=what, **{**DEFAULTS, **given})
 
 
-@output_taken()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = read(argv)

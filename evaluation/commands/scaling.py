@@ -3,19 +3,17 @@
 import argparse
 from collections.abc import Sequence
 
-from utils.console import output_taken
+from utils.command import Parser, as_command
 
 ABOUT = """What a step takes on many GPUs: what ranks send, measured here, and a model of the rest.
 
 The model is arithmetic on stated assumptions, not a measurement (docs/scaling.md)."""
 
 
-@output_taken()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("measure", "model"))
     add = parser.add_argument
     add("--processes", default="2,4", help="measure: in so many processes (2,4)")

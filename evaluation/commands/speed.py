@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.console import output_taken
+from utils.command import Parser, as_command
 
 ABOUT = """The whole speed table of this machine (docs/benchmarks.md).
 
@@ -15,12 +15,10 @@ of each and table.md, and the same command goes on where it was cut off. Exit co
 measurement failed, 2 for a mistake, 130 after Ctrl-C."""
 
 
-@output_taken()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/speed"), metavar="FOLDER", help="runs/speed")
     add("--minutes", type=float, metavar="N", help="budget of all together; none if left out")

@@ -1,15 +1,13 @@
 """What experiments/anatomy.py runs: the parts of a net's speed, each by its module."""
 
 import argparse
-import sys
 
 import torch
 
 from evaluation.cost import block_times, blocks, growth, roofline
 from evaluation.cost.settings import PICTURES, choose_device, whole_numbers
-from utils.errors import UserError, fail
+from utils.errors import UserError
 from utils.joining import check_device
-from utils.mistakes import mistakes_told
 from utils.ranges import check_count
 
 BLOCKS = "hybrid_deit_small_patch16,hybrid_deit_base_patch16,hybrid_deit_large_patch16"
@@ -18,17 +16,6 @@ PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"
 
 def show(words: argparse.Namespace) -> None:
     """Print what a command line (`evaluation.commands.anatomy`) asks for."""
-    try:
-        with mistakes_told():
-            _show(words)
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _show(words: argparse.Namespace) -> None:
     for flag in ("threads", "batch_size", "size", "steps"):
         if (given := getattr(words, flag)) is not None:
             check_count(f"--{flag.replace('_', '-')}", given, 1)

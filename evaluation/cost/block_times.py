@@ -5,7 +5,6 @@ launches by the host; a block is called as its net calls it. For whole nets see
 `experiments/complexity.py`.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from evaluation.cost.blocks import kinds_of, shape_of
 from evaluation.cost.graphs import record
 from evaluation.cost.models import find_backbone, make_net
+from evaluation.cost.peaks import device_name
 from evaluation.progress import say
-from evaluation.results import print_table
+from evaluation.results import print_table, write_measured
 from utils.errors import UserError
 from utils.parallel import allow_variants
-from utils.whole_file import write_text
 from vit.block import terms_of
 
 MODES = ("eager", "compiled")
@@ -67,7 +66,7 @@ def measure(
 
     A time is printed as soon as it is measured, and json_file is written after every net; on an
     interrupt both hold the times measured so far. listed: also print the kernels of each compiled
-    pass. UserError without a CUDA device and for a net without `blocks`.
+    pass. UserError without a CUDA device and for a net without `blocks` of tokens.
     """
     if not torch.cuda.is_available():
         raise UserError("times are those of a CUDA device, and torch sees none here")
@@ -88,9 +87,10 @@ def measure(
 def _measure_net(name: str, times: Times, size: int, batch: int) -> None:
     say(f"times of the blocks of {name}")
     net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
-    tokens, width = shape_of(net, size)
+    kinds = kinds_of(name, net)
+    tokens, width = shape_of(name, net, size)
     # The last kind first, as the others are compared with it.
-    for block in reversed(kinds_of(name, net)):
+    for block in reversed(kinds):
         kind = type(block).__name__
         for mode in MODES:
             for passed, step in steps_of(block, (batch, tokens, width), mode).items():
@@ -124,8 +124,7 @@ def write_json(path: Path, found: Mapping[str, Times], protocol: str) -> Path:
         ]
         for name, times in found.items()
     }
-    write_text(path, json.dumps({"protocol": protocol, "blocks": nets}, indent=2) + "\n")
-    return path
+    return write_measured(path, protocol, blocks=nets)
 
 
 def steps_of(
@@ -148,7 +147,8 @@ def steps_of(
     def forward() -> list[Tensor]:
         with autocast():
             found = run(*inputs)
-        return [found] if isinstance(found, Tensor) else list(found[:2])
+        outputs = [found] if isinstance(found, Tensor) else found[:2]
+        return [output for output in outputs if output is not None]
 
     with torch.no_grad():
         grads = [torch.randn_like(output) for output in forward()]
@@ -194,7 +194,7 @@ def _ratio(times: Times, kind: str, mode: str, passed: str) -> float | None:
 
 
 def _protocol(size: int, batch: int) -> str:
-    device = torch.cuda.get_device_name()
+    device = device_name(torch.device("cuda"))
     return (
         f"batch {batch}, {size} x {size} pixels, autocast to bfloat16, training mode, CUDA graphs, "
         f"median of {REPLAYS - 1} replays; {device}; torch {torch.__version__}"

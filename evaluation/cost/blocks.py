@@ -5,6 +5,7 @@ plain block of the same width.
 """
 
 import re
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from evaluation.cost.models import find_backbone, make_net
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.flops import count_operations
 from utils.parallel import blocks_of
 
@@ -42,16 +43,14 @@ def measure(
     """Costs of the kinds of blocks of registered nets, printed as a table.
 
     bf16: under autocast to bfloat16, as on a GPU. kernels: compile each block for this CPU (about a
-    minute each; needs a C++ compiler). Raises UserError for a net without `blocks`.
+    minute each; needs a C++ compiler). Raises UserError for a net without `blocks` of tokens.
     """
     found = {}
     for name in names:
         say(f"blocks of {name}")
         net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
-        found[name] = [
-            cost_of_block(block, *shape_of(net, size), bf16=bf16, kernels=kernels)
-            for block in kinds_of(name, net)
-        ]
+        kinds, shape = kinds_of(name, net), shape_of(name, net, size)
+        found[name] = [cost_of_block(kind, *shape, bf16=bf16, kernels=kernels) for kind in kinds]
     _print(found, size, bf16, kernels)
     return found
 
@@ -67,7 +66,7 @@ def cost_of_block(
         kept = kept_bytes(block, tokens_in.expand(2, -1, -1)) - kept_bytes(block, tokens_in)
         compiled = count_kernels(block, tokens_in) if kernels else None
         with torch.random.fork_rng():
-            counted = count_operations(block, tokens_in.requires_grad_())
+            counted = count_operations(block, tokens_in.requires_grad_(), loss=_loss)
     return BlockCost(
         type(block).__name__,
         width,
@@ -78,6 +77,12 @@ def cost_of_block(
         kept,
         compiled,
     )
+
+
+def _loss(output: Any) -> Tensor:
+    """Of a block's tokens, which some return beside other things."""
+    tokens = output if isinstance(output, Tensor) else output[0]
+    return tokens.float().square().mean()
 
 
 def kept_bytes(block: nn.Module, x: Tensor) -> int:
@@ -118,12 +123,37 @@ def kinds_of(name: str, net: nn.Module) -> list[nn.Module]:
     return list({type(block): block for block in reversed(blocks)}.values())[::-1]
 
 
-def shape_of(net: nn.Module, size: int) -> tuple[int, int]:
-    """Tokens of an image, and their width."""
-    inner: Any = getattr(net, "net", net)
-    patch = inner.patch_embed.patch_size if hasattr(inner, "patch_embed") else inner.patch_size
-    side = patch if isinstance(patch, int) else patch[0]
-    return (size // side) ** 2 + inner.num_prefix_tokens, inner.embed_dim
+class _Reached(Exception):
+    """The first block was called, with these shapes."""
+
+
+def shape_of(name: str, net: nn.Module, size: int) -> tuple[int, int]:
+    """Tokens of an image and their width, as the first block gets them.
+
+    UserError where it gets something else than tokens [1 T D], or more than those, and for a size
+    that the net does not take.
+    """
+    first = blocks_of(net)[0]
+
+    def stop(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        raise _Reached(*(tuple(value.shape) for value in inputs[:1]))
+
+    shape: tuple[int, ...] = ()
+    images = torch.zeros(1, getattr(net, "in_chans", 3), size, size)
+    hook = first.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            net.eval()(images)
+    except _Reached as reached:
+        (shape,) = reached.args
+    except (ValueError, AssertionError) as error:  # the latter are timm's
+        raise UserError(f"{name} does not take {size} x {size} pixels: {one_line(error)}") from None
+    finally:
+        hook.remove()
+    needed = [p for p in signature(first.forward).parameters.values() if p.default is p.empty]
+    if len(shape) != 3 or len(needed) > 1:
+        raise UserError(f"the blocks of {name} do not take tokens [B T D] alone: none is measured")
+    return shape[1], shape[2]
 
 
 def _print(found: dict[str, list[BlockCost]], size: int, bf16: bool, kernels: bool) -> None:

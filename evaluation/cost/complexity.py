@@ -1,6 +1,5 @@
 """Compare parameters, multiply-adds, speed and memory of nets with those of their plain twins."""
 
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -10,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
+from evaluation.cost import machine
 from evaluation.cost.counting import count_cost
 from evaluation.cost.cross_check import count_with_fvcore, explain_difference
 from evaluation.cost.models import Group, Node, find_backbone, make_groups, make_net
-from evaluation.cost.peaks import Peak, arithmetic_of, device_name, find_peak
+from evaluation.cost.peaks import Peak, arithmetic_of, find_peak
 from evaluation.cost.picture import draw_costs, heights
 from evaluation.cost.published_table import measure_table
 from evaluation.cost.settings import Settings, check_outputs, choose_device, read_settings
@@ -38,7 +37,6 @@ from utils.joining import session
 from utils.parallel import allow_variants
 from utils.precision import float32_products_in
 from utils.ranges import check_count
-from utils.run_folder import describe_code
 
 
 def measure(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,14 +193,9 @@ def describe(settings: Settings) -> tuple[dict[str, Any], Peak | None]:
     arithmetic = arithmetic_of(device, settings.dtype)
     peak = find_peak(device, arithmetic) if settings.passes else None
     protocol = {
-        "device": device_name(device),
-        "device_type": device.type,
+        **machine.describe(device),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "code": describe_code(),
         "command": shlex.join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "batch_size": settings.batch_size,

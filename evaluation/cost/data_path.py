@@ -4,8 +4,6 @@ Stages take turns, round by round, so that they share whatever else the machine 
 """
 
 import io
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +22,7 @@ from torch import Generator
 
 from evaluation.cost.peaks import device_name, synchronize
 from evaluation.progress import say
-from evaluation.results import print_table
+from evaluation.results import print_table, write_measured
 from utils import distributed
 from utils.config.build import build, plain
 from utils.data.colour_plan import finished
@@ -34,7 +32,6 @@ from utils.joining import session
 from utils.parallel import to_device
 from utils.randomness import seed_cpu
 from utils.ranges import check_count
-from utils.whole_file import write_text
 
 SIZE = (500, 375)  # width and height of ImageNet's usual photograph
 QUALITY = 95  # about 90 kB
@@ -212,7 +209,7 @@ def _report(
         "median_kb": round(sizes[len(sizes) // 2] / 1000, 1),
         "rounds": config["rounds"],
         "batch_size": config["batch_size"],
-        "machine": f"{platform.processor() or platform.machine()}, one thread",
+        "machine": f"{device_name(torch.device('cpu'))}, one thread",
         "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
         f"Pillow {PIL.__version__}",
         "date": date.today().isoformat(),
@@ -221,11 +218,9 @@ def _report(
     words = "; ".join(f"{key}: {value}" for key, value in protocol.items())
     print_table("data path", columns, rows, protocol=words)
     if config["json_file"]:
-        text = json.dumps({"protocol": protocol, "figures": figures}, indent=2)
         path = Path(config["json_file"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text + "\n")
-        say(f"figures: {path}")
+        say(f"figures: {write_measured(path, protocol, figures=figures)}")
     return figures
 
 

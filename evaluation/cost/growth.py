@@ -5,7 +5,6 @@ One of the three varies, the others stay at the values of `Point()`. Nets take t
 kept for the backward pass.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +25,8 @@ from evaluation.cost.timing import (
     speed_of,
 )
 from evaluation.progress import say
-from evaluation.results import print_table
+from evaluation.results import print_table, write_measured
 from utils.errors import UserError
-from utils.whole_file import write_text
 
 
 class Point(NamedTuple):
@@ -141,7 +139,6 @@ def show(
     protocol = f"{octic} and {plain} in turn; {fixed}; {where}; memory: {told}"
     print_table("growth of cost", columns, cells, protocol=f"{protocol}; torch {torch.__version__}")
     if json_file:
-        write_text(json_file, json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
-        say(f"written: {json_file}")
+        say(f"written: {write_measured(json_file, protocol, rows=rows)}")
     if picture_file:
         say(f"picture: {draw(rows, picture_file)}")

@@ -33,20 +33,27 @@ def ask() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def describe() -> dict[str, Any]:
-    """Device, versions, driver, cores and the code's revision; None for what is not there."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+def describe(device: torch.device) -> dict[str, Any]:
+    """A device, versions and the code's revision."""
     return {
-        "device_type": kind,
-        "device": device_name(torch.device(kind)),
-        "auto_precision": auto_mode(kind),
-        "driver": _driver() if kind == "cuda" else None,
+        "device": device_name(device),
+        "device_type": device.type,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
         "timm": _version("timm"),
-        "cores": available_cores(),
         "code": describe_code(),
+    }
+
+
+def _facts() -> dict[str, Any]:
+    """All that there is to tell; None for what is not there."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        **describe(torch.device(kind)),
+        "auto_precision": auto_mode(kind),
+        "driver": _driver() if kind == "cuda" else None,
+        "triton": _version("triton"),
+        "cores": available_cores(),
     }
 
 
@@ -75,4 +82,4 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe()))
+    print(json.dumps(_facts()))

@@ -15,7 +15,8 @@ import numpy as np
 
 from utils.data.encoded import EncodedImage
 from utils.data.images import ImageFolder
-from utils.data.lmdb import LmdbImages, write_lmdb
+from utils.data.lmdb import LmdbImages
+from utils.data.lmdb_writer import write_lmdb
 from utils.data.shard_writer import Writing
 from utils.data.shards import TarShards
 

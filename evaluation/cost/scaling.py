@@ -16,8 +16,9 @@ from utils.communication import Part, sent_bytes, step_payload
 from utils.config.build import plain
 from utils.config.check import networks
 from utils.config.compose import compose_config
-from utils.errors import UserError, fail
+from utils.errors import UserError
 from utils.flops import count_one_image
+from utils.ranges import check_count, check_range
 
 LAYOUTS = ("replicate", "shard", "hybrid")
 WIDTH = 2  # bytes of a parameter that is sent, bfloat16
@@ -110,13 +111,18 @@ def work_of(file: str) -> tuple[Work, int]:
     small = count_one_image(net, crops.local_crops_size, backward=False).forward
     student = 2 * large + crops.local_crops_number * small
     again = 1 if content["training"]["activation_checkpointing"] else 0
-    parts = [
+    units = len(net.blocks) + len(recipe.student)  # the backbone outside its blocks, and heads
+    work = Work((3 + again) * student + 2 * large, parts_of(recipe), units)
+    return work, recipe.batch_size_per_gpu
+
+
+def parts_of(recipe: Any) -> list[Part]:
+    """What a DINOv2 recipe lets the loop send: the parts of the student and of the teacher."""
+    return [
         Part(sum(p.numel() for p in module.parameters()), trained)
         for modules, trained in ((recipe.student, True), (recipe.teacher, False))
         for module in modules.values()
     ]
-    units = len(net.blocks) + len(recipe.student)  # the backbone outside its blocks, and heads
-    return Work((3 + again) * student + 2 * large, parts, units), recipe.batch_size_per_gpu
 
 
 def measured(processes: Sequence[int]) -> list[list[Any]]:
@@ -131,13 +137,16 @@ def measured(processes: Sequence[int]) -> list[list[Any]]:
         )
         for net, layout in cases
     ]
+    formula = [
+        step_payload(parts_of(networks(config)[1]), layout, micro_batches=2)
+        for config, (_, layout) in zip(configs, cases, strict=True)
+    ]
     rows = []
     for count in processes:
-        for (net, layout), found in zip(cases, traffic.measure(configs, count), strict=True):
-            parts = [Part(*part) for part in found["parts"]]
-            expected = step_payload(parts, layout, micro_batches=2)
+        payloads = traffic.measure(configs, count)
+        for (net, layout), expected, found in zip(cases, formula, payloads, strict=True):
             for kind in ("all_gather", "reduce_scatter", "all_reduce"):
-                told, said = expected[kind], found["payload"][kind]
+                told, said = expected[kind], found[kind]
                 ratio = f"{said / told:.3f}" if told else "-"
                 if said or told:
                     rows.append([net, count, layout, kind, f"{said:,.0f}", f"{told:,.0f}", ratio])
@@ -146,10 +155,7 @@ def measured(processes: Sequence[int]) -> list[list[Any]]:
 
 def show(words: argparse.Namespace) -> None:
     """Print the table that a command line (`evaluation.commands.scaling`) asks for."""
-    try:
-        _print_measured(words) if words.what == "measure" else _print_model(words)
-    except UserError as error:
-        fail(error)
+    _print_measured(words) if words.what == "measure" else _print_model(words)
 
 
 def _print_measured(words: argparse.Namespace) -> None:
@@ -165,8 +171,11 @@ def _print_measured(words: argparse.Namespace) -> None:
 def _print_model(words: argparse.Namespace) -> None:
     batch, numbers = words.batch, whole_numbers("--gpus", words.gpus)
     rates = (words.tflops, words.node_gb_s, words.network_gb_s)
-    if min(*rates, words.gpus_per_node, batch) <= 0 or words.latency_us < 0:
-        raise UserError("rates, GPUs per node and the batch must be positive")
+    for flag, rate in zip(("--tflops", "--node-gb-s", "--network-gb-s"), rates, strict=True):
+        check_range(flag, rate, ends="()")
+    for flag, count in (("--gpus-per-node", words.gpus_per_node), ("--batch", batch)):
+        check_count(flag, count, 1)
+    check_range("--latency-us", words.latency_us)
     cluster = Cluster(words.gpus_per_node, *rates, words.latency_us)
     for gpus in numbers:
         if batch % gpus or (gpus > cluster.gpus_per_node and gpus % cluster.gpus_per_node):

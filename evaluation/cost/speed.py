@@ -20,7 +20,7 @@ from evaluation.cost.speed_figures import Table, print_tables, tables_of, write_
 from evaluation.cost.speed_list import DEVICES, Measurement, choose, read_list, script_of
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.errors import UserError, fail
+from utils.errors import UserError
 from utils.lock import FolderLock
 from utils.mistakes import mistakes_told
 from utils.nearest import nearest
@@ -41,32 +41,25 @@ def show(words: argparse.Namespace, began: float) -> int:
 
     The time budget counts from `began`, on the monotonic clock.
     """
-    try:
-        if words.minutes is not None and not words.minutes > 0:
-            raise UserError(f"--minutes must be more than 0, got {words.minutes:g}")
-        if words.device not in ("auto", *DEVICES):
-            raise UserError(
-                f"--device is auto, cuda or cpu, not {words.device!r}"
-                f"{nearest(words.device, DEVICES)}"
-            )
-        facts = machine.ask()
-        device = facts["device_type"] if words.device == "auto" else words.device
-        measurements = read_list(device, words.config)
-        chosen = choose(measurements, words.only)
-        session = Session(words.out, measurements, facts, again=words.again)
-        if device == "cpu" and words.device == "auto":
-            say(ON_A_CPU)
-        if words.list:
-            session.show(chosen)
-            return 0
-        if device == "cuda" != facts["device_type"]:
-            raise UserError("the list for cuda needs a CUDA device, and torch sees none here")
-        return session.take(chosen, began + 60 * words.minutes if words.minutes else None)
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:  # before any measurement ran
-        print("interrupted", file=sys.stderr)
-        return 130
+    if words.minutes is not None and not words.minutes > 0:
+        raise UserError(f"--minutes must be more than 0, got {words.minutes:g}")
+    if words.device not in ("auto", *DEVICES):
+        raise UserError(
+            f"--device is auto, cuda or cpu, not {words.device!r}{nearest(words.device, DEVICES)}"
+        )
+    facts = machine.ask()
+    device = facts["device_type"] if words.device == "auto" else words.device
+    measurements = read_list(device, words.config)
+    chosen = choose(measurements, words.only)
+    session = Session(words.out, measurements, facts, again=words.again)
+    if device == "cpu" and words.device == "auto":
+        say(ON_A_CPU)
+    if words.list:
+        session.show(chosen)
+        return 0
+    if device == "cuda" != facts["device_type"]:
+        raise UserError("the list for cuda needs a CUDA device, and torch sees none here")
+    return session.take(chosen, began + 60 * words.minutes if words.minutes else None)
 
 
 class Session:

@@ -1,6 +1,5 @@
 """The table and the JSON file of a comparison of costs."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,8 @@ from evaluation.cost.counting import Cost
 from evaluation.cost.peaks import Peak
 from evaluation.cost.settings import Settings
 from evaluation.cost.timing import INFERENCE, Ratio, Speed
-from evaluation.results import print_table
+from evaluation.results import print_table, write_measured
 from utils.flops import Operations
-from utils.whole_file import write_text
 
 COUNTED = "forward"
 OUT_OF_MEMORY = "out of memory"
@@ -72,8 +70,7 @@ def write_json(
 ) -> Path:
     """Write all results of every net, with the protocol."""
     models = {name: _plain(result, peak) for name, result in results.items()}
-    write_text(path, json.dumps({"protocol": dict(protocol), "models": models}, indent=2) + "\n")
-    return path
+    return write_measured(path, dict(protocol), models=models)
 
 
 def _row(

@@ -1,7 +1,7 @@
 """Count what ranks send each other in one step of a real training, call by call.
 
 Run as a program under torchrun, it trains each given config for one step and for three, and prints
-the payload of a step (half the difference) by collective, and the parts of the recipe.
+the payload of a step (half the difference) by collective.
 """
 
 import json
@@ -9,16 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from utils import distributed, metrics, parallel
-from utils.communication import Communication, Part
+from utils import distributed, metrics
+from utils.communication import Communication
 from utils.errors import UserError
 from utils.joining import session
 from utils.run import train
@@ -27,11 +24,10 @@ COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 MARK = "traffic: "
 
 
-def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:
+def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, float]]:
     """Payload of one step of each config in `processes` processes of this machine, on the CPU.
 
-    `payload` by collective in bytes, `parts` as (parameters, trained). Raises UserError with what a
-    process said if one fails.
+    In bytes, by collective. Raises UserError with what a process said if one fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "-m", "evaluation.cost.traffic"]
@@ -52,42 +48,16 @@ def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, Any
     return json.loads(found[0].removeprefix(MARK))
 
 
-def _one_step(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _one_step(config: dict[str, Any], folder: Path) -> dict[str, float]:
     counts = []
     for steps in (1, 3):
         training = config["training"] | {"max_steps": steps, "log_every": 1000}
         run = config | {"training": training, "output_dir": str(folder / str(steps))}
-        with _parts_noted() as parts, Communication() as sent:
+        with Communication() as sent:
             train(run)
         counts.append({kind: sent.payload(kind) for kind in COUNTED})
     first, last = counts
-    return {
-        "payload": {kind: (last[kind] - first[kind]) / 2 for kind in COUNTED},
-        "parts": parts,
-    }
-
-
-@contextmanager
-def _parts_noted() -> Iterator[list[Part]]:
-    """Notes every part that a recipe gives to `wrap`."""
-    made, noted = parallel.make_wrap, list[Part]()
-
-    def make_wrap(*args: Any, **keywords: Any) -> Callable[..., nn.Module]:
-        wrap = made(*args, **keywords)
-
-        def noting(module: nn.Module, units: Iterable[nn.Module] = (), **more: Any) -> nn.Module:
-            parameters = list(module.parameters())
-            trained = any(p.requires_grad for p in parameters)
-            noted.append(Part(sum(p.numel() for p in parameters), trained))
-            return wrap(module, units=units, **more)
-
-        return noting
-
-    parallel.make_wrap = make_wrap
-    try:
-        yield noted
-    finally:
-        parallel.make_wrap = made
+    return {kind: (last[kind] - first[kind]) / 2 for kind in COUNTED}
 
 
 def _main() -> None:

@@ -1,37 +1,27 @@
 """The table of experiments/plan_probes.py: the modelled and measured cost of a probe."""
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from evaluation.probes.costs import MODELS, SEARCH_BYTES, Plan, Rates
 from evaluation.progress import say
 from evaluation.results import print_table
-from utils.console import output_taken
-from utils.errors import UserError, fail
+from utils.command import Parser, as_command
+from utils.errors import UserError
 from utils.nearest import nearest
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-@output_taken()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan of a probe; a mistake prints one line and exits with code 2."""
-    try:
-        probe, plan, measured = read_plan(argv)
-        show(probe, plan, with_measurement=measured)
-    except UserError as error:
-        fail(error)
+    probe, plan, measured = read_plan(argv)
+    show(probe, plan, with_measurement=measured)
 
 
 def read_plan(argv: Sequence[str] | None = None) -> tuple[str, Plan, bool]:
     """The probe, its size, and whether to measure it too."""
     default = Plan()
-    parser = _Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False)
+    parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False)
     parser.add_argument("--probe", default="knn", help=", ".join(MODELS))
     for name, kind in (
         ("train", "training images"),

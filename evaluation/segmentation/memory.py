@@ -10,7 +10,6 @@ process. Letters: N training patches and Q queries of one process (with as many 
 width, k neighbours.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -29,7 +28,7 @@ from evaluation.segmentation.patches import majority_labels
 from evaluation.segmentation.probe import MOMENT_ROWS
 from evaluation.segmentation.standardize import Standardizer, fit_standardizer
 from evaluation.segmentation.store import PatchStore, Shape
-from utils.errors import UserError, fail
+from utils.command import Parser, as_command
 from utils.folders import make_folder
 
 FLOAT, DOUBLE, INDEX = 4, 8, 8  # bytes
@@ -191,9 +190,10 @@ def _print(plan: Plan, measured: dict[str, dict[str, float]] | None) -> None:
     print(f"peak of the model: {highest / 1e9:.2f} GB ({phase}), beside Python and torch{base}")
 
 
+@as_command()
 def main() -> None:
     """Print the model, and with --measure the peak of the real code; a mistake is one line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--patches", type=int, default=3_565_044, help="training patches")
     parser.add_argument("--queries", type=int, default=396_116)
     parser.add_argument("--dim", type=int, default=1280)
@@ -203,10 +203,7 @@ def main() -> None:
     plan = Plan(arguments.patches, arguments.queries, arguments.dim)
     if min(plan) < 1:
         parser.error("--patches, --queries and --dim must be 1 or more")
-    try:
-        _print(plan, measure(plan, arguments.scratch_dir) if arguments.measure else None)
-    except UserError as error:
-        fail(error)
+    _print(plan, measure(plan, arguments.scratch_dir) if arguments.measure else None)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,9 @@ def test_the_list_finds_runs_and_no_parts_of_them(tmp_path: Path, capsys) -> Non
     told = capsys.readouterr().out
     assert "run folder" in told and told.count("mine") <= 1
     assert main([str(tmp_path)]) == 0 and "7/10" in capsys.readouterr().out
-    assert main([str(tmp_path / "nothing")]) == 2
+    with pytest.raises(SystemExit) as left:
+        main([str(tmp_path / "nothing")])
+    assert left.value.code == 2
     assert capsys.readouterr().err.startswith("error: there is no folder ")
 
 

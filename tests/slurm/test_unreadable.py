@@ -84,7 +84,9 @@ def test_damaged_records_hide_no_other_run(sound: Path, name: str, text: str, ca
     ],
 )
 def test_mistakes_are_one_line(sound: Path, capsys, words: list[str], said: str) -> None:
-    assert main([str(sound.parent), *words]) == 2
+    with pytest.raises(SystemExit) as left:
+        main([str(sound.parent), *words])
+    assert left.value.code == 2
     told = capsys.readouterr()
     assert told.err.startswith(said) and told.err.count("\n") == 1 and not told.out
 

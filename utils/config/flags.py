@@ -8,8 +8,9 @@ import textwrap
 from collections.abc import Callable
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from utils.command import Parser
 from utils.config.files import CONFIGS
 from utils.errors import UserError
 from utils.nearest import nearest
@@ -193,11 +194,6 @@ class Arguments(NamedTuple):
     check: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def read_arguments(argv: list[str] | None, default: str, base: str = "train") -> Arguments:
     """Read flags and `key=value` words in any order; `--help` prints and exits.
 
@@ -229,9 +225,9 @@ def _flags_of(base: Path) -> list[Flag]:
     return [flag for flag in FLAGS if flag.key.split(".")[0] in {*content, *groups}]
 
 
-def _parser(default: str, flags: list[Flag]) -> _Parser:
+def _parser(default: str, flags: list[Flag]) -> Parser:
     script = sys.modules["__main__"]
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [--config-file FILE] [flags] [key=value ...]",
         description=script.__doc__,
         epilog=_epilog(),

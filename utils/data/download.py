@@ -8,7 +8,8 @@ A download that was cut goes on where it stopped. Nothing is unpacked before its
 and a folder is there whole or not at all. An archive that lies in ROOT already is not downloaded.
 """
 
-import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from torchvision.datasets.sbd import SBDataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+from utils.command import Parser, as_command
+from utils.console import say
 from utils.download import Unavailable, download
 from utils.errors import UserError
 from utils.only_one import only_one
@@ -81,7 +84,7 @@ def _download(name: str, archive: Archive, file: Path) -> None:
         download(archive.url, part, file.name)
     except Unavailable as error:
         raise UserError(_by_hand(name, archive, file, str(error))) from None
-    print(f"{file.name}: comparing the checksum", flush=True)
+    say(f"{file.name}: comparing the checksum")
     if not check_integrity(part, archive.md5):
         part.unlink()
         raise UserError(
@@ -92,7 +95,7 @@ def _download(name: str, archive: Archive, file: Path) -> None:
 
 
 def _unpack(archive: Archive, file: Path, target: Path) -> None:
-    print(f"{file.name}: unpacking", flush=True)
+    say(f"{file.name}: unpacking")
     with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as temporary:
         extract_archive(str(file), temporary)
         unpacked = Path(temporary, archive.folder)
@@ -100,7 +103,7 @@ def _unpack(archive: Archive, file: Path, target: Path) -> None:
             raise UserError(f"{file} holds no folder {archive.folder}")
         target.parent.mkdir(parents=True, exist_ok=True)
         unpacked.rename(target)
-    print(f"{target} is complete; {file} is no longer needed", flush=True)
+    say(f"{target} is complete; {file} is no longer needed")
 
 
 def _by_hand(name: str, archive: Archive, file: Path, reason: str) -> str:
@@ -115,18 +118,19 @@ def _wrong(archive: Archive, file: Path, what_to_do: str) -> str:
     return f"{file} has another checksum than md5 {archive.md5}; {what_to_do}"
 
 
-def main(argv: list[str]) -> None:
+@as_command()
+def main(argv: Sequence[str] | None = None) -> None:
     """The commands of the module's docstring."""
-    if len(argv) != 2 or argv[0] not in ARCHIVES:
-        names = "|".join(ARCHIVES)
-        print(f"usage: python -m utils.data.download {names} ROOT", file=sys.stderr)
-        raise SystemExit(2)
-    try:
-        print(bring(argv[0], Path(argv[1])))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    parser = Parser(
+        prog="python -m utils.data.download",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=ARCHIVES, help="of the archive")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder that it comes to")
+    asked = parser.parse_args(argv)
+    print(bring(asked.name, asked.root))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

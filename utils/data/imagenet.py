@@ -14,15 +14,16 @@ The metadata spare the listing of a million files at every start. Write them wit
 import csv
 import logging
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from utils.command import Parser, as_command
 from utils.data.images import ImageFiles, ImageFolder, class_folders, existing_folder
 from utils.errors import UserError
+from utils.folders import make_folder
 from utils.whole_file import whole_file
 
 SIZES = {"train": 1_281_167, "val": 50_000, "test": 100_000}
@@ -129,7 +130,7 @@ def write_extra(
         splits = [split for split in SIZES if os.path.isdir(os.path.join(root, split))]
         if not splits:
             raise UserError(f"{root} has none of the folders {', '.join(SIZES)}")
-    os.makedirs(extra, exist_ok=True)
+    make_folder(extra, "EXTRA")
     written = []
     for split in splits:
         arrays = _test_arrays() if _known_split(split) == "test" else _arrays(root, split)
@@ -265,19 +266,16 @@ def _save(path: str, array: np.ndarray) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def main(arguments: Sequence[str]) -> int:
+@as_command()
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the metadata of the tree ROOT to the folder EXTRA."""
-    if len(arguments) != 2 or arguments[0].startswith("-"):
-        print("usage: python -m utils.data.imagenet ROOT EXTRA", file=sys.stderr)
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    try:
-        for path in write_extra(arguments[0], arguments[1]):
-            print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser = Parser(prog="python -m utils.data.imagenet", description=main.__doc__)
+    parser.add_argument("root", metavar="ROOT", help="of train, val and test")
+    parser.add_argument("extra", metavar="EXTRA", help="made if it is not there")
+    asked = parser.parse_args(argv)
+    for path in write_extra(asked.root, asked.extra):
+        print(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

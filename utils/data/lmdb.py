@@ -17,29 +17,19 @@ Needs the package lmdb (`pip install -e .[lmdb]`).
 import io
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from utils.data.images import ImageError, ImageFolder, read_image
-from utils.data.packing import Packed, RateLines, packed_files, unwritable
+from utils.data.images import ImageError, read_image
 from utils.errors import UserError
-from utils.whole_file import whole_file
 
 VERSION = 1
-BATCH = 1000  # images per transaction
-# A sparse file of the data's size and room for its tree; pages hold 4 KiB, so a small image wastes.
-MAP_SLACK = 1.2
-MAP_PER_IMAGE = 8192
 
 
 class LmdbImages:
-    """Images of a file that `write_lmdb` wrote: `file`, or `split`.lmdb in the folder `root`.
+    """Images of a file that `lmdb_writer` wrote: `file`, or `split`.lmdb in the folder `root`.
 
     Each process opens the file for itself, read-only. UserError for a file that is missing or
     another program's.
@@ -87,7 +77,7 @@ class LmdbImages:
         """The image file as stored."""
         if not 0 <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
-        data = self._get(_key(index))
+        data = self._get(key_of(index))
         if data is None:
             raise ImageError(self.path(index), "missing in the LMDB file, which is damaged")
         return data
@@ -98,7 +88,7 @@ class LmdbImages:
 
     def path(self, index: int) -> str:
         """The file, and the path the image had."""
-        name = self._get(_key(index) + b".name") or b"?"
+        name = self._get(key_of(index) + b".name") or b"?"
         return f"{self.file}:{os.fsdecode(name)}"
 
     def close(self) -> None:
@@ -125,62 +115,6 @@ class LmdbImages:
             return transaction.get(key)
 
 
-def write_lmdb(
-    folder: str | os.PathLike,
-    file: str | os.PathLike,
-    *,
-    classes: Sequence[str] | None = None,
-    check: str = "none",
-    num_threads: int = 8,
-    shown: bool = False,
-) -> int:
-    """Copy the images of a folder into one file; returns how many.
-
-    classes: as of `ImageFolder`. check, num_threads: as of `packing.packed_files`. shown: with
-    lines of progress. The file appears when it is whole. UserError where it exists already, where
-    the folder holds no images or a bad one, and where the disk is full.
-    """
-    lmdb = _package()
-    images, target = ImageFolder(folder, classes=classes), Path(file).expanduser().absolute()
-    if target.exists():
-        raise UserError(f"{target} exists; choose another file or remove it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size = sum(os.path.getsize(images.path(index)) for index in range(len(images)))
-        map_size = int(MAP_SLACK * size) + MAP_PER_IMAGE * len(images) + 2**24
-        files = packed_files(images, range(len(images)), check=check, num_threads=num_threads)
-        with (
-            whole_file(target) as partial,
-            lmdb.open(
-                os.fspath(partial), subdir=False, map_size=map_size, lock=False
-            ) as environment,
-        ):
-            _fill(environment, images, files, RateLines(target.name, len(images), shown=shown))
-            environment.sync(True)
-    except lmdb.Error as error:
-        raise UserError(f"cannot write {target}: {error}") from None
-    except OSError as error:
-        raise unwritable(target, error) from None
-    return len(images)
-
-
-def _fill(
-    environment: Any, images: ImageFolder, files: Iterator[Packed], progress: RateLines
-) -> None:
-    """Copy images, labels and what is told about them into an empty environment."""
-    while batch := list(islice(files, BATCH)):
-        with environment.begin(write=True) as transaction:
-            for number, name, data in batch:
-                transaction.put(_key(number), data)
-                transaction.put(_key(number) + b".name", os.fsencode(name))
-                progress.add()
-    about = {"version": VERSION, "count": len(images), "class_names": images.class_names}
-    with environment.begin(write=True) as transaction:
-        transaction.put(b"about", json.dumps(about).encode())
-        if images.labels is not None:
-            transaction.put(b"labels", images.labels.astype("<i8").tobytes())
-
-
 # LMDB allows one environment per file and process, and none of another process: by file, the
 # process that opened it and its environment.
 _opened: dict[str, tuple[int, Any]] = {}
@@ -192,7 +126,7 @@ def _environment(file: str) -> Any:
         return environment
     if environment is not None:
         environment.close()  # this fork's copy of its parent's
-    lmdb = _package()
+    lmdb = lmdb_package()
     try:
         # With read-ahead: without, a photograph is twenty reads of 4 KiB each.
         environment = lmdb.open(file, subdir=False, readonly=True, lock=False)
@@ -206,7 +140,8 @@ def _environment(file: str) -> Any:
     return environment
 
 
-def _package() -> Any:
+def lmdb_package() -> Any:
+    """The package lmdb; UserError where it is not installed."""
     try:
         import lmdb
     except ImportError:
@@ -214,21 +149,12 @@ def _package() -> Any:
     return lmdb
 
 
-def _key(index: int) -> bytes:
+def key_of(index: int) -> bytes:
+    """The key of an image's bytes."""
     return b"%09d" % index
 
 
-def main(argv: list[str]) -> None:
-    """The command of the module's docstring."""
-    if len(argv) != 2 or argv[0].startswith("-"):
-        print("usage: python -m utils.data.lmdb FOLDER FILE", file=sys.stderr)
-        raise SystemExit(2)
-    try:
-        print(f"{write_lmdb(*argv, check='header', shown=True):,} images in {argv[1]}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from utils.data.lmdb_writer import main_of_folder  # late: whoever reads packs nothing
+
+    main_of_folder()

@@ -6,14 +6,13 @@ Nothing heavy is imported before there is work, so that `--help` answers at once
 import argparse
 import io
 import os
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
+from utils.command import Parser
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val")
 CHECKS = ("none", "header", "pixels")
 AHEAD = 8  # images read ahead of the writer, per thread
-PERIOD_S = 10.0  # between two lines of progress
 
 
 class Packed(NamedTuple):
@@ -99,30 +97,8 @@ def packed_files(
                 future.cancel()
 
 
-class RateLines:
-    """Every few seconds a line with rate and time left; nothing of what takes less."""
-
-    def __init__(self, label: str, total: int, unit: str = "images", *, shown: bool = True) -> None:
-        self.label, self.total, self.unit, self.shown = label, total, unit, shown
-        self.done = 0
-        self.start = self.last = time.monotonic()
-
-    def add(self, count: int = 1) -> None:
-        """Count what was done; a line if the last one is old enough."""
-        self.done += count
-        now = time.monotonic()
-        if self.shown and now - self.last >= PERIOD_S:
-            self.last = now
-            rate = self.done / (now - self.start)
-            print(
-                f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, "
-                f"{(self.total - self.done) / rate:,.0f} s left",
-                flush=True,
-            )
-
-
-class Parser(argparse.ArgumentParser):
-    """The flags of every writer; a mistake is a `UserError`."""
+class WriterParser(Parser):
+    """The flags of every writer."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, allow_abbrev=False)
@@ -137,10 +113,6 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--num-threads", type=int, default=8, help="images read at a time")
 
-    def error(self, message: str) -> NoReturn:
-        """One line, as of every mistake."""
-        raise UserError(message)
-
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The words read, and `check` for what --verify asks."""
         asked = self.parse_args(argv)
@@ -148,16 +120,6 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"--num-threads is {asked.num_threads}; it must be at least 1")
         asked.check = "pixels" if asked.verify else "header"
         return asked
-
-
-def run_command(work: Callable[[], Iterable[str]]) -> None:
-    """Print the lines of `work`; a user's mistake is one line and exit code 2."""
-    try:
-        for line in work():
-            print(line, flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def unwritable(target: object, error: OSError) -> UserError:

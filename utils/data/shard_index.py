@@ -27,10 +27,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from utils.data.images import EXTENSIONS, folder_order
-from utils.data.packing import RateLines
 from utils.data.tar_members import Member, tar_members
 from utils.errors import UserError
 from utils.only_one import only_one
+from utils.progress import RateLines
 from utils.whole_file import whole_file
 
 VERSION = 1  # to be raised with every change of what an index holds

@@ -20,19 +20,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.console import output_taken
+from utils.command import as_command
+from utils.console import say
 from utils.data.packing import (
     SPLITS,
     Packed,
-    Parser,
-    RateLines,
+    WriterParser,
     packed_files,
-    run_command,
     split_tree,
     unwritable,
 )
 from utils.data.shard_plan import Plan, Samples
 from utils.errors import UserError
+from utils.progress import RateLines
 from utils.whole_file import whole_file, write_text
 
 SHARD_MB = 1000.0
@@ -184,40 +184,36 @@ def _write_shard(file: Path, files: Iterator[Packed], samples: Samples, progress
 
 
 def _say_skipped(message: str) -> None:
-    print(f"left out: {message}", flush=True)
+    say(f"left out: {message}")
 
 
-@output_taken()
+@as_command()
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
     """The command line; a mistake is one line and exit code 2."""
-
-    def work() -> Iterator[str]:
-        parser = Parser(description or __doc__)
-        parser.add_argument(
-            "--whole", action="store_true", help="DIR itself holds the images, all to train on"
-        )
-        parser.add_argument(
-            "--shard-mb", type=float, default=SHARD_MB, help="size of a shard, in 10^6 bytes"
-        )
-        parser.add_argument("--seed", type=int, default=0, help="of the order of train")
-        parser.add_argument(
-            "--skip-damaged", action="store_true", help="leave bad images out instead of stopping"
-        )
-        asked = parser.read(argv)
-        if not asked.shard_mb > 0 or not 0 <= asked.seed < 2**32:
-            raise UserError("--shard-mb must be above 0, and --seed at least 0 and below 2^32")
-        written = write_splits(
-            asked.dir,
-            output=asked.output,
-            whole=asked.whole,
-            seed=asked.seed,
-            shard_mb=asked.shard_mb,
-            check=asked.check,
-            num_threads=asked.num_threads,
-            skip_damaged=asked.skip_damaged,
-            shown=True,
-        )
-        for file, count in written.items():
-            yield f"{file}: {count:,} images, {file.stat().st_size / 1e6:.1f} MB"
-
-    run_command(work)
+    parser = WriterParser(description or __doc__)
+    parser.add_argument(
+        "--whole", action="store_true", help="DIR itself holds the images, all to train on"
+    )
+    parser.add_argument(
+        "--shard-mb", type=float, default=SHARD_MB, help="size of a shard, in 10^6 bytes"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of train")
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="leave bad images out instead of stopping"
+    )
+    asked = parser.read(argv)
+    if not asked.shard_mb > 0 or not 0 <= asked.seed < 2**32:
+        raise UserError("--shard-mb must be above 0, and --seed at least 0 and below 2^32")
+    written = write_splits(
+        asked.dir,
+        output=asked.output,
+        whole=asked.whole,
+        seed=asked.seed,
+        shard_mb=asked.shard_mb,
+        check=asked.check,
+        num_threads=asked.num_threads,
+        skip_damaged=asked.skip_damaged,
+        shown=True,
+    )
+    for file, count in written.items():
+        print(f"{file}: {count:,} images, {file.stat().st_size / 1e6:.1f} MB")

@@ -5,14 +5,16 @@ import json
 import pytest
 import torch
 
+from baselines.evit.block import EViTBlock
 from evaluation.commands import anatomy as command
 from evaluation.cost import block_times, growth
-from evaluation.cost.blocks import cost_of_block, kept_bytes
+from evaluation.cost.blocks import cost_of_block, kept_bytes, shape_of
 from evaluation.cost.growth import Point
 from evaluation.cost.models import find_backbone, make_net
 from evaluation.cost.roofline import BANDWIDTHS, SIZES, layers_of
 from evaluation.cost.timing import PASSES, Turn
 from octic.block import OcticBlock
+from utils.errors import UserError
 from vit.block import Block
 
 OPTIONS = {"num_heads": 2, "init_values": 1e-4}
@@ -26,6 +28,38 @@ def test_an_octic_block_keeps_no_more_than_a_plain_one(bf16):
     assert octic.kept_bytes <= 0.96 * plain.kept_bytes
     assert octic.multiply_adds < plain.multiply_adds / 3
     assert octic.operators <= 42
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape"),
+    [
+        ("hybrid_deit_small_patch16", 32, (5, 384)),
+        ("dinov2_vit_small_patch16", 48, (10, 384)),
+        ("resmlp_12", 224, (196, 384)),
+        ("vit_tiny_patch16_224", 224, (197, 192)),
+    ],
+)
+def test_the_net_tells_what_its_blocks_get(name, size, shape):
+    assert shape_of(name, make_net(name, find_backbone(name, size=size), "cpu"), size) == shape
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("convnext_isotropic_small", 224, "do not take tokens"),  # maps
+        ("dhvt_tiny_cifar_patch4", 32, "do not take tokens"),  # and the grid
+        ("deit_small_patch16_LS", 30, "does not take 30 x 30 pixels"),
+    ],
+)
+def test_blocks_of_other_things_than_tokens_are_refused_in_one_line(name, size, said):
+    node = find_backbone(name, size=32 if size == 30 else size)
+    with pytest.raises(UserError, match=f"^[^\\n]*{name}[^\\n]*{said}"):
+        shape_of(name, make_net(name, node, "cpu"), size)
+
+
+def test_a_block_that_returns_more_than_tokens_costs_as_one_that_does_not():
+    reducing, plain = (cost_of_block(kind(64, num_heads=2), 17, 64) for kind in (EViTBlock, Block))
+    assert reducing.multiply_adds == plain.multiply_adds
 
 
 def test_kept_bytes_are_those_of_the_tensors_kept():
@@ -99,7 +133,7 @@ def test_growth_is_in_seconds_of_a_pass(monkeypatch):
     assert rows[1]["mib"] == pytest.approx(kept, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", (Block, OcticBlock))
+@pytest.mark.parametrize("kind", (Block, OcticBlock, EViTBlock))
 def test_a_block_is_called_as_in_its_net(kind) -> None:
     """An octic block takes the addend of the one before it and leaves its own."""
     block = kind(64, num_heads=4, init_values=1e-4)
@@ -120,7 +154,7 @@ def test_times_are_told_and_kept_as_they_come(tmp_path, monkeypatch, capsys):
         return block_times.BlockTime(microseconds, [kernel])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     monkeypatch.setattr(block_times, "steps_of", lambda *_: dict.fromkeys(block_times.PASSES))
     monkeypatch.setattr(block_times, "time_pass", clock)
     file = tmp_path / "t.json"

@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import torch
 from PIL import Image
 
 from evaluation.cost import data_path
+from evaluation.cost.peaks import device_name
 
 
 def test_ours_decodes_other_formats_than_jpeg_within_its_stage(tmp_path, monkeypatch):
@@ -42,6 +44,8 @@ def test_rates_are_medians_and_ratios_are_taken_round_by_round(tmp_path, monkeyp
     }
     rates = data_path.measure(config)
     assert rates == {"decoding/Pillow/worker": 5.0, "decoding/ours/worker": 20.0}
-    assert json.loads((tmp_path / "rates.json").read_text())["figures"] == rates
+    kept = json.loads((tmp_path / "rates.json").read_text())
+    assert kept["figures"] == rates
+    assert kept["protocol"]["machine"] == f"{device_name(torch.device('cpu'))}, one thread"
     out = capsys.readouterr().out
     assert "8.00 (0.25-8.00)" in out and out.count(" 200.00 ") == 1 and out.count(" 50.00 ") == 1

@@ -3,7 +3,8 @@
 import pytest
 
 from evaluation.commands.scaling import main
-from evaluation.cost.scaling import Cluster, Work, predict, work_of
+from evaluation.cost import scaling, traffic
+from evaluation.cost.scaling import Cluster, Work, parts_of, predict, work_of
 from utils.communication import Part
 from utils.config.build import plain
 from utils.config.check import networks
@@ -93,12 +94,55 @@ def test_the_work_of_a_step_is_that_of_student_and_teacher(again, tmp_path):
     assert images == config["recipe"]["batch_size_per_gpu"]
 
 
+def test_parts_are_those_that_the_recipe_gives_to_the_loop():
+    """Besides modules without parameters, which nobody sends."""
+    recipe = networks(plain(compose_config("dinov2/quickstart.yaml", scaling.SMALL)))[1]
+    parts, given = parts_of(recipe), []
+
+    def wrap(module, units=()):
+        parameters = list(module.parameters())
+        if size := sum(p.numel() for p in parameters):
+            given.append(Part(size, any(p.requires_grad for p in parameters)))
+        return module
+
+    recipe.parallelize(wrap)
+    assert parts == given and len(parts) >= 4
+
+
+def test_the_measured_stands_beside_the_formula(monkeypatch):
+    """Of what is neither measured nor expected there is no row."""
+    monkeypatch.setattr(scaling, "NETS", {"plain": scaling.NETS["plain"]})
+    sent = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 7e6, "broadcast": 1}
+    monkeypatch.setattr(traffic, "measure", lambda configs, count: [sent] * len(configs))
+    rows = scaling.measured([2])
+    kinds = ["all_reduce", "all_gather", "reduce_scatter", "all_reduce"]
+    assert [row[:4] for row in rows] == [
+        ["plain", 2, layout, kind]
+        for layout, kind in zip(["replicate", *["shard"] * 3], kinds, strict=True)
+    ]
+    assert all(row[4] == "7,000,000" for row in rows if row[3] == "all_reduce")
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def show(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "show", show)
+    with pytest.raises(SystemExit) as caught:
+        main(["model"])
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--gpus", "6"],
         ["--gpus", "a"],
         ["--tflops", "0"],
+        ["--tflops", "nan"],
+        ["--latency-us", "inf"],
+        ["--gpus-per-node", "0"],
+        ["--nodes", "2"],
         ["--config-file", "deit/quickstart.yaml"],
     ],
     ids=str,

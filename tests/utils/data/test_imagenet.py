@@ -157,9 +157,19 @@ def test_the_command_writes_them(root: Path, tmp_path: Path, capsys: pytest.Capt
     command = [sys.executable, "-m", "utils.data.imagenet", str(root), str(tmp_path / "extra")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == len(list((tmp_path / "extra").iterdir())) == 6
-    assert main([]) == 2 and main(["--help"]) == 0
-    assert main([str(tmp_path / "nowhere"), str(tmp_path)]) == 2
-    assert "error: " in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for words, code, said in (
+        ([], 2, "error: the following arguments are required: ROOT, EXTRA; usage: python -m"),
+        (["--help"], 0, ""),
+        ([str(tmp_path / "nowhere"), str(tmp_path)], 2, "error: the folder of images"),
+        ([str(root), str(tmp_path / "file")], 2, "error: EXTRA: cannot make"),
+        ([str(root), str(tmp_path / "file" / "extra")], 2, "error: EXTRA: cannot make"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        told = capsys.readouterr().err
+        assert left.value.code == code and told.startswith(said)
+        assert told.count("\n") == (code != 0)
 
 
 def test_data_set_strings_build(root: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.lmdb_writer import main, write_splits
+from utils.data.lmdb_writer import main, main_of_folder, write_splits
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,3 +102,25 @@ def test_command_line_mistakes(capsys):
         with pytest.raises(SystemExit) as left:
             main(words)
         assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_of_one_folder(tree, tmp_path):
+    command = [sys.executable, "-m", "utils.data.lmdb"]
+    done = subprocess.run(
+        [*command, tree / "train", tmp_path / "one.lmdb"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"images in {tmp_path / 'one.lmdb'}\n")
+    assert (tmp_path / "one.lmdb").is_file()
+
+
+def test_command_of_one_folder_mistakes(tree, tmp_path, capsys):
+    for words in ([], ["--x"], [str(tmp_path / "no"), "x.lmdb"], [str(tree), str(tree / "train")]):
+        with pytest.raises(SystemExit) as left:
+            main_of_folder(words)
+        assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_who_reads_imports_no_writing():
+    program = "import sys, utils.data.lmdb; assert 'utils.data.packing' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -237,7 +237,8 @@ def test_lmdb_gives_the_folder_back(tree, tmp_path):
 
 def test_lmdb_without_labels_and_wrong_files(tree, tmp_path):
     lmdb = pytest.importorskip("lmdb")
-    from utils.data.lmdb import LmdbImages, write_lmdb
+    from utils.data.lmdb import LmdbImages
+    from utils.data.lmdb_writer import write_lmdb
 
     assert write_lmdb(tree / "bee", tmp_path / "flat.lmdb") == 2
     images = LmdbImages(tmp_path / "flat.lmdb")
@@ -260,7 +261,8 @@ def test_lmdb_without_labels_and_wrong_files(tree, tmp_path):
 
 def test_lmdb_names_a_damaged_image(tree, tmp_path):
     pytest.importorskip("lmdb")
-    from utils.data.lmdb import LmdbImages, write_lmdb
+    from utils.data.lmdb import LmdbImages
+    from utils.data.lmdb_writer import write_lmdb
 
     (tree / "ape" / "0.png").write_bytes(b"\x89PNG cut")
     write_lmdb(tree, tmp_path / "images.lmdb")
@@ -271,7 +273,8 @@ def test_lmdb_names_a_damaged_image(tree, tmp_path):
 def test_a_cut_lmdb_is_told_and_kills_nobody(tree, tmp_path):
     """Reading behind the end of a mapped file is a bus error: an unfinished copy is refused."""
     pytest.importorskip("lmdb")
-    from utils.data.lmdb import LmdbImages, write_lmdb
+    from utils.data.lmdb import LmdbImages
+    from utils.data.lmdb_writer import write_lmdb
 
     write_lmdb(tree, tmp_path / "images.lmdb")
     data = (tmp_path / "images.lmdb").read_bytes()
