@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from utils.ranges import check_count
 from vit.initialisation import fresh_head, init_linear
 from vit.trunk import Trunk
 
@@ -66,9 +65,3 @@ class TappedTrunk(Trunk):
             self.head = nn.Linear(representation_size, self.num_classes)
         self.pre_logits.apply(init_linear)
         self.head.apply(init_linear)
-
-
-def check_sizes(**sizes: int) -> None:
-    """ValueError unless sizes that are used as divisors are 1 or more."""
-    for key, size in sizes.items():
-        check_count(key, size, 1)

@@ -35,9 +35,27 @@ def check_count(key: str, value: int, least: int = 0) -> None:
         raise OutOfRange(f"{key} must be a whole number from {least}, not {value!r}")
 
 
+def check_counts(least: int = 0, /, **values: int) -> None:
+    """OutOfRange unless each of the values is a whole number from `least` on."""
+    for key, value in values.items():
+        check_count(key, value, least)
+
+
+def check_flags(**values: bool) -> None:
+    """OutOfRange unless each of the values is true or false: a word such as "no" would be true."""
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise OutOfRange(f"{key} must be true or false, not {value!r}")
+
+
 def check_share(key: str, value: float) -> None:
     """OutOfRange unless `value` is a share, or a probability: in [0, 1]."""
     check_range(key, value, 0.0, 1.0)
+
+
+def check_rate(key: str, value: float) -> None:
+    """OutOfRange unless `value` is a share of things that leaves some: in (0, 1]."""
+    check_range(key, value, 0.0, 1.0, ends="(]")
 
 
 def check_word(key: str, word: str, known: Collection[str]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -67,6 +68,12 @@ def features_of_intermediates(
         cls = maps.mean(dim=(2, 3)) if pooled else prefix[:, 0]
         found[block] = Features(cls=cls, patches=maps.permute(0, 2, 3, 1))
     return [found[index] for index in indices]
+
+
+def device_of(net: Backbone | nn.Module) -> torch.device:
+    """Device of the first parameter; the CPU for a net without any."""
+    parameters = net.parameters() if isinstance(net, nn.Module) else ()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 @contextmanager

@@ -81,15 +81,24 @@ def filter_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 def build(
-    model_class: Callable[..., nn.Module], name: str, pretrained: bool, **kwargs: Any
+    model_class: Callable[..., nn.Module],
+    name: str,
+    pretrained: bool,
+    stages: int = 3,
+    filter_fn: Callable[..., dict[str, Tensor]] = filter_state,
+    /,
+    **kwargs: Any,
 ) -> nn.Module:
-    """Build a registered model the way timm builds its own."""
+    """Build a registered model the way timm builds its own.
+
+    stages: how many maps timm's `features_only` gives if not told. filter_fn: its hook on weights.
+    """
     return build_model_with_cfg(
         model_class,
         name,
         pretrained,
-        pretrained_filter_fn=filter_state,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": stages, "feature_cls": "getter"},
         **kwargs,
     )
 

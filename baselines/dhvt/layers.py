@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.dhvt.norms import batch_norm
 from vit.attention import Attention
 from vit.stochastic_depth import add_branch
 
@@ -67,20 +66,19 @@ class DynamicAggregationFeedForward(nn.Module):
         *,
         kernel_size: int = 3,
         out_dim: int | None = None,
-        sync: bool = True,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd, to keep the grid")
         out_dim = out_dim or dim
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.bn1 = batch_norm(hidden_dim, sync=sync)
+        self.bn1 = nn.BatchNorm2d(hidden_dim)
         self.conv2 = nn.Conv2d(
             hidden_dim, hidden_dim, kernel_size, padding=kernel_size // 2, groups=hidden_dim
         )
-        self.bn2 = batch_norm(hidden_dim, sync=sync)
+        self.bn2 = nn.BatchNorm2d(hidden_dim)
         self.conv3 = nn.Conv2d(hidden_dim, out_dim, 1)
-        self.bn3 = batch_norm(out_dim, sync=sync)
+        self.bn3 = nn.BatchNorm2d(out_dim)
         self.compress = nn.Linear(out_dim, out_dim // 4)
         self.excitation = nn.Linear(out_dim // 4, out_dim)
 
@@ -110,7 +108,6 @@ class DHVTBlock(nn.Module):
         attn_drop: float = 0.0,
         norm_eps: float = 1e-6,
         drop_path_rate: float = 0.0,
-        sync: bool = True,
         attention_backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -126,7 +123,7 @@ class DHVTBlock(nn.Module):
             backend=attention_backend,
         )
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = DynamicAggregationFeedForward(dim, int(dim * mlp_ratio), sync=sync)
+        self.mlp = DynamicAggregationFeedForward(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B 1+h*w D] of a grid (h, w) to as many."""

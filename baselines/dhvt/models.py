@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from baselines.dhvt.network import DHVT
+from utils.ranges import check_flags
 from vit.models import build, entrypoint
 from vit.vision_transformer import VisionTransformer
 
@@ -29,8 +30,7 @@ OF_DHVT_ALONE = ("decay", "sync_batch_norm", "representation_size", "distilled")
 
 
 def _make(name: str, pretrained: bool, *, apply_dhvt: bool = True, **kwargs: Any) -> nn.Module:
-    if not isinstance(apply_dhvt, bool):  # a word such as "no" would be true
-        raise ValueError(f"apply_dhvt must be True or False, not {apply_dhvt!r}")
+    check_flags(apply_dhvt=apply_dhvt)
     if apply_dhvt:
         return build(DHVT, name, pretrained, **kwargs)
     unfit = [key for key in OF_DHVT_ALONE if kwargs.get(key)]

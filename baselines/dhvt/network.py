@@ -7,17 +7,19 @@ Letters in shapes: B images, T tokens, h w grid of patches, D channels.
 
 from collections.abc import Iterable
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from baselines.dhvt.layers import DHVTBlock, HeadInteractedAttention
-from baselines.dhvt.norms import check_sync
 from baselines.dhvt.stem import OverlappingPatchEmbed
-from baselines.tapped import TappedTrunk, check_sizes
-from utils.ranges import check_range, check_word
+from baselines.tapped import TappedTrunk
+from utils.ranges import check_counts, check_range, check_word
 from vit.initialisation import init_linear
 from vit.stochastic_depth import drop_path_rates
 
 DECAYS = ("exempt", "published")
+SYNC = ("all", "stem", "none")
 
 
 class DHVT(TappedTrunk):
@@ -64,8 +66,8 @@ class DHVT(TappedTrunk):
         if distilled:
             raise ValueError("DHVT has no distilled form; use distilled=False")
         check_word("decay", decay, DECAYS)
-        check_sync(sync_batch_norm)
-        check_sizes(patch_size=patch_size, num_heads=num_heads)
+        check_word("sync_batch_norm", sync_batch_norm, SYNC)
+        check_counts(1, patch_size=patch_size, num_heads=num_heads)
         check_range("attn_drop_rate", attn_drop_rate, 0, 1, ends="[)")
         super().__init__(
             img_size=img_size,
@@ -81,9 +83,7 @@ class DHVT(TappedTrunk):
             dynamic_img_size=dynamic_img_size,
         )
         self.decay = decay
-        self.patch_embed = OverlappingPatchEmbed(
-            patch_size, in_chans, embed_dim, sync=sync_batch_norm != "none"
-        )
+        self.patch_embed = OverlappingPatchEmbed(patch_size, in_chans, embed_dim)
         self._make_tokens(embed_dim)
         self.blocks = nn.ModuleList(
             DHVTBlock(
@@ -94,7 +94,6 @@ class DHVT(TappedTrunk):
                 attn_drop=attn_drop_rate,
                 norm_eps=norm_eps,
                 drop_path_rate=rate,
-                sync=sync_batch_norm == "all",
                 attention_backend=attention_backend,
             )
             for rate in drop_path_rates(drop_path_rate, depth, uniform=False)
@@ -102,6 +101,9 @@ class DHVT(TappedTrunk):
         self.norm: nn.LayerNorm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.init_weights()
         self._add_pre_logits(representation_size)
+        if sync_batch_norm != "none" and _several_gpus():
+            asked = self if sync_batch_norm == "all" else self.patch_embed
+            nn.SyncBatchNorm.convert_sync_batchnorm(asked)  # in place
 
     def init_weights(self) -> None:
         """Draw the linear layers, class token and head positions anew; convolutions as torch's."""
@@ -139,3 +141,9 @@ class DHVT(TappedTrunk):
             for name, _ in self.named_parameters()
             if name.endswith(("cls_token", "pos_embed")) or "_affine." in name
         }
+
+
+def _several_gpus() -> bool:
+    """Whether it is built in a group of several processes that use GPUs; others cannot share."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and torch.cuda.is_initialized()

@@ -7,8 +7,6 @@ channels of a token.
 import torch
 from torch import Tensor, nn
 
-from baselines.dhvt.norms import batch_norm
-
 PATCHES = {2: (1,), 4: (2, 1), 16: (8, 4, 2, 1)}  # patch size -> D over the width of each unit
 
 
@@ -31,9 +29,7 @@ class OverlappingPatchEmbed(nn.Module):
     A GELU separates two units; patches of 2, with one unit, end in a GELU, as published.
     """
 
-    def __init__(
-        self, patch_size: int, in_chans: int, embed_dim: int, *, sync: bool = True
-    ) -> None:
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         if patch_size not in PATCHES:
             known = ", ".join(map(str, PATCHES))
@@ -48,7 +44,7 @@ class OverlappingPatchEmbed(nn.Module):
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:], strict=False):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
-            layers += [nn.Sequential(convolution, batch_norm(after, sync=sync)), nn.GELU()]
+            layers += [nn.Sequential(convolution, nn.BatchNorm2d(after)), nn.GELU()]
         self.proj = nn.Sequential(*layers[: None if len(parts) == 1 else -1])
         self.pre_affine = Affine(in_chans)
         self.post_affine = Affine(embed_dim)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from baselines.evit.reorganisation import most_important, reorganise
-from baselines.selection import class_attention
+from baselines.selection import class_attention, keep_tokens, most_important
 from vit.attention import Attention
 from vit.block import Block
 from vit.packing import Packing
@@ -76,7 +75,7 @@ class EViTBlock(Block):
         _, kept, importance = found[-1]
         if kept is None or importance is None:
             return Reduced(self._add_mlp(x, rate))
-        left = reorganise(x, kept, importance, fuse=self.fuse_token)
+        left = keep_tokens(x, kept, importance, num_prefix=1, fuse=self.fuse_token)
         return Reduced(self._add_mlp(left, rate), kept, x)
 
     def _add_mlp(self, x: Tensor, rate: float) -> Tensor:

@@ -22,8 +22,8 @@ from baselines.evit.reorganisation import (
     tokens_to_keep,
 )
 from baselines.evit.schedule import Shrink
-from baselines.tapped import SIZES, TappedTrunk, check_sizes
-from utils.ranges import check_range
+from baselines.tapped import SIZES, TappedTrunk
+from utils.ranges import check_counts, check_range, check_rate
 from vit.vision_transformer import VisionTransformer
 
 DROP_LOC = (3, 6, 9)
@@ -77,7 +77,7 @@ class EViT(TappedTrunk, VisionTransformer):
             raise ValueError("EViT has no register tokens; baselines.token_reduction protects them")
         if options.get("mask_token", False):
             raise ValueError("EViT hides no patches: it has no mask token")
-        check_sizes(**{key: options[key] for key in SIZES if key in options})
+        check_counts(1, **{key: options[key] for key in SIZES if key in options})
         check_range("attn_drop_rate", options.get("attn_drop_rate", 0.0), 0, 1, ends="[)")
         super().__init__(
             class_position=class_position, drop_path_uniform=drop_path_uniform, **options
@@ -89,7 +89,7 @@ class EViT(TappedTrunk, VisionTransformer):
         else:
             self.keep_rates = per_block(keep_rate, self.depth, "keep_rate")
             for rate in self.keep_rates:
-                check_range("keep_rate", rate, 0, 1, ends="(]")
+                check_rate("keep_rate", rate)
         self.exact_counts = exact_counts
         self.shrink = Shrink(
             start_epoch=shrink_start_epoch, epochs=shrink_epochs, highest=max_keep_rate
@@ -111,11 +111,6 @@ class EViT(TappedTrunk, VisionTransformer):
             for rate in self.keep_rates
         ]
         return {"keep_rate": min(self._training_rates)}
-
-    @property
-    def current_rates(self) -> list[float]:
-        """Keep rate of each block, as of now."""
-        return list(self._training_rates or self.keep_rates)
 
     def plan(
         self,
@@ -231,7 +226,7 @@ def rates_at(
     if beyond:
         raise ValueError(f"drop_loc {beyond} asked of a network with blocks 0 to {depth - 1}")
     rate = 1.0 if base_keep_rate is None else base_keep_rate
-    check_range("base_keep_rate", rate, 0, 1, ends="(]")
+    check_rate("base_keep_rate", rate)
     return [rate if index in places else 1.0 for index in range(depth)]
 
 

@@ -1,4 +1,4 @@
-"""Token reorganisation: keep the important tokens, drop or fuse the others, track origins.
+"""Token reorganisation: how many tokens a block keeps, and which patches they came from.
 
 Liang et al. 2022, "Not All Patches are What You Need: Expediting Vision Transformers via Token
 Reorganizations", section 3. Pure functions on tensors. The class token comes first and always
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from baselines.selection import keep_count, rows_of
-from utils.ranges import check_range
+from baselines.selection import keep_count
+from utils.ranges import check_rate
 
 FUSED = -1  # origin of a token that was fused from many patches
 
@@ -37,36 +37,9 @@ def tokens_to_keep(
             raise ValueError(f"{tokens} tokens to be kept of {count}")
         return tokens
     if called_rate is not None:
-        check_range("keep_rate", called_rate, 0, 1, ends="(]")
+        check_rate("keep_rate", called_rate)
     rate = own_rate if called_rate is None else called_rate
     return count if own_rate >= 1 or rate >= 1 else keep_count(rate, count, exact=exact)
-
-
-def most_important(importance: Tensor, count: int) -> Tensor:
-    """Indices [B k] of the most important tokens, the most important first."""
-    return importance.topk(count, dim=1, largest=True, sorted=True).indices
-
-
-def complement(kept: Tensor, count: int) -> Tensor:
-    """The indices below `count` that are not in `kept` [... k], ascending: [... count-k]."""
-    is_kept = torch.zeros(*kept.shape[:-1], count, dtype=torch.int64, device=kept.device)
-    is_kept.scatter_(-1, kept, 1)
-    return is_kept.argsort(dim=-1, stable=True)[..., : count - kept.shape[-1]]
-
-
-def reorganise(x: Tensor, kept: Tensor, importance: Tensor, *, fuse: bool) -> Tensor:
-    """Tokens [B 1+k(+1) D] of x [B 1+n D]: class token, kept ones in their order, the fused one.
-
-    The fused token is the sum of the others, weighted by their importance (which sums to less than
-    1, so it is smaller than its parts).
-    """
-    cls, others = x[:, :1], x[:, 1:]
-    parts = [cls, rows_of(others, kept)]
-    if fuse:
-        dropped = complement(kept, others.shape[1])
-        weights = importance.gather(1, dropped).to(x.dtype)
-        parts.append((rows_of(others, dropped) * weights[..., None]).sum(dim=1, keepdim=True))
-    return torch.cat(parts, dim=1)
 
 
 def follow_origins(origins: Tensor, kept: Tensor, *, fuse: bool) -> Tensor:

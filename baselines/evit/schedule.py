@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from utils.ranges import check_range
+from utils.ranges import check_range, check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Shrink:
     def __post_init__(self) -> None:
         check_range("shrink_start_epoch", self.start_epoch)
         check_range("shrink_epochs", self.epochs)
-        check_range("max_keep_rate", self.highest, 0, 1, ends="(]")
+        check_rate("max_keep_rate", self.highest)
 
     def rate_at(self, rate: float, step: int, epoch_length: int) -> float:
         """The rate of a training step for one that ends at `rate`; epoch_length in steps.

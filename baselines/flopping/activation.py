@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.regular_gelu import regular_gelu
+from utils.precision import at_least_float32
 from utils.ranges import check_word
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,8 +49,7 @@ class RegularActivation(nn.Module):
         if self.kind == "gelu":
             return regular_gelu(x, self.transform)
         # Half-precision sums would be rounded twice.
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self._turn(ACTIVATIONS[self.kind](self._turn(wide))).to(x.dtype)
+        return self._turn(ACTIVATIONS[self.kind](self._turn(at_least_float32(x)))).to(x.dtype)
 
     def _turn(self, x: Tensor) -> Tensor:
         parts = x.unflatten(-1, (2,) * self.num_signs + (-1,))

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg
 from torch import nn
 
 from baselines.flopping.convnext import MirrorConvNeXt
 from baselines.flopping.plain import PlainConvNeXt, PlainResMlp
 from baselines.flopping.resmlp import MirrorResMlp
-from vit.models import entrypoint, filter_state
+from vit.models import build, entrypoint
 
 # size -> constructor keywords
 RESMLP: dict[str, dict[str, Any]] = {
@@ -44,14 +43,7 @@ def _make(
     model_class: Callable[..., nn.Module], name: str, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
     stages = len(kwargs.get("depths", (1,)))
-    return build_model_with_cfg(
-        model_class,
-        name,
-        pretrained,
-        pretrained_filter_fn=filter_state,
-        feature_cfg={"out_indices": stages if stages > 1 else 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(model_class, name, pretrained, stages if stages > 1 else 3, **kwargs)
 
 
 def _family(

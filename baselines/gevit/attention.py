@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from baselines.gevit.groups import PlaneGroup, get_group
-from baselines.gevit.layers import tensor_bytes
 from baselines.gevit.neighbours import make_neighbours
 from baselines.gevit.positions import PositionFunction
 from baselines.gevit.streaming import (
@@ -153,7 +152,7 @@ class _SelfAttention(nn.Module):
         numbers = elements * (6 * elements + 2 * order) + 2 * elements * order
         if self.neighbours.copies:
             numbers += 2 * elements * self.mid_channels
-        row_bytes = self.num_heads * size[1] * num_keys * numbers * tensor_bytes(x.dtype)
+        row_bytes = self.num_heads * size[1] * num_keys * numbers * x.dtype.itemsize
         return tile_sizes(len(x), size[0], row_bytes, self.memory_mb)
 
 

@@ -2,9 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from baselines.gevit.plan import ODD
 from utils.ranges import check_word
 
 EPS = 1e-12
@@ -57,11 +58,26 @@ def initialise(net: nn.Module, whitening_scale: float = math.sqrt(2)) -> None:
             nn.init.normal_(module.weight)
 
 
+class Halve(nn.Module):
+    """Maximum over 2 x 2 pixels of each element: [B C G H W] to [B C G H/2 W/2].
+
+    even: ValueError for an odd extent, which would break the symmetry.
+    """
+
+    def __init__(self, *, even: bool) -> None:
+        super().__init__()
+        self.even = even
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool."""
+        height, width = x.shape[-2:]
+        if min(height, width) < 2:
+            raise ValueError(f"a map of {height} x {width} cannot be halved; give larger images")
+        if self.even and (height % 2 or width % 2):
+            raise ValueError(ODD.format(height, width, "give images of another size"))
+        return F.max_pool2d(x.flatten(1, 2), 2).unflatten(1, x.shape[1:3])
+
+
 def crop(x: Tensor, pixels: int) -> Tensor:
     """Cut `pixels` off each side of maps [... H W]."""
     return x[..., pixels:-pixels, pixels:-pixels] if pixels else x
-
-
-def tensor_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one number."""
-    return torch.empty((), dtype=dtype, device="meta").element_size()

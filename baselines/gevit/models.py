@@ -13,12 +13,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg
-from torch import Tensor, nn
+from torch import nn
 
 from baselines.gevit.network import GEViT
 from baselines.gevit.weights import published_state
-from vit.models import entrypoint
+from vit.models import build, entrypoint
 
 MNIST = {"mean": (0.1307,), "std": (0.3081,)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -93,20 +92,8 @@ SMALL = {
 }
 
 
-def filter_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook on loaded weights: published spellings become ours."""
-    return published_state(state, model)
-
-
 def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        GEViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=filter_state,
-        feature_cfg={"out_indices": 2, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(GEViT, name, pretrained, 2, published_state, **kwargs)
 
 
 def _family(

@@ -22,6 +22,14 @@ class Window(nn.Module):
         self.size = size
         self.offsets = Offsets(local_offsets(size), group)
 
+    def table_shape(self, order: int) -> tuple[int, ...]:
+        """Shape of a published table of positions, for so many elements of the group."""
+        return (order, self.size, self.size)
+
+    def extra_repr(self) -> str:
+        """What is attended to."""
+        return f"window {self.size}"
+
     def num_keys(self, size: tuple[int, int]) -> int:
         """Positions that a query attends to on a map of that size."""
         return self.size**2
@@ -72,6 +80,14 @@ class WholeMap(nn.Module):
         super().__init__()
         self.side = side
         self.offsets = Offsets(global_offsets(side), group)
+
+    def table_shape(self, order: int) -> tuple[int, ...]:
+        """Shape of a published table of positions, for so many elements of the group."""
+        return (order, *(self.side,) * 4)
+
+    def extra_repr(self) -> str:
+        """What is attended to."""
+        return f"maps of {self.side}"
 
     def num_keys(self, size: tuple[int, int]) -> int:
         """Positions that a query attends to; ValueError for a map of another size."""

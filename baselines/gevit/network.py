@@ -14,8 +14,8 @@ from baselines.gevit.attention import GroupSelfAttention, LiftingSelfAttention
 from baselines.gevit.block import Block
 from baselines.gevit.gcnn import GCNN
 from baselines.gevit.groups import MapSymmetries, PlaneGroup, get_group
-from baselines.gevit.layers import initialise, make_activation, make_norm
-from baselines.gevit.plan import Halve, LayerPlan, make_plan
+from baselines.gevit.layers import Halve, initialise, make_activation, make_norm
+from baselines.gevit.plan import LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
 from utils.ranges import check_count, check_share, check_word

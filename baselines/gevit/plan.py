@@ -7,9 +7,6 @@ last row or column, and a turned image loses another one.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from utils.ranges import check_count
 
 Size = tuple[int, int]
@@ -85,26 +82,6 @@ def make_plan(
         stages.append(blocks)
         pools.append(pooled)
     return Plan(stages, pools)
-
-
-class Halve(nn.Module):
-    """Maximum over 2 x 2 pixels of each element: [B C G H W] to [B C G H/2 W/2].
-
-    even: ValueError for an odd extent, which would break the symmetry.
-    """
-
-    def __init__(self, *, even: bool) -> None:
-        super().__init__()
-        self.even = even
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool."""
-        height, width = x.shape[-2:]
-        if min(height, width) < 2:
-            raise ValueError(f"a map of {height} x {width} cannot be halved; give larger images")
-        if self.even and (height % 2 or width % 2):
-            raise ValueError(ODD.format(height, width, "give images of another size"))
-        return F.max_pool2d(x.flatten(1, 2), 2).unflatten(1, x.shape[1:3])
 
 
 def _halved(size: Size, stage: int, even: bool) -> Size:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from baselines.gevit.gcnn import GCNN
 from baselines.gevit.groups import PlaneGroup
-from octic.groups import OCTIC_ELEMENTS, Element
+from octic.groups import OCTIC_ELEMENTS, Element, get_group
 
 STEMS = ("none", "patch", "gcnn")
 
@@ -94,18 +94,11 @@ def make_patch_stem(
 
 def grid_group(group: PlaneGroup) -> str:
     """The symmetry group of the pixel grid, by name, that a G-CNN in front of `group` needs."""
-    names = {e.name for e in group.grid_elements}
-    known = {
-        frozenset({"e", "m"}): "mirror",
-        frozenset({"e", "rr"}): "half_turn",
-        frozenset({"e", "r", "rr", "rrr"}): "C4",
-        frozenset({"e", "rr", "m", "mrr"}): "V4",
-    }
-    if len(names) == len(OCTIC_ELEMENTS):
-        return "D4"
-    if frozenset(names) not in known:
-        raise ValueError(f"a G-CNN stem before the group {group.name} would have no symmetry")
-    return known[frozenset(names)]
+    own = set(group.grid_elements)
+    for name in ("mirror", "half_turn", "C4", "V4", "D4"):
+        if set(get_group(name).elements) == own:
+            return name
+    raise ValueError(f"a G-CNN stem before the group {group.name} would have no symmetry")
 
 
 class AlignedGCNN(GCNN):

@@ -79,10 +79,11 @@ def _check_tables(tables: Mapping[str, Tensor], model: nn.Module) -> None:
             raise ValueError(f"{name} in the file belongs to no attention layer of the model")
         if kind == "g_indices":
             _check_relations(name, table, layer)
-        elif not _same_positions(table, layer):
+        elif tuple(table.shape) != layer.neighbours.table_shape(layer.group.order):
             raise ValueError(
-                f"{name} in the file has the shape {tuple(table.shape)} for a model with "
-                f"{_described(layer)}; set group, window and img_size as the file had them"
+                f"{name} in the file has the shape {tuple(table.shape)} for a model with group "
+                f"{layer.group.name} and {layer.neighbours.extra_repr()}; set group, window and "
+                "img_size as the file had them"
             )
 
 
@@ -98,20 +99,6 @@ def _check_relations(name: str, table: Tensor, layer: nn.Module) -> None:
             f"the file was trained with another group table ({name}); build the model with "
             f"group_table={wanted}"
         )
-
-
-def _same_positions(table: Tensor, layer: nn.Module) -> bool:
-    neighbours, order = layer.neighbours, layer.group.order
-    if hasattr(neighbours, "side"):
-        return tuple(table.shape) == (order, *(neighbours.side,) * 4)
-    return tuple(table.shape) == (order, neighbours.size, neighbours.size)
-
-
-def _described(layer: nn.Module) -> str:
-    neighbours, group = layer.neighbours, layer.group.name
-    side = getattr(neighbours, "side", None)
-    what = f"window {neighbours.size}" if side is None else f"maps of {side}"
-    return f"group {group} and {what}"
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

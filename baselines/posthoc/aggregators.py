@@ -165,22 +165,10 @@ class LearnedAttention(Aggregator):
 
     def forward(self, z: Tensor) -> Tensor:
         """Join [B T D] to [B D]."""
-        return self._run(z)[0]
-
-    def attention(self, z: Tensor) -> list[Tensor]:
-        """What the class token attends to in the first attention of each layer [B heads 1 + T]."""
-        return self._run(z, attention=True)[1]
-
-    def _run(self, z: Tensor, *, attention: bool = False) -> tuple[Tensor, list[Tensor]]:
         x = torch.cat([self.cls_token.expand(len(z), -1, -1).to(z.dtype), z], dim=1)
-        kept = []
         for layer in self.transformer:
-            if attention:
-                n = layer.layer_norm_1(x)
-                found = layer.attn1(n, n, n, need_weights=True, average_attn_weights=False)[1]
-                kept.append(found[:, :, 0])
             x = layer(x)
-        return x[:, 0], kept
+        return x[:, 0]
 
 
 class CopyAttention(nn.Module):

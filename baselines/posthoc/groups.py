@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
+from utils.precision import at_least_float32
 from utils.ranges import check_word
-from utils.symmetry import SYMMETRIES
+from utils.symmetry import SYMMETRIES, disc, interpolated, rotate
 
 INTERPOLATIONS = ("bilinear", "nearest")
 RECTANGULAR = ("refuse", "pad", "crop")
@@ -142,17 +142,18 @@ class CopyGroup:
             raise ValueError("a cropped image cannot be turned back; use rectangular=pad")
         maps = patches.movedim(-1, 1)
         maps = maps.flip(-1) if mirrored else maps
-        share = maps.new_ones(1, 1, *maps.shape[-2:], dtype=_at_least_float32(maps.dtype))
-        return _bilinear(maps, -angle).movedim(1, -1), _bilinear(share, -angle)[0, 0]
+        share = at_least_float32(maps.new_ones(1, 1, *maps.shape[-2:]))
+        return rotate(maps, -angle).movedim(1, -1), rotate(share, -angle)[0, 0]
 
     def _rotated(self, images: Tensor, angle: float) -> Tensor:
         if angle % (90 if images.shape[-2] == images.shape[-1] else 180) == 0:
             return images.rot90(int(angle // 90), dims=(-2, -1))
         fill = self._filling(images)
         if self.interpolation == "bilinear":
-            return _bilinear(images - fill, angle) + fill
-        turned = _turned(images, angle, InterpolationMode.NEAREST)
-        outside = _turned(torch.ones_like(images[:1, :1]), angle, InterpolationMode.NEAREST) == 0
+            return rotate(images - fill, angle) + fill
+        nearest = InterpolationMode.NEAREST
+        turned = interpolated(images, angle, nearest)
+        outside = interpolated(torch.ones_like(images[:1, :1]), angle, nearest) == 0
         return torch.where(outside, fill, turned)
 
     def _filling(self, images: Tensor) -> Tensor:
@@ -164,10 +165,7 @@ class CopyGroup:
 
     def _cut(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        rows, columns = (
-            torch.arange(size, device=images.device) - (size - 1) / 2 for size in (height, width)
-        )
-        inside = rows[:, None].square() + columns.square() <= (min(height, width) / 2) ** 2
+        inside = disc(height, width, device=images.device)
         return torch.where(inside, images, self._filling(images))
 
     def _padded(self, images: Tensor) -> Tensor:
@@ -207,20 +205,3 @@ def parse_group(name: str) -> tuple[int, bool]:
 def group_name(n_rotations: int, flips: bool) -> str:
     """The group of the published options `n_rotations` and `flips`."""
     return f"{'D' if flips else 'C'}{n_rotations}"
-
-
-def _bilinear(images: Tensor, angle: float) -> Tensor:
-    """Turned by the rest of the angle in [0, 90), then by exact quarter turns; filled with 0."""
-    quarters, rest = divmod(angle % 360, 90)
-    turned = _turned(images, rest, InterpolationMode.BILINEAR) if rest else images
-    return turned.rot90(int(quarters), dims=(-2, -1))
-
-
-def _turned(images: Tensor, angle: float, interpolation: InterpolationMode) -> Tensor:
-    # A grid in half precision would miss its pixels.
-    wide = images.to(_at_least_float32(images.dtype))
-    return functional.rotate(wide, angle, interpolation=interpolation).to(images.dtype)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

@@ -22,7 +22,7 @@ from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
 from utils.randomness import ShieldedBatches, preserved_randomness, seed_everything
 from utils.ranges import check_count
-from vit.backbone import eval_mode
+from vit.backbone import device_of, eval_mode
 
 
 class Embedded(NamedTuple):
@@ -248,11 +248,6 @@ def embed(
             for images, labels in _images(dataset, transform, batch_size, num_workers)
         ]
     return Embedded(*(torch.cat(part) for part in zip(*found, strict=True)))
-
-
-def device_of(net: nn.Module) -> torch.device:
-    """Where a net's parameters are."""
-    return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
 def _images(

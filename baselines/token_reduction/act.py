@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.token_reduction.draws import Draws, block_range, check_draw
-from baselines.token_reduction.options import check_flags
-from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
+from baselines.token_reduction.hashing import HashedAttention
+from baselines.token_reduction.reducer import Attended, Facts, State
 from utils.precision import at_least_float32
-from utils.ranges import check_count, check_word
+from utils.ranges import check_count, check_flags
 
 BUCKET = 8.0  # width of a hash bucket
-FORMS = ("sound", "published")
 LONGEST = 32  # hashes of two bits in a word of 64
 
 
@@ -101,7 +99,7 @@ def clustered_attention(
     return out.gather(1, query_ids[..., None].expand(-1, -1, out.shape[-1]))
 
 
-class ClusteredAttention(Reducer):
+class ClusteredAttention(HashedAttention):
     """Attention of clusters of queries, or of keys, in a range of blocks.
 
     start, stop: the blocks, stop exclusive; by default all plain ones.
@@ -115,6 +113,8 @@ class ClusteredAttention(Reducer):
     Record: block<i>.q.groups [S N] and .q.counts [S C], the same of k.
     """
 
+    title = "ACT"
+
     def __init__(
         self,
         start: int | None = None,
@@ -127,8 +127,7 @@ class ClusteredAttention(Reducer):
         form: str = "sound",
         seed: int | None = 0,
     ) -> None:
-        check_word("form", form, FORMS)
-        check_draw(start, stop, seed)
+        super().__init__(start, stop, form, seed)
         check_flags(group_queries=group_queries, group_keys=group_keys)
         for name, count in (("query_hashes", query_hashes), ("key_hashes", key_hashes)):
             check_count(name, count, 1)
@@ -137,31 +136,19 @@ class ClusteredAttention(Reducer):
                     f'{name} {count}: form "published" packs two bits a hash into 64, so at most '
                     f'{LONGEST}; form "sound" takes any number'
                 )
-        self.start_block, self.stop_block = start, stop
         self.group_queries, self.group_keys = group_queries, group_keys
         self.query_hashes, self.key_hashes = query_hashes, key_hashes
-        self.form, self.draws = form, Draws(seed)
-        self.blocks: range = range(0)
 
     def bind(self, facts: Facts) -> None:
         """Fit the options to a network, and draw the projections."""
         super().bind(facts)
-        self.blocks = block_range(self.start_block, self.stop_block, facts.first, facts.depth)
-        check_blocks(list(self.blocks), facts, "ACT block")
         for role, hashes in (("q", self.query_hashes), ("k", self.key_hashes)):
             names = [f"block{index}.{role}" for index in self.blocks]
             self.draws.prepare(names, facts.head_dim, hashes)
 
     def works_inside(self, index: int) -> bool:
-        """Whether the block is in the range."""
-        return index in self.blocks and (self.group_queries or self.group_keys)
-
-    def check_training(self, attn_drop: float) -> None:
-        """ValueError for dropout of attention weights: clusters share theirs."""
-        if attn_drop > 0:
-            raise ValueError(
-                f"ACT trains without dropout of attention weights; attn_drop is {attn_drop}, give 0"
-            )
+        """Whether the block is in the range, and anything is clustered in it."""
+        return super().works_inside(index) and (self.group_queries or self.group_keys)
 
     def attend(
         self, state: State, index: int, q: Tensor, k: Tensor, v: Tensor, normed: Tensor
@@ -199,10 +186,3 @@ class ClusteredAttention(Reducer):
         if self.form == "published":
             return cluster_ids(packed_keys(hash_buckets(x, gaussian, shift)))
         return cluster_ids(fingerprint_keys(hash_buckets(x, gaussian, shift * BUCKET)))
-
-    def __repr__(self) -> str:
-        return (
-            f"ClusteredAttention(blocks={list(self.blocks)}, group_queries={self.group_queries}, "
-            f"group_keys={self.group_keys}, query_hashes={self.query_hashes}, "
-            f"key_hashes={self.key_hashes}, form={self.form!r}, seed={self.draws.seed})"
-        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.selection import rows_of
-from baselines.token_reduction.options import block_list, check_flags
+from baselines.token_reduction.options import block_list
 from baselines.token_reduction.reducer import (
     Attended,
     Facts,
@@ -22,7 +22,7 @@ from baselines.token_reduction.reducer import (
     check_blocks,
     check_class_token,
 )
-from utils.ranges import check_word
+from utils.ranges import check_flags, check_word
 
 EPSILON = 1e-6
 RESIDUALS = ("raw", "normed")
@@ -223,13 +223,6 @@ class AdaptiveSampling(Reducer):
         places = rows.new_full((batch, num_tokens + 1), -1)
         numbers = torch.arange(width, device=rows.device).expand(batch, -1)
         return places.scatter(1, target, numbers)[:, :num_tokens]
-
-    def __repr__(self) -> str:
-        return (
-            f"AdaptiveSampling(locations={sorted(self.blocks)}, num_samples={self.num_samples}, "
-            f"drop_tokens={self.drop_tokens}, residual={self.residual!r}, "
-            f"mask_padding={self.mask_padding})"
-        )
 
 
 def _can_be_sampled(count: object) -> bool:

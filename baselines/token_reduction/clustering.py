@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.token_reduction.options import check_counts, check_flags, each
+from baselines.token_reduction.options import each
 from baselines.token_reduction.reducer import Facts, Reducer, State, check_blocks
 from utils.precision import at_least_float32
-from utils.ranges import OutOfRange, check_count, check_range, check_word
+from utils.ranges import (
+    OutOfRange,
+    check_count,
+    check_counts,
+    check_flags,
+    check_range,
+    check_word,
+)
 
 FORBIDDEN = 1e16  # added to the distance of a patch to a centroid outside of its window
 RECONSTRUCTIONS = ("sum", "l2")
@@ -139,8 +146,10 @@ class Hourglass(Reducer):
         reconstruction: str = "sum",
     ) -> None:
         check_flags(after_output=after_output)
-        check_counts(location=location, iterations=iterations, window=window)
-        check_counts(-1, nearest=nearest)
+        if location is not None:
+            check_count("location", location)
+        check_counts(iterations=iterations, window=window)
+        check_count("nearest", nearest, -1)
         if window % 2 == 0:
             raise ValueError(f"window {window} must be odd")
         # Above 0: nearer tokens weigh more.
@@ -223,13 +232,6 @@ class Hourglass(Reducer):
                 "patches: give at most one for each"
             )
         return self.clusters
-
-    def __repr__(self) -> str:
-        return (
-            f"Hourglass(location={self.at}, num_clusters={self.clusters}, "
-            f"iterations={self.iterations}, temperature={self.temperature}, window={self.window}, "
-            f"after_output={self.after_output})"
-        )
 
 
 def cluster_grid(num_clusters: "int | tuple[int, int] | list[int]") -> tuple[int, int]:

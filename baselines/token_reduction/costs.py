@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import NamedTuple
 
 from baselines.selection import keep_count
 
@@ -58,21 +56,6 @@ class Cost:
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.products - other.products, self.others - other.others)
-
-
-def shape_of(net: Any) -> Shape:
-    """The sizes of one of timm's ViTs."""
-    block = net.blocks[0]
-    return Shape(
-        depth=len(net.blocks),
-        width=net.embed_dim,
-        num_heads=block.attn.num_heads,
-        mlp_width=block.mlp.fc1.out_features,
-        patch_size=net.patch_embed.patch_size[0],
-        grid=tuple(net.patch_embed.grid_size),
-        num_classes=net.head.out_features if isinstance(net.head, nn.Linear) else 0,
-        in_chans=net.patch_embed.proj.in_channels,
-    )
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Cost:
@@ -195,29 +178,17 @@ def smyrf(shape: Shape, *, blocks: Collection[int], num_hashes: int, cluster_siz
     return base(shape) + Cost(len(blocks) * one.products, len(blocks) * one.others)
 
 
-def act(
-    shape: Shape,
-    *,
-    num_clusters: Sequence[float],
-    num_hashes: int,
-    num_key_clusters: Sequence[float] = (),
-    num_key_hashes: int = 32,
-) -> Cost:
+def act(shape: Shape, *, num_clusters: Sequence[float], num_hashes: int) -> Cost:
     """Queries replaced by the means of their clusters, num_clusters[i] of them in block i.
 
-    As many blocks as numbers; a mean over blocks is as good as the numbers themselves. With
-    `num_key_clusters`, of as many blocks, keys and values are clustered too.
+    As many blocks as numbers; a mean over blocks is as good as the numbers themselves.
     """
     n, width, heads = shape.num_tokens, shape.width, shape.num_heads
     cost = base(shape)
-    for index, queries in enumerate(num_clusters):
-        hashes, keys, each = num_hashes, float(n), 6
-        if num_key_clusters:
-            # Weights are multiplied by the size of the cluster and normalised anew.
-            hashes, keys, each = num_hashes + num_key_hashes, num_key_clusters[index], 8
-        pairs = queries * keys
-        hashing = Cost(n * width * hashes, 3 * heads * n * hashes)
-        core = Cost(round(2 * pairs * width), round(each * heads * pairs))
+    hashing = Cost(n * width * num_hashes, 3 * heads * n * num_hashes)
+    for queries in num_clusters:
+        pairs = queries * n
+        core = Cost(round(2 * pairs * width), round(6 * heads * pairs))
         cost += hashing + core - _attention_core(shape)
     return cost
 

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.selection import class_attention, keep_count, rows_of
-from baselines.token_reduction.options import (
-    block_list,
-    check_flags,
-    check_rate,
-    rates_of_blocks,
-)
+from baselines.selection import class_attention, keep_count, keep_tokens, most_important
+from baselines.token_reduction.options import block_list, rates_of_blocks
 from baselines.token_reduction.reducer import (
     Attended,
     Facts,
@@ -28,27 +23,10 @@ from baselines.token_reduction.reducer import (
     check_blocks,
     check_class_token,
 )
-from utils.ranges import check_word
+from utils.ranges import check_flags, check_rate, check_word
 
 SCORES = ("class", "all")
 KEEP_RATE = 0.7  # the published one
-
-
-def select_tokens(
-    x: Tensor, scores: Tensor, count: int, num_prefix: int, *, fuse: bool
-) -> tuple[Tensor, Tensor]:
-    """Tokens x [B P+N D] of which `count` patch tokens stay, and their indices [B K].
-
-    scores [B N]. Order: prefix tokens, kept ones by falling score, and with `fuse` the sum of the
-    dropped ones, each times its score.
-    """
-    patches = x[:, num_prefix:]
-    kept = scores.topk(count, dim=1).indices
-    parts = [x[:, :num_prefix], rows_of(patches, kept)]
-    if fuse:
-        dropped = torch.ones_like(scores).scatter(1, kept, 0.0)
-        parts.append(((scores * dropped)[:, None].to(x.dtype)) @ patches)
-    return torch.cat(parts, dim=1), kept
 
 
 class EViT(Reducer):
@@ -120,7 +98,8 @@ class EViT(Reducer):
         count = keep_count(self.rates[index], scores.shape[1], exact=self.exact_counts)
         if count == scores.shape[1]:
             return x
-        out, kept = select_tokens(x, scores, count, first, fuse=self.fuse_token)
+        kept = most_important(scores, count)
+        out = keep_tokens(x, kept, scores, num_prefix=first, fuse=self.fuse_token)
         state.note(f"block{index}.score", scores)
         state.note(f"block{index}.kept", kept)
         if state.traced:
@@ -141,12 +120,6 @@ class EViT(Reducer):
             span = facts.depth - facts.first
             locations = sorted({facts.first + span * part // 4 for part in (1, 2, 3)})
         return dict.fromkeys(locations, self.keep_rate)
-
-    def __repr__(self) -> str:
-        return (
-            f"EViT(rates={self.rates}, fuse_token={self.fuse_token}, score={self.score!r}, "
-            f"exact_counts={self.exact_counts})"
-        )
 
 
 def kept_places(kept: Tensor, num_tokens: int, num_prefix: int) -> Tensor:

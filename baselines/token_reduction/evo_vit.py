@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baselines.selection import class_attention, rows_of
-from baselines.token_reduction.options import check_counts, check_flags, check_rate, each
+from baselines.token_reduction.options import each
 from baselines.token_reduction.reducer import (
     Attended,
     Facts,
@@ -21,7 +21,7 @@ from baselines.token_reduction.reducer import (
     check_blocks,
     check_class_token,
 )
-from utils.ranges import check_share
+from utils.ranges import check_count, check_flags, check_rate, check_share
 
 
 def sort_tokens(patches: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +67,8 @@ class EvoViT(Reducer):
         fast_update: bool = True,
     ) -> None:
         check_flags(fast_update=fast_update)
-        check_counts(location=location)
+        if location is not None:
+            check_count("location", location)
         each("keep_rate", keep_rate, check_rate)
         each("tradeoff", tradeoff, check_share)
         if location is not None and not isinstance(keep_rate, int | float):
@@ -157,8 +158,3 @@ class EvoViT(Reducer):
 
     def _num_slow(self, state: State, index: int) -> int:
         return int(state.num_patches * self.rates[index])
-
-    def __repr__(self) -> str:
-        return (
-            f"EvoViT(rates={self.rates}, tradeoff={self.tradeoff}, fast_update={self.fast_update})"
-        )

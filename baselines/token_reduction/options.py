@@ -7,26 +7,9 @@ fail deep inside, or not at all.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from utils.ranges import OutOfRange, check_count, check_range
+from utils.ranges import OutOfRange, check_count, check_rate
 
-
-def check_rate(key: str, value: float) -> None:
-    """OutOfRange unless `value` is a share of tokens that leaves some: in (0, 1]."""
-    check_range(key, value, 0.0, 1.0, ends="(]")
-
-
-def check_counts(least: int = 0, /, **values: int | None) -> None:
-    """OutOfRange unless each of the values is a whole number from `least` on, or None."""
-    for key, value in values.items():
-        if value is not None:
-            check_count(key, value, least)
-
-
-def check_flags(**values: bool) -> None:
-    """OutOfRange unless each of the values is true or false."""
-    for key, value in values.items():
-        if not isinstance(value, bool):
-            raise OutOfRange(f"{key} must be true or false, not {value!r}")
+FORMS = ("sound", "published")
 
 
 def each(key: str, value: Any, check: Callable[[str, Any], None]) -> list[Any]:

@@ -8,6 +8,7 @@ from baselines.token_reduction.ats import AdaptiveSampling
 from baselines.token_reduction.clustering import Hourglass
 from baselines.token_reduction.evit import EViT
 from baselines.token_reduction.evo_vit import EvoViT
+from baselines.token_reduction.options import FORMS
 from baselines.token_reduction.reducer import Reducer
 from baselines.token_reduction.smyrf import Smyrf
 from baselines.token_reduction.tome import ToMe
@@ -22,7 +23,6 @@ METHODS: dict[str, type[Reducer]] = {
     "act": ClusteredAttention,
     "smyrf": Smyrf,
 }
-FORMS = ("sound", "published")
 # What Expedit-SWAG computes, where it differs from the defaults of the constructors.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "hourglass": {"reconstruction": "l2"},

@@ -111,6 +111,10 @@ class Reducer:
         """Fit the options to a network; ValueError for blocks or tokens that it lacks."""
         self.facts = facts
 
+    def __repr__(self) -> str:
+        options = {key: value for key, value in vars(self).items() if key != "facts"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
     def start(self, state: State, x: Tensor) -> None:
         """The tokens [B T D] as they enter the first block that may be reduced."""
 

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.token_reduction.draws import Draws, block_range, check_draw
-from baselines.token_reduction.options import check_counts
-from baselines.token_reduction.reducer import Attended, Facts, Reducer, State, check_blocks
+from baselines.token_reduction.hashing import HashedAttention
+from baselines.token_reduction.reducer import Attended, Facts, State
 from utils.precision import at_least_float32
-from utils.ranges import check_word
-
-FORMS = ("sound", "published")
+from utils.ranges import check_counts
 
 
 def lift(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +142,7 @@ def padded_attention(
     return _over_hashes(out, total, orders[0])
 
 
-class Smyrf(Reducer):
+class Smyrf(HashedAttention):
     """Attention within hashed clusters in a range of blocks.
 
     start, stop: the blocks, stop exclusive; by default all plain ones.
@@ -158,6 +155,8 @@ class Smyrf(Reducer):
     Record: block<i>.q_positions and .k_positions [n S N].
     """
 
+    title = "SMYRF"
+
     def __init__(
         self,
         start: int | None = None,
@@ -169,38 +168,21 @@ class Smyrf(Reducer):
         form: str = "sound",
         seed: int | None = 0,
     ) -> None:
-        check_word("form", form, FORMS)
-        check_draw(start, stop, seed)
+        super().__init__(start, stop, form, seed)
         check_counts(1, num_hashes=num_hashes, query_cluster_size=query_cluster_size)
         key_cluster_size = query_cluster_size if key_cluster_size is None else key_cluster_size
         check_counts(1, key_cluster_size=key_cluster_size)
-        self.start_block, self.stop_block, self.num_hashes = start, stop, num_hashes
+        self.num_hashes = num_hashes
         self.sizes = {
             "query_cluster_size": query_cluster_size,
             "key_cluster_size": key_cluster_size,
         }
-        self.form, self.draws = form, Draws(seed)
-        self.blocks: range = range(0)
 
     def bind(self, facts: Facts) -> None:
         """Fit the options to a network, and draw the projections."""
         super().bind(facts)
-        self.blocks = block_range(self.start_block, self.stop_block, facts.first, facts.depth)
-        check_blocks(list(self.blocks), facts, "SMYRF block")
         names = [f"block{index}" for index in self.blocks]
         self.draws.prepare(names, facts.head_dim + 2, self.num_hashes)
-
-    def works_inside(self, index: int) -> bool:
-        """Whether the block is in the range."""
-        return index in self.blocks
-
-    def check_training(self, attn_drop: float) -> None:
-        """ValueError for dropout of attention weights: rounds are weighted by their sums."""
-        if attn_drop > 0:
-            raise ValueError(
-                f"SMYRF trains without dropout of attention weights; attn_drop is {attn_drop}, "
-                "give 0"
-            )
 
     def attend(
         self, state: State, index: int, q: Tensor, k: Tensor, v: Tensor, normed: Tensor
@@ -232,9 +214,3 @@ class Smyrf(Reducer):
         state.note(f"block{index}.q_positions", orders[0])
         state.note(f"block{index}.k_positions", orders[1])
         return orders
-
-    def __repr__(self) -> str:
-        return (
-            f"Smyrf(blocks={list(self.blocks)}, num_hashes={self.num_hashes}, {self.sizes}, "
-            f"form={self.form!r}, seed={self.draws.seed})"
-        )

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from baselines.selection import rows_of
-from baselines.token_reduction.options import check_flags, each
+from baselines.token_reduction.options import each
 from baselines.token_reduction.reducer import Attended, Facts, Reducer, State
-from utils.ranges import check_count, check_range, check_word
+from utils.precision import at_least_float32
+from utils.ranges import check_count, check_flags, check_range, check_word
 
 MODES = ("mean", "sum", "amax")
 
@@ -93,21 +94,6 @@ def match_every_kth(metric: Tensor, k: int) -> Matching | None:
         targets=targets.expand(batch, -1),
         chosen=chosen,
     )
-
-
-def match_random(
-    metric: Tensor, r: int, generator: torch.Generator | None = None
-) -> Matching | None:
-    """r random tokens of each image are merged into the most similar others; None for r = 0."""
-    batch, num_tokens, _ = metric.shape
-    if r <= 0:
-        return None
-    with torch.no_grad():
-        unit = metric / metric.norm(dim=-1, keepdim=True)
-        drawn = torch.rand(batch, num_tokens, generator=generator, device=metric.device).argsort(1)
-        sources, targets = drawn[:, :r], drawn[:, r:]
-        scores = rows_of(unit, sources) @ rows_of(unit, targets).transpose(1, 2)
-    return Matching(drawn[:, :0], sources, targets, scores.argmax(dim=-1))
 
 
 def merge(matching: Matching, x: Tensor, mode: str = "mean") -> Tensor:
@@ -255,17 +241,12 @@ class ToMe(Reducer):
         size = state.size
         if size is None:
             # Counts, which half precision cannot hold beyond 2048.
-            size = torch.ones(
-                *x.shape[:2], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-            )
+            size = at_least_float32(x.new_ones(*x.shape[:2], 1))
         x, state.size = merge_weighted(matching, x, size)
         if self.proportional:
             state.key_bias = state.size.log()[:, None, None, :, 0]
         state.note("size", state.size)
         return x
-
-    def __repr__(self) -> str:
-        return f"ToMe(schedule={self.schedule or self.r}, proportional={self.proportional})"
 
 
 def _checked(r: "int | Sequence[int]", inflection: float) -> list[int]:

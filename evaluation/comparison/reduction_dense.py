@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from evaluation.features.dataset import device_of
+from evaluation.features.reading import patch_tokens
 from evaluation.pictures.figures import visible
 from evaluation.probes.logistic import LogisticModel, fit_logistic
 from evaluation.segmentation.iou import Confusion
-from evaluation.segmentation.patches import label_patches, majority_labels, patch_tokens
+from evaluation.segmentation.patches import label_patches, majority_labels
 
 BACKGROUND = 0
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from evaluation.features.dataset import device_of
 from evaluation.progress import track
-from evaluation.symmetry.angles import rotate
 from evaluation.symmetry.equivariance import relative_error
 from evaluation.symmetry.posthoc import answers
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils.symmetry import SYMMETRIES, transform_image
+from utils.symmetry import SYMMETRIES, rotate, transform_image
 
 
 class Judged(NamedTuple):

@@ -19,7 +19,7 @@ from utils.data.loaders import evaluation_batches
 from utils.errors import UserError
 from utils.precision import float32_products_in
 from utils.ranges import check_word
-from vit.backbone import Backbone, eval_mode
+from vit.backbone import Backbone, device_of, eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -238,12 +238,6 @@ def full_float32_products(device: torch.device) -> Iterator[None]:
     """Disable autocast and TF32 for a `with` block; TF32 is wrong from the fourth digit on."""
     with float32_products_in("highest"), torch.autocast(device.type, enabled=False):
         yield
-
-
-def device_of(net: Backbone) -> torch.device:
-    """Device of the first parameter; the CPU for a net without any."""
-    parameters = net.parameters() if isinstance(net, nn.Module) else ()
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _ordered(part: FeatureSet) -> FeatureSet:

@@ -37,6 +37,27 @@ def features_of(
     return [Features(part.cls, part.patches) for part in parts]
 
 
+def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
+    """Patch tokens [B h w D] of the last block after the final norm; UserError without them.
+
+    UserError too for a map of another shape than the net's patches make of these images.
+    """
+    patches = features_of(net, images)[0].patches
+    if patches is None:
+        raise UserError(
+            f"{type(net).__name__} gives no patch tokens (features(...)[0].patches is None), which "
+            "this needs"
+        )
+    height, width = images.shape[-2:]
+    expected = (len(images), height // net.patch_size, width // net.patch_size, net.embed_dim)
+    if tuple(patches.shape) != expected:
+        raise UserError(
+            f"{type(net).__name__} gives patches of shape {list(patches.shape)} for images of "
+            f"{height} x {width} pixels, not {list(expected)}"
+        )
+    return patches
+
+
 def logits_in(found: Any) -> Tensor:
     """What a net returned for images, if it is logits [B classes]; UserError otherwise."""
     if not isinstance(found, Tensor) or found.ndim != 2:

@@ -4,11 +4,12 @@ Queries and keys are read where a net calls torch's attention, so octic and plai
 torchvision's nets serve as they are. Rollout: Abnar and Zuidema 2020, "Quantifying Attention Flow
 in Transformers".
 Letters: B images, H heads, T tokens, h w grid of patches, R rows: the queries that are read.
+Blocks are numbered by their calls of attention.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from evaluation.features.dataset import evaluating
-from evaluation.features.reading import features_of
+from evaluation.features.reading import patch_tokens
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
 from utils.ranges import check_word
@@ -57,41 +58,42 @@ class AttentionRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Recorded(NamedTuple):
+    """The attention of a net, where it is over all patches."""
+
+    blocks: dict[int, Tensor]  # weights [B H R T] on the host, by the number of the block
+    num_blocks: int  # with those that do not hold all patches any more
+    grid_size: tuple[int, int]
+    first: int  # tokens in front of the patches; others may follow them
+
+    @property
+    def patches(self) -> slice:
+        """Which tokens are the patches."""
+        return slice(self.first, self.first + self.grid_size[0] * self.grid_size[1])
+
+
 @torch.no_grad()
 def attention_maps(
     net: Backbone, images: Tensor, *, block: int = -1, query: str = "class"
 ) -> Tensor:
     """Attention to the patches [B H h w] in one block, in multiples of uniform attention.
 
+    block: negative: from the end of the blocks that hold all patches.
     query: "class", the class token, or "patches", the mean over the patches; one row of weights
     sums to 1 over all tokens, registers and the class token included, so 1 is what each gets where
-    no token is preferred. Raises UserError for nets without such attention.
+    no token is preferred. Raises UserError for nets and blocks without such attention.
     """
-    rows = slice(0, 1) if query == "class" else slice(None)
-    blocks, grid_size = _record(net, images, rows, query)
-    if not -len(blocks) <= block < len(blocks):
-        raise UserError(f"block {block} asked of a net with attention in {len(blocks)} blocks")
-    weights, cells = blocks[block], grid_size[0] * grid_size[1]
-    if query == "patches":
-        weights = weights[:, :, -cells:]
-    tokens = weights.shape[-1]
-    return weights.mean(dim=2)[..., -cells:].unflatten(-1, grid_size) * tokens
+    return _maps(net, images, block, query)[0]
 
 
 @torch.no_grad()
 def attention_rollout(net: Backbone, images: Tensor, *, query: str = "class") -> Tensor:
     """Attention to the patches through all blocks [B 1 h w], in multiples of uniform attention.
 
-    The product over the blocks of (A + 1) / 2, A being the mean over the heads.
+    The product of (A + 1) / 2 over the blocks that hold all patches, A being the mean over the
+    heads. Raises UserError for nets without such attention.
     """
-    blocks, grid_size = _record(net, images, slice(None), query)
-    cells, tokens = grid_size[0] * grid_size[1], blocks[0].shape[-1]
-    identity = torch.eye(tokens, dtype=blocks[0].dtype)
-    flow = identity
-    for weights in blocks:
-        flow = (weights.mean(dim=1) + identity) / 2 @ flow
-    row = flow[:, 0] if query == "class" else flow[:, -cells:].mean(dim=1)
-    return row[:, None, -cells:].unflatten(-1, grid_size) * tokens
+    return _rollout(net, images, query)[0]
 
 
 @torch.no_grad()
@@ -111,16 +113,11 @@ def draw_attention(
     latter holds the heads one by one; a rollout has none.
     """
 
-    def maps_of(views: Tensor) -> Tensor:
-        if rollout:
-            return attention_rollout(net, views, query=query)
-        return attention_maps(net, views, block=block, query=query)
+    def maps_of(views: Tensor) -> tuple[Tensor, str]:
+        return _rollout(net, views, query) if rollout else _maps(net, views, block, query)
 
     turned = transform_image(images, element)
-    maps, turned_maps = maps_of(images), maps_of(turned)
-    who = "class token" if query == "class" else "patches"
-    where = "last block" if block == -1 else f"block {block}"
-    what = f"rollout of attention, {who}" if rollout else f"attention of the {who}, {where}"
+    (maps, what), (turned_maps, _) = maps_of(images), maps_of(turned)
     paths = [
         save(
             _draw_turned(images, maps, turned, turned_maps, element, what), folder / "attention.png"
@@ -131,29 +128,80 @@ def draw_attention(
     return paths
 
 
-def _record(
-    net: Backbone, images: Tensor, rows: slice, query: str
-) -> tuple[list[Tensor], tuple[int, int]]:
-    """Weights [B H R T] of each block on the host, and the grid of patches."""
+def _maps(net: Backbone, images: Tensor, block: int, query: str) -> tuple[Tensor, str]:
+    """Maps of one block, and what they are."""
+    rows = slice(0, 1) if query == "class" else slice(None)
+    recorded = _record(net, images, rows, query)
+    number = _number(block, recorded)
+    weights = recorded.blocks[number]
+    if query == "patches":
+        weights = weights[:, :, recorded.patches]
+    found = weights.mean(dim=2)[..., recorded.patches].unflatten(-1, recorded.grid_size)
+    where = f"block {number}"
+    if block == -1:
+        is_last = number == recorded.num_blocks - 1
+        where = "last block" if is_last else f"{where}, the last with all patches"
+    return found * weights.shape[-1], f"attention of the {_who(query)}, {where}"
+
+
+def _rollout(net: Backbone, images: Tensor, query: str) -> tuple[Tensor, str]:
+    """Rollout over the blocks with all patches, and what it is."""
+    recorded = _record(net, images, slice(None), query)
+    blocks = list(recorded.blocks.values())
+    tokens = blocks[0].shape[-1]
+    identity = torch.eye(tokens, dtype=blocks[0].dtype)
+    flow = identity
+    for weights in blocks:
+        flow = (weights.mean(dim=1) + identity) / 2 @ flow
+    row = flow[:, 0] if query == "class" else flow[:, recorded.patches].mean(dim=1)
+    what = f"rollout of attention, {_who(query)}"
+    if len(blocks) < recorded.num_blocks:
+        numbers = ", ".join(map(str, recorded.blocks))
+        what = f"{what}, over the blocks with all patches ({numbers})"
+    return row[:, None, recorded.patches].unflatten(-1, recorded.grid_size) * tokens, what
+
+
+def _number(block: int, recorded: Recorded) -> int:
+    """The block's own number; UserError if the net has none of that number, with all patches."""
+    numbers = list(recorded.blocks)
+    if block in numbers:
+        return block
+    if -len(numbers) <= block < 0:
+        return numbers[block]
+    if 0 <= block < recorded.num_blocks:
+        first = next(number for number in range(block + 1) if number not in numbers)
+        raise UserError(
+            f"block {block} has no attention over all patches; block {first} is the first without"
+        )
+    raise UserError(f"block {block} asked of a net with attention in {recorded.num_blocks} blocks")
+
+
+def _who(query: str) -> str:
+    return "class token" if query == "class" else "patches"
+
+
+def _record(net: Backbone, images: Tensor, rows: slice, query: str) -> Recorded:
     check_word("query", query, QUERIES)
     recorder = AttentionRecorder(rows)
     with evaluating(net) as device, recorder:
-        patches = features_of(net, images.to(device))[0].patches
-    if patches is None:
-        raise UserError("this net gives no map of patches, so attention to them cannot be drawn")
-    height, width = patches.shape[1:3]
-    cells = height * width
-    blocks = [part for part in recorder.weights if part.ndim == 4 and part.shape[-1] >= cells]
-    blocks = [part.cpu() for part in blocks if len(part) == len(images)]
+        height, width = patch_tokens(net, images.to(device)).shape[1:3]
+    cells, inner = height * width, getattr(net, "net", net)
+    needed = cells + getattr(inner, "num_prefix_tokens", 0)
+    blocks = {
+        number: part.cpu()
+        for number, part in enumerate(recorder.weights)
+        if part.ndim == 4 and part.shape[-1] >= needed and len(part) == len(images)
+    }
     if not blocks:
         raise UserError(
             "this net has no attention over all its patches that could be drawn (looked for calls "
             "of scaled_dot_product_attention and nn.MultiheadAttention)"
         )
-    has_class_token = getattr(getattr(net, "net", net), "has_class_token", True)
-    if query == "class" and (not has_class_token or blocks[-1].shape[-1] == cells):
+    others = next(iter(blocks.values())).shape[-1] - cells
+    if query == "class" and (not getattr(inner, "has_class_token", True) or not others):
         raise UserError("this net has no class token; query=patches draws the patches' attention")
-    return blocks, (height, width)
+    first = getattr(inner, "num_prefix_tokens", others)
+    return Recorded(blocks, len(recorder.weights), (height, width), first)
 
 
 def _weights(

@@ -10,14 +10,40 @@ Letters: B images, h w grid of patches, D channels, C classes.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from utils import distributed
+from utils.ranges import check_count, check_order, check_range
 
 EPSILON, MOMENTUM = 1e-5, 0.1  # torch's defaults of batch normalisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelHeadSettings:
+    """Settings of a head's training; sizes in pixels, a step is a whole effective batch."""
+
+    crop_size: int
+    image_size: int
+    scale: tuple[float, float]
+    hflip_probability: float
+    photometric: bool
+    num_steps: int
+    warmup_steps: int
+    effective_batch_size: int
+    learning_rate: float
+    weight_decay: float
+    dropout_rate: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_count("num_steps", self.num_steps, 1)
+        check_range("warmup_steps", self.warmup_steps, 0, self.num_steps)
+        check_order("scale", self.scale, 0, math.inf, ends="()")
+        check_range("dropout_rate", self.dropout_rate, 0, 1, ends="[)")
 
 
 class Statistics(NamedTuple):
@@ -94,14 +120,9 @@ def drop_channels(patches: Tensor, seeds: Tensor, rate: float) -> Tensor:
 
 def sum_over_ranks(module: nn.Module, loss: Tensor) -> Tensor:
     """Sum the gradients of `module` and the loss over all ranks, in place; returns the loss."""
-    if distributed.world_size() == 1:
-        return loss
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1)])
-    flat = distributed.all_reduce_sum(flat)
-    sizes = [*(gradient.numel() for gradient in gradients), 1]
-    for gradient, part in zip([*gradients, loss], flat.split(sizes), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for tensor in (*gradients, loss):
+        tensor.copy_(distributed.all_reduce_sum(tensor))
     return loss
 
 
@@ -119,4 +140,4 @@ def learning_rate(step: int, *, base: float, num_steps: int, warmup_steps: int) 
 
 
 def _total(sums: Sequence[Tensor]) -> Tensor:
-    return distributed.all_reduce_mean(sum(sums[1:], sums[0])) * distributed.world_size()
+    return distributed.all_reduce_sum(sum(sums[1:], sums[0]))

@@ -18,10 +18,9 @@ from evaluation.pictures.segmentation import draw_segmentation
 from evaluation.progress import track
 from evaluation.results import print_table
 from evaluation.sample import spread
-from evaluation.segmentation.dense_head import PixelHead
+from evaluation.segmentation.dense_head import PixelHead, PixelHeadSettings
 from evaluation.segmentation.dense_training import (
     PixelHeadRun,
-    PixelHeadSettings,
     patches_of,
     upsample,
 )

@@ -4,9 +4,8 @@ Letters: B images of a micro-batch, S side of a crop, h w grid of patches, D cha
 """
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,10 +13,11 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import default_collate
 
 from evaluation.features.cache import net_fingerprint
-from evaluation.features.reading import features_of
+from evaluation.features.reading import patch_tokens
 from evaluation.progress import say, track
 from evaluation.segmentation.dense_head import (
     PixelHead,
+    PixelHeadSettings,
     drop_channels,
     learning_rate,
     sum_over_ranks,
@@ -29,34 +29,9 @@ from utils.checkpoints.checkpoint import Checkpoints
 from utils.data.loaders import training_batches
 from utils.data.segmentation import SegmentationDataset
 from utils.effective_batch import shared_batches
-from utils.ranges import check_count, check_order, check_range
 from vit.backbone import Backbone
 
 LOG_EVERY = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelHeadSettings:
-    """Settings of a head's training; sizes in pixels, a step is a whole effective batch."""
-
-    crop_size: int
-    image_size: int
-    scale: tuple[float, float]
-    hflip_probability: float
-    photometric: bool
-    num_steps: int
-    warmup_steps: int
-    effective_batch_size: int
-    learning_rate: float
-    weight_decay: float
-    dropout_rate: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps, 1)
-        check_range("warmup_steps", self.warmup_steps, 0, self.num_steps)
-        check_order("scale", self.scale, 0, math.inf, ends="()")
-        check_range("dropout_rate", self.dropout_rate, 0, 1, ends="[)")
 
 
 class PixelHeadRun:
@@ -155,17 +130,9 @@ class PixelHeadRun:
 
     def _batches(self, first: int) -> Iterator:
         recipe = self.recipe
-        transform = TrainingCrop(
-            self.table,
-            crop_size=recipe.crop_size,
-            image_size=recipe.image_size,
-            scale=recipe.scale,
-            hflip_probability=recipe.hflip_probability,
-            photometric=recipe.photometric,
-        )
         return training_batches(
             Pairs(self.dataset),  # type: ignore[arg-type]  # pairs stand where images do
-            transform,
+            TrainingCrop(self.table, recipe),
             _collate,
             self.micro_batch,
             first_step=first,
@@ -218,11 +185,8 @@ class PixelHeadRun:
 
 @torch.no_grad()
 def patches_of(net: Backbone, images: Tensor) -> Tensor:
-    """The map of the last block after the final norm [B h w D], in float32."""
-    patches = features_of(net, images)[0].patches
-    if patches is None:
-        raise ValueError("this net gives no map of patches, so there is none to segment by")
-    return patches.float()
+    """The map of the last block after the final norm [B h w D], float32; UserError without it."""
+    return patch_tokens(net, images).float()
 
 
 def upsample(logits: Tensor, size: torch.Size) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from evaluation.segmentation.dense_head import PixelHeadSettings
 from utils.data.segmentation import SegmentationDataset
 from utils.data.transforms import to_normalized_tensor
 
@@ -78,49 +79,39 @@ class TrainingCrop:
     global generator.
     """
 
-    def __init__(
-        self,
-        table: ClassTable,
-        *,
-        crop_size: int,
-        image_size: int,
-        scale: tuple[float, float],
-        hflip_probability: float,
-        photometric: bool,
-    ) -> None:
-        self.table = table
-        self.crop_size, self.image_size, self.scale = crop_size, image_size, scale
-        self.hflip_probability, self.photometric = hflip_probability, photometric
+    def __init__(self, table: ClassTable, recipe: PixelHeadSettings) -> None:
+        self.table, self.recipe = table, recipe
         self.normalise = v2.Compose(to_normalized_tensor())
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor, int]:
         """Crop one image with its mask."""
-        image, mask = pair
-        width, height = size_of(image, int(self.image_size * _uniform(*self.scale)))
+        (image, mask), size = pair, self.recipe.crop_size
+        width, height = size_of(image, int(self.recipe.image_size * _uniform(*self.recipe.scale)))
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         small = Image.fromarray(self.table.to_classes(mask))
         classes = np.array(small.resize((width, height), Image.Resampling.NEAREST))
         top, left = self._place(classes)
-        bottom, right = min(top + self.crop_size, height), min(left + self.crop_size, width)
+        bottom, right = min(top + size, height), min(left + size, width)
         pixels = functional.pil_to_tensor(image.crop((left, top, right, bottom)))
         target = torch.from_numpy(classes[top:bottom, left:right].copy())
-        if _uniform(0, 1) < self.hflip_probability:
+        if _uniform(0, 1) < self.recipe.hflip_probability:
             pixels, target = pixels.flip(-1), target.flip(-1)
-        if self.photometric:
+        if self.recipe.photometric:
             pixels = distort(pixels)
-        missing = (0, self.crop_size - (right - left), 0, self.crop_size - (bottom - top))
+        missing = (0, size - (right - left), 0, size - (bottom - top))
         crop = nn.functional.pad(self.normalise(pixels.float() / 255), missing)
         target = nn.functional.pad(target, missing, value=IGNORED)
         return crop, target, int(torch.randint(2**62, ()))
 
     def _place(self, classes: np.ndarray) -> tuple[int, int]:
+        size = self.recipe.crop_size
         for _ in range(CROP_TRIES):
-            top, left = (_below(max(side - self.crop_size, 0) + 1) for side in classes.shape)
-            part = classes[top : top + self.crop_size, left : left + self.crop_size]
+            top, left = (_below(max(side - size, 0) + 1) for side in classes.shape)
+            part = classes[top : top + size, left : left + size]
             counts = np.bincount(part.reshape(-1), minlength=256)[:IGNORED]
             if 0 < counts.max() < MAX_SHARE * counts.sum():
                 return top, left
-        top, left = (_below(max(side - self.crop_size, 0) + 1) for side in classes.shape)
+        top, left = (_below(max(side - size, 0) + 1) for side in classes.shape)
         return top, left
 
 

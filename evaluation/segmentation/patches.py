@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation.features.dataset import check_finite, device_of, evaluating
-from evaluation.features.reading import features_of
+from evaluation.features.reading import patch_tokens
 from evaluation.progress import track
 from evaluation.segmentation.dense_transforms import Pair, Pairs
 from evaluation.segmentation.iou import NUM_LABELS
@@ -97,24 +97,6 @@ def extract_patches(
         share = -(-store.shape.num_images // store.world)
         for _ in range(-(-share // batch_size) - calls):
             patch_tokens(net, images)
-
-
-def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
-    """Patch tokens [B h w D] of the last block after the final norm; UserError without them."""
-    patches = features_of(net, images)[0].patches
-    if patches is None:
-        raise UserError(
-            f"{type(net).__name__} gives no patch tokens (features(...)[0].patches is None), so "
-            "there is nothing to segment with"
-        )
-    height, width = images.shape[-2:]
-    expected = (len(images), height // net.patch_size, width // net.patch_size, net.embed_dim)
-    if tuple(patches.shape) != expected:
-        raise UserError(
-            f"{type(net).__name__} gives patches of shape {list(patches.shape)} for images of "
-            f"{height} x {width} pixels, not {list(expected)}"
-        )
-    return patches
 
 
 def label_patches(masks: Tensor, patch_size: int) -> Tensor:

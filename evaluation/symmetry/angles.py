@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from evaluation.features.dataset import evaluating
 from evaluation.features.reading import features_of
 from evaluation.progress import track
 from evaluation.symmetry.equivariance import relative_error
 from utils.errors import UserError
+from utils.symmetry import disc, rotate
 from vit.backbone import Backbone, Features
 
 
@@ -58,32 +57,10 @@ def angle_errors(
     return errors
 
 
-def rotate(images: Tensor, angle: float) -> Tensor:
-    """Turn images [... H H] counter-clockwise about their centre, filled with zeros.
-
-    Whole quarter turns are exact; only the rest of the angle is interpolated (bilinear).
-    """
-    quarters, rest = divmod(angle % 360, 90)
-    turned = images.rot90(int(quarters), dims=(-2, -1))
-    if rest == 0:
-        return turned
-    return functional.rotate(turned, rest, interpolation=InterpolationMode.BILINEAR)
-
-
-def disc(height: int, width: int, margin: float = 0.0, *, like: Tensor) -> Tensor:
-    """1 for cells [h w] whose centre lies at least `margin` cells inside the inscribed circle."""
-    rows, columns = (
-        torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2
-        for size in (height, width)
-    )
-    radius = min(height, width) / 2 - margin
-    return (rows[:, None].square() + columns.square() <= radius**2).to(like.dtype)
-
-
 def _cut(images: Tensor) -> Tensor:
     """Set images to zero, the mean colour of normalised images, outside the disc."""
     height, width = images.shape[-2:]
-    return images * disc(height, width, like=images)
+    return images * disc(height, width, device=images.device)
 
 
 def _compare(still: Features, turned: Features, control: Features, angle: float) -> AngleError:
@@ -95,7 +72,7 @@ def _compare(still: Features, turned: Features, control: Features, angle: float)
     )
     # Leave out cells at the rim, which are interpolated with values from outside the disc.
     height, width = expected.shape[-2:]
-    inside = disc(height, width, 1.0, like=expected)
+    inside = disc(height, width, 1.0, device=expected.device)
     back = rotate(rotate(there_and_back, angle), -angle)
     patches = relative_error(found * inside, rotate(expected, angle) * inside)
     return AngleError(*cls, patches, relative_error(back * inside, expected * inside))

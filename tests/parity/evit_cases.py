@@ -9,8 +9,9 @@ from torch import Tensor
 
 from baselines.evit.block import EViTAttention, EViTBlock
 from baselines.evit.network import EViT
-from baselines.evit.reorganisation import complement, patch_indices, patch_mask, tokens_to_keep
+from baselines.evit.reorganisation import patch_indices, patch_mask, tokens_to_keep
 from baselines.evit.schedule import Shrink
+from baselines.selection import keep_tokens
 from evaluation.pictures.token_mask import masked
 from tests.parity import dhvt_cases
 from tests.parity.harness import NotBuilt, check, load, strip
@@ -72,7 +73,7 @@ def helper(case: dict[str, Any], folder: Path) -> None:
     tensors, kwargs = load(case, folder), case["kwargs"]
     name = case["reference"]["class"]
     if name == "complement_idx":
-        check("out", complement(tensors["in.0"], kwargs["dim"]), tensors["out"], 0, "exact")
+        check("out", dropped_tokens(tensors["in.0"], kwargs["dim"]), tensors["out"], 0, "exact")
     elif name == "mask":
         images, size = tensors["in.0"], kwargs["patch_size"]
         grid = (images.shape[-2] // size, images.shape[-1] // size)
@@ -88,6 +89,15 @@ def helper(case: dict[str, Any], folder: Path) -> None:
         check("out", found, tensors["out"], 0, "exact")
     else:
         raise NotBuilt(f"no helper {name}")
+
+
+def dropped_tokens(kept: Tensor, count: int) -> Tensor:
+    """Which of `count` tokens the fused one is made of, beside `kept` [... k]: [... count-k]."""
+    rows = kept.flatten(0, -2) if kept.ndim > 1 else kept[None]
+    ones = torch.ones(len(rows), count)
+    fused = keep_tokens(ones.diag_embed(), rows, ones, num_prefix=0, fuse=True)[:, -1]
+    found = fused.nonzero()[:, 1].unflatten(0, (len(rows), -1))
+    return found.reshape(*kept.shape[:-1], -1)
 
 
 def table(case: dict[str, Any], folder: Path) -> None:

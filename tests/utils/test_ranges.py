@@ -9,7 +9,16 @@ from utils.config.build import build, plain
 from utils.config.check import describe
 from utils.config.compose import compose_config
 from utils.errors import UserError
-from utils.ranges import OutOfRange, check_count, check_order, check_range, check_share
+from utils.ranges import (
+    OutOfRange,
+    check_count,
+    check_counts,
+    check_flags,
+    check_order,
+    check_range,
+    check_rate,
+    check_share,
+)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-9, True, "1", None])
@@ -36,6 +45,23 @@ def test_counts_and_pairs() -> None:
     for pair, said in [((0.5, 0.1), "lesser value first"), ((0.1,), "two values")]:
         with pytest.raises(OutOfRange, match=said):
             check_order("scale", pair, 0, 1)
+
+
+def test_several_values_at_once() -> None:
+    check_counts(1, n=1, m=2)
+    check_flags(a=True, b=False)
+    with pytest.raises(OutOfRange, match="m must be a whole number from 1, not None"):
+        check_counts(1, n=1, m=None)
+    for word in ("no", 1, None):
+        with pytest.raises(OutOfRange, match="b must be true or false"):
+            check_flags(a=True, b=word)
+
+
+def test_a_rate_leaves_some() -> None:
+    check_rate("keep", 1)
+    for wrong in (0, 1.1, True):
+        with pytest.raises(OutOfRange, match="keep must"):
+            check_rate("keep", wrong)
 
 
 def test_the_key_is_named_where_the_config_has_it() -> None:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from utils.symmetry import SYMMETRIES, compose, invert, transform_image, transform_map
+from utils.symmetry import (
+    SYMMETRIES,
+    compose,
+    disc,
+    invert,
+    rotate,
+    transform_image,
+    transform_map,
+)
 
 
 @pytest.mark.parametrize("second", SYMMETRIES)
@@ -43,3 +51,25 @@ def test_map_moves_patches_and_leaves_channels():
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="symmetry must be one of e, r, rr"):
         transform_image(torch.zeros(2, 2), "rm")
+
+
+def test_quarter_turns_are_exact_and_counter_clockwise():
+    images = torch.randn(1, 3, 9, 9)
+    for quarters, name in enumerate(("e", "r", "rr", "rrr")):
+        assert torch.equal(rotate(images, 90.0 * quarters), transform_image(images, name))
+        nearly = rotate(images.double(), 90.0 * quarters + 0.01)
+        inside = disc(9, 9, 1)
+        error = (nearly - transform_image(images, name))[..., inside].abs().max()
+        assert error < 0.01, "the interpolated part turns the same way"
+
+
+def test_disc():
+    cells = disc(4, 4)
+    assert cells.sum() == 12 and not cells[0, 0] and cells[0, 1]
+    assert disc(4, 4, 1).sum() == 4
+    assert torch.equal(cells, cells.rot90())
+
+
+def test_half_precision_is_turned_as_exactly_as_it_can_be_written():
+    images = torch.rand(1, 3, 65, 65).bfloat16()
+    assert torch.equal(rotate(images, 30.0), rotate(images.float(), 30.0).bfloat16())

@@ -7,7 +7,6 @@ from torch import nn
 
 from baselines.dhvt import DHVT
 from baselines.dhvt.layers import HeadInteractedAttention
-from baselines.dhvt.norms import batch_norm
 from deit.param_groups import undecayed
 from utils.flops import multiply_adds
 from vit.finetune import load_adapted
@@ -92,7 +91,7 @@ def test_plain_twin():
     assert isinstance(timm.create_model("dhvt_tiny_cifar_patch4", **off), VisionTransformer)
     with pytest.raises(ValueError, match="decay: the plain ViT"):
         timm.create_model("dhvt_tiny_cifar_patch4", apply_dhvt=False, decay="published")
-    with pytest.raises(ValueError, match="apply_dhvt must be True or False, not 'no'"):
+    with pytest.raises(ValueError, match="apply_dhvt must be true or false, not 'no'"):
         timm.create_model("dhvt_tiny_cifar_patch4", apply_dhvt="no", **options)
 
 
@@ -149,7 +148,13 @@ def test_batch_norms_are_synchronised_where_the_processes_work_on_gpus(works, mo
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: works)
-    assert isinstance(batch_norm(4), nn.SyncBatchNorm if works else nn.BatchNorm2d)
+    model = net()
+    norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) == works for m in norms)
+    monkeypatch.undo()
+    alone = net().state_dict()
+    assert model.state_dict().keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in model.state_dict().items())
 
 
 def test_other_channels_and_interface():

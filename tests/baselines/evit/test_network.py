@@ -172,7 +172,7 @@ def test_timms_interface():
 
 def test_the_shrinking_rate_holds_until_the_next_step_and_is_forgotten_by_copies_of_weights():
     model = net(keep_rate=[1, 0.5, 1, 0.5], shrink_start_epoch=1, shrink_epochs=2)
-    assert model.current_rates == [1, 0.5, 1, 0.5]
+    assert model.token_counts(16) == [16, 8, 8, 4]
     assert model.follow_training(0, 4) == {"keep_rate": 1.0}
     assert model.token_counts(16) == [16] * 4
     assert model.follow_training(8, 4) == {"keep_rate": 0.75}
@@ -184,7 +184,7 @@ def test_the_shrinking_rate_holds_until_the_next_step_and_is_forgotten_by_copies
 def test_the_cosine_may_begin_below_1_where_tokens_are_dropped():
     model = net(keep_rate=[1, 0.5, 1, 0.5], shrink_epochs=2, max_keep_rate=0.75)
     assert model.follow_training(0, 4) == {"keep_rate": 0.75}
-    assert model.current_rates == [1, 0.75, 1, 0.75]
+    assert model.token_counts(16) == [16, 12, 12, 9]
     assert model.follow_training(4, 4) == {"keep_rate": 0.625}
 
 

@@ -5,40 +5,13 @@ import torch
 
 from baselines.evit.reorganisation import (
     FUSED,
-    complement,
     follow_origins,
-    most_important,
     patch_indices,
     patch_mask,
-    reorganise,
     scatter_tokens,
     tokens_to_keep,
 )
 from baselines.evit.schedule import Shrink
-from baselines.selection import keep_count
-
-
-@pytest.mark.parametrize(
-    ("rate", "count", "exact", "published"),
-    [(0.55, 100, 55, 56), (0.55, 180, 99, 100), (0.7, 196, 138, 138), (0.7, 10, 7, 7)],
-)
-def test_counts_are_exact_or_as_published(rate, count, exact, published):
-    assert keep_count(rate, count) == exact
-    assert keep_count(rate, count, exact=False) == published
-
-
-def test_counts_of_the_published_table_do_not_depend_on_the_arithmetic():
-    """Both roundings give the table's tokens, fused and not, at all its rates and resolutions."""
-    for rate in (0.5, 0.6, 0.7, 0.8, 0.9):
-        for start in (196, 289, 324, 361):
-            for fused in (0, 1):
-                counts = {}
-                for exact in (True, False):
-                    count, counts[exact] = start, []
-                    for _ in range(3):
-                        count = keep_count(rate, count, exact=exact) + fused
-                        counts[exact].append(count)
-                assert counts[True] == counts[False]
 
 
 def test_which_rate_decides():
@@ -53,37 +26,6 @@ def test_which_rate_decides():
     for rate in (0.0, 2.0, "high"):
         with pytest.raises(ValueError, match="keep_rate must"):
             tokens_to_keep(10, 0.5, rate)
-
-
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 0), (2, 9)])
-def test_complement(shape):
-    """With any leading axes, the kept and the others are all there are; the others ascend."""
-    kept = torch.rand(*shape[:-1], 9).argsort(dim=-1)[..., : shape[-1]]
-    rest = complement(kept, 9)
-    assert torch.equal(
-        torch.cat([kept, rest], -1).sort(-1).values, torch.arange(9).expand(*shape[:-1], 9)
-    )
-    assert torch.equal(rest, rest.sort(-1).values)
-
-
-def test_reorganised_tokens():
-    """Class token, kept ones by importance, the weighted sum of the others; nothing else."""
-    x = torch.randn(2, 6, 3, dtype=torch.float64)
-    importance = torch.rand(2, 5, dtype=torch.float64) / 5
-    kept = most_important(importance, 2)
-    assert torch.equal(kept, importance.argsort(dim=1, descending=True)[:, :2])
-    rest = complement(kept, 5)
-    for row in range(2):
-        assert sorted([*kept[row].tolist(), *rest[row].tolist()]) == list(range(5))
-        assert rest[row].tolist() == sorted(rest[row].tolist())
-    out = reorganise(x, kept, importance, fuse=True)
-    assert out.shape == (2, 4, 3)
-    for row in range(2):
-        torch.testing.assert_close(out[row, 0], x[row, 0])
-        torch.testing.assert_close(out[row, 1:3], x[row, 1:][kept[row]])
-        fused = sum(importance[row, i] * x[row, 1 + i] for i in rest[row])
-        torch.testing.assert_close(out[row, 3], fused)
-    assert torch.equal(reorganise(x, kept, importance, fuse=False), out[:, :3])
 
 
 def test_a_kept_fused_token_is_no_patch():

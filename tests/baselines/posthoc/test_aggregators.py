@@ -87,15 +87,6 @@ def test_the_surest_of_copies_that_are_sure_to_the_last_digit():
     assert torch.equal(make("most_certain")(z[..., :1]), z[:, 0, :1])  # one class
 
 
-def test_attention_over_copies_is_a_distribution_that_permutes_with_them():
-    net, z = make("learned_attention"), copies()
-    order = torch.randperm(8)
-    plain, moved = net.attention(z), net.attention(z[:, order])
-    assert len(plain) == 2 and plain[0].shape == (3, 4, 9)
-    torch.testing.assert_close(plain[0].sum(-1), torch.ones(3, 4, dtype=torch.float64))
-    torch.testing.assert_close(moved[1][..., 1:], plain[1][..., 1:][..., order])
-
-
 def test_parameters_are_as_many_as_published():
     counts = {
         n: sum(p.numel() for p in make_aggregator(n, 64, form="sound").parameters())

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from baselines.selection import rows_of
 from baselines.token_reduction import act, ats, clustering, evit, evo_vit, smyrf, tome
-from baselines.token_reduction.draws import Draws, block_range
+from baselines.token_reduction.hashing import Draws
+from baselines.token_reduction.options import FORMS
 from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reduced import Reduced
 from baselines.token_reduction.reducer import State
@@ -52,13 +53,13 @@ def test_merging_equal_tokens_and_back_changes_nothing(mode):
     assert torch.equal(rows_of(labels, places), x)
 
 
-def test_random_and_kth_matchings_cover_all_tokens():
+def test_a_kth_matching_covers_all_tokens():
     metric = draw(2, 24, 6)
-    for matching in (tome.match_every_kth(metric, 4), tome.match_random(metric, 7)):
-        ones = torch.ones(2, 24, 1, dtype=torch.float64)
-        assert (tome.merge(matching, ones, "sum").sum(1) == 24).all()
-        assert tome.unmerge(matching, tome.merge(matching, metric, "mean")).shape == metric.shape
-    assert tome.match_random(metric, 0) is None and tome.match_bipartite(metric, 0) is None
+    matching = tome.match_every_kth(metric, 4)
+    ones = torch.ones(2, 24, 1, dtype=torch.float64)
+    assert (tome.merge(matching, ones, "sum").sum(1) == 24).all()
+    assert tome.unmerge(matching, tome.merge(matching, metric, "mean")).shape == metric.shape
+    assert tome.match_bipartite(metric, 0) is None
     assert tome.unmerge(tome.match_every_kth(metric, 5), draw(2, 4, 6)).shape[1] == 20
     assert tome.match_every_kth(metric, 1) is None
 
@@ -194,16 +195,6 @@ def test_bad_options_of_the_hourglass_are_one_line():
 # EViT and Evo-ViT.
 
 
-def test_the_fused_token_is_what_the_dropped_ones_weigh():
-    x, scores = draw(2, 9, 4), draw(2, 8, seed=1).softmax(dim=1)
-    out, kept = evit.select_tokens(x, scores, 3, 1, fuse=True)
-    assert (scores.gather(1, kept).diff(dim=1) <= 0).all()
-    everything = (scores[..., None] * x[:, 1:]).sum(1)
-    taken = (scores.gather(1, kept)[..., None] * out[:, 1:4]).sum(1)
-    torch.testing.assert_close(out[:, 4], everything - taken)
-    assert torch.equal(out[:, 0], x[:, 0])
-
-
 @pytest.mark.parametrize(("form", "kept"), [("sound", 55), ("published", 56)])
 def test_a_share_of_tokens_is_exact_or_as_published(form, kept):
     """As in EViT's own network: a rounding error adds no token but in the published form."""
@@ -333,7 +324,7 @@ def test_distance_alone_tells_tokens_apart():
     torch.testing.assert_close(parted, torch.full_like(parted, expected), rtol=0, atol=0.035)
 
 
-@pytest.mark.parametrize("form", act.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_prefix_tokens_are_alone_in_their_clusters(form):
     """Of queries and of keys; as published they are clustered like any other token."""
     record = reduced("dinov2", "act", form=form, query_hashes=1, key_hashes=1).inspect(images())
@@ -366,7 +357,7 @@ def test_sizes_that_cannot_be_cut_are_one_line():
     with pytest.raises(ValueError, match="are not as many clusters"):
         reduced("ours", "smyrf", query_cluster_size=8, key_cluster_size=16)(images())
     with pytest.raises(ValueError, match="the network has 6"):
-        block_range(2, 9, 0, DEPTH)
+        reduced("ours", "smyrf", start=2, stop=9)
 
 
 @pytest.mark.parametrize("method", ["act", "smyrf"])

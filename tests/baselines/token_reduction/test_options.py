@@ -122,3 +122,11 @@ def test_a_config_names_the_option_with_its_place():
         build(node)
     with pytest.raises(ValueError, match=r"^options\.keep_rate must be a number"):
         build_reduced(timm_net(), method="evit", options={"keep_rate": "high"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_are_shown_without_what_a_network_adds(method):
+    """No drawn projections, which are tables of numbers."""
+    shown = repr(reduced("ours", method).reducer)
+    assert shown.startswith(f"{METHODS[method].__name__}(") and "tensor" not in shown
+    assert ("draws=Draws(seed=0)" in shown) == (method in ("act", "smyrf"))

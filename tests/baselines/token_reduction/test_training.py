@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from baselines.token_reduction.presets import FORMS, make_reducer
+from baselines.token_reduction.options import FORMS
+from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reduced import Reduced
 from tests.baselines.token_reduction.toys import METHODS, images, net_of, reducer
 

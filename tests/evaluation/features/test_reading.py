@@ -7,7 +7,7 @@ import torch
 
 from evaluation.comparison.symmetry_pictures import draw_latent_maps
 from evaluation.features.dataset import class_token
-from evaluation.features.reading import features_of
+from evaluation.features.reading import features_of, patch_tokens
 from evaluation.probes.training import FrozenFeatures
 from evaluation.symmetry.angles import angle_errors
 from evaluation.symmetry.equivariance import logit_errors, measure
@@ -83,3 +83,23 @@ def test_blocks_that_a_net_lacks_are_told():
     with pytest.raises(UserError, match=said):
         FrozenFeatures(ThreeBlocks(), layers, "fp32")(IMAGES)
     assert len(features_of(ThreeBlocks(), IMAGES, layers[1:])) == 3
+
+
+class NoPatches(ToyNet):
+    def features(self, images, layers=(-1,)):
+        return [part._replace(patches=None) for part in super().features(images, layers)]
+
+
+class WrongGrid(ToyNet):
+    def features(self, images, layers=(-1,)):
+        found = super().features(images, layers)
+        return [part._replace(patches=part.patches[:, 1:]) for part in found]
+
+
+def test_patches_or_one_line():
+    assert patch_tokens(ToyNet(), IMAGES).shape == (2, 2, 2, 6)
+    with pytest.raises(UserError, match="^NoPatches gives no patch tokens"):
+        patch_tokens(NoPatches(), IMAGES)
+    said = r"WrongGrid gives patches of shape \[2, 1, 2, 6\] for .* 8 x 8 pixels, not \[2, 2, 2"
+    with pytest.raises(UserError, match=said):
+        patch_tokens(WrongGrid(), IMAGES)

@@ -5,6 +5,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from baselines.dhvt import DHVT
+from baselines.token_reduction.evit import EViT
+from baselines.token_reduction.reduced import Reduced
+from baselines.token_reduction.tome import ToMe
 from evaluation.pictures.attention import (
     AttentionRecorder,
     attention_maps,
@@ -142,3 +146,55 @@ def test_words_are_checked():
             maps(net, IMAGES, query="all")
     with pytest.raises(UserError, match="block 4 asked of a net with attention in 4 blocks"):
         attention_maps(net, IMAGES, block=4)
+
+
+def test_tokens_behind_the_patches_are_no_patches():
+    """DHVT appends the tokens of its heads."""
+    net = shaken(DHVT(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4))
+    images = IMAGES.double()
+    with torch.no_grad(), AttentionRecorder(slice(None)) as recorder:
+        net.features(images)
+    weights = recorder.weights[-1]
+    assert weights.shape[-1] == 1 + 64 + 4
+    expected = weights[:, :, 0, 1:65].unflatten(-1, (8, 8)) * 69
+    torch.testing.assert_close(attention_maps(net, images), expected)
+    expected = weights[:, :, 1:65, 1:65].mean(dim=2).unflatten(-1, (8, 8)) * 69
+    torch.testing.assert_close(attention_maps(net, images, query="patches"), expected)
+    first, last = ((part.mean(dim=1) + torch.eye(69)) / 2 for part in recorder.weights)
+    flow = last @ first
+    for query, row in (("class", flow[:, 0]), ("patches", flow[:, 1:65].mean(dim=1))):
+        expected = row[:, None, 1:65].unflatten(-1, (8, 8)) * 69
+        torch.testing.assert_close(attention_rollout(net, images, query=query), expected)
+
+
+def titles(monkeypatch, tmp_path, net, **options) -> list[str]:
+    """What the pictures of a net are called."""
+    found = []
+
+    def draw(columns, what):
+        found.append(what)
+
+    monkeypatch.setattr("evaluation.pictures.attention._draw", draw)
+    monkeypatch.setattr("evaluation.pictures.attention.save", lambda figure, path: path)
+    draw_attention(net, IMAGES[:1], tmp_path, **options)
+    return found
+
+
+def test_titles_name_the_blocks_that_are_drawn(monkeypatch, tmp_path):
+    """Tokens are merged in block 0, so that it is the last with all patches, and the only one."""
+    plain = VisionTransformer(**SIZES, num_classes=0)
+    assert titles(monkeypatch, tmp_path, plain)[1] == "attention of the class token, last block"
+    second = titles(monkeypatch, tmp_path, plain, block=-3, query="patches")[1]
+    assert second == "attention of the patches, block 1"
+    assert titles(monkeypatch, tmp_path, plain, rollout=True) == [
+        "rollout of attention, class token"
+    ]
+    net = Reduced(plain, ToMe(1))  # one token fewer is as many as there are patches
+    last = titles(monkeypatch, tmp_path, net)[1]
+    assert last == "attention of the class token, block 0, the last with all patches"
+    with pytest.raises(UserError, match="block 3 has no attention over all .*; block 1 is the fi"):
+        attention_maps(net, IMAGES, block=3)
+    net = Reduced(plain, EViT(0.5, [1]))
+    assert titles(monkeypatch, tmp_path, net, rollout=True) == [
+        "rollout of attention, class token, over the blocks with all patches (0, 1)"
+    ]

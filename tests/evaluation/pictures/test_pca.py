@@ -99,5 +99,5 @@ def test_nets_without_maps_are_refused():
         patch_maps(ToyNet(), torch.randn(1, 3, 4, 4))
     net = timm_backbone("resnet18")
     net.features = lambda images: [type("F", (), {"cls": images, "patches": None})()]
-    with pytest.raises(UserError, match="no map of patches"):
+    with pytest.raises(UserError, match="TimmBackbone gives no patch tokens"):
         patch_maps(net, torch.randn(1, 3, 32, 32))

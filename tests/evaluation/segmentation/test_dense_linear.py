@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from evaluation.segmentation.dense_transforms import (
 from evaluation.segmentation.sliding_window import slide, window_starts
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.toys import ToyNet, in_processes
+from utils.errors import UserError
 from vit.backbone import Features
 
 COLOURS = np.array([[0, 0, 0], [250, 30, 30], [30, 250, 30], [40, 40, 240]], dtype=np.uint8)
@@ -225,14 +227,15 @@ def test_crops_keep_image_and_mask_aligned(scale: tuple[float, float]) -> None:
     """Enlarged, shrunk and padded: the red pixels are those of class 0, apart from the seam."""
     mask = np.full((24, 32), 1, dtype=np.uint8)
     mask[:, 16:] = 2
-    crop = TrainingCrop(
-        ClassTable(4, (0, 255)),
+    recipe = replace(
+        make_probe().recipe,
         crop_size=20,
         image_size=24,
         scale=scale,
         hflip_probability=0.5,
         photometric=False,
     )
+    crop = TrainingCrop(ClassTable(4, (0, 255)), recipe)
     torch.manual_seed(0)
     mirrored = set()
     for _ in range(20):
@@ -251,14 +254,15 @@ def test_crops_look_for_a_place_that_no_class_fills(around: int) -> None:
     """Of 57 places, 7 have less than three quarters of one class; ignored pixels have none."""
     mask = np.full((8, 64), around, dtype=np.uint8)
     mask[:, 30:32], mask[:, 32:34] = 1, 2
-    crop = TrainingCrop(
-        ClassTable(4, (0, 255)),
+    recipe = replace(
+        make_probe().recipe,
         crop_size=8,
         image_size=8,
         scale=(1.0, 1.0),
         hflip_probability=0.0,
         photometric=False,
     )
+    crop = TrainingCrop(ClassTable(4, (0, 255)), recipe)
     shares = []
     for _ in range(60):
         _, classes, _ = crop((Image.fromarray(COLOURS[mask]), mask))
@@ -340,7 +344,7 @@ def test_other_classes_and_nets_without_patches_are_refused(tmp_path: Path) -> N
     other.class_names = ["nothing", "one", "two", "three"]
     with pytest.raises(ValueError, match="different classes: toy"):
         make_probe(test=other)
-    with pytest.raises(ValueError, match="no map of patches"):
+    with pytest.raises(UserError, match="Blind gives no patch tokens"):
         make_probe()(Blind().eval(), {}, tmp_path)
 
 

@@ -3,29 +3,11 @@
 import pytest
 import torch
 
-from evaluation.symmetry.angles import angle_errors, angles_of, disc, rotate
+from evaluation.symmetry.angles import angle_errors, angles_of
 from octic.vision_transformer import OcticVisionTransformer
 from tests.evaluation.backbones import any_backbone, make
 from tests.evaluation.symmetry.test_equivariance import SIZES, shaken
 from utils.errors import UserError
-from utils.symmetry import transform_image
-
-
-def test_quarter_turns_are_exact_and_counter_clockwise():
-    images = torch.randn(1, 3, 9, 9)
-    for quarters, name in enumerate(("e", "r", "rr", "rrr")):
-        assert torch.equal(rotate(images, 90.0 * quarters), transform_image(images, name))
-        nearly = rotate(images.double(), 90.0 * quarters + 0.01)
-        inside = disc(9, 9, 1, like=nearly).bool()
-        error = (nearly - transform_image(images, name))[..., inside].abs().max()
-        assert error < 0.01, "the interpolated part turns the same way"
-
-
-def test_disc():
-    cells = disc(4, 4, like=torch.empty(1))
-    assert cells.sum() == 12 and cells[0, 0] == 0 and cells[0, 1] == 1
-    assert disc(4, 4, 1, like=torch.empty(1)).sum() == 4
-    assert torch.equal(cells, cells.rot90())
 
 
 def test_angles_of():
