@@ -47,7 +47,7 @@ class FastThreeAugment(ThreeOptions):
                     v2.RandomHorizontalFlip(self.flip_probability),
                 ]
             )
-        self.colours = Colours(partial(colours.pillow_blur, max_radius=MAX_RADIUS))
+        self.colours = Colours(partial(colours.pillow_blur, reach=colours.pillow_reach(MAX_RADIUS)))
         self.normal = torch.tensor(self.mean), torch.tensor(self.std)
 
     def __call__(self, image: EncodedImage | Image) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
 from utils.distributed import average_buffers, is_main, rank, world_size
 from utils.effective_batch import count_steps, micro_batches
+from utils.moving_average import Held, MovingAverage
 from utils.parallel import blocks_of
 from utils.precision import at_least_float32
 from utils.ranges import check_range, check_word
@@ -167,6 +168,7 @@ class DeiT(nn.Module):
         self.model = wrap(self.model, units=blocks_of(self.model))
         if self.ema is not None:
             self.ema = wrap(self.ema, units=blocks_of(self.ema))
+        self._look_up()
         if self.distillation is not None:
             teacher = self.distillation.teacher
             self.distillation.teacher = wrap(teacher, units=blocks_of(teacher))
@@ -199,7 +201,8 @@ class DeiT(nn.Module):
         """Losses of a micro-batch; `loss` is optimised, the rest is shown."""
         told = self._follow(step)
         losses = self._losses(batch)
-        return losses | {name: losses["loss"].new_tensor(value) for name, value in told.items()}
+        # Filled on the device: new_tensor() would copy, and wait for all of the forward pass.
+        return losses | {name: losses["loss"].new_full((), value) for name, value in told.items()}
 
     def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, targets = batch["images"], batch["targets"]
@@ -217,17 +220,9 @@ class DeiT(nn.Module):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Move the average towards the classifier; each rank's batch statistics become one."""
-        average_buffers(self.model)
-        if self.ema is None:
-            return
-        torch._foreach_lerp_(
-            list(self.ema.parameters()), list(self.model.parameters()), 1 - self.ema_decay
-        )
-        for ours, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            if ours.is_floating_point():
-                ours.lerp_(theirs, 1 - self.ema_decay)
-            else:
-                ours.copy_(theirs)
+        average_buffers(self._held.buffers())
+        if self._average is not None:
+            self._average.update(1 - self.ema_decay)
 
     def load_weights(self, path: str) -> None:
         """Start classifier and moving average from a file, published or exported.
@@ -274,6 +269,12 @@ class DeiT(nn.Module):
         freeze(self.model, self.trainable)
         if self.ema_decay:
             self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Find what moves after each step; called again where networks may be others."""
+        self._held = Held(self.model)
+        self._average = None if self.ema is None else MovingAverage(self.ema, self.model)
 
     def _head(self) -> dict[str, Tensor]:
         """The classifier's part of the state dict."""

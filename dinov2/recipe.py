@@ -27,6 +27,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import check_loading, training_batches
 from utils.distributed import rank, world_size
 from utils.effective_batch import count_steps
+from utils.moving_average import MovingAverage
 from utils.parallel import blocks_of
 from utils.ranges import check_count, check_range
 
@@ -120,6 +121,7 @@ class DINOv2(nn.Module):
         self.teacher = _make_parts(network(0.0), heads)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self._average = MovingAverage(self.teacher, self.student)
         head = self.student["dino_head"]
         self.dino_targets = Targets(head.num_prototypes, centering=centering)
         head = self.student["ibot_head" if separate_head else "dino_head"]
@@ -157,6 +159,7 @@ class DINOv2(nn.Module):
         for parts in (self.student, self.teacher):
             for name, part in parts.items():
                 parts[name] = wrap(part, units=blocks_of(part))
+        self._average = MovingAverage(self.teacher, self.student)
         # These have nothing to shard, but pass over all logits and pixels: worth compiling.
         loose = [self.cross_entropy, self.dino_targets.ema, self.ibot_targets.ema]
         colours = getattr(self.crops, "colours", None)
@@ -223,11 +226,7 @@ class DINOv2(nn.Module):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student, and the centres. Every rank must call this."""
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()),
-            list(self.student.parameters()),
-            1 - self.schedules["momentum"](step),
-        )
+        self._average.update(1 - self.schedules["momentum"](step))
         self.dino_targets.update()
         self.ibot_targets.update()
 
@@ -239,6 +238,7 @@ class DINOv2(nn.Module):
         # Heads that the file lacks are new, and must be the same in both.
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self._average = MovingAverage(self.teacher, self.student)  # adapted to the file
 
     def train(self, mode: bool = True) -> "DINOv2":
         """Set the student's mode; the teacher always evaluates."""

@@ -45,25 +45,6 @@ def load_start(parts: nn.ModuleDict, start: Mapping[str, Mapping[str, Tensor]], 
         logger.info("%s has no heads: they start anew", path)
     for name, weights in start.items():
         try:
-            if name == "backbone":
-                load_state(parts[name], weights)
-            else:
-                _load_head(parts[name], weights)
+            load_state(parts[name], weights)
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
-
-
-def _load_head(head: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    expected = head.state_dict()
-    wrong = [
-        *(f"missing {name}" for name in expected.keys() - weights.keys()),
-        *(f"left over {name}" for name in weights.keys() - expected.keys()),
-        *(
-            f"{name} is {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} here"
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ),
-    ]
-    if wrong:
-        raise ValueError("; ".join(sorted(wrong)))
-    head.load_state_dict(dict(weights))

@@ -1,5 +1,9 @@
 """The image size that a net is shown, where a config does not set it: its own, or the published."""
 
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+
 from vit.backbone import Backbone
 
 PUBLISHED = 224  # the crop of the published probes, for nets that take images of any size
@@ -27,7 +31,7 @@ def probed_at(net: Backbone) -> int:
     embed = getattr(inner, "patch_embed", None)
     built = _stated(embed)
     # timm's ViTs take any size here, unless they were built for another than their registered one.
-    if built and (getattr(embed, "strict_img_size", False) or _registered(inner) != built):
+    if built and (getattr(embed, "strict_img_size", False) or _usual(inner) != built):
         return built
     return PUBLISHED
 
@@ -46,5 +50,16 @@ def _stated(*owners: object) -> int | None:
 
 
 def _registered(inner: object) -> int:
-    said = getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}
-    return int(said.get("input_size", (PUBLISHED,))[-1])
+    return int(_description(inner).get("input_size", (PUBLISHED,))[-1])
+
+
+def _usual(inner: object) -> int:
+    """The size of timm's own net of that name: one read from a folder describes itself instead."""
+    said = _description(inner)
+    name = ".".join(filter(None, (said.get("architecture"), said.get("tag"))))
+    usual = get_pretrained_cfg(name) if name else None
+    return int(usual.input_size[-1]) if usual else _registered(inner)
+
+
+def _description(inner: object) -> dict[str, Any]:
+    return getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}

@@ -1,9 +1,12 @@
 """How group elements move features and tokens, and the change to the regular components."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from octic.groups import Element, Group
+from octic.tables import Tables
 
 
 def act(x: Tensor, element: Element, group: Group) -> Tensor:
@@ -21,13 +24,19 @@ def act_on_tokens(
     return act(torch.cat([prefix, moved.flatten(1, 2)], dim=1), element, group)
 
 
-def to_regular(x: Tensor, group: Group) -> Tensor:
-    """Regular components [... D] (element by element) of a feature [... D]."""
-    matrix = torch.as_tensor(group.fourier, dtype=x.dtype, device=x.device)
-    return (matrix.T @ x.unflatten(-1, (group.order, -1))).flatten(-2)
+class ToRegular(Tables):
+    """Features [... D] to their regular components [... D], element by element."""
 
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.order = group.order
+        self.hold_tables(transform=group.fourier.T)
 
-def from_regular(x: Tensor, group: Group) -> Tensor:
-    """Feature [... D] of regular components [... D]."""
-    matrix = torch.as_tensor(group.fourier, dtype=x.dtype, device=x.device)
-    return (matrix @ x.unflatten(-1, (group.order, -1))).flatten(-2)
+    def forward(self, x: Tensor) -> Tensor:
+        """Change the basis of x."""
+        parts = x.unflatten(-1, (self.order, -1))
+        if self.order == 2:
+            # Sums and differences: no product that TF32 or autocast would round.
+            first, second = (parts * math.sqrt(0.5)).unbind(-2)
+            return torch.cat([first + second, first - second], dim=-1)
+        return (self.table("transform", x).to(x.dtype) @ parts).flatten(-2)

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from octic.attention import OcticAttention
+from octic.device import takes_triton
 from octic.groups import Group, get_group
 from octic.layer_tensors import Matrices
 from octic.layers import (
-    OcticAttention,
     OcticLayerNorm,
     OcticMlp,
     OcticScale,
     matrices_of,
 )
-from octic.operators import takes_triton
 from vit.block import Addend, ResidualBlock, has_hooks
 from vit.packing import Packing
 

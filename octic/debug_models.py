@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from octic.attention import OcticAttention
 from octic.block import OcticBlock
-from octic.layers import OcticAttention, OcticLayerNorm
+from octic.layers import OcticLayerNorm
 from vit.block import Block
 from vit.models import DEIT, build, entrypoint, size
 from vit.vision_transformer import VisionTransformer

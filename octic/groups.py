@@ -91,29 +91,6 @@ class Irrep:
         return len(self.frames)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One set of filters on the fundamental slab: which irrep, which copy, which column."""
-
-    name: str
-    irrep: int
-    copy: int
-    column: int
-
-
-class Expansion(NamedTuple):
-    """How filters on the slab become symmetric filters on the whole square.
-
-    A full filter's component c at pixel p is the sum over terms k of
-    coefficient[c, k, p] * values[slot[c, k]][pixel[k, p]], values[s] being the slab of slot s.
-    """
-
-    slot: np.ndarray  # [G K]
-    pixel: np.ndarray  # [K H W] index into the flattened slab
-    coefficient: np.ndarray  # [G K H W]
-    slab: tuple[int, int]  # height and width of the slab
-
-
 @dataclass(frozen=True, eq=False)
 class Group:
     """A symmetry group of the pixel grid with its irreps, in the order of the storage."""
@@ -166,16 +143,6 @@ class Group:
         )
 
     @functools.cached_property
-    def slots(self) -> tuple[Slot, ...]:
-        """The sets of slab filters that the lift and the position embedding train."""
-        slots = []
-        for index, irrep in enumerate(self.irreps):
-            for copy in range(irrep.copies):
-                for column in range(irrep.commuting):
-                    slots.append(Slot(_slot_name(irrep, copy, column), index, copy, column))
-        return tuple(slots)
-
-    @functools.cached_property
     def regular_elements(self) -> tuple[Element, ...]:
         """Elements in the published order of the regular components: r^k, then r^k after m."""
         turns = [element for element in self.elements if not element.flip]
@@ -216,10 +183,6 @@ class Group:
             start += size
         return matrix
 
-    def regular_action(self, element: Element) -> np.ndarray:
-        """Permutation matrix [G G] by which an element moves the regular components."""
-        return np.rint(self.fourier.T @ self.action(element) @ self.fourier)
-
     @functools.cached_property
     def published_order(self) -> tuple[int, ...]:
         """Storage index of each component in the published order: an irrep's copy by copy.
@@ -232,80 +195,6 @@ class Group:
                 order += [start + row * irrep.copies + copy for row in range(irrep.dim)]
             start += irrep.dim * irrep.copies
         return tuple(order)
-
-    def expansion(self, height: int, width: int) -> Expansion:
-        """Tables that spread slab filters over height x width; see `Expansion`.
-
-        The component (irrep, i, copy) is the sum over g and columns j of rho(g)_ij times the slab
-        filter j moved by g (Flopping for FLOPs, Appendix; the octic lift).
-        """
-        slab = self.slab(height, width)
-        moved = self._moved_slabs(height, width, slab)  # [G H W]
-        terms = int((moved >= 0).sum(0).max())
-        order = np.argsort(moved < 0, axis=0, kind="stable")[:terms]  # elements that reach a pixel
-        pixel = np.take_along_axis(moved, order, axis=0)
-        columns = max(irrep.commuting for irrep in self.irreps)
-        slot, coefficient = [], []
-        for index, irrep in enumerate(self.irreps):
-            values = np.stack([irrep.matrices[g.name] for g in self.elements])  # [G d d]
-            for i in range(irrep.dim):
-                for copy in range(irrep.copies):
-                    first = self._first_slot(index, copy)
-                    used = irrep.commuting
-                    slot.append([first + min(j, used - 1) for j in range(columns)] * terms)
-                    coefficient.append(
-                        [
-                            values[order[k], i, j] if j < used else np.zeros_like(pixel[k])
-                            for k in range(terms)
-                            for j in range(columns)
-                        ]
-                    )
-        return Expansion(
-            slot=np.array(slot),
-            pixel=np.repeat(pixel, columns, axis=0),
-            coefficient=np.array(coefficient, dtype=np.float64),
-            slab=slab,
-        )
-
-    def slab(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the fundamental slab (its top-left part) of a height x width grid."""
-        turning = any(element.turns % 2 for element in self.elements)
-        if turning and height != width:
-            raise ValueError(f"group {self.name} needs a square, got {height} x {width}")
-        for size, halved, what in (
-            (height, self.halves[0], "rows"),
-            (width, self.halves[1], "columns"),
-        ):
-            if halved and size % 2:
-                raise ValueError(
-                    f"group {self.name} needs an even number of {what}, got {height} x {width}"
-                )
-        return (height // (1 + self.halves[0]), width // (1 + self.halves[1]))
-
-    @property
-    def component_dims(self) -> list[int]:
-        """Dimension of the irrep of each component [G]; the lift scales by sqrt(dim / |G|)."""
-        return [irrep.dim for irrep in self.irreps for _ in range(irrep.dim * irrep.copies)]
-
-    def _moved_slabs(self, height: int, width: int, slab: tuple[int, int]) -> np.ndarray:
-        padded = np.full((height, width), -1)
-        padded[: slab[0], : slab[1]] = np.arange(slab[0] * slab[1]).reshape(slab)
-        return np.stack([element.on_array(padded) for element in self.elements])
-
-    def _first_slot(self, irrep: int, copy: int) -> int:
-        return next(
-            number
-            for number, slot in enumerate(self.slots)
-            if (slot.irrep, slot.copy, slot.column) == (irrep, copy, 0)
-        )
-
-
-def _slot_name(irrep: Irrep, copy: int, column: int) -> str:
-    if irrep.copies == 2:
-        return f"{irrep.name}_{('left', 'right')[copy]}"
-    if irrep.commuting == 2:
-        return f"{irrep.name}_{('real', 'imag')[column]}"
-    return irrep.name
 
 
 def _line(name: str, *signs: int) -> tuple[str, list[Matrix], Matrix, int]:
@@ -350,7 +239,8 @@ def get_group(name: str | Group = "D4") -> Group:
     if isinstance(name, Group):
         return name
     if name not in GROUP_NAMES:
-        raise ValueError(f"unknown group {name!r}; known: {', '.join(GROUP_NAMES)}")
+        published = "published names say d2 for mirror, d8 for D4"
+        raise ValueError(f"unknown group {name!r}; known: {', '.join(GROUP_NAMES)}; {published}")
     return _made("D4" if name == "octic" else name)
 
 
@@ -358,10 +248,9 @@ def get_group(name: str | Group = "D4") -> Group:
 def _made(known: str) -> Group:
     generators, irreps, halves = _GROUPS[known]
     words = _words(generators)
-    elements = tuple(element for element in OCTIC_ELEMENTS if element in words)
     return Group(
         name=known,
-        elements=elements,
+        elements=tuple(element for element in OCTIC_ELEMENTS if element in words),
         irreps=tuple(_irrep(*data, generators, words) for data in irreps),
         halves=halves,
     )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from octic import composed
-from octic.operators import multiplies_nothing, operator, runs_triton
+from octic.device import runs_triton
+from octic.operators import launch, multiplies_nothing, operator
 from octic.plain_kernels import plain_join, plain_split
 
 
@@ -48,20 +49,15 @@ def _split(
     x: Tensor, bias: Tensor | None, heads: int, widths: Sequence[int], parts: int
 ) -> list[Tensor]:
     if runs_triton(x) and parts <= 3:
-        from octic import triton_heads
-
-        with torch.cuda.device_of(x):
-            return triton_heads.split(x.contiguous(), bias, heads, widths, parts)
+        return launch("triton_heads.split", x, x.contiguous(), bias, heads, widths, parts)
     return plain_split(x, bias, heads, widths, parts)
 
 
 @operator("join_heads(Tensor[] tensors, int[] widths) -> Tensor")
 def _join(tensors: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     if runs_triton(tensors[0]) and len(tensors) <= 3:
-        from octic import triton_heads
-
-        with torch.cuda.device_of(tensors[0]):
-            return triton_heads.join([t.contiguous() for t in tensors], widths)
+        dense = [tensor.contiguous() for tensor in tensors]
+        return launch("triton_heads.join", tensors[0], dense, widths)
     return plain_join(tensors, widths)
 
 

@@ -7,11 +7,13 @@ Source: octic-vits, invariantization; polynomials of degree up to 4 in the real 
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from octic.groups import Group, Matrix, get_group
+from octic.groups import Group, get_group
 from octic.layers import OcticLayerNorm, channels_per_copy
+from octic.tables import Tables
 
 _CUBIC_CORE = (
     lambda x: x[6] ** 2 + x[7] ** 2,
@@ -178,7 +180,7 @@ def _quartics(c: tuple[Tensor, ...]) -> list[Tensor]:
     ]
 
 
-class MaxFiltering(Invariantization):
+class MaxFiltering(Invariantization, Tables):
     """The largest inner product of x with a moved reference, for each reference."""
 
     def __init__(
@@ -188,7 +190,7 @@ class MaxFiltering(Invariantization):
         if num_references is not None and num_references < 1:
             raise ValueError(f"num_references must be 1 or more, not {num_references}")
         self.output_dim = 2 * dim if num_references is None else num_references
-        self.actions = _actions(self.group)
+        self.hold_tables(actions=_actions(self.group))
         # [R C |G|], components in the published order
         self.references = nn.Parameter(torch.randn(self.output_dim, self.copy, self.group.order))
         with torch.no_grad():
@@ -197,13 +199,13 @@ class MaxFiltering(Invariantization):
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... R]."""
         components = torch.stack(self.components(x), dim=-1)  # [... C G]
-        actions = torch.tensor(self.actions, dtype=x.dtype, device=x.device)
+        actions = self.table("actions", x).to(x.dtype)
         # Move x instead of every reference: <ref, rho(g)^-1 x> runs over the same set.
         moved = torch.einsum("ghk,...ck->...gch", actions, components)
         return torch.einsum("rch,...gch->...gr", self.references, moved).amax(dim=-2)
 
 
-class Canonization(Invariantization):
+class Canonization(Invariantization, Tables):
     """x moved by the element that brings it closest to a reference.
 
     The first maximum in the order e, r, rr, rrr, m, mr, mrr, mrrr wins; no gradient reaches the
@@ -213,7 +215,7 @@ class Canonization(Invariantization):
     def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
         super().__init__(dim, group=group)
         self.output_dim = dim
-        self.actions = _actions(self.group)
+        self.hold_tables(actions=_actions(self.group))
         self.reference = nn.Parameter(torch.randn(dim))
         with torch.no_grad():
             self.reference.div_(self.reference.norm())
@@ -221,18 +223,18 @@ class Canonization(Invariantization):
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... D], components in the published order."""
         components = torch.stack(self.components(x), dim=-2)  # [... G C]
-        actions = torch.tensor(self.actions, dtype=x.dtype, device=x.device)
+        actions = self.table("actions", x).to(x.dtype)
         moved = torch.einsum("ghk,...kc->...ghc", actions, components).flatten(-2)
         best = (moved @ self.reference).argmax(dim=-1)[..., None, None]
         # Not take_along_dim, for which torch.export would fix the number of images.
         return moved.gather(-2, best.expand(*moved.shape[:-2], 1, moved.shape[-1])).squeeze(-2)
 
 
-def _actions(group: Group) -> tuple[Matrix, ...]:
-    """The matrices [element G G] on components in the published order."""
+def _actions(group: Group) -> np.ndarray:
+    """The matrices [element G G] on components in the published order, all of them -1, 0 or 1."""
     order = list(group.published_order)
-    matrices = (group.action(element)[order][:, order].tolist() for element in group.elements)
-    return tuple(tuple(map(tuple, matrix)) for matrix in matrices)
+    matrices = [group.action(element)[order][:, order] for element in group.elements]
+    return np.rint(matrices).astype(np.int8)
 
 
 class InvariantHead(nn.Sequential):
@@ -276,6 +278,30 @@ def invariantizations_of_width(width: int, dim: int, group: str | Group = "D4") 
         if not issubclass(made, learned) and (group.name == "D4" or not issubclass(made, _Octic))
     ]
     return [n for n in names if make_invariantization(n, dim, group).output_dim == width]
+
+
+def detect_invariantization(
+    state: Mapping[str, Tensor], dim: int, *, group: str | Group = "D4", own: str = ""
+) -> str | None:
+    """The name of the invariantization that weights were trained with; None if there is no trace.
+
+    Told by parameter names, else by the width of `invariant_proj`. Where several have that width it
+    is `own`, if that is one of them.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def find(ending: str) -> tuple[int, ...] | None:
+        return next((shape for name, shape in shapes.items() if name.endswith(ending)), None)
+
+    if find("invariantization.references"):
+        return "max_filtering"
+    if find("invariantization.reference"):
+        return "canonization"
+    projection = find("invariant_proj.weight")
+    if projection is None or len(projection) != 2:
+        return None
+    found = invariantizations_of_width(projection[1], dim, group)
+    return own if own in found else next(iter(found), None)
 
 
 class InvariantNorm(OcticLayerNorm):

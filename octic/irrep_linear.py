@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from octic import composed
-from octic.operators import HAS_TRITON, multiplies_tiles, operator, runs_triton
+from octic.device import HAS_TRITON, multiplies_tiles, runs_triton
+from octic.operators import launch, operator
 from octic.precision import autocast_dtype
 
 NARROW = 64  # channels per copy; narrower products are faster in one Triton kernel (on an H200)
@@ -81,10 +82,7 @@ def _width(x: Tensor, lines: Tensor, plane: Tensor | None, given: int, wanted: i
 @operator("irrep_linear(Tensor x, Tensor lines, Tensor? plane, Tensor? bias) -> Tensor")
 def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None) -> Tensor:
     if _uses_triton(x, worth=_is_narrow(lines)):
-        from octic import triton_linear
-
-        with torch.cuda.device_of(x):
-            return triton_linear.forward(x, lines, plane, bias)
+        return launch("triton_linear.forward", x, x, lines, plane, bias)
     out = x.new_empty(x.shape[0], _width(x, lines, plane, given=-1, wanted=-2))
     x_lines, x_rows = _columns(x, lines, plane, -1)
     out_lines, out_rows = _columns(out, lines, plane, -2)
@@ -98,10 +96,7 @@ def _linear(x: Tensor, lines: Tensor, plane: Tensor | None, bias: Tensor | None)
 
 def _add_bias(out: Tensor, first: Tensor, bias: Tensor) -> None:
     if runs_triton(out):
-        from octic import triton_bias
-
-        with torch.cuda.device_of(out):
-            triton_bias.add(out, bias)
+        launch("triton_bias.add", out, out, bias)
     else:
         first.add_(bias)
 
@@ -109,10 +104,7 @@ def _add_bias(out: Tensor, first: Tensor, bias: Tensor) -> None:
 @operator("irrep_linear_backward_input(Tensor grad, Tensor lines, Tensor? plane) -> Tensor")
 def _backward_input(grad: Tensor, lines: Tensor, plane: Tensor | None) -> Tensor:
     if _uses_triton(grad, worth=_is_narrow(lines)):
-        from octic import triton_linear
-
-        with torch.cuda.device_of(grad):
-            return triton_linear.backward_input(grad, lines, plane)
+        return launch("triton_linear.backward_input", grad, grad, lines, plane)
     out = grad.new_empty(grad.shape[0], _width(grad, lines, plane, given=-2, wanted=-1))
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     out_lines, out_rows = _columns(out, lines, plane, -1)
@@ -130,10 +122,7 @@ def _backward_weight(
     grad: Tensor, x: Tensor, lines: Tensor, plane: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _uses_triton(grad, worth=True):
-        from octic import triton_weights
-
-        with torch.cuda.device_of(grad):
-            return triton_weights.backward(grad, x, lines, plane)
+        return launch("triton_weights.backward", grad, grad, x, lines, plane)
     x_lines, x_rows = _columns(x, lines, plane, -1)
     grad_lines, grad_rows = _columns(grad, lines, plane, -2)
     d_lines = torch.bmm(grad_lines.transpose(1, 2), x_lines)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from octic import composed
-from octic.operators import channels_of_copies, multiplies_nothing, operator, runs_triton
+from octic.device import runs_triton
+from octic.operators import channels_of_copies, dense, launch, multiplies_nothing, operator
 from octic.plain_kernels import plain_residual_norm, plain_residual_norm_backward, plain_sum
 from octic.precision import without_autocast
 
@@ -147,8 +148,8 @@ def _norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    summed = (x.contiguous(), _dense(branch), _dense(bias), _dense(factors))
-    affine = (_all_dense(scales), _dense(shift))
+    summed = (x.contiguous(), dense(branch), dense(bias), dense(factors))
+    affine = (_all_dense(scales), dense(shift))
     total, y = _run("forward", *summed, *affine, *_plan(lengths, weights, shared), eps, dtype)
     return x.new_empty(0) if branch is None else total, y
 
@@ -175,8 +176,8 @@ def _norm_backward(
     What is not asked for or not there is empty. x is what was normalised, `past` the gradient that
     it has from elsewhere.
     """
-    tensors = (x.contiguous(), grad.contiguous(), _dense(past), _dense(factors))
-    plan = (_all_dense(scales), _dense(shift), *_plan(lengths, weights, shared))
+    tensors = (x.contiguous(), grad.contiguous(), dense(past), dense(factors))
+    plan = (_all_dense(scales), dense(shift), *_plan(lengths, weights, shared))
     found = _run("backward", *tensors, branch_dtype, *plan, eps)
     dx, dbranch, dscales, dshift = (x.new_empty(0) if t is None else t for t in found)
     dscales = dscales.to(scales[0].dtype) if scales else dscales
@@ -298,10 +299,7 @@ multiplies_nothing(torch.ops.octic.irrep_norm, torch.ops.octic.irrep_norm_backwa
 
 def _run(function: str, x: Tensor, *arguments: Any) -> Any:
     if runs_triton(x):
-        from octic import triton_norm
-
-        with torch.cuda.device_of(x):
-            return getattr(triton_norm, function)(x, *arguments)
+        return launch(f"triton_norm.{function}", x, x, *arguments)
     forward = function == "forward"
     plain: Callable = plain_residual_norm if forward else plain_residual_norm_backward
     return without_autocast(plain, x, *arguments)
@@ -309,10 +307,6 @@ def _run(function: str, x: Tensor, *arguments: Any) -> Any:
 
 def _all_dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _plan(*lists: Sequence[float]) -> tuple[tuple, ...]:

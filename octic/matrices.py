@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from octic.composed import gradients, is_composed, is_differentiated_again
+from octic.device import runs_triton, takes_triton
 from octic.layer_tensors import Matrices, Sources
-from octic.operators import multiplies_nothing, operator, runs_triton, takes_triton
+from octic.operators import launch, multiplies_nothing, operator
 
 
 def stack_matrices(
@@ -111,10 +112,7 @@ def _stack(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype)
         found = [part for layer in layers for part in plain_stack(layer, dtype)]
         # An operator may not return what it was given.
         return [part.clone() for part in found if part is not None]
-    from octic import triton_matrices
-
-    with torch.cuda.device_of(tensors[0]):
-        return triton_matrices.stack(layers, dtype)
+    return launch("triton_matrices.stack", tensors[0], layers, dtype)
 
 
 @operator("stack_matrices_backward(Tensor[] grads, Tensor[] tensors, int[] layout) -> Tensor[]")
@@ -125,10 +123,7 @@ def _stack_backward(
     pairs = [(_taken(layer, rest), layer) for layer in layers]
     if not runs_triton(tensors[0]):
         return [part for own, layer in pairs for part in plain_unstack(own, layer)]
-    from octic import triton_matrices
-
-    with torch.cuda.device_of(tensors[0]):
-        return triton_matrices.unstack(pairs)
+    return launch("triton_matrices.unstack", tensors[0], pairs)
 
 
 @torch.library.register_fake("octic::stack_matrices")

@@ -2,20 +2,17 @@
 
 A small net, and any net on a fast device, waits for the host, which launches one operator after
 another. `torch.library.custom_op` with `register_autograd` costs the host several times what the
-calls cost here, and an octic block makes seven of them (docs/performance.md has the figures).
+calls cost here, and an octic block makes nine of them (two norms, four products, split and join of
+heads, a GELU), on CUDA one more for its matrices (docs/performance.md has the figures).
 """
 
-import warnings
 from collections.abc import Callable
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-
-HAS_TRITON = find_spec("triton") is not None
 
 
 def operator(schema: str) -> Callable[[Callable], Callable]:
@@ -36,30 +33,19 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def takes_triton(x: Tensor) -> bool:
-    """Whether a Triton kernel can compute on x: CUDA, not float64, and triton is installed."""
-    return x.is_cuda and x.dtype != torch.float64 and HAS_TRITON
+def launch(name: str, beside: Tensor, *arguments: Any) -> Any:
+    """Call `octic.<module>.<function>` by its name, on the CUDA device of `beside`.
+
+    The module, of Triton kernels, loads at its first use: it cannot where triton is not installed.
+    """
+    module, function = name.split(".")
+    with torch.cuda.device_of(beside):
+        return getattr(import_module(f"octic.{module}"), function)(*arguments)
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether a Triton kernel will compute on x; else the operator uses its PyTorch twin."""
-    return takes_triton(x) and _triton_starts()
-
-
-@cache
-def _triton_starts() -> bool:
-    """Whether Triton can launch kernels here: it needs a C compiler and a writable cache."""
-    from triton.runtime import driver
-
-    try:
-        driver.active.get_current_device()
-    except Exception as error:  # no compiler, no Python.h, no cache that can be written, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        warnings.warn(
-            f"octic layers run without their Triton kernels, slower: {reason}", stacklevel=2
-        )
-        return False
-    return True
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without gaps, as kernels read it, where there is one."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def multiplies_nothing(*operators: Any) -> None:
@@ -72,22 +58,3 @@ def channels_of_copies(x: Tensor, order: int) -> int:
     if x.shape[-1] % order:
         raise ValueError(f"{x.shape[-1]} channels are not a multiple of the group's order {order}")
     return x.shape[-1] // order
-
-
-def ceil_div(count: int, size: int) -> int:
-    """ceil(count / size); triton.cdiv takes 10 us when it is called outside of a kernel."""
-    return -(-count // size)
-
-
-@lru_cache(maxsize=64)
-def multiplies_tiles(device: torch.device) -> bool:
-    """Whether Triton's products reach the matrix units of a CUDA device: from Ampere (8.0) on."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 1 for a CPU, where Triton's interpreter runs."""
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,76 +5,84 @@ spreads them over the patch. Letters: S slots, G components, C channels of a cop
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from octic.composed import is_composed
+from octic.expansion import expansion, slab_size, slots
 from octic.groups import Group, get_group
 from octic.layers import OcticLinear, channels_per_copy
+from octic.tables import Tables
 from vit.backbone import check_counts
 from vit.initialisation import init_convolution
 
 
-class Unfold(nn.Module):
+class Unfold(Tables):
     """Spread slab values of every slot over a grid, symmetrically under the group.
 
     unfold(w)[component (irrep, i, copy)] = sum over g, j of rho(g)_ij (g moves w[irrep, copy, j]).
     """
 
-    dims: Tensor | None
-    signs: Tensor
-    slot: Tensor
-    pixel: Tensor
-
     def __init__(self, height: int, width: int, *, scaled: bool, group: Group) -> None:
         super().__init__()
-        self.height, self.width, self.slab = height, width, group.expansion(height, width).slab
+        spread, self.slab = expansion(group, height, width)
+        self.height, self.width = height, width
         self.group, self.order, self.scaled = group, group.order, scaled
-        for name, table in self._tables().items():
-            self.register_buffer(name, table, persistent=False)
-
-    def _tables(self) -> dict[str, Tensor | None]:
-        # Integers, so that no cast of the model rounds them; sqrt(dim / |G|) is taken at use.
-        tables = self.group.expansion(self.height, self.width)
-        dims = torch.tensor(self.group.component_dims, dtype=torch.int8)
-        return {
-            "dims": dims if self.scaled else None,
-            "signs": torch.tensor(tables.coefficient).flatten(2).to(torch.int8),
-            "slot": torch.tensor(tables.slot),
-            "pixel": torch.tensor(tables.pixel).flatten(1),
+        cells = self.slab[0] * self.slab[1]
+        gather = spread.transposed(len(slots(group)) * cells)
+        arrays = {
+            "index": spread.source,
+            "signs": spread.signs,
+            "back_index": gather.source,
+            "back_signs": gather.signs,
         }
+        if scaled:
+            # Integers, so that no cast of the model rounds them; sqrt(dim / |G|) is taken at use.
+            irreps = group.irreps
+            dims = [irrep.dim for irrep in irreps for _ in range(irrep.dim * irrep.copies)]
+            back_dims = [irreps[slot.irrep].dim for slot in slots(group)]
+            arrays["dims"] = np.repeat(np.array(dims, dtype=np.int8), height * width)
+            arrays["back_dims"] = np.repeat(np.array(back_dims, dtype=np.int8), cells)
+        self.hold_tables(**arrays)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Unfold":
-        # Refill the tables after every move. A net built on `meta` gets empty tensors (`to_empty`),
-        # and a file of weights holds no tables; `module.type(dtype)` would cast them too.
-        super()._apply(fn, recurse)
-        with torch.device("cpu"):
-            tables = self._tables()
-        for name, buffer in list(self.named_buffers()):
-            if not buffer.is_meta and (table := tables[name]) is not None:
-                setattr(self, name, table.to(buffer.device))
-        return self
+    def _tables_of(self, values: Tensor, *prefixes: str) -> list[Any]:
+        """Index, signs and dimensions of each map named."""
+        return [
+            self.table(f"{prefix}{name}", values) if name != "dims" or self.scaled else None
+            for prefix in prefixes
+            for name in ("index", "signs", "dims")
+        ]
 
-    def coefficient(self, values: Tensor) -> Tensor:
-        """Factor of each component, term and pixel [G K H*W], in the dtype of `values`."""
-        if self.slot.is_meta and not values.is_meta:  # weights were loaded with assign=True
-            self._apply(lambda tensor: torch.empty_like(tensor, device=values.device))
-        if self.dims is None:
-            return self.signs.to(values.dtype)
-        scale = (self.dims.to(values.dtype) / self.order).sqrt()
-        return self.signs.to(values.dtype) * scale[:, None, None]
+    def _sums(self, values: Tensor, *prefixes: str) -> Tensor:
+        """Values [A X h w] by the first map to rows [B X]; the second is its transpose."""
+        rows = values.flatten(2).mT.flatten(0, 1)
+        composed = is_composed() or not torch.is_grad_enabled()
+        compute = _sums if composed else _Sums.apply
+        return compute(rows, self.order, *self._tables_of(values, *prefixes))
 
     def forward(self, slabs: Tensor) -> Tensor:
         """Slab values [S X slab] to full values [G X H W]."""
-        coefficient = self.coefficient(slabs)
-        slabs = slabs.flatten(2)
-        terms = [
-            coefficient[:, k, None] * slabs[self.slot[:, k]][..., self.pixel[k]]  # [G X H*W]
-            for k in range(self.pixel.shape[0])
-        ]
-        return torch.stack(terms).sum(0).unflatten(-1, (self.height, self.width))
+        full = self._sums(slabs, "", "back_").unflatten(0, (self.order, -1))
+        return full.mT.unflatten(-1, (self.height, self.width))
+
+    def transpose(self, full: Tensor) -> Tensor:
+        """The transpose of `forward`: full values [G X H W] to slab values [S X slab]."""
+        slabs = self._sums(full, "back_", "").unflatten(0, (len(slots(self.group)), -1))
+        return slabs.mT.unflatten(-1, self.slab)
+
+    def cells(self, values: Tensor) -> Tensor:
+        """Cell of the slab that each component, pixel and term reads [G H*W K]."""
+        index = self.table("index", values) % (self.slab[0] * self.slab[1])
+        return index.unflatten(0, (self.order, -1))
+
+    def coefficient(self, values: Tensor) -> Tensor:
+        """Factor of each component, pixel and term [G H*W K], in the dtype of `values`."""
+        _, signs, dims = self._tables_of(values, "")
+        return _factors(signs, dims, self.order, values.dtype).unflatten(0, (self.order, -1))
 
     def fold(self, full: Tensor) -> Tensor:
         """Slab values [S X slab] of a symmetric field [G X H W], those of least norm.
@@ -82,14 +90,44 @@ class Unfold(nn.Module):
         unfold(fold(full)) = full. They are not unique where the slab holds several pixels of one
         orbit.
         """
-        zeros = full.new_zeros(int(self.slot.max()) + 1, full.shape[1], *self.slab)
-        transpose = torch.func.vjp(self.forward, zeros)[1]
-        (gathered,) = transpose(full)
+        gathered = self.transpose(full)
         # On symmetric fields, unfolding after its transpose is a factor for each slot.
-        (again,) = transpose(self.forward(gathered))
+        again = self.transpose(self(gathered))
         square = gathered.square().sum((1, 2, 3), keepdim=True)
         factor = (again * gathered).sum((1, 2, 3), keepdim=True) / square
         return torch.where(square > 0, gathered / factor, gathered)
+
+
+class _Sums(torch.autograd.Function):
+    """Sums of chosen rows. Their gradient is a sum of chosen rows too, by the tables given last.
+
+    Left to autograd it would add into rows by index, which sorts all indices on CUDA.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: int, *tables: Any) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(*tables)
+        return _sums(rows, order, *tables[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        tables = ctx.saved_tensors
+        back = (grad, ctx.order, *tables[3:], *tables[:3])
+        return (_Sums.apply if torch.is_grad_enabled() else _sums)(*back), *[None] * 7
+
+
+def _sums(
+    rows: Tensor, order: int, index: Tensor, signs: Tensor, dims: Tensor | None, *_: Tensor | None
+) -> Tensor:
+    """Rows [N X]: of `rows` those of `index` [N K], times their factors, summed over K."""
+    chosen = rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return (chosen * _factors(signs, dims, order, rows.dtype).unsqueeze(-1)).sum(1)
+
+
+def _factors(signs: Tensor, dims: Tensor | None, order: int, dtype: torch.dtype) -> Tensor:
+    signs = signs.to(dtype)
+    return signs if dims is None else signs * (dims.to(dtype) / order).sqrt().unsqueeze(-1)
 
 
 class SlabConv(nn.Module):
@@ -134,20 +172,21 @@ class OcticLift(nn.Module):
         self.embed_dim = embed_dim
         self.scaled_bias = scaled_bias
         self.unfold = Unfold(*sides, scaled=True, group=self.group)
-        for index, slot in enumerate(self.group.slots):
+        self.conv_names = [f"conv_{slot.name}" for slot in slots(self.group)]
+        for index, name in enumerate(self.conv_names):
             conv = SlabConv(in_chans, copy, self.unfold.slab, bias and index == 0)
-            self.add_module(f"conv_{slot.name}", conv)
+            self.add_module(name, conv)
 
     def filters(self) -> Tensor:
         """All full filters [D in p p], in the storage order."""
-        convs = [self.get_submodule(f"conv_{slot.name}") for slot in self.group.slots]
+        convs = [self.get_submodule(name) for name in self.conv_names]
         slabs = torch.stack([conv.weight for conv in convs])  # [S C in slab]
         full = self.unfold(slabs.flatten(1, 2))  # [G C*in p p]
         return full.unflatten(1, slabs.shape[1:3]).flatten(0, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B in H W] to a grid of features [B D H/p W/p]."""
-        bias = self.get_submodule(f"conv_{self.group.slots[0].name}").bias
+        bias = self.get_submodule(self.conv_names[0]).bias
         if bias is not None:
             if self.scaled_bias:
                 bias = bias * math.sqrt(1 / self.group.order)
@@ -218,11 +257,11 @@ class OcticToPatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B N D] to patches [B N p*p*out], rows, then columns, then channels."""
         y = self.lin8(x).unflatten(-1, (self.group.order, -1, self.out_chans))  # [B N G cells out]
-        coefficient = self.unfold.coefficient(y)
+        cell, coefficient = self.unfold.cells(y), self.unfold.coefficient(y)
         terms = [
-            coefficient[component, k, :, None] * y[:, :, component, self.unfold.pixel[k]]
+            coefficient[component, :, k, None] * y[:, :, component, cell[component, :, k]]
             for component in self._read_components()
-            for k in range(coefficient.shape[1])
+            for k in range(coefficient.shape[-1])
         ]
         return math.sqrt(0.5) * torch.stack(terms).sum(0).flatten(2)
 
@@ -248,6 +287,6 @@ def _check_patch_size(sides: tuple[int, int], group: Group) -> None:
     for side in sides:
         check_counts(1, patch_size=side)
     try:
-        group.slab(*sides)
+        slab_size(group, *sides)
     except ValueError as error:
         raise ValueError(f"patch_size: {error} pixels") from None

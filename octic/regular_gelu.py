@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from octic import composed
-from octic.operators import channels_of_copies, multiplies_nothing, operator, runs_triton
+from octic.device import runs_triton
+from octic.operators import channels_of_copies, dense, launch, multiplies_nothing, operator
 from octic.plain_kernels import Matrix, plain_gelu, plain_gelu_backward
 from octic.precision import without_autocast
 
@@ -36,7 +37,7 @@ def regular_gelu(x: Tensor, transform: Matrix, bias: Tensor | None = None) -> Te
 
 @operator("regular_gelu(Tensor x, Tensor? bias, float[] transform) -> Tensor")
 def _gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
-    arguments = (_dense(bias), _matrix(tuple(transform)))
+    arguments = (dense(bias), _matrix(tuple(transform)))
     return _run("forward", plain_gelu, x.contiguous(), *arguments)
 
 
@@ -44,7 +45,7 @@ def _gelu(x: Tensor, bias: Tensor | None, transform: Sequence[float]) -> Tensor:
 def _gelu_backward(
     grad: Tensor, x: Tensor, bias: Tensor | None, transform: Sequence[float]
 ) -> Tensor:
-    arguments = (_dense(bias), grad.contiguous(), _matrix(tuple(transform)))
+    arguments = (dense(bias), grad.contiguous(), _matrix(tuple(transform)))
     return _run("backward", plain_gelu_backward, x.contiguous(), *arguments)
 
 
@@ -79,10 +80,7 @@ multiplies_nothing(torch.ops.octic.regular_gelu, torch.ops.octic.regular_gelu_ba
 
 def _run(function: str, plain: Callable, x: Tensor, *arguments: Any) -> Tensor:
     if runs_triton(x):
-        from octic import triton_gelu
-
-        with torch.cuda.device_of(x):
-            return getattr(triton_gelu, function)(x, *arguments)
+        return launch(f"triton_gelu.{function}", x, x, *arguments)
     return without_autocast(plain, x, *arguments)
 
 
@@ -90,7 +88,3 @@ def _run(function: str, plain: Callable, x: Tensor, *arguments: Any) -> Tensor:
 def _matrix(entries: tuple[float, ...]) -> Matrix:
     order = math.isqrt(len(entries))
     return tuple(entries[row * order : (row + 1) * order] for row in range(order))
-
-
-def _dense(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import ceil_div
+from octic.triton_tiles import ceil_div, tile_width
 
 TILE = 2048  # tokens x channels
 
@@ -37,8 +37,7 @@ def add_kernel(
 def add(y: Tensor, bias: Tensor) -> None:
     """Add a bias [C] to the first C columns of a contiguous y [M D], in place."""
     channels = len(bias)
-    divisor = channels & -channels  # the largest power of two that divides: no masked lanes
-    block = min(divisor, 256) if divisor >= 32 else min(triton.next_power_of_2(channels), 256)
+    block = tile_width(channels, 32, 256)
     rows = max(1, TILE // block)
     if not y.numel():
         return

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import ceil_div
 from octic.plain_kernels import Matrix
+from octic.triton_tiles import ceil_div, tile_width
 
 TILE = 512  # tokens x channels of one program: 4 values of each component per thread
 
@@ -163,8 +163,7 @@ def backward(x: Tensor, bias: Tensor | None, grad: Tensor, transform: Matrix) ->
 @lru_cache(maxsize=256)  # a launch costs the host less
 def options(channels: int, transform: Matrix) -> dict[str, Any]:
     """Compile-time arguments for C = `channels`; they depend on the group and on C alone."""
-    divisor = channels & -channels  # the largest power of two that divides C: no masked lanes
-    block_c = min(divisor, 128) if divisor >= 32 else min(triton.next_power_of_2(channels), 128)
+    block_c = tile_width(channels, 32, 128)
     into, back = _programs(transform)
     return {
         "C": channels,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import ceil_div
+from octic.triton_tiles import ceil_div, tile_width
 
 TILE = 2048  # tokens x channels
 ROUNDS = 2  # tiles of a program
@@ -163,8 +163,7 @@ def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
 def options(heads: int, widths: tuple[int, ...], parts: int, columns: int) -> dict[str, Any]:
     """Compile-time arguments; widths of a head's rows: equal lines, then equal rows of planes."""
     lines = next((k for k, width in enumerate(widths) if width != widths[0]), len(widths))
-    divisor = columns & -columns  # the largest power of two that divides: no masked lanes
-    block = min(divisor, 256) if divisor >= 64 else min(triton.next_power_of_2(columns), 256)
+    block = tile_width(columns, 64, 256)
     return {
         "PARTS": parts,
         "HEADS": heads,

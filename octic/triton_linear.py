@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import ceil_div
 from octic.precision import float32_products
+from octic.triton_tiles import ceil_div
 
 BLOCK_M = 128  # tokens of a program
 

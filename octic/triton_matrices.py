@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octic.layer_tensors import Matrices, Sources
-from octic.operators import ceil_div
+from octic.triton_tiles import ceil_div
 
 BLOCK = 1024  # values of a program
 BLOCK_R, BLOCK_C = 8, 128  # rows of a program in the backward pass, columns at a time

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import ceil_div, processors
+from octic.device import processors
+from octic.triton_tiles import ceil_div
 
 # Of all these an H200 was tried with 8, 16 and 32; 16, 24, 32 and 64; 1, 2 and 3 (ViT-S to ViT-H).
 VALUES_PER_THREAD = 8  # twice as many where that saves warps beyond the fourth, which wait in sums

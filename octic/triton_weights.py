@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octic.operators import ceil_div, processors
+from octic.device import processors
 from octic.precision import float32_products
+from octic.triton_tiles import ceil_div
 
 BLOCK_M = 64  # tokens at a time
 # Programs for each streaming multiprocessor; more are better balanced, and write more sums.

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from octic.actions import ToRegular
 from octic.block import OcticBlock
-from octic.groups import Group, Matrix, get_group
-from octic.invariants import InvariantNorm, invariantizations_of_width, make_invariantization
+from octic.expansion import slab_size, slots
+from octic.groups import Group, get_group
+from octic.invariants import InvariantNorm, detect_invariantization, make_invariantization
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
 from vit.backbone import check_counts
@@ -144,12 +146,12 @@ class OcticVisionTransformer(Trunk):
         self.unfold_positions = Unfold(*self.grid_size, scaled=False, group=self.group)
         slab = self.unfold_positions.slab
         self.pos_embed = nn.ParameterList(
-            torch.empty(*slab, self.copy_dim) for _ in range(len(self.group.slots))
+            torch.empty(*slab, self.copy_dim) for _ in range(len(slots(self.group)))
         )
 
     def _check_grid(self) -> None:
         try:
-            self.group.slab(*self.grid_size)
+            slab_size(self.group, *self.grid_size)
         except ValueError as error:
             raise ValueError(
                 f"img_size {self.img_size} in patches of {self.patch_size}: {error} patches"
@@ -163,7 +165,7 @@ class OcticVisionTransformer(Trunk):
         self.invariant_proj: nn.Linear | None = None
         self.invariant = name or False
         self.switch_basis = switch_basis
-        self.to_regular = tuple(map(tuple, self.group.fourier.T.tolist()))
+        self.to_regular = ToRegular(self.group) if switch_basis == "regular" else None
         if self.invariant_at == "head":
             self._make_invariant_head(name or "trivial")
         elif name:
@@ -191,9 +193,9 @@ class OcticVisionTransformer(Trunk):
         if self.invariantization is not None:
             x = self.invariantization(x)
             return x if self.invariant_proj is None else self.invariant_proj(x)
+        if self.to_regular is not None:
+            return self.to_regular(x)
         parts = x.unflatten(-1, (self.group.order, -1))
-        if self.switch_basis == "regular":
-            return _to_regular(parts, self.to_regular)
         return torch.cat([parts[..., index, :] for index in self.published_order], dim=-1)
 
     def adapt_to(self, state: Mapping[str, Tensor]) -> None:
@@ -203,11 +205,11 @@ class OcticVisionTransformer(Trunk):
         the classifier reads the invariants, its width tells which. Two with the same width cannot
         be told apart: the model's own then stays.
         """
-        name = detect_invariantization(
-            state, self.embed_dim, group=self.group, own=self.invariant or ""
-        )
         if self.invariant_at == "head":
             name = self._invariants_of_head(state)
+        else:
+            own = self.invariant or ""
+            name = detect_invariantization(state, self.embed_dim, group=self.group, own=own)
         if self.invariant and name and name != self.invariant:
             reference = self.cls_token if self.cls_token is not None else self.pos_embed[0]
             self._make_transition(name, self.switch_basis)
@@ -256,7 +258,7 @@ class OcticVisionTransformer(Trunk):
         Unfolded, resampled and folded again, so that the model computes what the other one does at
         this resolution, and stays equivariant.
         """
-        names = [f"pos_embed.{index}" for index in range(len(self.group.slots))]
+        names = [f"pos_embed.{index}" for index in range(len(slots(self.group)))]
         slabs = torch.stack([state[name] for name in names])  # [S h w C]
         own = self.unfold_positions.slab
         height, width = (
@@ -289,16 +291,6 @@ class OcticVisionTransformer(Trunk):
         return x
 
 
-def _to_regular(parts: Tensor, transform: Matrix) -> Tensor:
-    """Regular components [... D] of the components [... G C] of features."""
-    if len(transform) == 2:
-        # Sums and differences: no product that TF32 or autocast would round.
-        first, second = (parts * math.sqrt(0.5)).unbind(-2)
-        return torch.cat([first + second, first - second], dim=-1)
-    matrix = torch.tensor(transform, dtype=parts.dtype, device=parts.device)
-    return (matrix @ parts).flatten(-2)
-
-
 def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
     if invariant_at not in PLACES:
         raise ValueError(f"unknown invariant_at {invariant_at!r}; known: {', '.join(PLACES)}")
@@ -320,27 +312,3 @@ def _checked_switch(index: int | None, depth: int, invariant_at: str) -> int:
     if index > depth:
         raise ValueError(f"octic_equi_break_layer {index} is not in 0 .. depth = {depth}")
     return index
-
-
-def detect_invariantization(
-    state: Mapping[str, Tensor], dim: int, *, group: str | Group = "D4", own: str = ""
-) -> str | None:
-    """The name of the invariantization that weights were trained with; None if there is no trace.
-
-    Told by parameter names, else by the width of `invariant_proj`. Where several have that width it
-    is `own`, if that is one of them.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-    def find(ending: str) -> tuple[int, ...] | None:
-        return next((shape for name, shape in shapes.items() if name.endswith(ending)), None)
-
-    if find("invariantization.references"):
-        return "max_filtering"
-    if find("invariantization.reference"):
-        return "canonization"
-    projection = find("invariant_proj.weight")
-    if projection is None or len(projection) != 2:
-        return None
-    found = invariantizations_of_width(projection[1], dim, group)
-    return own if own in found else next(iter(found), None)

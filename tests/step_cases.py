@@ -1,11 +1,13 @@
 """Training steps of both recipes as the loop takes them, from the device's augmentation on."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from timm.optim import Lamb
 from torch import nn
 
+from baselines.evit import EViT
 from deit.augment import ThreeAugment
 from deit.fast_augment import FastThreeAugment
 from dinov2.fast_crops import FastMultiCrop
@@ -38,15 +40,27 @@ CASES: dict[str, dict[str, Any]] = {
     for which, options in variants.items()
     for family in (("hybrid",) if which else ("hybrid", "invariant", "plain"))
 }
+CASES |= {
+    f"deit hybrid, {' '.join(net.values())}": {"family": "hybrid", "net": net}
+    for net in (
+        {"invariant": "max_filtering"},
+        {"invariant": "canonization"},
+        {"switch_basis": "regular"},
+    )
+}
+# The recipe calls its `follow_training`.
+EVIT = deit.make_backbone("plain", base_keep_rate=0.5, drop_loc=(1,), shrink_epochs=2).keywords
+CASES["deit evit"] = {"backbone": partial(EViT, **EVIT)}
 
 
 def make_case(name: str, device: str) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
     """Recipe, optimiser and a batch on a device."""
     options = dict(CASES[name])
     module = dinov2 if name.startswith("dinov2") else deit
-    family, mode = options.pop("family"), options.pop("drop_path_mode", "sample")
-    backbone = module.make_backbone(family, drop_path_mode=mode)
-    recipe = module.make_recipe(family, backbone=backbone, drop_path_rate=0.4, **options).train()
+    net = options.pop("net", {}) | {"drop_path_mode": options.pop("drop_path_mode", "sample")}
+    backbone = module.make_backbone(options.pop("family", "plain"), **net)
+    options = {"backbone": backbone, "drop_path_rate": 0.4} | options
+    recipe = module.make_recipe(**options).train()
     batch = parallel.to_device(_batch(recipe, module), torch.device(device))
     recipe.to(device)
     optimizers = {dinov2: torch.optim.AdamW, deit: lambda groups: Lamb(groups, eps=1e-8)}

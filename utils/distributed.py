@@ -3,12 +3,12 @@
 import functools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.errors import UserError
 
@@ -66,16 +66,16 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
 
 
-def average_buffers(module: nn.Module) -> None:
-    """Give the floating-point buffers (batch statistics) their mean over the ranks.
+def average_buffers(buffers: Iterable[Tensor]) -> None:
+    """Give floating-point buffers (batch statistics) their mean over the ranks.
 
     Every rank must call this. Each rank computed them from other images, and only rank 0's would be
     saved.
     """
-    buffers = [b for b in module.buffers() if b.is_floating_point()]
+    buffers = [b for b in buffers if b.is_floating_point()]
     if world_size() == 1 or not buffers:
         return
-    # Wide enough for the widest: tables in float64 would lose half of their digits in float32.
+    # Wide enough for the widest: one in float64 would lose half of their digits in float32.
     dtype = functools.reduce(torch.promote_types, (b.dtype for b in buffers), torch.float32)
     mean = all_reduce_mean(torch.cat([buffer.flatten().to(dtype) for buffer in buffers]))
     parts = mean.split([buffer.numel() for buffer in buffers])

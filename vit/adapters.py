@@ -69,11 +69,17 @@ def _architecture(model_name: str) -> str:
         architecture = load_model_config_from_hf(where)[1]
     else:
         architecture = _described(Path(where) / "config.json")
-    if not timm.is_model(architecture):
+    is_registered(architecture)  # imports what registers it
+    return architecture
+
+
+def is_registered(name: str) -> bool:
+    """Whether timm knows a model of that name, once ours have joined its own."""
+    if not timm.is_model(name):
         # One wheel carries vit and octic; whose models timm knows once it is imported.
         with suppress(ImportError):
             importlib.import_module("octic")
-    return architecture
+    return timm.is_model(name)
 
 
 def _described(file: Path) -> str:
@@ -118,9 +124,15 @@ def channels_of(net: Any, asked: int = 3) -> int:
     """Channels of the images: the net's own word, else its first convolution's, else `asked`."""
     if isinstance(own := getattr(net, "in_chans", None), int):
         return own
-    first = (getattr(net, "pretrained_cfg", None) or {}).get("first_conv")
-    name = first if isinstance(first, str) or not first else first[0]
-    return int(getattr(dict(net.named_modules()).get(name), "in_channels", None) or asked)
+    first = dict(net.named_modules()).get(first_conv_of(net))
+    return int(getattr(first, "in_channels", None) or asked)
+
+
+def first_conv_of(model: nn.Module) -> str:
+    """Name of the convolution that reads the images; of a lift's, the one that stands for all."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name: Any = config.get("first_conv") or "patch_embed.proj"
+    return name if isinstance(name, str) else name[0]
 
 
 def _dynamic(model_name: str) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from vit.adapters import channels_of, first_conv_of
 from vit.keys import check_fit, rename_published
 from vit.vision_transformer import resample_grid
 from vit.weights import adapted_to, naming_file, read_state
@@ -45,10 +47,10 @@ def adapt_state(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights in any published spelling as a state dict of `model`, and what was changed, in words.
 
-    Position embeddings are resampled to the model's grid. A head for another number of classes, or
-    none, is replaced by the model's own, freshly drawn one. Positions of class token and registers
-    are added to these tokens where the model has no place for them. Raises ValueError for all else
-    that does not fit.
+    Position embeddings are resampled to the model's grid, and the first filters are summed or
+    repeated over other image channels. A head for another number of classes, or none, is replaced
+    by the model's own, freshly drawn one. Positions of class token and registers are added to these
+    tokens where the model has no place for them. Raises ValueError for all else that does not fit.
     """
     if hasattr(model, "rename_state"):
         state = model.rename_state(state)
@@ -59,6 +61,7 @@ def adapt_state(
             *_adapt_head(found, own, head_of(model)),
             *_adapt_unused(found, own),
             *_adapt_positions(found, own, model),
+            *_adapt_channels(found, own, model),
         ]
         return check_fit(found, own, type(model).__name__, also_left_over=twice), notes
 
@@ -106,6 +109,28 @@ def _adapt_unused(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[s
         found[UNUSED] = own[UNUSED]
         return [f"{UNUSED}: not in the file, starts afresh"]
     return []
+
+
+def _adapt_channels(
+    found: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module
+) -> list[str]:
+    """Filters [out in p p] for another number of image channels, by timm's `adapt_input_conv`.
+
+    A lift has several, all beside the one that timm knows. What symmetries move are pixels, not
+    channels, so the filters stay symmetric.
+    """
+    first, channels = first_conv_of(model), channels_of(model)
+    place = first.rpartition(".")[0] or first
+    notes = []
+    for name in (name for name in own if name in found and name.startswith(f"{place}.")):
+        theirs, ours = found[name], own[name]
+        old, new = (tensor.shape[1] if tensor.ndim == 4 else 0 for tensor in (theirs, ours))
+        if not old or new != channels or old == new or theirs[:, 0].shape != ours[:, 0].shape:
+            continue
+        found[name] = adapt_input_conv(new, theirs, base_chans=old)
+        how = "summed" if new == 1 else "repeated and scaled"
+        notes = [f"{place}: {old} channels in the file, {new} here; its filters are {how}"]
+    return notes
 
 
 def _adapt_positions(

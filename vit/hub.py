@@ -35,7 +35,7 @@ def save_to_folder(
     """Write config.json and model.safetensors of a registered network or of timm's in its adapter.
 
     options: the keywords it was built with. class_names: written where there is one per class.
-    size: pixels a side that images should have, where it is not the network's own. Raises
+    size: pixels a side that images should have; the network's own by default. Raises
     ValueError for a network that timm could not build again.
     """
     registered = _registered(net)
@@ -120,6 +120,8 @@ def _description(
     description: dict[str, Any] = {"model_args": json.loads(json.dumps(arguments))}
     if class_names and len(class_names) == registered.num_classes:
         description["model_config"] = {"label_names": list(class_names)}
-    if size is not None:
-        description["data_config"] = {"img_size": size}
+    # timm itself writes the registered size of a net that takes any.
+    side = size or getattr(registered, "img_size", None) or arguments.get("img_size")
+    if side is not None:
+        description["data_config"] = {"img_size": side}
     return description

@@ -87,7 +87,8 @@ def check_fit(
         if names
     ]
     if complaints:
-        raise ValueError(f"the weights do not fit a {model_name}; " + "; ".join(complaints))
+        article = "an" if model_name[0] in "AEIOaeio" else "a"
+        raise ValueError(f"the weights do not fit {article} {model_name}; " + "; ".join(complaints))
     return {name: found[name] for name in expected}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vit.adapters import channels_of, first_conv_of
 from vit.finetune import adapt_state, head_of
 from vit.parallel import ParallelVisionTransformer
 from vit.vision_transformer import VisionTransformer
@@ -68,15 +69,23 @@ def default_cfg(
 def filter_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's hook on loaded weights: published spellings become ours, adapted to this model.
 
-    So timm's own call may ask for another number of classes or image size than the file's.
-    ValueError as `adapt_state`, and for a head that would start afresh without having been asked.
+    So timm's own call may ask for another number of classes, of image channels, or another image
+    size than the file's. ValueError as `adapt_state`, and for a head that would start afresh, or
+    channels that would be adapted, without having been asked.
     """
     adapted, notes = adapt_state(state, model)
     net: Any = model
-    if net.num_classes == net.pretrained_cfg["num_classes"]:
-        for note in notes:
-            if note.startswith(head_of(net)):
-                raise ValueError(f"the weights do not fit: {note}")
+    described, first = net.pretrained_cfg, first_conv_of(net)
+    same_channels = channels_of(net) == described["input_size"][0]
+    same_classes = net.num_classes == described["num_classes"]
+    for note in notes:
+        unasked = same_classes and note.startswith(head_of(net))
+        if unasked or (same_channels and " channels in the file" in note):
+            raise ValueError(f"the weights do not fit: {note}")
+    name = f"{first}.weight"
+    if name in state and not same_channels:
+        # timm's loader adapts this one itself, and warns of one that it finds adapted.
+        adapted[name] = state[name]
     return adapted
 
 

@@ -24,6 +24,7 @@ from baselines.flopping.filters import (
 )
 from baselines.flopping.keys import mirror_convnext_names
 from baselines.flopping.net import Net, Stage, check_drop_path
+from octic.expansion import slots
 from octic.invariants import make_invariantization
 from octic.layers import OcticLayerNorm, OcticLinear, OcticScale
 from utils.ranges import check_count, check_word
@@ -197,7 +198,7 @@ class MirrorConvNeXt(ConvNeXt):
     def init_weights(self, head_init_scale: float = 1.0) -> None:
         """Initialise all weights: truncated normal of deviation 0.02, also halves of filters."""
         self.apply(init_linear)
-        for slot in MIRROR.slots:
+        for slot in slots(MIRROR):
             half = self.stem.get_submodule(f"conv_{slot.name}")
             nn.init.trunc_normal_(half.weight, std=0.02)
             if half.bias is not None:

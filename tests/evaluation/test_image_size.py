@@ -14,6 +14,8 @@ from evaluation.nets import make_net
 from tests.evaluation.backbones import BACKBONES
 from utils.config.build import build, resolve
 from utils.config.compose import compose_config
+from vit.adapters import timm_backbone
+from vit.hub import save_to_folder
 
 PROBES = ("knn", "linear", "logreg", "attentive")
 PLAIN = {"_target_": "vit.models.deit_small_patch16_LS", "_partial_": True}
@@ -38,6 +40,17 @@ SWIN = {"_target_": "vit.adapters.timm_backbone", "model_name": "swin_tiny_patch
 )
 def test_the_size_that_probes_show_a_net(node, size):
     assert probed_at(make_net(node, None)) == size
+
+
+@pytest.mark.parametrize("options", [{}, {"img_size": 32}])
+def test_a_net_read_from_a_folder_is_shown_the_size_of_the_one_written(options, tmp_path):
+    """Though the folder describes it as one for the size that it was built for."""
+    options = {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2, **options}
+    net = timm_backbone("vit_tiny_patch16_224", **options)
+    save_to_folder(net, tmp_path, options=options)
+    again = timm_backbone(f"local-dir:{tmp_path}")
+    assert probed_at(net) == probed_at(again) == options.get("img_size", 224)
+    assert image_size_of(net) == image_size_of(again) == options.get("img_size", 224)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from octic import matrices, plain_kernels
+from octic.device import takes_triton
 from octic.heads import join_heads, split_heads
 from octic.irrep_linear import irrep_linear
-from octic.operators import takes_triton
 from octic.regular_gelu import regular_gelu
 from tests.octic.kernel_cases import (
     SEGMENTS,

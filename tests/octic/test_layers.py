@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octic.actions import act, act_on_tokens
+from octic.actions import ToRegular, act, act_on_tokens
+from octic.attention import OcticAttention
 from octic.block import OcticBlock
 from octic.groups import Group, get_group
 from octic.invariants import (
     INVARIANTIZATIONS,
+    Canonization,
     MaxFiltering,
+    detect_invariantization,
     invariantizations_of_width,
     make_invariantization,
 )
 from octic.layers import (
-    OcticAttention,
     OcticGELU,
     OcticLayerNorm,
     OcticLinear,
@@ -24,7 +26,6 @@ from octic.layers import (
     OcticScale,
 )
 from octic.patch_embed import OcticPatchEmbed, OcticToPatch
-from octic.vision_transformer import detect_invariantization
 from vit.block import terms_of
 
 GROUPS = ("mirror", "half_turn", "V4", "C4", "D4")
@@ -177,7 +178,9 @@ def test_bad_widths_are_refused() -> None:
     """Errors name the nearest width, the heads, the patch."""
     with pytest.raises(ValueError, match="nearest: 64"):
         OcticLinear(60, 64)
-    with pytest.raises(ValueError, match="num_heads 3 does not divide 8"):
+    with pytest.raises(
+        ValueError, match="num_heads 3 does not divide 8, .*; possible: 1, 2, 4, 8$"
+    ):
         OcticAttention(64, num_heads=3)
     for heads in (0, 2.0, "2"):
         with pytest.raises(ValueError, match="num_heads must be a whole number of at least 1, not"):
@@ -302,6 +305,17 @@ def test_features_of_another_width_are_refused():
     for call in (layer, layer.without_bias):
         with pytest.raises(ValueError, match="of 40 channels given to an OcticLinear of 32"):
             call(torch.randn(2, 40))
+
+
+@pytest.mark.parametrize("layer", [MaxFiltering(DIM), Canonization(DIM), ToRegular(get_group())])
+def test_tables_of_a_basis_stay_exact_under_a_cast(layer):
+    """A net that was in half precision in between is the net that it was."""
+    net, x = layer.double(), torch.randn(3, DIM, dtype=torch.float64)
+    for parameter in net.parameters():
+        parameter.data = parameter.half().double()
+    expected = net(x)
+    assert torch.equal(net.half().double()(x), expected)
+    assert not any("actions" in name or "transform" in name for name in net.state_dict())
 
 
 def test_tables_of_filters_stay_whole_numbers_under_a_cast():

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 import octic
 from octic import OcticVisionTransformer
 from octic.actions import act, act_on_tokens
+from octic.attention import OcticAttention
 from octic.debug_models import HalvesAttentionViT, HalvesViT
 from octic.groups import get_group
-from octic.layers import OcticAttention
 from octic.mirror_models import EQUIVARIANT, HYBRID, INVARIANT
 from octic.patch_embed import OcticLift
 from utils.flops import multiply_adds

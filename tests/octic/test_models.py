@@ -364,11 +364,22 @@ def test_misspelt_and_impossible_options_are_refused() -> None:
         net.encode([images()], [torch.zeros(2, 64, dtype=torch.bool)])
 
 
-def test_a_net_that_was_built_without_memory_takes_weights_either_way():
-    """Tables of filters are in no file: they are made again where the weights come to lie."""
-    net, images = make(num_classes=3).eval(), torch.randn(2, 3, 32, 32).double()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"invariant": "max_filtering"},
+        {"invariant": "canonization"},
+        {"switch_basis": "regular"},
+    ],
+    ids=str,
+)
+def test_a_net_that_was_built_without_memory_takes_weights_either_way(options):
+    """Tables are in no file: they are made again where the weights come to lie."""
+    options = {"num_classes": 3, "depth": 1, "octic_equi_break_layer": 1} | options
+    net, images = make(**options).eval(), torch.randn(2, 3, 32, 32).double()
     with torch.device("meta"):
-        empty, assigned = make(num_classes=3).eval(), make(num_classes=3).eval()
+        empty, assigned = make(**options).eval(), make(**options).eval()
     empty.to_empty(device="cpu").load_state_dict(net.state_dict())
     assigned.load_state_dict(net.state_dict(), assign=True)
     for other in (empty, assigned):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octic import operators
+from octic import device
 from octic.block import OcticBlock
 from tests.octic.kernel_cases import SEGMENTS, plan_of
 from vit.block import Addend
@@ -37,8 +37,8 @@ def test_works_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from octic import irrep_norm, operators
-assert not operators.HAS_TRITON
+from octic import device, irrep_norm
+assert not device.HAS_TRITON
 segments = ((1, 1.0), (1, 1.0))
 print(irrep_norm.irrep_norm(torch.ones(2, 4), segments=segments).shape)
 """
@@ -56,8 +56,8 @@ def test_blocks_run_where_triton_does_not_start(monkeypatch, recwarn):
         return list(torch.autograd.grad(block(x).sum(), list(block.parameters())))
 
     plain = gradients()
-    operators._triton_starts.cache_clear()
-    for module in ("operators", "block", "layers", "matrices"):
+    device._triton_starts.cache_clear()
+    for module in ("device", "block", "layers", "matrices"):
         monkeypatch.setattr(f"octic.{module}.takes_triton", lambda x: True)
     for _ in range(2):
         for ours, exact in zip(gradients(), plain, strict=True):
@@ -105,7 +105,7 @@ def test_the_forward_pass_of_a_block_is_fifteen_launches_on_a_gpu(scaled, monkey
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    monkeypatch.setattr("octic.layers.attend", lambda q, k, v, *_, **__: q.clone())
+    monkeypatch.setattr("octic.attention.attend", lambda q, k, v, *_, **__: q.clone())
 
     def forward(x, addend):
         return block(x, None, Addend(addend), True)

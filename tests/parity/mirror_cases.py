@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octic.attention import OcticAttention
 from octic.block import OcticBlock
 from octic.debug_models import HalvesAttentionViT, HalvesViT
 from octic.groups import get_group
 from octic.layers import (
-    OcticAttention,
     OcticGELU,
     OcticLayerNorm,
     OcticLinear,

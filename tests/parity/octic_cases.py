@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octic.actions import act, act_on_tokens, from_regular, to_regular
+from octic.actions import act, act_on_tokens
+from octic.attention import OcticAttention
 from octic.block import OcticBlock
 from octic.invariants import InvariantHead, make_invariantization
 from octic.layers import (
-    OcticAttention,
     OcticGELU,
     OcticLayerNorm,
     OcticLinear,
@@ -25,6 +25,7 @@ from octic.layers import (
     OcticScale,
 )
 from octic.patch_embed import OcticLift, OcticPatchEmbed, OcticToPatch, Unfold
+from tests.octic.regular import from_regular, regular_action, to_regular
 from tests.parity.harness import NotBuilt
 from tests.parity.octic_case import (
     D4,
@@ -61,7 +62,7 @@ def group_actions(c: Case) -> None:
     side = int(tokens.shape[1] ** 0.5)
     for element in D4.elements:
         c.check(f"out.image.{element.name}", element.on_images(c.tensor("in.img")))
-        moved = torch.tensor(D4.regular_action(element), dtype=c.dtype) @ regular
+        moved = torch.tensor(regular_action(element, D4), dtype=c.dtype) @ regular
         for i, part in enumerate(moved.unbind(-2)):
             c.check(f"out.regular.{element.name}.{i}", part)
         c.check_unpacked(f"out.isotypic.{element.name}", act(c.unpacked("in.x"), element, D4))

@@ -53,11 +53,11 @@ def _company(rank: int, world: int) -> None:
         norm = torch.nn.BatchNorm2d(2)
         norm.running_mean.fill_(rank)
         norm.num_batches_tracked.fill_(3)
-        distributed.average_buffers(norm)
+        distributed.average_buffers(norm.buffers())
         assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked == 3
         wide = torch.nn.BatchNorm2d(1).double()
         wide.running_mean.fill_(1 / 3)
-        distributed.average_buffers(wide)
+        distributed.average_buffers(wide.buffers())
         assert wide.running_mean.tolist() == [1 / 3]
         assert distributed.gather_objects(rank) == [0, 1]
         assert distributed.broadcast_object(rank) == 0

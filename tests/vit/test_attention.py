@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from octic.layers import OcticAttention
+from octic.attention import OcticAttention
 from vit.attention import Attention, attend
 from vit.packing import pack, unpack
 

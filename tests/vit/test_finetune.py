@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import octic  # noqa: F401 (registers the models)
+from octic.actions import act_on_tokens
+from octic.expansion import slots
 from octic.groups import get_group
 from octic.patch_embed import Unfold
 from octic.vision_transformer import OcticVisionTransformer
@@ -39,7 +41,7 @@ def test_folding_undoes_unfolding(group, scaled):
     """A symmetric field is the unfolding of what it folds to; a second folding changes nothing."""
     group = get_group(group)
     unfold = Unfold(6, 4 if len(group.elements) == 2 else 6, scaled=scaled, group=group)
-    slabs = torch.randn(len(group.slots), 3, *unfold.slab, dtype=torch.float64)
+    slabs = torch.randn(len(slots(group)), 3, *unfold.slab, dtype=torch.float64)
     slabs[0] = 0
     field = unfold(slabs)
     folded = unfold.fold(field)
@@ -94,6 +96,53 @@ def test_resized_octic_net_stays_equivariant():
     with torch.no_grad():
         for turned in (images.rot90(1, (-2, -1)), images.flip(-1)):
             assert torch.allclose(new(turned), new(images), atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["invariant", "plain"])
+def test_other_image_channels_are_adapted_as_timm_does(kind):
+    """All filters of a lift: the net for one channel sees what the old one sees in grey images."""
+    old, new, grey = make(kind), make(kind, seed=1, in_chans=1), torch.randn(2, 1, 16, 16)
+    state, notes = adapt_state(old.state_dict(), new)
+    assert notes == ["patch_embed: 3 channels in the file, 1 here; its filters are summed"]
+    new.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.allclose(new(grey), old(grey.expand(-1, 3, -1, -1)), atol=1e-5)
+    with pytest.raises(ValueError, match="of another shape: patch_embed"):
+        adapt_state(make(kind, patch_size=8, img_size=32).state_dict(), new)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_channels_of_timms_networks_are_adapted(name, tmp_path):
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
+    if name.startswith("vit"):
+        options = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    old, new = (timm_backbone(name, **options, in_chans=n).eval() for n in (3, 1))
+    save_file(old.state_dict(), tmp_path / "old.safetensors")
+    notes = load_adapted(new, tmp_path / "old.safetensors")
+    assert [note.partition(": ")[2] for note in notes] == [
+        "3 channels in the file, 1 here; its filters are summed"
+    ]
+    grey = torch.randn(1, 1, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(new(grey), old(grey.expand(-1, 3, -1, -1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("in_chans", [1, 2, 5])
+def test_adapted_filters_stay_equivariant(group, in_chans):
+    """The image moves, the features move along."""
+    options: dict[str, Any] = {"group": group, "num_heads": 1}
+    old = make(**options).double()
+    new = make(**options, in_chans=in_chans, seed=1).double()
+    new.load_state_dict(adapt_state(old.state_dict(), new)[0])
+    images = torch.randn(1, in_chans, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        features = new.patch_embed(images)
+        assert features.abs().max() > 0.1
+        for element in get_group(group).elements:
+            moved = new.patch_embed(element.on_images(images))
+            expected = act_on_tokens(features.flatten(1, 2), element, get_group(group), (4, 4))
+            assert torch.allclose(moved.flatten(1, 2), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["octic", "plain"])

@@ -106,6 +106,45 @@ def test_names_that_lead_nowhere_are_one_line(tmp_path):
         TimmBackbone("vit_x")
 
 
+@pytest.mark.parametrize("side", [32, (32, 48)])
+@pytest.mark.parametrize("name", ["hybrid_deit_small_patch16", "vit_tiny_patch16_224"])
+def test_timm_is_told_the_networks_own_size(name, side, tmp_path):
+    """So that its standard pipeline does not resize to 224."""
+    options = {**SMALL, "img_size": side, "in_chans": 1, "num_classes": 5}
+    if name.startswith("hybrid"):
+        options |= {"group": "mirror"}  # which takes oblong images
+    net = TimmBackbone(name, **options).eval()
+    hub.save_to_folder(net, tmp_path, options=options)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    sides = (side, side) if isinstance(side, int) else side
+    assert timm.data.resolve_model_data_config(again)["input_size"] == (1, *sides)
+
+
+@pytest.mark.parametrize("group", ["D4", "C4", None])
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3)])
+def test_timms_call_adapts_the_channels(group, old, new, tmp_path, caplog):
+    """As timm does for its own: one grey channel counts for three equal ones. No warning."""
+    name = "hybrid_deit_small_patch16" if group else "deit_small_patch16_LS"
+    options = {**OCTIC, "in_chans": old, **({"group": group} if group else {})}
+    net = create(name, options)
+    hub.save_to_folder(net, tmp_path, options=options)
+    caplog.clear()
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=new).eval()
+    grey = torch.randn(2, 1, 32, 32)
+    ours, theirs = (n(grey.expand(-1, n.in_chans, -1, -1)) for n in (net, again))
+    if 1 in (old, new):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert theirs.shape == (2, 5) and not caplog.records
+
+
+def test_timm_adapts_no_channels_that_were_not_asked_for():
+    """A file of other channels than its description says is refused."""
+    name = "deit_small_patch16_LS"
+    net, other = (create(name, {**OCTIC, "in_chans": count}) for count in (3, 1))
+    with pytest.raises(ValueError, match="do not fit: patch_embed: 1 channels in the file, 3"):
+        filter_state(other.state_dict(), net)
+
+
 def test_a_size_asked_for_is_the_size_that_is_written(tmp_path):
     net = create("hybrid_deit_small_patch16", OCTIC)
     hub.save_to_folder(net, tmp_path, options=OCTIC, size=48)

@@ -62,15 +62,19 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: int) -> Tensor:
     return _filter(_filter(images, kernels, -1, "reflect"), kernels, -2, "reflect").round()
 
 
-def pillow_blur(images: Tensor, radii: Tensor, max_radius: float) -> Tensor:
+def pillow_reach(max_radius: float) -> int:
+    """How many pixels to either side `pillow_blur` looks at for radii up to this one."""
+    return math.ceil(_box_radius(torch.tensor(float(max_radius))).item())
+
+
+def pillow_blur(images: Tensor, radii: Tensor, reach: int) -> Tensor:
     """Pillow's GaussianBlur: three box blurs along the rows, then three along the columns.
 
-    The boxes have fractional ends and are rounded one by one; borders repeat. `max_radius` bounds
-    the radii, so that the number of taps is known without looking at them.
+    The boxes have fractional ends and are rounded one by one; borders repeat. `reach` is that of
+    the largest radius (`pillow_reach`): the radii are on the device and are not looked at.
     """
     boxes = _box_radius(radii)[:, None]
-    taps = math.ceil(_box_radius(torch.tensor(float(max_radius))).item())
-    at = torch.arange(-taps, taps + 1, device=images.device, dtype=images.dtype).abs()
+    at = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype).abs()
     # Weights in 24-bit fixed point, cut off: they decide how a tie is rounded.
     inner = (2**24 / (2 * boxes + 1)).floor()
     outer = ((2**24 - (2 * boxes.floor() + 1) * inner) / 2).floor()

@@ -61,12 +61,12 @@ CASES = {
         [0.1, 0.7, 2.0],
     ),
     "Pillow's blur": (
-        partial(colours.pillow_blur, max_radius=2.0),
+        partial(colours.pillow_blur, reach=colours.pillow_reach(2.0)),
         lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
         [0.1, 0.5, 2.0],
     ),
     "Pillow's blur, ties": (
-        partial(colours.pillow_blur, max_radius=2.0),
+        partial(colours.pillow_blur, reach=colours.pillow_reach(2.0)),
         lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
         [1.0, 1.6, 0.3],
     ),
