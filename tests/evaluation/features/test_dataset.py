@@ -76,4 +76,4 @@ def test_a_rank_with_fewer_images_makes_the_calls_of_the_others(
 
 def test_progress_names_rate_and_end(capsys):
     extract_features(ToyNet(), ToyImages(9, 0), transform=to_tensor, label="train features")
-    assert "train features: 9/9" in capsys.readouterr().out
+    assert "train features: 9 of 9" in capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_any_backbone_and_every_feature(backbone, images, tmp_path, capsys):
     joined = np.concatenate([arrays["cls"], arrays["patches"].mean((1, 2))], axis=1)
     np.testing.assert_allclose(arrays["cls_patchmean"], joined, rtol=1e-4, atol=1e-5)
     printed = capsys.readouterr().out
-    assert "features: 8/8" in printed and "np.load(" in printed
+    assert "features: 8 of 8" in printed and "np.load(" in printed
     lines = list(csv.DictReader(Path(folder, "index.csv").read_text().splitlines()))
     assert [line["class_name"] for line in lines] == ["blue"] * 4 + ["red"] * 4
 

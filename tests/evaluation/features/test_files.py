@@ -84,10 +84,10 @@ def test_folder_holds_rows_labels_index_and_facts(tmp_path):
 
 def test_second_time_nothing_is_computed(tmp_path, capsys):
     first = tokens(tmp_path)
-    assert "23/23" in capsys.readouterr().out
+    assert "23 of 23" in capsys.readouterr().out
     second = tokens(tmp_path)
     printed = capsys.readouterr().out
-    assert "23/23" not in printed and "train features: read from" in printed
+    assert "23 of 23" not in printed and "train features: read from" in printed
     for ours, theirs in zip(first, second, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -135,7 +135,7 @@ def test_a_transform_without_a_repr_is_never_taken_for_another(tmp_path, capsys)
         tokens(tmp_path, transform=to_tensor)
     printed = capsys.readouterr().out
     assert printed.count("has no repr that tells its settings") == 2
-    assert printed.count("train features: 23/23") == 2 and not list(tmp_path.iterdir())
+    assert printed.count("train features: 23 of 23") == 2 and not list(tmp_path.iterdir())
 
 
 def damage(folder: Path) -> str:
