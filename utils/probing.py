@@ -68,7 +68,9 @@ class ProbeRunner:
         if self._done == step:
             return {}
         self._done = step
-        results: dict[str, float] = {}
+        # Filled one by one, so that an error in a later probe does not lose them; and without those
+        # of an earlier step, which must not pass for figures of this one.
+        results = self.results = {}
         with undisturbed(self.net):
             for name, probe in self.probes.items():
                 before = _state_of(self.folder / name / RESULTS)
@@ -77,7 +79,6 @@ class ProbeRunner:
                 if distributed.is_main() and _state_of(self.folder / name / RESULTS) == before:
                     self._write(name, probe, figures, step)
                 results |= {f"{name}/{key}": float(value) for key, value in figures.items()}
-        self.results |= results
         return results
 
     def _write(self, name: str, probe: Callable, figures: Mapping[str, float], step: int) -> None:

@@ -1,7 +1,8 @@
 """What a training shows of itself on the console."""
 
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from rich.console import Console
@@ -9,6 +10,21 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from utils.console import Lines
 from utils.meter import Meter
+from utils.run_files import METRICS
+
+MOST_FIGURES = 4  # of one probe
+
+
+def first_of_each(values: Iterable[str]) -> tuple[list[str], int]:
+    """The names to show, of those of each probe (`probe/...`) the first, and how many are left."""
+    names, seen = list(values), Counter[str]()
+    shown = []
+    for name in names:
+        probe, inner, _ = name.partition("/")
+        seen[probe] += bool(inner)
+        if seen[probe] <= MOST_FIGURES:
+            shown.append(name)
+    return shown, len(names) - len(shown)
 
 
 class ProgressLine:
@@ -45,8 +61,11 @@ class ProgressLine:
             self.say(f"step {line['step']}/{self.total_steps}  {text}")
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of values that came at `step`."""
-        self.say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        """One line of values that came at `step`, of each probe the first."""
+        shown, more = first_of_each(values)
+        parts = [f"{key} {values[key]:.4g}" for key in shown]
+        parts += [f"({more} more in {METRICS})"] if more else []
+        self.say(f"step {step}  " + "  ".join(parts))
 
     def say(self, text: str) -> None:
         """Print beside the bar."""

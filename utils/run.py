@@ -25,7 +25,7 @@ from utils.precision import Precision
 from utils.probing import ProbeRunner
 from utils.randomness import seed_everything
 from utils.recipe import checked_groups
-from utils.run_end import export_after_failed_save, export_net, facts, probe_again
+from utils.run_end import export_after_failed_save, export_net, facts, probe_again, probe_at_end
 from utils.run_folder import prepare_folder, refuse_overwriting
 from utils.run_objects import Run, build_run
 from utils.signals import StopSignal
@@ -128,7 +128,7 @@ def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, A
         # Before the probes: an error in one must not lose the trained network.
         export_net(run, step)
         if step >= last_step:
-            metrics.record(step, runner(step))
+            probe_at_end(run, metrics, runner, health)
     except NotSaved as error:
         raise export_after_failed_save(run, metrics, error) from None
     finally:

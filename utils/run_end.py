@@ -1,6 +1,7 @@
 """How a run ends: its network in the run folder, the last probes, and the facts of its summary."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from utils import distributed
@@ -10,6 +11,7 @@ from utils.checkpoints.weights_file import export_weights
 from utils.data.classes import class_metadata
 from utils.endings import MAX_STEPS
 from utils.errors import UserError
+from utils.health import Health
 from utils.metrics import Metrics
 from utils.probing import ProbeRunner
 from utils.run_files import EXPORTED
@@ -47,6 +49,26 @@ def export_after_failed_save(run: Run, metrics: Metrics, error: NotSaved) -> Use
     except (UserError, OSError) as why:  # on rank 0, after the last collective
         told = f"; {why}"
     return UserError(f"{error}{distributed.broadcast_object(told)}")
+
+
+def probe_at_end(run: Run, metrics: Metrics, runner: ProbeRunner, health: Health) -> None:
+    """Run the probes after the last step; every rank must call this.
+
+    An error in one leaves a summary with the figures of those before it: the network is trained and
+    exported, and the same command then runs only the probes that are missing.
+    """
+    step = metrics.step
+    try:
+        metrics.record(step, runner(step))
+    except Exception:
+        # Nothing here waits for the other ranks, which may still be in the probe.
+        metrics.record(step, runner.results)
+        summary = facts(run, step, MAX_STEPS, skipped=health.skipped, alarm=health.features.alarm)
+        # Figures of probes at earlier steps would pass for those of this one.
+        losses = {k: v for k, v in metrics.last.items() if k.split("/")[0] not in runner.probes}
+        with suppress(OSError):  # the disk is full
+            write_summary(run.folder, summary | losses | {"step": step} | runner.results)
+        raise
 
 
 def probe_again(

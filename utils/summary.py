@@ -14,6 +14,7 @@ from utils import distributed
 from utils.console import Lines
 from utils.endings import MAX_STEPS
 from utils.metrics_file import read_metrics
+from utils.progress_line import first_of_each
 from utils.run_files import CONFIG, EXPORTED, METRICS, SUMMARY
 from utils.whole_file import write_text
 
@@ -63,9 +64,13 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         return summary
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     table = Table(title=f"{summary['name']}: {folder}", show_header=False)
-    for key, value in summary.items():
+    shown, more = first_of_each(summary)
+    for key in shown:
+        value = summary[key]
         if key not in ("name", "output_dir") and value != "":
             table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    if more:
+        table.add_row("", f"{more} more in {SUMMARY}")
     Lines().print(table)
     return summary
 

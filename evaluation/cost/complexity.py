@@ -103,9 +103,8 @@ def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
         keep()
         say(f"written: {file}")
     if config["picture_file"]:
-        path = draw_costs(
-            list(results.values()), Path(config["picture_file"]), y=config["picture_y"]
-        )
+        path = Path(config["picture_file"])
+        draw_costs(list(results.values()), path, protocol, y=config["picture_y"])
         say(f"picture: {path}")
     return results
 
@@ -234,5 +233,7 @@ def _say_what_is_measured(
     chosen = ", ".join(f"{key} {getattr(settings, key)}" for key in settings.defaulted)
     if chosen:
         say(f"by default on this device: {chosen}")
+    if (config["rounds"] or 0) > settings.rounds:
+        say(f"rounds: {settings.rounds}, not {config['rounds']}: each needs a timed step")
     besides = ", compilation besides" if settings.compile else ""
     say(f"about {seconds / 60:.1f} min at half of the device's peak{besides}")

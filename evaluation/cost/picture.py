@@ -1,8 +1,11 @@
 """A picture of costs: speed or published accuracy over multiply-adds, each net beside its twin."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from evaluation.cost.table import Result
 from evaluation.published import PUBLISHED
@@ -37,20 +40,28 @@ def heights(results: list[Result], y: str) -> tuple[str, dict[str, float]]:
     return f"images/s, {kinds[0]}", found
 
 
-def draw_costs(results: list[Result], path: Path, *, y: str = "throughput") -> Path:
+def draw_costs(
+    results: list[Result], path: Path, protocol: Mapping[str, Any], *, y: str = "throughput"
+) -> Path:
     """One labelled point per net, an arrow from each plain twin to what is held against it."""
     label, found = heights(results, y)
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axis = figure.subplots()
-    twins = {result.name: result.twin for result in results}
     points = {
         result.name: (result.cost.multiply_adds / 1e9, found[result.name])
         for result in results
         if result.name in found
     }
-    # Nets of one group lie close to each other: their labels go above and below in turn.
-    for index, (name, point) in enumerate(points.items()):
-        twin, above = twins[name], index % 2 == 0
+    pairs = {
+        result.name: result.twin
+        for result in results
+        if result.name in points and result.twin in points
+    }
+    for name, point in points.items():
+        twin = pairs.get(name)
+        # The label stands on the side of its point that no arrow touches.
+        others = [twin] if twin else [other for other in pairs if pairs[other] == name]
+        above = point[1] >= max((points[other][1] for other in others), default=0)
         colour, marker = ("tab:blue", "o") if twin else ("tab:gray", "s")
         axis.plot(*point, marker, color=colour)
         axis.annotate(
@@ -61,12 +72,25 @@ def draw_costs(results: list[Result], path: Path, *, y: str = "throughput") -> P
             fontsize=7,
             ha="center",
             va="bottom" if above else "top",
+            zorder=5,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
-        if twin is not None and twin in points:
+        if twin:
             arrow = {"arrowstyle": "->", "color": "tab:gray", "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", point, points[twin], arrowprops=arrow)
     axis.set(xlabel="multiply-adds of one image (10^9)", ylabel=label)
+    axis.set_title(_in_words(protocol, y), fontsize=8)
     axis.margins(0.2)
+    if y == "throughput":  # else a difference of speeds looks larger than it is
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     return path
+
+
+def _in_words(protocol: Mapping[str, Any], y: str) -> str:
+    images = f"images of {protocol['size']} x {protocol['size']}"
+    if y == "accuracy":  # published: nothing was measured here
+        return images
+    how = f"batch {protocol['batch_size']}, {protocol['arithmetic']}, {protocol['mode']}"
+    return f"{protocol['device']}: {images}, {how}"

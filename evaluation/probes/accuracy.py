@@ -15,11 +15,13 @@ from evaluation.features.cache import transform_in_words
 from evaluation.features.dataset import PRECISIONS, evaluating, own_batches
 from evaluation.features.reading import logits_in
 from evaluation.image_size import image_size_of
+from evaluation.probes.image_counts import count_images
 from evaluation.progress import say
 from evaluation.results import print_table
 from utils import distributed
 from utils.data.classes import class_list, class_metadata, mismatch
 from utils.data.images import ImageDataset
+from utils.data.loaders import ON_ERROR
 from utils.data.transforms import deit_evaluation_transform
 from utils.errors import UserError
 from utils.ranges import check_count, check_word
@@ -36,6 +38,7 @@ class Outcomes(NamedTuple):
     predictions: Tensor  # [N] int64, the class with the highest score
     places: Tensor  # [N] int64: rank from 0 of the label among the five best scores, else TOP
     losses: Tensor  # [N] float32, cross entropy
+    indices: Tensor  # [N] int64, ascending; without those of images that were left out
 
 
 class Figures(NamedTuple):
@@ -57,7 +60,7 @@ class AccuracyProbe:
     input_size: None is the net's own. rot_eval turns every image at random by a multiple of 90
     degrees, flop_eval mirrors every image, as the published options; these and `symmetries` (all
     eight) add a table of the symmetries concerned. precision: autocast of the net, fp32, bf16 or
-    fp16 (published).
+    fp16 (published). on_error="skip" leaves out images that cannot be read.
     Departs from DeiT: every image counts once for any number of processes, and the loss is the one
     of a single process; the random turn is a function of the image's index; for an input_size of 32
     or less, images of another size are resized, as they could not be batched otherwise.
@@ -77,13 +80,16 @@ class AccuracyProbe:
         num_workers: int = 0,
         precision: str = "fp32",
         transform: Callable | None = None,
+        on_error: str = "raise",
     ) -> None:
         check_word("precision", precision, PRECISIONS)
+        check_word("on_error", on_error, ON_ERROR)
         check_count("batch_size", batch_size, 1)
         self.input_size, self.eval_crop_ratio = input_size, eval_crop_ratio
         self.rot_eval, self.flop_eval, self.symmetries = rot_eval, flop_eval, symmetries
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.precision, self.transform = precision, transform
+        self.precision, self.transform, self.on_error = precision, transform, on_error
+        self.counts: dict[str, int] = {}  # of images, when they were judged
 
     def __call__(
         self, net: nn.Module, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -108,8 +114,13 @@ class AccuracyProbe:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             precision=self.precision,
+            on_error=self.on_error,
         )
         upright = by_element[UPRIGHT]
+        count = len(upright.indices)
+        if not count:
+            raise UserError(f"{dataset!r}: none of the images can be read")
+        self.counts = count_images({"val": dataset}, {"val": len(dataset) - count}, "accuracy")
         figures = {
             element: figures_of(outcomes, upright, batch_size=self.batch_size)
             for element, outcomes in by_element.items()
@@ -117,7 +128,7 @@ class AccuracyProbe:
         option = "_".join(["rot"] * self.rot_eval + ["flop"] * self.flop_eval)
         main = figures[UPRIGHT]
         if option:
-            drawn = self._as_published(by_element)
+            drawn = self._as_published(by_element, len(dataset))
             main = figures[option] = figures_of(drawn, upright, batch_size=self.batch_size)
         results = {
             f"{'' if name == UPRIGHT else name + '_'}{key}": value
@@ -127,7 +138,6 @@ class AccuracyProbe:
         }
         if distributed.is_main():
             say(str(main))
-            count = len(dataset)
             say(f"Accuracy of the network on the {count} test images: {main.acc1:.1f}%")
             if len(figures) > 1:
                 self._print(figures)
@@ -140,13 +150,14 @@ class AccuracyProbe:
             return list(SYMMETRIES)
         return [*(TURNS if self.rot_eval else [UPRIGHT]), *(["m"] if self.flop_eval else [])]
 
-    def _as_published(self, by_element: Mapping[str, Outcomes]) -> Outcomes:
+    def _as_published(self, by_element: Mapping[str, Outcomes], num_images: int) -> Outcomes:
         """The outcomes under the published options, picked at random from those per symmetry."""
         mirror = "m" if self.flop_eval else ""
         choices = [mirror + turn for turn in ("", "r", "rr", "rrr")] if self.rot_eval else [mirror]
         parts = [by_element[choice or UPRIGHT] for choice in choices]
-        count = len(parts[0].places)
-        drawn = torch.randint(len(parts), (count,), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        # Drawn for all images, so that one that is left out changes no other's.
+        drawn = torch.randint(len(parts), (num_images,), generator=generator)[parts[0].indices]
         return Outcomes(
             *(
                 torch.stack(columns).gather(0, drawn[None])[0]
@@ -181,6 +192,7 @@ class AccuracyProbe:
             "precision": self.precision,
             "batch_size": self.batch_size,
             "symmetries": self.elements,
+            **self.counts,
         }
 
 
@@ -194,10 +206,12 @@ def judge_images(
     batch_size: int = 64,
     num_workers: int = 0,
     precision: str = "fp32",
+    on_error: str = "raise",
 ) -> dict[str, Outcomes]:
     """Outcomes of all images under each symmetry, on every rank; every rank must call this.
 
-    The images are divided among the ranks, and each is read once.
+    The images are divided among the ranks, and each is read once. With on_error="skip", those that
+    cannot be read have no outcome.
     """
     rows: list[Tensor] = []  # per batch [E B 4]: index, prediction, place, loss as float64
     with evaluating(net, precision) as device:
@@ -207,7 +221,13 @@ def judge_images(
             return [net(transform_image(images, element)) for element in elements]
 
         for images, labels, indices in own_batches(
-            dataset, transform, batch_size, call=views_of, num_workers=num_workers, label="images"
+            dataset,
+            transform,
+            batch_size,
+            call=views_of,
+            num_workers=num_workers,
+            on_error=on_error,
+            label="images",
         ):
             labels = labels.to(device)
             judged = [_judge_batch(view, labels, indices, dataset) for view in views_of(images)]
@@ -217,7 +237,10 @@ def judge_images(
     gathered = gathered[gathered[:, 0, 0].argsort()]
     return {
         element: Outcomes(
-            gathered[:, i, 1].long(), gathered[:, i, 2].long(), gathered[:, i, 3].float()
+            predictions=gathered[:, i, 1].long(),
+            places=gathered[:, i, 2].long(),
+            losses=gathered[:, i, 3].float(),
+            indices=gathered[:, 0, 0].long(),
         )
         for i, element in enumerate(elements)
     }

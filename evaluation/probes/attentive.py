@@ -14,7 +14,7 @@ import torch
 from evaluation.features.cache import net_fingerprint
 from evaluation.features.dataset import evaluating, full_float32_products
 from evaluation.probes.attentive_heads import REPRESENTATIONS, AttentiveHeads, make_grid
-from evaluation.probes.exams import Exam, TestSet, count_classes, prepare_exam
+from evaluation.probes.exams import HELD_OUT, Exam, TestSet, count_classes, prepare_exam
 from evaluation.probes.files import ProbeFiles
 from evaluation.probes.head_results import by_head, print_heads
 from evaluation.probes.run import HeadRun
@@ -89,6 +89,7 @@ class AttentiveProbe:
             on_error=on_error,
         )
         self.training = self.given  # completed from the data and the net when called
+        self.counts: dict[str, int] = {}  # of images, when they were judged
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -106,11 +107,16 @@ class AttentiveProbe:
             run = self._prepare(net, num_classes, train_set, folder, step, device)
             for _ in run.train(resume=self.resume):
                 pass
-            return self._report(run, Exam("held-out tenth of train", held_out), val, folder, step)
+            return self._report(run, Exam(HELD_OUT, held_out), val, data, folder, step)
 
     @property
     def protocol(self) -> dict[str, object]:
         """What the figures depend on."""
+        return self.training_protocol | self.counts
+
+    @property
+    def training_protocol(self) -> dict[str, object]:
+        """What the trained heads depend on."""
         return {
             "probe": "attentive",
             "feature": f"{', '.join(self.representations)} of the last block after the final norm",
@@ -147,7 +153,7 @@ class AttentiveProbe:
         owner = {"net": net_fingerprint(net), "step": step}
         files = ProbeFiles(
             folder,
-            owner | {"protocol": self.protocol | {"train_images": len(train_set)}},
+            owner | {"protocol": self.training_protocol | {"train_images": len(train_set)}},
             running="running_checkpoint_attentive_eval",
             final="attentive_model_final",
             pointer="last_attentive_checkpoint",
@@ -164,9 +170,16 @@ class AttentiveProbe:
         )
 
     def _report(
-        self, run: HeadRun, held_out: Exam, val: Exam, folder: Path, step: int
+        self,
+        run: HeadRun,
+        held_out: Exam,
+        val: Exam,
+        data: Mapping[str, ImageDataset],
+        folder: Path,
+        step: int,
     ) -> dict[str, float]:
         chosen_by, by_k = run.judge(held_out), run.judge(val)
+        self.counts = run.count_images(data)
         names, figures, best = run.heads.names, {}, {}
         per_representation = len(names) // len(self.representations)
         for number, representation in enumerate(self.representations):

@@ -17,6 +17,8 @@ from utils.data.classes import class_metadata, mismatch
 from utils.data.images import ImageDataset, Subset
 from utils.errors import UserError, one_line
 
+HELD_OUT = "held-out tenth of train"  # the name of the exam that it is
+
 
 class Exam(NamedTuple):
     """Images to evaluate heads on, with the metric and the classes."""

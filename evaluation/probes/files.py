@@ -51,6 +51,7 @@ class ProbeFiles:
     ) -> None:
         self.folder, self.owner = Path(folder), json.loads(json.dumps(owner))
         self.running, self.final, self.pointer = running, final, pointer
+        self.unread: set[str] = set()  # images that the training could not read, over all starts
 
     def save(
         self, name: str, heads: StoredHeads, optimizer: torch.optim.Optimizer, step: int
@@ -68,6 +69,7 @@ class ProbeFiles:
             },
             "optimizer": optimizer.state_dict(),
             "iteration": step,
+            "unread": sorted(self.unread),
             OWNER: self.owner,
         }
         with whole_file(path) as partial:
@@ -104,6 +106,7 @@ class ProbeFiles:
             )
         _load(path, heads, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        self.unread.update(saved.get("unread", ()))  # files of older versions lack it
         return int(saved["iteration"]) + 1
 
     def _newest(self) -> Path | None:

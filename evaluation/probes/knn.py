@@ -17,6 +17,7 @@ from evaluation.features.dataset import (
     renumber,
 )
 from evaluation.image_size import settle_sizes
+from evaluation.probes.image_counts import count_images, count_missing
 from evaluation.probes.neighbours import (
     SEARCH_DTYPES,
     choose_rows,
@@ -91,6 +92,7 @@ class KnnProbe:
         self.chunk_size = chunk_size
         self.on_error = on_error
         self.features_dir = features_dir
+        self.counts: dict[str, int] = {}  # of images, when they were read
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -99,7 +101,10 @@ class KnnProbe:
 
         Writes `results_eval_knn.json` (DINOv2's lines, appended) and `results.json`.
         """
-        train, val = (self.extract(net, data[split], split) for split in ("train", "val"))
+        parts = {split: self.extract(net, data[split], split) for split in ("train", "val")}
+        left_out = {split: count_missing(data[split], part) for split, part in parts.items()}
+        self.counts = count_images({split: data[split] for split in parts}, left_out, "knn")
+        train, val = parts["train"], parts["val"]
         figures = self.evaluate(train, val, device=device_of(net))
         if distributed.is_main():
             self._write(figures, Path(output_dir), step)
@@ -202,6 +207,7 @@ class KnnProbe:
             "precision": self.precision,
             "search_precision": self.search_precision,
             "world_size": distributed.world_size(),
+            **self.counts,
         }
 
     def _write(self, figures: Figures, output_dir: Path, step: int) -> None:

@@ -16,6 +16,7 @@ from evaluation.features.cache import net_fingerprint
 from evaluation.features.dataset import evaluating, full_float32_products
 from evaluation.probes.class_metrics import METRICS, check_metric
 from evaluation.probes.exams import (
+    HELD_OUT,
     Exam,
     TestSet,
     count_classes,
@@ -105,6 +106,7 @@ class LinearProbe:
             on_error=on_error,
         )
         self.training = self.given  # completed from the data and the net when called
+        self.counts: dict[str, int] = {}  # of images, when they were judged
         check_word("select_on", select_on, ("val", "train"))
         # The head is chosen by this metric, so it must be one number, not one per class.
         check_metric(val_metric_type, [name for name in METRICS if name != "per_class_accuracy"])
@@ -144,7 +146,7 @@ class LinearProbe:
                     if distributed.is_main():
                         name, accuracy = run.heads.names[best], top1[best].item()
                         _write_best(folder, done, name, accuracy, judged_on=selection.name)
-            return self._report(run, selection, exams, folder, step)
+            return self._report(run, selection, exams, data, folder, step)
 
     def rates(self) -> list[float]:
         """The learning rates of the heads: base rates scaled by the batch size."""
@@ -167,6 +169,7 @@ class LinearProbe:
                 test.name: [repr(test.dataset), test.metric, test.mapping] for test in self.tests
             },
             "world_size": distributed.world_size(),
+            **self.counts,
         }
 
     @property
@@ -201,7 +204,7 @@ class LinearProbe:
         # Several right answers per image are known for val only.
         several = self.val_metric_type == "imagenet_real_accuracy"
         metric = "mean_accuracy" if several else self.val_metric_type
-        return rest, Exam("held-out tenth of train", held_out, metric), exams
+        return rest, Exam(HELD_OUT, held_out, metric), exams
 
     def _prepare(
         self,
@@ -235,7 +238,13 @@ class LinearProbe:
         )
 
     def _report(
-        self, run: HeadRun, selection: Exam, exams: list[Exam], folder: Path, step: int
+        self,
+        run: HeadRun,
+        selection: Exam,
+        exams: list[Exam],
+        data: Mapping[str, ImageDataset],
+        folder: Path,
+        step: int,
     ) -> dict[str, float]:
         """Evaluate the trained heads, write and print the results; every rank gets the figures."""
         names, chosen_by = run.heads.names, run.judge(selection)
@@ -243,6 +252,7 @@ class LinearProbe:
         val, *tests = exams
         by_k = chosen_by if val is selection else run.judge(val)
         judged = {"linear": by_k} | {exam.name: run.judge(exam) for exam in tests}
+        self.counts = run.count_images(data)
         figures = {
             f"{name}_top{k}": 100 * _mean(fractions[best], exam)
             for exam, (name, result) in zip(exams, judged.items(), strict=True)

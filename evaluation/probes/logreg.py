@@ -12,6 +12,7 @@ from evaluation.features.cache import CLASS_TOKEN, class_tokens, transform_in_wo
 from evaluation.features.dataset import PRECISIONS, FeatureSet, check_labelled, device_of, renumber
 from evaluation.image_size import settle_sizes
 from evaluation.probes.class_metrics import ClassCounts, check_metric
+from evaluation.probes.image_counts import count_images, count_missing
 from evaluation.probes.logistic import LogisticModel, fit_logistic, measure_moments
 from evaluation.progress import say
 from utils import distributed
@@ -98,6 +99,7 @@ class LogregProbe:
         self.resize_size, self.crop_size = self.given  # sizes of None are set from the net later
         self.precision, self.chunk_size, self.features_on = precision, chunk_size, features_on
         self.on_error, self.features_dir = on_error, features_dir
+        self.counts: dict[str, int] = {}  # of images, when they were read
 
     def __call__(
         self, net: Backbone, data: Mapping[str, ImageDataset], output_dir: Path, step: int = 0
@@ -106,9 +108,12 @@ class LogregProbe:
 
         Writes `results_eval_logreg.txt` (DINOv2's lines, appended) and `results.json`.
         """
-        parts = {split: self.extract(net, data[split], split) for split in ("train", "val")}
+        sets = {split: data[split] for split in ("train", "val")}
         if self.finetune is not None:
-            parts["finetune"] = self.extract(net, self.finetune, "finetune")
+            sets["finetune"] = self.finetune
+        parts = {split: self.extract(net, images, split) for split, images in sets.items()}
+        left_out = {split: count_missing(sets[split], part) for split, part in parts.items()}
+        self.counts = count_images(sets, left_out, "logreg")
         device = device_of(net)
         figures, trials = self.evaluate(parts, device=device)
         if distributed.is_main():
@@ -233,6 +238,7 @@ class LogregProbe:
             "dtype": self.dtype,
             "precision": self.precision,
             "world_size": distributed.world_size(),
+            **self.counts,
         }
 
     def _write(

@@ -1,13 +1,14 @@
 """One training of heads on one net: resume from files, train, save, evaluate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from evaluation.probes.exams import Exam
+from evaluation.probes.exams import HELD_OUT, Exam
 from evaluation.probes.files import ProbeFiles, StoredHeads, load_classifier
+from evaluation.probes.image_counts import count_images
 from evaluation.probes.training import (
     FrozenFeatures,
     Heads,
@@ -49,6 +50,7 @@ class HeadRun:
         self.train_set, self.training, self.files, self.label = train_set, training, files, label
         self.frozen = FrozenFeatures(net, heads.layers, training.precision)
         self.num_steps = training.num_steps
+        self.left_out: dict[str, int] = {}  # images that could not be judged, by exam
 
     def train(self, *, resume: bool = True, classifier: str | None = None) -> Iterator[int]:
         """Train the heads and yield the number of each finished step; every rank must exhaust this.
@@ -62,11 +64,12 @@ class HeadRun:
         length = self.training.in_words(len(self.train_set))
         self._tell(f"{self.label}: {len(self.heads.names)} heads, {length}")
         steps_per_epoch = self.training.steps_per_epoch
+        batches = self.training.batches(self.train_set, first_step=first)
         for step in train_heads(
             self.heads,
             self.frozen,
             self.optimizer,
-            self.training.batches(self.train_set, first_step=first),
+            batches,
             schedule=self.schedule,
             num_steps=self.num_steps,
             first_step=first,
@@ -78,14 +81,28 @@ class HeadRun:
                 self.frozen.check()
                 last = step + 1 == self.num_steps
                 name = self.files.final if last else self.files.running
+                self.files.unread.update(*distributed.gather_objects(set(batches.errors)))
                 self.files.save(name, self.heads, self.optimizer, step)
             yield step
 
     def judge(self, exam: Exam) -> dict[int, Tensor]:
         """Fractions correct of every head by k; every rank must call this."""
-        found = judge_heads(self.heads, self.frozen, exam, self.training, label=self.label)
+        found, read = judge_heads(self.heads, self.frozen, exam, self.training, label=self.label)
         self.frozen.check()
+        self.left_out[exam.name] = len(exam.dataset) - read
         return found
+
+    def count_images(self, data: Mapping[str, ImageDataset]) -> dict[str, int]:
+        """The counts of images for a protocol, after training and judging.
+
+        An image of the training counts as left out if a step was to read it.
+        """
+        others = {name: count for name, count in self.left_out.items() if name != HELD_OUT}
+        train = len(self.files.unread) + self.left_out.get(HELD_OUT, 0)
+        sets = {split: data[split] for split in ("train", "val")}
+        # A test set may have any name, that of a split included.
+        left_out = {"train": train, "val": others.pop("val"), "": sum(others.values())}
+        return count_images(sets, left_out, self.label)
 
     def _first_step(self, resume: bool, classifier: str | None) -> int:
         first = self.files.resume(self.heads, self.optimizer) if resume else None

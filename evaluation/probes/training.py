@@ -21,7 +21,12 @@ from evaluation.probes.linear_heads import head_losses
 from evaluation.progress import track
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.data.loaders import ON_ERROR, evaluation_batches, training_batches
+from utils.data.loaders import (
+    ON_ERROR,
+    TrainingBatches,
+    evaluation_batches,
+    training_batches,
+)
 from utils.data.samplers import SAMPLERS
 from utils.data.transforms import evaluation_transform, training_transform
 from utils.effective_batch import shared_batches
@@ -128,7 +133,7 @@ class HeadTraining:
         except UserError as error:
             raise UserError(f"global_batch_size: {error}") from None
 
-    def batches(self, dataset: ImageDataset, *, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, dataset: ImageDataset, *, first_step: int) -> TrainingBatches:
         """This rank's endless training batches (images, labels), from a step on."""
         size, count = self.micro_batches
         return training_batches(
@@ -276,15 +281,16 @@ def judge_heads(
     training: HeadTraining,
     *,
     label: str = "probe",
-) -> dict[int, Tensor]:
-    """Fractions correct by k, [H] or by class [H C], on every rank; every rank must call this.
+) -> tuple[dict[int, Tensor], int]:
+    """Fractions correct by k, [H] or by class [H C], and the number of images read, on every rank.
 
-    Every image counts once over all ranks.
+    Every rank must call this. Every image counts once over all ranks.
     """
     mapping = exam.mapping
     columns = heads.num_classes if mapping is None else len(mapping)
     device = heads.loss_weights.device
     counts = make_counts(exam.metric, len(heads.names), columns, device=device)
+    read = 0
     for images, labels, indices in own_batches(
         exam.dataset,
         training.evaluation_transform(),
@@ -298,8 +304,10 @@ def judge_heads(
         logits = logits if mapping is None else logits[..., mapping.to(device)]
         right = labels if exam.answers is None else exam.answers[indices]
         counts.add(logits, right.to(device))
+        read += len(labels)
     counts.reduce()
-    return {k: fractions.cpu() for k, fractions in counts.fractions(exam.metric).items()}
+    found = {k: fractions.cpu() for k, fractions in counts.fractions(exam.metric).items()}
+    return found, sum(distributed.gather_objects(read))
 
 
 def best_head(top1: Tensor) -> int:

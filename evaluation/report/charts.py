@@ -4,33 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-Series = list[tuple[int, float]]
-Panels = dict[str, dict[str, Series]]
+from utils.panels import MOST_SERIES, Series
 
-UNDRAWN = {"step", "waited_for_data", "steps_per_second", "memory_gb"}
-MOST_SERIES = 8
 MOST_POINTS = 400  # of a curve: more than the chart has pixels for
 HOVER_POINTS = 40
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
-
-
-def panels(metrics: Sequence[Mapping[str, float]]) -> Panels:
-    """Curves by chart: losses, learning rates, each probe's figures, and every other value alone.
-
-    Values that were logged fewer than three times are left out.
-    """
-    series: dict[str, Series] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if name not in UNDRAWN:
-                series.setdefault(name, []).append((int(line["step"]), value))
-    found: Panels = {}
-    for name, points in series.items():
-        if sum(math.isfinite(value) for _, value in points) >= 3:
-            found.setdefault(_panel(name), {})[name] = points
-    order = ("loss", "accuracy", "learning rate")
-    return dict(sorted(found.items(), key=lambda item: _rank(item[0], order)))
 
 
 def chart(title: str, series: Mapping[str, Series]) -> str:
@@ -130,18 +109,6 @@ def _curve(axes: _Axes, index: int, name: str, points: Series) -> list[str]:
             radius = 3 if visible == "dot" else 5
             parts.append(f'<circle class="{visible} s{index}" {where} r="{radius}">{told}</circle>')
     return parts
-
-
-def _panel(name: str) -> str:
-    if "loss" in name:
-        return "loss" if "/" not in name else f"{name.split('/')[0]} loss"
-    if name == "lr" or name.endswith("_lr"):
-        return "learning rate"
-    return name.split("/")[0]
-
-
-def _rank(title: str, order: Sequence[str]) -> tuple[int, str]:
-    return (order.index(title) if title in order else len(order)), title
 
 
 def _tick(value: float, all_ticks: Sequence[float]) -> str:

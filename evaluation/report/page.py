@@ -10,17 +10,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from evaluation.report.charts import chart, panels
+from evaluation.report.charts import chart
 from evaluation.report.collect import MOST_FILES, REPORT, Contents, Results, collect
 from evaluation.report.images import MOST_PICTURES, embed
 from utils.errors import UserError
+from utils.panels import panels
+from utils.symmetry import SYMMETRIES
 from utils.whole_file import whole_file
 
 STYLE = Path(__file__).with_name("style.css")
 ROWS_PER_TABLE = 16
 LONG_PROTOCOL = 16  # entries; a longer one does not fit beside the figures
 # "knn10_top1", "('full', 10) Top 1", "rrr_loss": what was judged, and the kind of figure.
-KIND = re.compile(r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|loss|changed|mIoU|miou|accuracy)$")
+KIND = re.compile(
+    r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|image_loss|loss|changed|mIoU|miou|accuracy)$"
+)
+# The options of the accuracy probe beside the symmetries; its other figures are of upright images.
+VIEWS = {"rot", "flop", "rot_flop", *SYMMETRIES}
 # What a picture shows, by the beginning of its file's name.
 CAPTIONS = {
     "losses": "losses",
@@ -190,15 +196,16 @@ def _table(probe: str, figures: Mapping[str, Any]) -> tuple[list[str], list[tupl
         keys = dict.fromkeys(key for part in parts for key in part)
         return list(figures), [(key, [part.get(key) for part in parts]) for key in keys]
     flat = _flat(figures)
-    split = [match and (match[1] or probe, match[2]) for match in (KIND.match(k) for k, _ in flat)]
+    split = [match and (match[1], match[2]) for match in (KIND.match(k) for k, _ in flat)]
     kinds = list(dict.fromkeys(pair[1] for pair in split if pair))
     if len(kinds) < 2:
         return [""], [(key, [value]) for key, value in flat]
+    upright = "upright" if any(pair and pair[0] in VIEWS for pair in split) else probe
     rows: dict[str, dict[str, Any]] = {}
     rest: list[tuple[str, Any]] = []
     for pair, (key, value) in zip(split, flat, strict=True):
         if pair:
-            rows.setdefault(pair[0], {})[pair[1]] = value
+            rows.setdefault(pair[0] or upright, {})[pair[1]] = value
         else:
             rest.append((key, value))
     found = [(row, [rows[row].get(kind, "") for kind in kinds]) for row in rows]

@@ -212,6 +212,23 @@ def test_every_model_has_a_folder_of_its_own():
     assert found == ["runs/eval_deit", "runs/eval_deit/deit_small_patch16_LS", "x", "runs/y"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "folder"),
+    [
+        ("runs/mine", "mine"),
+        ("runs/mine/", "mine"),
+        ("runs/mine/exported/model.safetensors", "mine"),
+        ("best v1.5.pth", "best_v1.5"),
+    ],
+)
+def test_every_file_of_weights_has_a_folder_of_its_own(weights, folder):
+    """Where no model is named; else one run's results would take the place of another's."""
+    found = parse_deit_evaluation(["--eval", weights])
+    assert found["output_dir"] == f"runs/eval_deit/{folder}"
+    named = parse_deit_evaluation(["--eval", weights, "--model", "deit_small_patch16_LS"])
+    assert named["output_dir"] == "runs/eval_deit/deit_small_patch16_LS"
+
+
 def test_timm_models_and_other_data():
     config = parse_deit_evaluation(["--model", "deit3_small_patch16_224", "--data-set", "INAT19"])
     assert config["backbone"]["model_name"] == "deit3_small_patch16_224"

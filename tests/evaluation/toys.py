@@ -12,6 +12,7 @@ import torch.multiprocessing
 from PIL import Image
 from torch import Tensor, nn
 
+from utils.data.images import ImageError
 from utils.joining import session
 from vit.backbone import Features
 
@@ -58,6 +59,15 @@ class ToyImages:
 
     def path(self, index: int) -> str:
         return f"toy {index}"
+
+
+class Damaged(ToyImages):
+    """Every fifth image cannot be read."""
+
+    def read(self, index: int) -> Image.Image:
+        if index % 5 == 4:
+            raise ImageError(self.path(index), "damaged")
+        return super().read(index)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -72,6 +72,35 @@ def test_what_is_not_finite_stays_valid_json(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
+def test_the_line_shows_the_first_figures_of_each_probe(tmp_path):
+    metrics, text = make(tmp_path)
+    figures = {f"knn/{k}": float(k) for k in range(6)}
+    metrics.record(4, {**figures, "feature_rank": 3.0})
+    shown = "step 4  knn/0 0  knn/1 1  knn/2 2  knn/3 3  feature_rank 3  (2 more in metrics.jsonl)"
+    assert text.getvalue() == shown + "\n"
+    assert read_metrics(tmp_path / "metrics.jsonl")[0].keys() >= figures.keys()
+
+
+def test_curves_lie_over_the_steps_there_are(tmp_path, monkeypatch):
+    """In every panel the same, from 0 to the last; their legends hide no curve."""
+    metrics, _ = make(tmp_path, log_every=2)
+    feed(metrics, 4)
+    for step in (2, 3, 4):
+        metrics.record(step, {"knn/top1": 50.0, "knn/top5": 60.0})
+    drawn = []
+    keep = lambda self, *_, **__: drawn.append(self)  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    draw_curves(tmp_path / "metrics.jsonl")
+    panels = drawn[0].axes
+    assert {panel.get_title() for panel in panels} >= {"loss", "knn"}
+    for panel in panels:
+        assert panel.get_xlim() == (0, 4) and all(tick % 1 == 0 for tick in panel.get_xticks())
+    drawn[0].draw_without_rendering()
+    legend = next(panel for panel in panels if panel.get_title() == "knn").get_legend()
+    assert legend.get_window_extent().x0 >= legend.axes.get_window_extent().x1
+    assert panels[-1].get_xlabel() == "step"
+
+
 def test_curves_are_drawn(tmp_path):
     metrics, _ = make(tmp_path, log_every=2)
     feed(metrics, 4)

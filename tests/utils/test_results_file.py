@@ -27,6 +27,19 @@ def test_probes_keep_their_figures_beside_each_other(tmp_path: Path, capsys) -> 
     }
 
 
+def test_figures_of_other_settings_are_not_replaced_in_silence(tmp_path: Path, capsys) -> None:
+    """A later step, other processes, or a key that one of two versions lacks are none."""
+    protocol = {"symmetries": ("e", "r"), "step": 0, "world_size": 1, "formerly": 1}
+    write_results(tmp_path, "accuracy", protocol=net("a") | protocol, figures={})
+    same = net("a") | {"symmetries": ["e", "r"], "step": 2, "world_size": 2, "lately": 1}
+    write_results(tmp_path, "accuracy", protocol=same, figures={})
+    assert not capsys.readouterr().out
+    other = same | {"symmetries": ["e"]}
+    path = write_results(tmp_path, "accuracy", protocol=other, figures={})
+    said = f"{path}: replaces the accuracy results of symmetries = ['e', 'r']\n"
+    assert capsys.readouterr().out == said
+
+
 @pytest.mark.parametrize("entry", [3, None, {}, {"figures": {}}, {"protocol": "words"}])
 def test_figures_are_written_whatever_stood_in_their_place(tmp_path: Path, entry: object) -> None:
     path = tmp_path / RESULTS

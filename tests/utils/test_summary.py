@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from tests.utils.loop_case import train_tiny
+from utils.errors import UserError
 from utils.metrics_file import read_metrics
+from utils.summary import write_summary
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,36 @@ def test_no_number_of_steps_prolongs_a_recipe(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "already finished at step 12\n" in printed
     assert "judged before, with the same settings: c\n" in printed
+
+
+def test_a_probe_that_fails_at_the_end_leaves_the_summary(tmp_path):
+    """With the figures of those before it, of this step alone; the next start runs the others."""
+    calls: list[int] = []
+
+    def failing(net, *, data, output_dir, step):
+        if step == 12:
+            raise UserError("cannot read image 3")
+        return {"top1": 1.0}
+
+    probes = {"a": judging(50.0, calls), "b": failing}
+    with pytest.raises(UserError, match="cannot read image 3"):
+        train_tiny(tmp_path, probes=probes, probe_every=6)
+    left = summary_of(tmp_path)
+    assert left["finished"] and left["step"] == 12 and left["loss"] > 0
+    assert left["a/top1"] == 50.0 and "b/top1" not in left
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 12, "a/top1": 50.0}
+    summary, _ = train_tiny(tmp_path, probes={**probes, "b": judging(70.0, calls)}, probe_every=6)
+    assert calls == [6, 12, 12] and summary == {**left, "b/top1": 70.0}
+
+
+def test_the_table_shows_the_first_figures_of_each_probe(tmp_path, capsys):
+    """The file has all."""
+    figures = {f"{probe}/{k}": 1.0 for probe in ("a", "b") for k in range(6)}
+    write_summary(tmp_path, {"name": "x", "output_dir": "", "step": 3, **figures})
+    told = capsys.readouterr().out
+    assert all(f"{probe}/3" in told and f"{probe}/4" not in told for probe in ("a", "b"))
+    assert "4 more in summary.json" in told
+    assert summary_of(tmp_path).keys() >= figures.keys()
 
 
 @pytest.mark.parametrize("most", [None, 5])

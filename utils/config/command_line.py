@@ -15,6 +15,7 @@ from utils.config.files import CONFIGS, backbone_names, find_file
 from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError, fail
 from utils.nearest import nearest, nearest_family
+from utils.run_files import EXPORTED
 
 TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.names} | {
     "--config-file",
@@ -173,12 +174,14 @@ def names_backbone(words: Sequence[str]) -> bool:
 
 
 def folder_of_model(words: Sequence[str], name: str) -> list[str]:
-    """The override that puts the results of a named model into their own folder in runs/`name`.
+    """The override that puts the results of a net into their own folder in runs/`name`.
 
-    Empty if the words already name a folder, or if they name no model.
+    The folder is called after the model, without one after the run or file of the weights. Empty if
+    the words already name a folder, or if they name no net.
     """
     values = dict(word.partition("=")[::2] for word in words)
     model = values.get("backbone.model_name", values.get("backbone", ""))
+    model = model or _name_of_weights(values.get("weights", "").strip("'"))
     said = ("--config", "--output", "output_dir=", "--name", "name=")
     if not model or any(word.startswith(said) for word in words):
         return []
@@ -212,6 +215,15 @@ def tell(notes: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(note)
+
+
+def _name_of_weights(weights: str) -> str:
+    if weights in ("", "null"):
+        return ""
+    path = Path(weights)
+    if path.parts[-2:] == Path(EXPORTED).parts:  # the file that every run calls the same
+        path = path.parents[1]
+    return path.stem if path.suffix and not path.is_dir() else path.resolve().name
 
 
 def _override(option: Option, value: str) -> str:

@@ -188,7 +188,7 @@ def _load(
                     raise UserError(_worker_died(error, num_workers)) from None
                 raise
             if failures and not source.skip:
-                raise _unreadable(source.dataset, failures[0])
+                raise _unreadable(source, failures[0])
             if batch is None and isinstance(source, TrainingSource):
                 raise UserError(
                     f"{source.dataset!r}: {len(failures)} images in a row cannot be read"
@@ -226,11 +226,14 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _unreadable(dataset: ImageDataset, failure: Failure) -> UserError:
-    return UserError(
-        f"cannot read image {failure.number} of {len(dataset):,}, {failure.path}: {failure.reason} "
-        "(recipe.on_error=skip leaves such images out of a training)"
-    )
+def _unreadable(source: TrainingSource | EvaluationSource, failure: Failure) -> UserError:
+    number, path, reason = failure
+    if isinstance(source, TrainingSource):  # of a recipe, or of the heads of a probe
+        hint = "recipe.on_error=skip, or probes.NAME.on_error=skip of a probe, takes the next image"
+    else:
+        hint = "probes.NAME.on_error=skip, or on_error=skip of extracted features, leaves it out"
+    count = f"{len(source.dataset):,}"
+    return UserError(f"cannot read image {number} of {count}, {path}: {reason} ({hint})")
 
 
 def available_cores() -> int:

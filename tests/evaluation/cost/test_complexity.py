@@ -61,6 +61,18 @@ def test_table_json_and_picture(tmp_path, capsys):
     assert "depth=2" in out and "best rate of a product" in out and "protocol: 32 x 32" in out
 
 
+def test_a_picture_tells_its_protocol_and_starts_at_nothing(tmp_path, monkeypatch, capsys):
+    drawn = []
+    keep = lambda self, *_, **__: drawn.append(self)  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    words = ["--no-training", "--steps", "1", "--rounds", "2", "--warmup", "0"]
+    measure(tiny(*words, "--picture", str(tmp_path / "c.png")))
+    (axis,) = drawn[0].axes
+    assert axis.get_ylim()[0] == 0
+    assert "images of 32 x 32, batch 2, fp32, eager" in axis.get_title()
+    assert "rounds: 1, not 2: each needs a timed step" in capsys.readouterr().out
+
+
 def test_counts_alone_time_nothing(monkeypatch, capsys):
     monkeypatch.setattr(complexity, "measure_in_turn", None)
     results = measure(tiny("--check"))

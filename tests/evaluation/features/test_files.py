@@ -20,18 +20,9 @@ from evaluation.features.files import FeatureWriter, open_features
 from evaluation.probes.knn import KnnProbe
 from evaluation.probes.logreg import LogregProbe
 from tests.evaluation.backbones import PLAIN, any_backbone, make
-from tests.evaluation.toys import ToyImages, ToyNet, in_processes, to_tensor
-from utils.data.images import ImageError, Subset
+from tests.evaluation.toys import Damaged, ToyImages, ToyNet, in_processes, to_tensor
+from utils.data.images import Subset
 from utils.errors import UserError
-
-
-class Damaged(ToyImages):
-    """Every fifth image cannot be read."""
-
-    def read(self, index):
-        if index % 5 == 4:
-            raise ImageError(self.path(index), "damaged")
-        return super().read(index)
 
 
 class Named:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from evaluation.probes.accuracy import AccuracyProbe, figures_of, judge_images
 from octic.vision_transformer import OcticVisionTransformer
-from tests.evaluation.toys import ToyImages, in_processes, to_tensor
+from tests.evaluation.toys import Damaged, ToyImages, in_processes, to_tensor
+from utils.config.compose import compose_config
 from utils.data.images import Subset
 from utils.errors import UserError
 from utils.probing import ProbeRunner
@@ -229,6 +230,28 @@ def test_mistakes_are_one_line(tmp_path):
         probe(ToyClassifier(), {"val": images}, tmp_path)
     with pytest.raises(ValueError, match="precision must be one of .*not 'fp8'"):
         AccuracyProbe(precision="fp8")
+
+
+def test_an_image_that_is_left_out_changes_no_other(tmp_path):
+    """Not even the turn that is drawn for it."""
+    net, damaged, whole = ToyClassifier(), Damaged(50, seed=2), ToyImages(50, seed=2)
+    rest = Subset(whole, [index for index in range(50) if index % 5 != 4])
+    skipping = AccuracyProbe(**OPTIONS, on_error="skip", rot_eval=True)
+    found = skipping(net, {"val": damaged}, tmp_path)
+    expected = AccuracyProbe(**OPTIONS, symmetries=True)(net, {"val": rest}, tmp_path)
+    views = {key: value for key, value in expected.items() if key[0] != "m"}
+    assert {key: found[key] for key in views} == pytest.approx(views)
+    outcomes = judge_images(net, whole, elements=skipping.elements, transform=to_tensor)
+    drawn = skipping._as_published(outcomes, len(whole))
+    hits = [bool(drawn.places[index] < 1) for index in range(50) if index % 5 != 4]
+    assert found["rot_acc1"] == pytest.approx(100 * np.mean(hits))
+    with pytest.raises(UserError, match="toy 4: damaged"):
+        AccuracyProbe(**OPTIONS)(net, {"val": damaged}, tmp_path)
+
+
+def test_a_training_that_skips_images_skips_those_of_its_probe():
+    config = compose_config("deit/quickstart.yaml", ["recipe.on_error=skip"])
+    assert config["probes"]["accuracy"]["on_error"] == "skip"
 
 
 def test_outcomes_stand_in_the_order_of_the_images():

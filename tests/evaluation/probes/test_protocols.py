@@ -14,7 +14,7 @@ from evaluation.segmentation.dense_linear import PixelLinearProbe
 from evaluation.segmentation.patch_knn import PatchKnn
 from evaluation.segmentation.probe import SegmentationProbe
 from tests.evaluation.segmentation.toys import ToyMasks
-from tests.evaluation.toys import ToyImages, ToyNet
+from tests.evaluation.toys import Damaged, ToyImages, ToyNet
 from utils.data.transforms import deit_evaluation_transform, evaluation_transform
 
 SIZES = {"resize_size": 16, "crop_size": 12}
@@ -97,3 +97,22 @@ def test_the_net_sees_images_of_the_sizes_asked_for(name, tmp_path):
     cropped_at_random = name in ("linear", "attentive")
     if name != "accuracy":
         assert is_shown(ToyImages(24, 0), 0) != cropped_at_random
+
+
+@pytest.mark.parametrize("name", ON_IMAGES)
+def test_images_that_were_left_out_are_counted(name, tmp_path, capsys):
+    """Those of a training of heads as well, also by a start that finds the heads trained."""
+    images = {"train": Damaged(24, 0), "val": Damaged(9, 1)}
+    counts, said = {"train_images": 20, "val_images": 8, "left_out": 5}, "5 images that cannot"
+    if name == "accuracy":
+        counts, said = {"val_images": 8, "left_out": 1}, "1 image that cannot be read is left out"
+    trained = "sampler" in ON_IMAGES[name]().protocol
+    whole_pass = {"epoch_length": 6} if trained else {}
+    for _ in range(1 + trained):
+        probe = ON_IMAGES[name](on_error="skip", **whole_pass)
+        probe(Watched().eval(), images, tmp_path)
+        assert counts.items() <= probe.protocol.items()
+        assert said in capsys.readouterr().out
+    whole = {split: ToyImages(len(part), 2) for split, part in images.items()}
+    probe(Watched().eval(), whole, tmp_path / "whole")
+    assert probe.protocol["left_out"] == 0 and "left out" not in capsys.readouterr().out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.report.charts import _tick, chart, panels, thin, ticks
+from evaluation.report.charts import _tick, chart, thin, ticks
 from evaluation.report.images import embed, shrink
 from evaluation.report.page import write_report
 from tests.evaluation.report.folders import draw, make_evaluation, make_quickstart, make_run
@@ -101,6 +101,19 @@ def test_a_figure_of_another_kind_is_under_no_heading(tmp_path: Path) -> None:
         re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)
     ]
     assert rows[:2] == [["net", "80", "90.50", ""], ["images_per_second", "", "", "30.25"]]
+
+
+def test_the_figures_of_upright_images_are_one_row(tmp_path: Path) -> None:
+    folder = make_evaluation(tmp_path / "evaluation")
+    figures = {"acc1": 80.0, "loss": 1.5, "image_loss": 1.25, "rr_acc1": 70.0, "rr_loss": 1.75}
+    written_so = {"accuracy": {"protocol": {}, "figures": figures}}
+    (folder / "results.json").write_text(json.dumps(written_so))
+    page = written(folder)
+    rows = [
+        re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)
+    ]
+    assert re.findall(r'<th class="number">(.*?)</th>', page)[:3] == ["acc1", "loss", "image_loss"]
+    assert rows[:2] == [["upright", "80", "1.5", "1.25"], ["rr", "70", "1.75", ""]]
 
 
 def test_two_runs_are_told_side_by_side(tmp_path: Path) -> None:
@@ -194,13 +207,6 @@ def test_curves_keep_their_peaks_and_their_gaps() -> None:
     kept = thin(points)
     assert len(kept) <= 402 and (1234, 9.0) in kept
     assert chart("loss", {"loss": points}).count("M") >= 3, "axis, and a curve of two pieces"
-
-
-def test_what_was_logged_twice_is_no_curve() -> None:
-    values = (1.0, float("nan"), 2.0)
-    assert panels([{"step": step, "a": value} for step, value in enumerate(values)]) == {}
-    lines = [{"step": step, "lr": 1.0, "x/a": 1, "x/b": 2, "loss": 3} for step in range(3)]
-    assert list(panels(lines)) == ["loss", "learning rate", "x"]
 
 
 def test_more_curves_than_colours_are_told() -> None:

@@ -167,13 +167,15 @@ def test_a_bad_image_stops_with_its_name_and_index(
     images: ImageFolder, damage: str, num_workers: int
 ) -> None:
     path = _damage(images, 4, damage)
-    message = rf"cannot read image 4 of {COUNT}, {path}: .*on_error=skip"
+    message = rf"cannot read image 4 of {COUNT}, {path}: .*recipe.on_error=skip"
     with pytest.raises(UserError, match=message) as error:
         _batches(images, 6, num_workers=num_workers)
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()  # with the error at hand; later they are deaf
-    with pytest.raises(UserError, match=message):
+    message = rf"cannot read image 4 of {COUNT}, {path}: .*probes.NAME.on_error=skip"
+    with pytest.raises(UserError, match=message) as error:
         list(evaluation_batches(images, augment, 4, num_workers=num_workers))
+    assert "recipe." not in str(error.value)  # a key that no evaluation has
 
 
 def _damage(images: ImageFolder, index: int, damage: str) -> str:
