@@ -68,8 +68,8 @@ def _read_tasks(
     """The tasks of a command line, their folder if they are several, and whether to start none."""
     _refuse_lost_folder()
     _refuse_clock_times(words)
-    parse = _checking(parse)
     asked = _read(words)
+    parse = _checking(parse, alone=not asked.sweeps)
     if not (asked.sweeps or asked.then):
         config = parse(asked.words)
         tasks = [] if config is None else [Task(function, plain(config))]
@@ -100,8 +100,11 @@ def _refuse_clock_times(words: Sequence[str]) -> None:
             raise UserError(f"{key} is in minutes: {max(slurm_minutes(value), 1)} for {value}")
 
 
-def _checking(parse: Parse) -> Parse:
-    """Wrap `parse` so that `--check` also refuses what the launcher would refuse."""
+def _checking(parse: Parse, *, alone: bool) -> Parse:
+    """Wrap `parse` so that `--check` also refuses what the launcher or a starting run would refuse.
+
+    alone: the run folder is that of the config, as it is not a point of a sweep.
+    """
 
     def checked(words: list[str]) -> Mapping[str, Any] | None:
         if "--check" in words:
@@ -114,9 +117,17 @@ def _checking(parse: Parse) -> Parse:
                 config = parse([word for word in words if word != "--check"])
             if config is not None:
                 check_launch(plain(config), joins="TORCHELASTIC_RUN_ID" in os.environ)
+                if alone:
+                    _check_start(plain(config))
         return parse(words)
 
     return checked
+
+
+def _check_start(config: dict[str, Any]) -> None:
+    from utils.config.check import check_run  # late: it needs torch, for a training alone
+
+    check_run(config)
 
 
 def _read(words: list[str]) -> _Asked:

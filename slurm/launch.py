@@ -240,17 +240,22 @@ def _with_id(value: Any, job_id: str) -> Any:
 
 
 def _build_networks(tasks: Sequence[Task]) -> None:
-    """Build the networks, so that a constructor's error shows now and not in a queued job."""
-    from utils.config.check import networks
+    """Build the networks, so that a constructor's error shows now and not in a queued job.
+
+    So does a run folder that holds a run of another network.
+    """
+    from utils.config.check import check_run, networks
 
     seen: list[Any] = []
     for task in tasks:
         node = {key: task.config.get(key) for key in ("backbone", "recipe", "optimizer")}
-        if not node["backbone"] or node in seen:
+        if not node["backbone"]:
             continue
-        seen.append(node)
         with _named(task):
-            networks(task.config)
+            if node not in seen:
+                seen.append(node)
+                networks(task.config)
+            check_run(task.config)
 
 
 def _show_scripts(tasks: Sequence[Task], folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Load what a run starts from: its own last checkpoint, or `training.weights`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from utils.checkpoints import state
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.checkpoints.files import DESCRIPTION, Parts
 from utils.errors import UserError
 from utils.precision import Precision
 from utils.run_files import CHECKPOINTS, CONFIG, EXPORTED, FORMERLY
-from utils.run_folder import changed_keys, saved_config
+from utils.run_folder import changed_keys, refuse_overwriting, saved_config
 
 MOST_CHANGES = 4  # changed keys that an error names
 
@@ -45,6 +46,28 @@ def restore(
         state.restore(parts, recipe, optimizer, precision, seed=config["seed"], step=step)
     except state.Misfit as error:
         raise UserError(_other_network(Path(config["output_dir"]), config, error)) from None
+
+
+def check_resume(config: Mapping[str, Any], make_recipe: Callable[[], nn.Module]) -> None:
+    """UserError where the run would refuse its folder for the run in it, found without reading it.
+
+    The recipe, which is made only where there is a checkpoint, may be on the meta device.
+    """
+    folder = Path(config["output_dir"])
+    if not config["training"]["resume"]:
+        refuse_overwriting(folder, Checkpoints(folder / CHECKPOINTS))
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is None:
+        return
+    ours = make_recipe().state_dict()
+    try:
+        saved = Parts(checkpoint).outline("recipe")
+    except UserError:  # damaged: the run may go on from an earlier one
+        return
+    try:
+        state.check_fits(ours, saved, str(checkpoint))
+    except state.Misfit as error:
+        raise UserError(_other_network(folder, config, error)) from None
 
 
 def _load(recipe: nn.Module, path: str) -> list[str]:

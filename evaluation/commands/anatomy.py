@@ -4,87 +4,54 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command import Parser, as_command
+from utils.command import WordParser, as_command
 
-ABOUT = """What the speed of a net is made of (docs/performance.md).
-
-blocks    operators, compiled kernels and kept activations of each kind of block
-times     how long a CUDA device works on each kind of block, and on which kernels
-growth    time and memory over resolution, batch and depth, octic beside plain
-roofline  the least time of each layer of a block on a chip, by operations and bytes"""
+ABOUT = "What the speed of a net is made of (docs/performance.md)."
 
 
-# Flag -> the words that read it.
-READERS = {
-    "models": ("blocks", "times", "growth"),
-    "size": ("blocks", "times", "growth"),
-    "batch_size": ("growth", "times", "roofline"),
-    "kernels": ("blocks", "times"),
-    "float32": ("blocks",),
-    "json": ("growth", "times"),
-    "chip": ("roofline",),
-    **dict.fromkeys(
-        ("sizes", "batches", "depths", "steps", "device", "threads", "picture"), ("growth",)
-    ),
-}
-DEFAULTS = {
-    "models": "",
-    "size": 224,
-    "batch_size": None,  # 1 or 64
-    "kernels": False,
-    "float32": False,
-    "sizes": "224,384,512,768,1024",
-    "batches": "1,2,4,8",
-    "depths": "4,8,12,24",
-    "steps": 3,
-    "device": "auto",
-    "threads": None,  # torch's choice
-    "json": None,
-    "picture": None,
-    "chip": "H200",
-}
-
-
-def make_parser() -> Parser:
-    """The flags, each with the words that read it; what is not given is not in the namespace."""
-    parser = Parser(
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
+def make_parser() -> WordParser:
+    """The words, each with its own flags."""
+    parser = WordParser(ABOUT)
+    add = parser.add_word(
+        "blocks", "operators, compiled kernels and kept activations of each kind of block"
     )
-    parser.add_argument("what", choices=("blocks", "times", "growth", "roofline"))
-    add = parser.add_argument
-    add("--models", help="blocks, times: nets; growth: an octic one, a plain one")
-    add("--size", type=int, help="blocks, times, growth: pixels a side (224)")
-    add("--batch-size", type=int, help="growth: images (1); times, roofline: images (64)")
-    add(
-        "--kernels",
-        action="store_true",
-        help="blocks: compile them too, a minute each; times: list them",
+    add("--models", default="", help="nets, with commas between")
+    add("--size", type=int, default=224, help="pixels a side (224)")
+    add("--kernels", action="store_true", help="compile them too, a minute each")
+    add("--float32", action="store_true", help="without autocast to bfloat16")
+    add = parser.add_word(
+        "times", "how long a CUDA device works on each kind of block, and on which kernels"
     )
-    add("--float32", action="store_true", help="blocks: without autocast to bfloat16")
-    add("--sizes", help="growth: pixels a side")
-    add("--batches", help="growth: images of a step")
-    add("--depths", help="growth: blocks")
-    add("--steps", type=int, help="growth: timed steps of each net (3)")
-    add("--device", help="growth: auto, cpu, cuda")
-    add("--threads", type=int, help="growth: of a CPU; torch's choice if left out")
-    add("--json", type=Path, help="growth, times: file for all figures")
-    add("--picture", type=Path, help="growth: file for the picture, .png, .pdf or .svg")
-    add("--chip", help="roofline: H100 or H200")
+    add("--models", default="", help="nets, with commas between")
+    add("--size", type=int, default=224, help="pixels a side (224)")
+    add("--batch-size", type=int, default=64, help="images (64)")
+    add("--kernels", action="store_true", help="list them")
+    add("--json", type=Path, help="file for all figures")
+    add = parser.add_word(
+        "growth", "time and memory over resolution, batch and depth, octic beside plain"
+    )
+    add("--models", default="", help="an octic one, a plain one")
+    add("--size", type=int, default=224, help="pixels a side (224)")
+    add("--batch-size", type=int, default=1, help="images (1)")
+    add("--sizes", default="224,384,512,768,1024", help="pixels a side")
+    add("--batches", default="1,2,4,8", help="images of a step")
+    add("--depths", default="4,8,12,24", help="blocks")
+    add("--steps", type=int, default=3, help="timed steps of each net (3)")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--threads", type=int, help="of a CPU; torch's choice if left out")
+    add("--json", type=Path, help="file for all figures")
+    add("--picture", type=Path, help="file for the picture, .png, .pdf or .svg")
+    add = parser.add_word(
+        "roofline", "the least time of each layer of a block on a chip, by operations and bytes"
+    )
+    add("--batch-size", type=int, default=64, help="images (64)")
+    add("--chip", default="H200", help="H100 or H200")
     return parser
 
 
 def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The words, and the defaults of those left out; UserError for a flag of another `what`."""
-    parser = make_parser()
-    given = vars(parser.parse_args(argv))
-    what = given.pop("what")
-    for name in given:
-        if what not in READERS[name]:
-            flag, readers = name.replace("_", "-"), " and ".join(READERS[name])
-            parser.error(f"--{flag} is for {readers}; {what} does not read it")
-    return argparse.Namespace(what=what, **{**DEFAULTS, **given})
+    """The words, with the defaults of those left out; UserError for a flag of another `what`."""
+    return make_parser().parse_args(argv)
 
 
 @as_command()

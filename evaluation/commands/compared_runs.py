@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from utils.config.build import plain
+from utils.config.build import check_targets, plain
+from utils.config.check import check_runs
 from utils.config.command_line import Option, help_page, meanings, read_command, read_words
 from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, find_file
@@ -28,18 +29,25 @@ def parse_runs(
 ) -> dict[str, Any]:
     """The config `file` with the overrides of a command line, completed by `finish`.
 
-    A mistake, or a UserError of `finish`, prints one line and exits with code 2.
+    A mistake, or a UserError of `finish`, prints one line and exits with code 2. `--check` prints
+    the config and what each training costs, and exits.
     """
 
     def read(argv: Sequence[str]) -> list[str]:
         return [addable(word, file) for word in read_words(argv, options).overrides]
 
     words = read_command(argv, read, page=help_page(meanings(options)))
-    config = plain(parse_config(default=file, argv=words, base=Path(file).stem))
+    others = [word for word in words if word != "--check"]  # which is for the runs, not for this
+    config = plain(parse_config(default=file, argv=others, base=Path(file).stem))
     try:
-        return finish(config)
+        finished = finish(config)
+        if len(others) == len(words):
+            return finished
+        check_targets(config)
+        check_runs(config, finished[RUNS])
     except UserError as error:
         fail(error)
+    raise SystemExit(0)
 
 
 def in_folders(runs: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,34 +16,38 @@ PAIR = "hybrid_deit_small_patch16,deit_small_patch16_LS"
 
 def show(words: argparse.Namespace) -> None:
     """Print what a command line (`evaluation.commands.anatomy`) asks for."""
+    given = vars(words)
     for flag in ("threads", "batch_size", "size", "steps"):
-        if (given := getattr(words, flag)) is not None:
-            check_count(f"--{flag.replace('_', '-')}", given, 1)
-    for path in filter(None, (words.json, words.picture)):
+        if given.get(flag) is not None:
+            check_count(f"--{flag.replace('_', '-')}", given[flag], 1)
+    for path in filter(None, (given.get("json"), given.get("picture"))):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the name of a file")
-    if words.picture and words.picture.suffix not in PICTURES:
-        raise UserError(f"--picture {words.picture} must end in {', '.join(PICTURES)}")
-    if words.threads is not None:
-        torch.set_num_threads(words.threads)
-    batch = 64 if words.batch_size is None else words.batch_size
     if words.what == "roofline":
-        roofline.show(words.chip, batch)
+        roofline.show(words.chip, words.batch_size)
     elif words.what == "blocks":
         names = (words.models or BLOCKS).split(",")
         blocks.measure(names, size=words.size, bf16=not words.float32, kernels=words.kernels)
     elif words.what == "times":
         names = (words.models or BLOCKS).split(",")
         block_times.measure(
-            names, size=words.size, batch=batch, listed=words.kernels, json_file=words.json
+            names,
+            size=words.size,
+            batch=words.batch_size,
+            listed=words.kernels,
+            json_file=words.json,
         )
     else:
         _growth(words)
 
 
 def _growth(words: argparse.Namespace) -> None:
+    if words.picture and words.picture.suffix not in PICTURES:
+        raise UserError(f"--picture {words.picture} must end in {', '.join(PICTURES)}")
+    if words.threads is not None:
+        torch.set_num_threads(words.threads)
     names = (words.models or PAIR).split(",")
     if len(names) != 2:
         raise UserError(f"--models takes an octic net and its plain twin, not {words.models!r}")
@@ -55,7 +59,7 @@ def _growth(words: argparse.Namespace) -> None:
     varied = {name: whole_numbers(*given) for name, given in lists.items() if given[1]}
     if not varied:
         raise UserError("--sizes, --batches and --depths are all empty: nothing would be measured")
-    base = growth.Point(words.size, 1 if words.batch_size is None else words.batch_size)
+    base = growth.Point(words.size, words.batch_size)
     growth.show(
         *names,
         varied=varied,

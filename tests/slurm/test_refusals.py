@@ -1,14 +1,19 @@
 """What is said before anything is started: of the run folder, and of every point of a sweep."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from slurm.command import main
 from slurm.launch import launch_all
 from slurm.task import Task
+from utils.checkpoints.checkpoint import Checkpoints
 from utils.config.build import plain
-from utils.config.compose import compose_config
+from utils.config.compose import compose_config, parse_config
+from utils.run_files import CHECKPOINTS, CONFIG
 
 SMALL = ["backbone.depth=2", "backbone.embed_dim=16", "backbone.num_heads=2"]
 
@@ -57,3 +62,16 @@ def test_a_dry_run_objects_to_what_the_run_would(tmp_path: Path, capsys) -> None
         ("recipe.num_workers=-1", "recipe.num_workers must be a whole number from 0"),
     ]:
         assert said in refused(capsys, [task(tmp_path / "run", word)], tmp_path, dry_run=True)
+
+
+def test_a_folder_with_a_run_of_another_network(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    Checkpoints(folder / CHECKPOINTS).save(1, {"recipe": {"weight": torch.zeros(1)}})
+    (folder / CONFIG).write_text("backbone: {num_classes: 3}")
+    said = f"error: {folder} holds a run of another network (backbone.num_classes: 3 -> 10"
+    assert said in refused(capsys, [task(folder)], folder, dry_run=True)
+    words = [*SMALL, "--check", "--output-dir", str(folder)]
+    with pytest.raises(SystemExit) as left:
+        main("tests.slurm.work.report", partial(parse_config, "deit/quickstart.yaml"), words)
+    told = capsys.readouterr()
+    assert left.value.code == 2 and told.err.startswith(said) and told.out == ""

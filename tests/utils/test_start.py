@@ -13,7 +13,7 @@ from utils.run import run_built
 from utils.run_files import EXPORTED
 from utils.run_objects import Run
 from utils.signals import StopSignal
-from utils.start import load_weights
+from utils.start import check_resume, load_weights
 
 
 class Other(TinyRecipe):
@@ -130,3 +130,21 @@ def test_going_on_with_another_network_says_what_has_changed(run: Path) -> None:
         f"--config-file {run / 'config.yaml'}"
     )
     assert "is of another model: 2 missing, e.g. extra.bias" in go_on()  # the code has changed
+
+
+def test_what_a_run_would_refuse_its_folder_for_is_found_without_it(run: Path) -> None:
+    config = make_config(run, backbone={"embed_dim": 128})
+    check_resume(config, TinyRecipe)
+    with torch.device("meta"):
+        other = Other()
+    with pytest.raises(UserError, match=f"^{run} holds a run of another network"):
+        check_resume(config, lambda: other)
+    anew = config | {"training": config["training"] | {"resume": False}}
+    with pytest.raises(UserError, match=f"^{run} holds a run at step 2: choose another output_dir"):
+        check_resume(anew, TinyRecipe)
+
+
+def test_a_damaged_checkpoint_or_none_is_left_to_the_run(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints" / "2" / "checkpoint.json").write_text("{")
+    for folder in (run, tmp_path / "none"):
+        check_resume(make_config(folder), Other)

@@ -4,6 +4,7 @@ Each rank saves the shards it holds and reads those it needs, so a run may resum
 size or sharding.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,6 +73,12 @@ def whole_state(module: nn.Module) -> dict[str, Any]:
 def load_state(module: nn.Module, parts: Parts, source: str) -> None:
     """Fill a module that may be sharded from the part `recipe`, strictly; `source` names it."""
     ours, saved = module.state_dict(), parts.outline("recipe")
+    check_fits(ours, saved, source)
+    parts.read({one.name: ours[name] for name, one in saved.items() if isinstance(one, Stored)})
+
+
+def check_fits(ours: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
+    """Misfit unless a saved state has the tensors of ours by name and shape; reads none of them."""
     missing, left_over = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
     wrong = [name for name in ours.keys() & saved.keys() if ours[name].shape != saved[name].shape]
     if missing or left_over or wrong:
@@ -84,7 +91,6 @@ def load_state(module: nn.Module, parts: Parts, source: str) -> None:
             f"{n} is {list(saved[n].shape)}, not {list(ours[n].shape)}" for n in sorted(wrong)[:1]
         ]
         raise Misfit(source, "; ".join(found))
-    parts.read({one.name: ours[name] for name, one in saved.items() if isinstance(one, Stored)})
 
 
 def rank_seed(seed: int, step: int = 0) -> int:

@@ -159,7 +159,7 @@ def _build(node: Any, where: str, extra: Mapping[str, Any]) -> Any:
         factory = Factory(target, **keywords)
         factory.where = where
         return factory
-    return _call(target, where, keywords)
+    return _call(target, where, keywords, own=given)
 
 
 class Factory(functools.partial):
@@ -169,10 +169,14 @@ class Factory(functools.partial):
 
     def __call__(self, /, *args: Any, **keywords: Any) -> Any:
         """Build it, with further keywords."""
-        return _call(functools.partial(self.func, *args), self.where, {**self.keywords, **keywords})
+        made = functools.partial(self.func, *args)
+        return _call(made, self.where, {**self.keywords, **keywords}, own=self.keywords)
 
 
-def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -> Any:
+def _call(
+    target: Callable[..., Any], where: str, keywords: Mapping[str, Any], own: Mapping[str, Any]
+) -> Any:
+    # own: those of the keywords that the config gives.
     prefix = f"{where}: " if where else ""
     try:
         return target(**keywords)
@@ -183,7 +187,9 @@ def _call(target: Callable[..., Any], where: str, keywords: Mapping[str, Any]) -
     except Exception as error:  # a value of the right kind that the constructor cannot handle
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + one_line(error)) from error
-        message = refused_keyword(error, target) if isinstance(error, TypeError) else None
+        message = (
+            refused_keyword(error, target, where, own) if isinstance(error, TypeError) else None
+        )
         said = message or f"cannot be built with these values: {_unforeseen(error)}"
         raise UserError(prefix + said) from error
 

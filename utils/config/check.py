@@ -1,14 +1,20 @@
 """`--check`: show what a config would build and its cost, without data, memory or a GPU."""
 
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.config.build import build, check_targets, plain
+from utils.config.build import build, check_targets, plain, resolve
 from utils.effective_batch import micro_batches
 from utils.errors import UserError
 from utils.folders import check_run_folder
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+VALID = "the config is valid"
 
 
 class UnreadImages:
@@ -23,12 +29,57 @@ def check(config: Any) -> None:
 
     Raises `UserError` if a constructor, or the run itself, would refuse the config.
     """
-    import yaml
-
     content = plain(config)
     check_run_folder(content)
     check_targets(content)
-    lines = describe(content)
+    _show(content, [*look_at_data(content), *describe(content)])
+
+
+def check_runs(config: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
+    """As `check`, for a config that is made of trainings: their costs by their names.
+
+    What is no training but a path to load from is not looked at. A UserError names the training.
+    """
+    check_run_folder(config)
+    lines = []
+    for name, run in runs.items():
+        if not isinstance(run, dict):
+            continue
+        try:
+            check_targets(run)
+            check_run(run)
+            told = [*look_at_data(run), *describe(run)[:-1]]
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        lines += [f"{name}: {line}" for line in told]
+    _show(config, [*lines, VALID])
+
+
+def look_at_data(content: Mapping[str, Any]) -> list[str]:
+    """A note for each folder of the data that is not on this machine; it may be on the cluster's.
+
+    No images are listed. UserError for a folder of images that holds splits in place of classes.
+    """
+    from utils.data.images import class_folders, folder, refuse_splits
+
+    data = content.get("data") or {}
+    roots = {key: data[key] for key in ("root", "val_root") if isinstance(data.get(key), str)}
+    paths = {key: os.path.abspath(os.path.expanduser(root)) for key, root in roots.items()}
+    train = data.get("train") or {}
+    is_folder = "_target_" in train and resolve(train["_target_"]) is folder
+    with contextlib.suppress(OSError):  # it may not be listed by this user
+        if is_folder and os.path.isdir(paths.get("root", "")):
+            refuse_splits(paths["root"], class_folders(paths["root"]))
+    return [
+        f"note: data.{key}: there is no {path} on this machine"
+        for key, path in paths.items()
+        if not os.path.exists(path)
+    ]
+
+
+def _show(content: Mapping[str, Any], lines: Sequence[str]) -> None:
+    import yaml
+
     print(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100))
     print("\n".join(f"# {line}" for line in lines))  # so that the whole stays YAML
 
@@ -81,7 +132,7 @@ def describe(content: dict[str, Any]) -> list[str]:
             f"batch {batch} = {recipe.batch_size_per_gpu} images x {accumulation} "
             f"micro-batches x {processes} processes"
         )
-    return [*lines, "the config is valid"]
+    return [*lines, VALID]
 
 
 def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
@@ -107,6 +158,17 @@ def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
             optimizer = _factory("optimizer", content["optimizer"])
             make_optimizer(optimizer, checked_groups(recipe), recipe)
         return factory(), recipe
+
+
+def check_run(content: dict[str, Any]) -> None:
+    """UserError for a training whose run folder holds a run that it would not go on from."""
+    from utils.start import check_resume
+
+    def make_recipe() -> Any:
+        return networks(content)[1]
+
+    if content.get("recipe"):
+        check_resume(content, make_recipe)
 
 
 def _factory(key: str, node: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from utils.config.files import CONFIGS, backbone_names, find_file
+from utils.config.files import CONFIGS, backbone_names, chooses_backbone, find_file
 from utils.config.flags import FLAGS, quoted
 from utils.errors import UserError, fail
 from utils.nearest import nearest, nearest_family
@@ -159,18 +159,28 @@ def unknown_model(name: str) -> str:
 
 def files_beside(words: Sequence[str], group: str) -> dict[str, Path]:
     """The files of a group beside the run file that the words name, by the option's name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # Without a file behind it the next reader complains.
-    parser.add_argument("--config-file", "--config", nargs="?", dest="file")
-    file = parser.parse_known_args(words)[0].file
+    file = _config_file(words)
     found = (find_file(file).parent / group).glob("*.yaml") if file else ()
     return {path.stem: path for path in found}
 
 
 def names_backbone(words: Sequence[str]) -> bool:
-    """Whether overrides or a config file name the net; if not, the weights may."""
-    named = ("backbone=", "backbone._target_=", "--config", "--model")
-    return any(word.lstrip("+").startswith(named) for word in words)
+    """Whether overrides or a config file name the net; if not, the weights may.
+
+    UserError for a config file that is not there.
+    """
+    named = ("backbone=", "backbone._target_=", "--model")
+    if any(word.lstrip("+").startswith(named) for word in words):
+        return True
+    file = _config_file(words)
+    return file is not None and chooses_backbone(find_file(file))
+
+
+def _config_file(words: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # Without a file behind it the next reader complains.
+    parser.add_argument("--config-file", "--config", nargs="?", dest="file")
+    return parser.parse_known_args(words)[0].file
 
 
 def folder_of_model(words: Sequence[str], name: str) -> list[str]:

@@ -1,10 +1,12 @@
 """Find config files, on disk as given or below `configs/`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils.config.vocabulary import is_dinov2
 from utils.errors import UserError
 from utils.nearest import nearest
 
@@ -37,6 +39,41 @@ def run_of_model(overrides: list[str], runs: str) -> str | None:
     models = [word.removeprefix("backbone=") for word in overrides if word.startswith("backbone=")]
     named = [f"{runs}/{model}.yaml" for model in models if runs]
     return next((file for file in reversed(named) if (CONFIGS / file).is_file()), None)
+
+
+def chooses_backbone(file: Path) -> bool:
+    """Whether a run file, or one that it builds on, chooses a backbone or sets keys of one.
+
+    The net that configs/evaluate.yaml and the like begin with is a default, and no choice. What
+    cannot be read chooses none, as the error is for whoever composes it.
+    """
+    return _chooses_backbone(file, (file,))
+
+
+def _chooses_backbone(file: Path, above: tuple[Path, ...]) -> bool:
+    # above: the file itself, and those that it is read for; the first is the run file.
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    if not isinstance(content, dict):
+        return False
+    if content.get("backbone") or is_dinov2(content):
+        return True
+    entries = content.get("defaults")
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict):
+            if any(re.match(r"override\s+/?backbone\b", str(key)) for key in entry):
+                return True
+        elif re.match("/?backbone/", str(entry)):
+            return True
+        elif entry != "_self_":
+            name = f"{str(entry).lstrip('/')}.yaml"
+            folders = (above[0].parent, CONFIGS) if str(entry).startswith("/") else (file.parent,)
+            below = next((f / name for f in folders if (f / name).is_file()), None)
+            if below and below not in above and _chooses_backbone(below, (*above, below)):
+                return True
+    return False
 
 
 def _found(file: str | Path) -> Path:

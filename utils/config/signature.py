@@ -13,6 +13,12 @@ from utils.errors import UserError
 from utils.nearest import nearest
 
 _COLLECTIONS = (Sequence, Iterable, Collection)
+# What a run file can take away whole, by a file of configs/parts.
+_PARTS = {
+    "backbone": "no_backbone",
+    "optimizer": "no_optimizer",
+    "recipe.augmentation": "no_augmentation",
+}
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 
@@ -35,7 +41,8 @@ def check_keywords(
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     unknown = [] if open_ended else [key for key in given if key not in known]
     if unknown:
-        raise UserError(f"{prefix}{_unknown(name, unknown[0], known)}{_left_out(unknown, where)}")
+        told = _unknown(name, unknown[0], known)
+        raise UserError(f"{prefix}{told}{_left_out(unknown, known, where)}")
     missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
     if missing and not partial:
         raise UserError(f"{prefix}{name} also needs {', '.join(missing)}")
@@ -63,10 +70,16 @@ def _unknown(name: str, key: str, known: Iterable[str]) -> str:
     return f"{name} takes no {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})"
 
 
-def _left_out(unknown: Sequence[str], where: str) -> str:
-    """A hint how to drop several unknown keywords, left by a run file for another target."""
+def _left_out(unknown: Sequence[str], known: Iterable[str], where: str) -> str:
+    """A hint how to drop unknown keywords, left by a run file for another target.
+
+    A single one that resembles a known one is misspelt instead.
+    """
+    if not where or (len(unknown) == 1 and nearest(unknown[0], known)):
+        return ""
     words = " ".join(f"'~{join(where, key)}'" for key in unknown)
-    return f"; to leave out what the file gives another: {words}" if len(unknown) > 1 else ""
+    in_file = f", or all of it: /parts/{_PARTS[where]} in a run file" if where in _PARTS else ""
+    return f"; to leave out what the file gives another: {words}{in_file}"
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -105,10 +118,13 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
 
 
-def refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None:
+def refused_keyword(
+    error: TypeError, target: Callable[..., Any], where: str = "", own: Collection[str] = ()
+) -> str | None:
     """The error line for an unexpected keyword of the target or of a function that it calls.
 
-    None if the TypeError is about something else.
+    where, own: the node's place in the config and its keys there, which can be left out. None if
+    the TypeError is about something else.
     """
     match = re.search(
         r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
@@ -122,7 +138,10 @@ def refused_keyword(error: TypeError, target: Callable[..., Any]) -> str | None:
     while frame is not None:  # and in the globals of the calling frames
         found = frame.tb_frame.f_globals.get(name, found)
         frame = frame.tb_next
-    return _unknown(name, key, keywords_of(found)) if callable(found) else str(error)
+    if not callable(found):
+        return str(error)
+    known = keywords_of(found)
+    return _unknown(name, key, known) + (_left_out([key], known, where) if key in own else "")
 
 
 def join(where: str, key: object) -> str:

@@ -225,7 +225,7 @@ def folder(
     if split not in ("train", "val"):
         raise UserError(f"no split {split!r} in a folder of images; there are train and val")
     images = ImageFolder(root, labels=labels)
-    _refuse_splits(images)
+    refuse_splits(images.root, images.class_names)
     if val_root is not None:
         if split == "train":
             return images
@@ -270,13 +270,12 @@ def class_folders(root: str) -> list[str]:
         return sorted(entry.name for entry in entries if _is_folder(entry) and entry.name[0] != ".")
 
 
-def _refuse_splits(images: ImageFolder) -> None:
-    names = set(images.class_names)
-    judged = [name for name in ("val", "validation", "test") if name in names]
-    if "train" in names and judged and names == {"train", *judged}:
-        root = images.root
+def refuse_splits(root: str, folders: Sequence[str]) -> None:
+    """UserError for a folder of images whose own folders, sorted, are those of splits."""
+    judged = [name for name in ("val", "validation", "test") if name in folders]
+    if "train" in folders and judged and set(folders) == {"train", *judged}:
         raise UserError(
-            f"{root} holds {' and '.join(images.class_names)}, which are splits and no classes; "
+            f"{root} holds {' and '.join(folders)}, which are splits and no classes; "
             f"say data.root={root}/train data.val_root={root}/{judged[0]}"
         )
 

@@ -136,6 +136,29 @@ def test_a_model_is_ours_or_timms_and_a_config_file_names_one_too():
     assert config["backbone_named"] and config["backbone"]["model_name"] == "vit_tiny_patch16_224"
 
 
+OWN_PROBES = "defaults: [/evaluate, _self_]"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (OWN_PROBES, False),
+        ("defaults: [/eval/vith16, _self_]", True),
+        ("defaults: [/evaluate, override /backbone: dinov2_vit_small_patch16, _self_]", True),
+        ("defaults: [/evaluate, /parts/no_backbone, /backbone/dinov2_vit_small_patch16]", True),
+        (f"{OWN_PROBES}\nbackbone: {{img_size: 32}}", True),
+        ("student: {arch: vit_small}", True),
+    ],
+)
+def test_a_config_file_names_the_net_that_it_chooses(text, named, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert parse_evaluation(["OUT", "--config-file", str(file)])["backbone_named"] is named
+    file = tmp_path / "further.yaml"  # built on the first
+    file.write_text("defaults: [run, _self_]" if text.startswith("defaults") else text)
+    assert parse_evaluation(["OUT", "--config", str(file)])["backbone_named"] is named
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -53,6 +53,14 @@ def test_a_model_of_the_users_joins():
     assert runs["mine"]["recipe"]["epochs"] == runs["plain"]["recipe"]["epochs"]
 
 
+def test_check_tells_the_trainings_and_starts_none(tmp_path, capsys):
+    small = "--words=backbone.depth=1 backbone.embed_dim=16 backbone.num_heads=2"
+    with pytest.raises(SystemExit) as left:
+        parse_comparison([*ONLY_PLAIN, small, "--check", f"output_dir='{tmp_path / 'new'}'"])
+    assert left.value.code == 0 and not list(tmp_path.iterdir())
+    assert "# plain: backbone deit_small_patch16_LS: 0.0" in capsys.readouterr().out
+
+
 def test_a_model_may_have_the_name_of_another_key():
     words = [*ONLY_PLAIN, "models.trained=deit/quickstart.yaml", "--device", "cpu"]
     assert list(parse_comparison(words)["runs"]) == ["plain", "trained"]

@@ -217,9 +217,11 @@ def test_mistakes_are_one_line(words, said, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_every_flag_has_readers_and_a_default():
-    flags = {action.dest for action in command.make_parser()._actions} - {"help", "what"}
-    assert flags == set(command.READERS) == set(command.DEFAULTS)
+def test_every_word_has_its_own_flags_and_defaults():
+    words = {name: vars(command.read([name])) for name in ("blocks", "times", "growth", "roofline")}
+    assert words["roofline"] == {"what": "roofline", "batch_size": 64, "chip": "H200"}
+    assert [words[name]["batch_size"] for name in ("times", "growth")] == [64, 1]
+    assert "batch_size" not in words["blocks"]
 
 
 def test_least_times_are_printed(capsys):

@@ -154,6 +154,20 @@ def test_mistakes_are_told_in_one_line(words, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model", "--processes", "9"], "--processes is for measure; model does not read it"),
+        (["measure", "--gpus=1"], "--gpus is for model; measure does not read it"),
+        (["measure", "model"], "unrecognized arguments: model"),
+    ],
+)
+def test_a_flag_of_the_other_word_is_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert said in capsys.readouterr().err
+
+
 def test_the_table(capsys):
     assert main(["model", "--gpus", "1,8", "--tflops", "50"]) == 0
     said = capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from baselines.evit.network import EViT
-from utils.config.build import resolve
+from utils.config.build import plain, resolve
 from utils.config.compose import compose_config
 from utils.config.files import CONFIGS, find_file
 from utils.config.flags import FLAGS, read_arguments
@@ -265,6 +265,18 @@ def test_group_of_the_users_own_folder(tmp_path: Path) -> None:
 
 
 # A saved run
+
+
+def test_a_run_file_takes_the_net_below_it_away_with_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone/mine.yaml").write_text("{_target_: vit.models.mine, depth: 3}")
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "defaults: [/deit/quickstart, /parts/no_backbone, /backbone/mine, _self_]\n"
+        "backbone: {num_classes: 10}"
+    )
+    expected = {"_target_": "vit.models.mine", "depth": 3, "num_classes": 10}
+    assert plain(compose_config(run))["backbone"] == expected
 
 
 def test_saved_config_reloads_and_its_groups_can_be_swapped(tmp_path: Path, monkeypatch) -> None:

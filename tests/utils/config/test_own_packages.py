@@ -31,12 +31,22 @@ def test_what_a_network_does_not_take_is_told_with_what_it_takes(monkeypatch):
     monkeypatch.setenv("OCTIC_PACKAGES", "my_nets")
     node = {"backbone": {"_target_": "my_nets.Mine", "_partial_": True}}
     with pytest.raises(
-        UserError, match=r"backbone: Mine takes no 'drop_path_rate' \(known: width\)"
+        UserError, match=r"backbone: Mine takes no 'drop_path_rate' \(known: width\)$"
     ):
         build(node)["backbone"](drop_path_rate=0.1)
     node["backbone"] |= {"img_size": 32, "depth": 2}
     with pytest.raises(UserError, match=r"leave out.*: '~backbone.img_size' '~backbone.depth'"):
         build(node)
+    del node["backbone"]["depth"]
+    remedy = "'~backbone.img_size', or all of it: /parts/no_backbone in a run file$"
+    with pytest.raises(UserError, match=remedy):
+        build(node)
+
+
+def test_what_a_function_behind_it_does_not_take_can_be_left_out_too():
+    node = {"_target_": "timm.create_model", "model_name": "resnet18", "img_size": 32}
+    with pytest.raises(UserError, match=r"backbone: ResNet takes no 'img_size'.*'~backbone.img_s"):
+        build({"backbone": node})
 
 
 def test_what_it_does_not_name_is_refused_and_the_way_told(monkeypatch):

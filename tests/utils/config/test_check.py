@@ -1,0 +1,48 @@
+"""What --check tells before a run: costs, and what the run would refuse."""
+
+from pathlib import Path
+
+import pytest
+
+from utils.config.build import plain
+from utils.config.check import VALID, check_runs, look_at_data
+from utils.config.compose import compose_config
+from utils.errors import UserError
+
+SMALL = ["backbone.depth=2", "backbone.embed_dim=16", "backbone.num_heads=2"]
+
+FOLDER = {"_target_": "utils.data.images.folder"}
+TREE = {"_target_": "utils.data.imagenet.ImageNetTree"}
+
+
+def training(*words: str) -> dict:
+    return plain(compose_config("deit/quickstart.yaml", [*SMALL, *words]))
+
+
+def test_a_config_of_trainings_is_told_by_their_names(tmp_path: Path, capsys) -> None:
+    runs = {"one": training(f"output_dir='{tmp_path}'"), "loaded": "runs/x"}
+    check_runs({"name": "both"}, runs)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "{name: both}" and told[-1] == f"# {VALID}"
+    assert told[2].startswith("# one: backbone hybrid_deit_small_patch16: 0.0")
+    assert not any("loaded" in line for line in told)
+    with pytest.raises(UserError, match="^two: recipe.epochs must be"):
+        check_runs({}, runs | {"two": training("recipe.epochs=-1")})
+
+
+def test_a_folder_that_is_not_here_is_a_note(tmp_path: Path) -> None:
+    assert look_at_data({}) == look_at_data({"data": {"root": None, "train": TREE}}) == []
+    away = str(tmp_path / "away")
+    for train in (None, TREE, FOLDER):
+        note = f"note: data.root: there is no {away} on this machine"
+        assert look_at_data({"data": {"root": away, "train": train}}) == [note]
+
+
+def test_a_folder_of_splits_is_refused_by_the_names_in_it(tmp_path: Path) -> None:
+    data = {"root": str(tmp_path), "train": FOLDER}
+    assert look_at_data({"data": data}) == []
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(UserError, match="holds train and val, which are splits and no classes"):
+        look_at_data({"data": data})
+    assert look_at_data({"data": data | {"train": TREE}}) == []
