@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,9 @@ class ToRegular(Tables):
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.order = group.order
-        self.hold_tables(transform=group.fourier.T)
+        # The transform's entries are +- sqrt(n / |G|): held as +- n, exact in every dtype.
+        signed = np.sign(group.fourier.T) * group.fourier.T**2 * group.order
+        self.hold_tables(squares=np.rint(signed).astype(np.int8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Change the basis of x."""
@@ -39,4 +42,6 @@ class ToRegular(Tables):
             # Sums and differences: no product that TF32 or autocast would round.
             first, second = (parts * math.sqrt(0.5)).unbind(-2)
             return torch.cat([first + second, first - second], dim=-1)
-        return (self.table("transform", x).to(x.dtype) @ parts).flatten(-2)
+        squares = self.table("squares", x).to(x.dtype)
+        transform = squares.sign() * (squares.abs() / self.order).sqrt()
+        return (transform @ parts).flatten(-2)
