@@ -13,7 +13,7 @@ import torch
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
-from vit.backbone import Features, features_of_intermediates, take_indices
+from vit.backbone import Features, channels_of, features_of_intermediates, take_indices
 
 
 class TimmBackbone(nn.Module):
@@ -118,21 +118,6 @@ def _intermediates_options(net: Any) -> dict[str, bool]:
     if hasattr(net, "blocks") and (hasattr(net, "norm") or hasattr(net, "neck")):
         options["norm"] = True
     return options
-
-
-def channels_of(net: Any, asked: int = 3) -> int:
-    """Channels of the images: the net's own word, else its first convolution's, else `asked`."""
-    if isinstance(own := getattr(net, "in_chans", None), int):
-        return own
-    first = dict(net.named_modules()).get(first_conv_of(net))
-    return int(getattr(first, "in_channels", None) or asked)
-
-
-def first_conv_of(model: nn.Module) -> str:
-    """Name of the convolution that reads the images; of a lift's, the one that stands for all."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name: Any = config.get("first_conv") or "patch_embed.proj"
-    return name if isinstance(name, str) else name[0]
 
 
 def _dynamic(model_name: str) -> dict[str, Any]:

@@ -94,3 +94,18 @@ def check_counts(least: int, /, **counts: int) -> None:
     for key, value in counts.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key} must be a whole number of at least {least}, not {value!r}")
+
+
+def channels_of(net: Any, asked: int = 3) -> int:
+    """Channels of the images: the net's own word, else its first convolution's, else `asked`."""
+    if isinstance(own := getattr(net, "in_chans", None), int):
+        return own
+    first = dict(net.named_modules()).get(first_conv_of(net))
+    return int(getattr(first, "in_channels", None) or asked)
+
+
+def first_conv_of(model: nn.Module) -> str:
+    """Name of the convolution that reads the images; of a lift's, the one that stands for all."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name: Any = config.get("first_conv") or "patch_embed.proj"
+    return name if isinstance(name, str) else name[0]

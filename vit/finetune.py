@@ -14,7 +14,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from vit.adapters import channels_of, first_conv_of
+from vit.backbone import channels_of, first_conv_of
 from vit.keys import check_fit, rename_published
 from vit.vision_transformer import resample_grid
 from vit.weights import adapted_to, naming_file, read_state

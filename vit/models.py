@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vit.adapters import channels_of, first_conv_of
+from vit.backbone import channels_of, first_conv_of
 from vit.finetune import adapt_state, head_of
 from vit.parallel import ParallelVisionTransformer
 from vit.vision_transformer import VisionTransformer

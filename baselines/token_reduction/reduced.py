@@ -15,8 +15,7 @@ from baselines.token_reduction.hosts import find_host
 from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reducer import Reducer, State
 from baselines.wrapping import make_backbone
-from vit.adapters import channels_of
-from vit.backbone import Encoded, Features, take_indices
+from vit.backbone import Encoded, Features, channels_of, take_indices
 from vit.weights import state_for
 
 NET = "net."

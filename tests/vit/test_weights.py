@@ -20,9 +20,10 @@ from octic import OcticVisionTransformer
 from octic.invariants import INVARIANTIZATIONS
 from tests.published_names import published_vit_name
 from vit.adapters import TimmBackbone
+from vit.exported import build_from
 from vit.finetune import adapt_state, load_adapted
 from vit.keys import check_fit, from_published, rename_published, renamed
-from vit.weights import build_from, load_state, load_weights, read_state
+from vit.weights import load_state, load_weights, read_state
 
 LAYOUTS = json.loads(
     (Path(__file__).parents[1] / "parity/selection/octic/checkpoint_layouts.json").read_text()
