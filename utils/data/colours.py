@@ -64,7 +64,8 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: int) -> Tensor:
 
 def pillow_reach(max_radius: float) -> int:
     """How many pixels to either side `pillow_blur` looks at for radii up to this one."""
-    return math.ceil(_box_radius(torch.tensor(float(max_radius))).item())
+    # On the CPU, whatever device a recipe is built on.
+    return math.ceil(_box_radius(torch.tensor(float(max_radius), device="cpu")).item())
 
 
 def pillow_blur(images: Tensor, radii: Tensor, reach: int) -> Tensor:

@@ -80,7 +80,7 @@ def test_the_figures_lie_beside_their_protocol(tmp_path):
     """A training run has no other place that says how they were counted."""
     net, images = ToyClassifier().eval(), ToyImages(10, seed=2)
     probes = {"accuracy": AccuracyProbe(**OPTIONS)}
-    found = ProbeRunner(probes, net, {"val": images}, tmp_path).final(7)
+    found = ProbeRunner(probes, net, {"val": images}, tmp_path)(7)
     written = json.loads((tmp_path / "accuracy/results.json").read_text())["accuracy"]
     assert {f"accuracy/{key}": value for key, value in written["figures"].items()} == found
     assert (written["protocol"]["step"], written["protocol"]["probe"]) == (7, "accuracy")

@@ -12,7 +12,7 @@ def test_the_figures_lie_beside_their_protocol(tmp_path, capsys):
     """A training writes them; an evaluation, with the name of the net, not the probe."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
     probe = ThroughputProbe(batch_size=2, steps=1, repeats=2, input_size=8)
-    found = ProbeRunner({"throughput": probe}, net, {}, tmp_path).final(7)
+    found = ProbeRunner({"throughput": probe}, net, {}, tmp_path)(7)
     assert "timing 2 x 1 batches" in capsys.readouterr().out
     written = json.loads((tmp_path / "throughput/results.json").read_text())["throughput"]
     assert {f"throughput/{key}": value for key, value in written["figures"].items()} == found
