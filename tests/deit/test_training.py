@@ -107,6 +107,7 @@ def test_two_processes_train_as_one(tmp_path, pair, sharding):
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly(pair):
     whole, stopped = state_of(pair / "shard"), state_of(pair / "stopped")
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)

@@ -160,6 +160,7 @@ def test_a_wrong_word_is_one_line_and_code_2(words: list[str], said: str, capsys
     assert left.value.code == 2 and said in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_channels_of_the_input_are_told(tmp_path: Path, capsys) -> None:
     export_net(config(tmp_path, backbone=NODE | {"in_chans": 5}, format="torch_export"))
     assert "images [batch, 5, 32, 32], as in training" in capsys.readouterr().out

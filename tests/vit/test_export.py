@@ -59,7 +59,13 @@ def test_a_program_takes_any_batch_at_its_size():
         torch.testing.assert_close(run(images), net(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("invariant", INVARIANTIZATIONS)
+@pytest.mark.parametrize(
+    "invariant",
+    [
+        "linear",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in INVARIANTIZATIONS if n != "linear"),
+    ],
+)
 def test_a_program_takes_any_batch_through_every_invariantization(invariant):
     options = {"invariant": invariant, "depth": 1, "octic_equi_break_layer": 1}
     net = small("d8_inv_early_deit_small_patch16", **options)
