@@ -1,7 +1,6 @@
 """Runners of the cases about classifiers on frozen features: linear and attentive, and metrics."""
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from evaluation.probes.linear import LinearProbe
 from evaluation.probes.linear_heads import Input, LinearHeads, make_grid, published_name
 from evaluation.probes.training import HeadTraining
 from tests.parity.harness import Runner, check, load, strip
+from utils.data.loaders import TrainingBatches
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Features
 
@@ -185,8 +185,8 @@ def _with_batches(training: HeadTraining, batches: list[tuple[Tensor, Tensor]]) 
 
     @dataclass(frozen=True, kw_only=True)
     class Given(HeadTraining):
-        def batches(self, dataset: object, *, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-            return iter(batches[first_step:])
+        def batches(self, dataset: object, *, first_step: int) -> TrainingBatches:
+            return TrainingBatches((batch, []) for batch in batches[first_step:])
 
     return Given(**vars(training))
 
