@@ -20,6 +20,7 @@ from utils.data.images import ImageDataset
 from utils.errors import UserError, as_user_error, one_line
 from utils.run_files import EXPORTED, FORMERLY
 from vit.finetune import head_of
+from vit.weights import constructor_of as constructor_in
 from vit.weights import load_net, read_metadata, read_state
 
 FROM_FILE = "evaluation.adapters.encoder_from_file"
@@ -245,7 +246,7 @@ def read_weights(
 def constructor_of(path: str | None) -> dict[str, Any]:
     """The backbone node that a file exported by us was built from; empty for other files."""
     with as_user_error():
-        return json.loads(read_metadata(path).get("constructor", "{}")) if path else {}
+        return constructor_in(path) if path else {}
 
 
 def brings_weights(backbone: Mapping[str, Any]) -> bool:

@@ -64,8 +64,7 @@ def class_tokens(
     features are neither read nor stored. `normalized` is applied after reading.
     """
     transform_words = transform_in_words(transform, resize_size, crop_size)
-    unknown = unidentified(net) or (_ADDRESS.search(transform_words) and transform_words)
-    if features_dir is not None and unknown:
+    if features_dir is not None and (unknown := _unidentified_of(net, transform_words)):
         if distributed.is_main():
             say(
                 f"{split} features: not kept in {features_dir}, as {unknown} has no repr that "
@@ -187,6 +186,11 @@ def unidentified(net: Backbone) -> str:
     As of a plain function within a net, whose figures must not be taken for those of another one.
     """
     return next((line.strip() for line in repr(net).splitlines() if _ADDRESS.search(line)), "")
+
+
+def _unidentified_of(net: Backbone, transform_words: str) -> str:
+    """What of a net and its transform tells nothing of its settings; "" if all do."""
+    return unidentified(net) or (transform_words if _ADDRESS.search(transform_words) else "")
 
 
 def read_share(

@@ -19,6 +19,7 @@ from utils.data.packing import (
     WriterParser,
     packed_files,
     split_tree,
+    tell_written,
     unwritable,
 )
 from utils.errors import UserError
@@ -138,8 +139,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
         num_threads=asked.num_threads,
         shown=True,
     )
-    for file, count in written.items():
-        print(f"{file}: {count:,} images, {file.stat().st_size / 1e6:.1f} MB")
+    tell_written(written)
 
 
 @as_command()

@@ -7,7 +7,7 @@ import argparse
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -143,3 +143,9 @@ def _check(data: bytes, path: str, *, whole: bool) -> None:
     except Exception:  # damaged files make decoders raise almost anything; this says it in words
         read_image(io.BytesIO(data), name=path)
         raise ImageError(path, "damaged") from None
+
+
+def tell_written(written: Mapping[Path, int]) -> None:
+    """Print each file that a writer left, with its images and size."""
+    for file, count in written.items():
+        print(f"{file}: {count:,} images, {file.stat().st_size / 1e6:.1f} MB")

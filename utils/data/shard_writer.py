@@ -28,6 +28,7 @@ from utils.data.packing import (
     WriterParser,
     packed_files,
     split_tree,
+    tell_written,
     unwritable,
 )
 from utils.data.shard_plan import Plan, Samples
@@ -215,5 +216,4 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
         skip_damaged=asked.skip_damaged,
         shown=True,
     )
-    for file, count in written.items():
-        print(f"{file}: {count:,} images, {file.stat().st_size / 1e6:.1f} MB")
+    tell_written(written)
