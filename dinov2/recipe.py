@@ -30,6 +30,7 @@ from utils.effective_batch import count_steps
 from utils.moving_average import MovingAverage
 from utils.parallel import blocks_of
 from utils.ranges import check_count, check_range
+from vit.backbone import check_whole_patches
 
 NUM_GLOBAL_CROPS = 2
 
@@ -302,8 +303,7 @@ class DINOv2(nn.Module):
         if self.crops.local_crops_number:
             sizes["local_crops_size"] = self.crops.local_crops_size
         for name, size in sizes.items():
-            if size % patch:
-                raise ValueError(f"crops.{name} {size} is no multiple of the patch size {patch}")
+            check_whole_patches((size, size), patch, f"crops.{name}")
         side = self.crops.global_crops_size // patch
         return side, side
 

@@ -17,7 +17,7 @@ from octic.expansion import expansion, slab_size, slots
 from octic.groups import Group, get_group
 from octic.layers import OcticLinear, channels_per_copy
 from octic.tables import Tables
-from vit.backbone import check_counts
+from vit.backbone import check_counts, check_whole_patches
 from vit.initialisation import init_convolution
 
 
@@ -220,12 +220,8 @@ class OcticPatchEmbed(nn.Module):
         ValueError for sides that are no multiples of the patch's: what is left over at the right
         and at the bottom would be cut off, which no moved image agrees with.
         """
-        (height, width), (rows, columns) = images.shape[-2:], _sides(self.patch_size)
-        if height % rows or width % columns:
-            raise ValueError(
-                f"image size {(height, width)} is not a multiple of the patch size "
-                f"{self.patch_size}"
-            )
+        height, width = images.shape[-2:]
+        check_whole_patches((height, width), self.patch_size)
         return self.lift8(images).permute(0, 2, 3, 1)
 
 

@@ -96,6 +96,32 @@ def check_counts(least: int, /, **counts: int) -> None:
             raise ValueError(f"{key} must be a whole number of at least {least}, not {value!r}")
 
 
+def check_whole_patches(
+    size: tuple[int, int], patch_size: int | tuple[int, int], what: str = "image size"
+) -> None:
+    """ValueError, naming the nearest sizes, unless whole patches fill images of (height, width)."""
+    sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    pairs = list(zip(size, sides, strict=True))
+    if all(side >= patch and side % patch == 0 for side, patch in pairs):
+        return
+    below = [max(side // patch, 1) * patch for side, patch in pairs]
+    above = [max(-(-side // patch), 1) * patch for side, patch in pairs]
+    near = list(dict.fromkeys(f"{height} x {width}" for height, width in (below, above)))
+    patch = sides[0] if sides[0] == sides[1] else f"{sides[0]} x {sides[1]}"
+    raise ValueError(
+        f"{what} {size[0]} x {size[1]} is not a multiple of the patch size {patch}; "
+        f"{' and '.join(near)} {'is' if len(near) == 1 else 'are'}"
+    )
+
+
+def check_pool(name: str, known: Sequence[str] = ("avg", "")) -> str:
+    """The name of a pooling (timm's `global_pool`; "" is none); ValueError for an unknown one."""
+    if name not in known:
+        pools = ", ".join(repr(pool) for pool in known)
+        raise ValueError(f"unknown global_pool {name!r}; known: {pools}")
+    return name
+
+
 def channels_of(net: Any, asked: int = 3) -> int:
     """Channels of the images: the net's own word, else its first convolution's, else `asked`."""
     if isinstance(own := getattr(net, "in_chans", None), int):

@@ -6,6 +6,7 @@ depths and patch sizes than the registered ones survive; `model.safetensors` hol
 octic models after `import octic`.
 """
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _description(
     arguments = {**getattr(net, "options", {}), **options}
     arguments = {key: value for key, value in arguments.items() if key not in _NOT_OPTIONS}
     arguments["num_classes"] = registered.num_classes
-    if hasattr(registered, "invariant"):
+    if "invariant" in inspect.signature(type(registered)).parameters:
         # An octic model may have changed itself to what its weights need.
         arguments["invariant"] = registered.invariant
     description: dict[str, Any] = {"model_args": json.loads(json.dumps(arguments))}

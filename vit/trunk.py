@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vit.backbone import Encoded, Features, check_counts, take_indices
+from vit.backbone import (
+    Encoded,
+    Features,
+    check_counts,
+    check_pool,
+    check_whole_patches,
+    take_indices,
+)
 from vit.block import Addend, ResidualBlock, added, has_hooks, terms_of
 from vit.initialisation import fresh_head
 from vit.packing import Packing, pack, unpack
@@ -69,10 +76,7 @@ class Trunk(nn.Module):
         self.global_pool = _checked_pool(global_pool, class_token)
         for side in self.img_size:
             check_counts(1, img_size=side)
-            if side % patch_size:
-                raise ValueError(
-                    f"img_size {self.img_size} is not a multiple of patch {patch_size}"
-                )
+        check_whole_patches(self.img_size, patch_size, "img_size")
         self.grid_size = (height // patch_size, width // patch_size)
         self.switch = 0  # blocks before this index are octic
         self.feature_info = [
@@ -151,7 +155,8 @@ class Trunk(nn.Module):
         return tokens
 
     def _check_images(self, images: Tensor) -> None:
-        size = tuple(images.shape[-2:])
+        height, width = images.shape[-2:]
+        size = (height, width)
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
                 f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
@@ -160,10 +165,7 @@ class Trunk(nn.Module):
             raise ValueError(
                 f"images of {size} given to a model of {self.img_size} with dynamic_img_size=False"
             )
-        if any(side % self.patch_size for side in size):
-            raise ValueError(
-                f"image size {size} is not a multiple of the patch size {self.patch_size}"
-            )
+        check_whole_patches(size, self.patch_size)
 
     # Running.
 
@@ -371,9 +373,7 @@ def _defers_sum(block: nn.Module) -> bool:
 
 
 def _checked_pool(global_pool: str, class_token: bool) -> str:
-    if global_pool not in POOLS:
-        known = ", ".join(repr(pool) for pool in POOLS)
-        raise ValueError(f"unknown global_pool {global_pool!r}; known: {known}")
+    check_pool(global_pool, POOLS)
     if global_pool == "token" and not class_token:
         raise ValueError('global_pool "token" needs a class token; use "avg" without one')
     return global_pool

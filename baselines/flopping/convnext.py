@@ -155,6 +155,7 @@ class MirrorConvNeXt(ConvNeXt):
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
         invariant: str = "trivial",
         activation: str = "gelu",
         depthwise: str = "full",
@@ -174,6 +175,7 @@ class MirrorConvNeXt(ConvNeXt):
             depths=depths,
             num_features=invariantization.output_dim,
             drop_rate=drop_rate,
+            global_pool=global_pool,
         )
         self.stem = MirrorLift(in_chans, dims[0], patch_size)
         self.build_stages(

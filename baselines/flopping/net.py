@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.ranges import check_count, check_range
-from vit.backbone import Features, take_indices
+from vit.backbone import Features, check_pool, take_indices
 from vit.initialisation import fresh_head, init_linear
-
-POOLS = ("avg", "")
 
 
 class Stage(NamedTuple):
@@ -48,6 +46,7 @@ class Net(nn.Module):
         depths: Sequence[int],
         num_features: int,
         drop_rate: float,
+        global_pool: str,
     ) -> None:
         super().__init__()
         check_count("patch_size", patch_size, 1)
@@ -57,7 +56,7 @@ class Net(nn.Module):
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = num_features
         self.depth = depths[-1]
-        self.global_pool = "avg"
+        self.global_pool = check_pool(global_pool)
         self.grad_checkpointing = False
         self.feature_info = _feature_info(dims, depths, patch_size)
         self.head_drop = nn.Dropout(drop_rate)
@@ -205,9 +204,7 @@ class Net(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one (0 classes: none)."""
         if global_pool is not None:
-            if global_pool not in POOLS:
-                raise ValueError(f"unknown global_pool {global_pool!r}; known: 'avg', ''")
-            self.global_pool = global_pool
+            self.global_pool = check_pool(global_pool)
         self.num_classes = num_classes
         self.head = fresh_head(self, self.num_features, num_classes)
 

@@ -14,9 +14,15 @@ from torch.nn import functional as F
 from baselines.flopping.convnext import EPS, ConvNeXt, check_stages
 from baselines.flopping.keys import plain_convnext_names, plain_resmlp_names
 from baselines.flopping.net import check_drop_path
-from baselines.flopping.resmlp import check_own_size, check_whole_patches
+from baselines.flopping.resmlp import check_own_size
 from utils.ranges import check_count
-from vit.backbone import Features, features_of_intermediates, take_indices
+from vit.backbone import (
+    Features,
+    check_pool,
+    check_whole_patches,
+    features_of_intermediates,
+    take_indices,
+)
 from vit.initialisation import init_convolution, init_linear
 
 
@@ -40,6 +46,7 @@ class PlainResMlp(MlpMixer):
         init_values: float = 1e-4,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         check_drop_path(drop_path_rate)
         check_count("patch_size", patch_size, 1)
@@ -57,6 +64,7 @@ class PlainResMlp(MlpMixer):
             norm_layer=Affine,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            global_pool=check_pool(global_pool),
         )
         self.img_size, self.patch_size, self.depth = (height, width), patch_size, depth
         for name, parameter in self.named_parameters():
@@ -124,6 +132,7 @@ class PlainConvNeXt(ConvNeXt):
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
         downsampling: str = "conv",
     ) -> None:
         check_drop_path(drop_path_rate)
@@ -137,6 +146,7 @@ class PlainConvNeXt(ConvNeXt):
             depths=depths,
             num_features=dims[-1],
             drop_rate=drop_rate,
+            global_pool=global_pool,
         )
         self.stem = nn.Conv2d(in_chans, dims[0], patch_size, patch_size)
         by_conv = partial(nn.Conv2d, kernel_size=2, stride=2)

@@ -25,6 +25,7 @@ from octic.invariants import make_invariantization
 from octic.irrep_linear import irrep_linear
 from octic.layers import channels_per_copy
 from utils.ranges import check_word
+from vit.backbone import check_whole_patches
 from vit.initialisation import init_linear
 
 POOLINGS = ("spectrum", "space")
@@ -194,14 +195,6 @@ def from_pairs(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([even + odd, (even - odd).flip(2)], dim=2) * math.sqrt(0.5)
 
 
-def check_whole_patches(size: tuple[int, int], patch_size: int) -> None:
-    """ValueError for images that are not whole patches."""
-    if size[0] % patch_size or size[1] % patch_size:
-        raise ValueError(
-            f"image size {size[0]} x {size[1]} is not a multiple of the patch size {patch_size}"
-        )
-
-
 def check_own_size(size: tuple[int, ...], own: tuple[int, ...]) -> None:
     """ValueError for images of another size than the network's."""
     if size != own:
@@ -242,6 +235,7 @@ class MirrorResMlp(Net):
         init_values: float = 1e-4,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
         invariant: str = "trivial",
         pooling: str = "spectrum",
         activation: str = "quick_gelu",
@@ -262,6 +256,7 @@ class MirrorResMlp(Net):
             depths=[depth],
             num_features=invariantization.output_dim,
             drop_rate=drop_rate,
+            global_pool=global_pool,
         )
         self.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.pooling, self.invariant = pooling, invariant

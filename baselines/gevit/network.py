@@ -19,9 +19,7 @@ from baselines.gevit.plan import LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
 from utils.ranges import check_count, check_share, check_word
-from vit.backbone import Features, features_of_intermediates, take_indices
-
-POOLS = ("avg", "")
+from vit.backbone import Features, check_pool, features_of_intermediates, take_indices
 
 
 class GEViT(nn.Module):
@@ -54,6 +52,7 @@ class GEViT(nn.Module):
         img_size: int | tuple[int, int] = 28,
         in_chans: int = 1,
         num_classes: int = 10,
+        global_pool: str = "avg",
         group: str | PlaneGroup = "p4",
         group_table: str = "exact",
         num_channels: int = 20,
@@ -95,7 +94,7 @@ class GEViT(nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
         self.in_chans, self.num_classes, self.window = in_chans, num_classes, window
-        self.global_pool = "avg"
+        self.global_pool = check_pool(global_pool)
         self.stem = _make_stem(
             stem, self.plane_group, in_chans, num_channels, dict(stem_options or {})
         )
@@ -311,9 +310,7 @@ class GEViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one (0 classes: none; then global_pool "" keeps the map)."""
         if global_pool is not None:
-            if global_pool not in POOLS:
-                raise ValueError(f"unknown global_pool {global_pool!r}; known: 'avg', ''")
-            self.global_pool = global_pool
+            self.global_pool = check_pool(global_pool)
         self.num_classes = num_classes
         reference = next(self.parameters())
         self.head = self._make_head(num_classes).to(reference.device, reference.dtype)

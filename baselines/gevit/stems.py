@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from baselines.gevit.gcnn import GCNN
 from baselines.gevit.groups import PlaneGroup
 from octic.groups import OCTIC_ELEMENTS, Element, get_group
+from vit.backbone import check_whole_patches
 
 STEMS = ("none", "patch", "gcnn")
 
@@ -41,10 +42,7 @@ class PatchStem(nn.Module):
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of the output map; ValueError for images that are not whole patches."""
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"images of {height} x {width} are no whole patches of {self.patch_size} pixels"
-            )
+        check_whole_patches((height, width), self.patch_size)
         return (height // self.patch_size, width // self.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.ranges import check_count
-from vit.backbone import Features, take_indices
+from vit.backbone import Features, check_whole_patches, take_indices
 from vit.models import build, entrypoint
 
 
@@ -27,7 +27,7 @@ class SmallVisionTransformer(nn.Module):
     def __init__(
         self,
         *,
-        img_size: int = 28,
+        img_size: int | tuple[int, int] = 28,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 10,
@@ -41,9 +41,9 @@ class SmallVisionTransformer(nn.Module):
         super().__init__()
         check_count("patch_size", patch_size, 1)
         check_count("num_heads", num_heads, 1)
-        if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch_size}")
-        self.img_size, self.patch_size = (img_size, img_size), patch_size
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_whole_patches((height, width), patch_size, "img_size")
+        self.img_size, self.patch_size = (height, width), patch_size
         self.in_chans, self.num_classes, self.depth = in_chans, num_classes, depth
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.num_prefix_tokens = 1
@@ -52,7 +52,7 @@ class SmallVisionTransformer(nn.Module):
             for i in range(depth)
         ]
         if num_patches is None:
-            num_patches = (img_size // patch_size) ** 2
+            num_patches = (height // patch_size) * (width // patch_size)
         self.input_layer = nn.Linear(in_chans * patch_size**2, embed_dim)
         self.transformer = nn.ModuleList(
             AttentionBlock(embed_dim, hidden_dim, num_heads, drop_rate) for _ in range(depth)
@@ -72,8 +72,7 @@ class SmallVisionTransformer(nn.Module):
             raise ValueError(
                 f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
             )
-        if height % size or width % size:
-            raise ValueError(f"{height} x {width} pixels are no multiple of the patch {size}")
+        check_whole_patches((height, width), size)
         rows = images.unflatten(-1, (width // size, size)).unflatten(-3, (height // size, size))
         return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 

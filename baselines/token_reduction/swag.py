@@ -19,7 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit.backbone import Features, features_of_intermediates, take_indices
+from vit.backbone import (
+    Features,
+    check_whole_patches,
+    features_of_intermediates,
+    take_indices,
+)
 from vit.keys import renamed, strip_wrappers
 from vit.models import build, entrypoint
 
@@ -67,12 +72,7 @@ class SwagVisionTransformer(VisionTransformer):
         self.depth = len(self.blocks)
         self.patch_size: int = self.patch_embed.patch_size[0]
         self.img_size: tuple[int, int] = self.patch_embed.img_size
-        if any(side % self.patch_size for side in self.img_size):
-            height, width = self.img_size
-            raise ValueError(
-                f"images of {height} x {width} pixels are no multiple of the patch "
-                f"{self.patch_size}"
-            )
+        check_whole_patches(self.img_size, self.patch_size, "img_size")
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -21,8 +21,8 @@ from utils import distributed
 from utils.data.loaders import evaluation_batches
 from utils.data.segmentation import SegmentationDataset
 from utils.data.segmentation_transforms import squash
-from utils.errors import UserError
-from vit.backbone import Backbone
+from utils.errors import as_user_error
+from vit.backbone import Backbone, check_whole_patches
 
 
 def split_images(count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -34,12 +34,8 @@ def split_images(count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
 def shape_of(net: Backbone, num_images: int, resolution: int) -> Shape:
     """The shape of a store; UserError if whole patches do not fill the image."""
     side = net.patch_size
-    if resolution < side or resolution % side:
-        fitting = max(round(resolution / side), 1) * side
-        raise UserError(
-            f"resolution {resolution} is no multiple of the net's patches of {side} pixels; "
-            f"{fitting} is"
-        )
+    with as_user_error():
+        check_whole_patches((resolution, resolution), side, "resolution")
     return Shape(num_images, (resolution // side) ** 2, side**2, net.embed_dim)
 
 

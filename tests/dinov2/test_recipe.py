@@ -328,7 +328,9 @@ def test_backbones_that_do_not_fit_are_refused():
         make_recipe(backbone=WithBatchNorm)
     with pytest.raises(ValueError, match="Linear has no encode"):
         make_recipe(backbone=lambda **_: nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="global_crops_size 16 is no multiple of the patch size 6"):
+    with pytest.raises(
+        ValueError, match="global_crops_size 16 x 16 is not a multiple of the patch size 6"
+    ):
         make_recipe(backbone=make_backbone("plain", img_size=12, patch_size=6))
 
 

@@ -7,6 +7,8 @@ import timm
 import torch
 
 import octic  # noqa: F401  (registers its models)
+from baselines import dhvt, flopping, gevit  # noqa: F401
+from baselines.posthoc import vision_transformer  # noqa: F401
 from vit import hub
 from vit.adapters import TimmBackbone
 from vit.models import filter_state
@@ -14,6 +16,8 @@ from vit.weights import load_state
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 OCTIC = {**SMALL, "num_classes": 5, "init_values": 1.0}
+RESMLP = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_classes": 5}
+CONVNEXT = {"img_size": 32, "depths": (1, 1), "dims": (32, 64), "num_classes": 5}
 
 
 def create(name, options):
@@ -30,6 +34,13 @@ def create(name, options):
         ("dinov2_vit_small_patch16", {**SMALL, "init_values": 1.0}),
         ("deit_small_patch16_LS", OCTIC),
         ("resnet18", {"num_classes": 5}),
+        ("resmlp_12", RESMLP),
+        ("resmlp_equi_d2_12", {**RESMLP, "invariant": "power_spectrum"}),
+        ("d2_convnext_tiny", CONVNEXT),
+        ("convnext_isotropic_small", {**CONVNEXT, "depths": (2,), "dims": (64,)}),
+        ("dhvt_tiny_cifar_patch4", {**SMALL, "patch_size": 4, "num_classes": 5}),
+        ("gevit_cifar10_z2", {"num_channels": 9, "num_classes": 5}),
+        ("posthoc_vit_pcam", {"img_size": 32, "patch_size": 4, "num_classes": 5}),
     ],
 )
 def test_other_sizes_survive_the_round_trip(name, options, tmp_path):

@@ -175,7 +175,10 @@ def test_an_odd_number_of_channels():
         ({"stem": "cnn"}, "stem must be one of none, patch, gcnn"),
         ({"stem_options": {"width": 8}}, "stem_options width go with stem=patch or stem=gcnn"),
         ({"stem": "patch", "stem_options": {"p": 1}}, "stem_options of stem=patch: .*'p'"),
-        ({"stem": "patch", "stem_options": {"patch_size": 5}}, "no whole patches of 5 pixels"),
+        (
+            {"stem": "patch", "stem_options": {"patch_size": 5}},
+            "not a multiple of the patch size 5",
+        ),
         ({"stem": "patch", "img_size": 20}, "5 x 5.*allow_odd=True"),
         (
             {"stem": "patch", "group": "p4m", "stem_options": {"mirrors": False}},

@@ -42,7 +42,7 @@ def test_fewer_patches_take_the_first_positions_and_more_are_refused():
     assert net(torch.randn(1, 3, 12, 12)).shape == (1, 10)
     with pytest.raises(ValueError, match="25 patches for a model of 16 positions"):
         net(torch.randn(1, 3, 20, 20))
-    with pytest.raises(ValueError, match="no multiple of the patch"):
+    with pytest.raises(ValueError, match="not a multiple of the patch size"):
         net(torch.randn(1, 3, 18, 18))
     with pytest.raises(ValueError, match="for a model of 3 channels"):
         net(torch.randn(1, 1, 16, 16))

@@ -163,5 +163,8 @@ def test_features_in_the_order_asked_for():
 
 
 def test_a_size_that_is_no_multiple_of_the_patch():
-    with pytest.raises(ValueError, match="18 x 18 pixels are no multiple of the patch 4"):
+    with pytest.raises(
+        ValueError,
+        match="img_size 18 x 18 is not a multiple of the patch size 4; 16 x 16 and 20 x 20 are",
+    ):
         tiny(img_size=18)

@@ -71,7 +71,10 @@ def test_features_of_any_backbone(backbone):
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="resolution 30 is no multiple .* 4 pixels; 32 is"):
+    with pytest.raises(
+        UserError,
+        match="resolution 30 x 30 is not a multiple of the patch size 4; 28 x 28 and 32 x 32 are",
+    ):
         shape_of(ToyNet(), 1, 30)
     for net, message in (
         (NoPatches(), "NoPatches gives no patch tokens"),

@@ -233,7 +233,7 @@ def test_mistakes_of_settings(settings, message):
     ("settings", "message"),
     [
         ({"train": ToyMasks(9)}, "there must be 10 or more"),
-        ({"resolution": 18}, "no multiple of the net's patches of 4 pixels"),
+        ({"resolution": 18}, "not a multiple of the patch size 4"),
         ({"ignore_labels": range(256)}, "every patch mostly has one of them"),
     ],
 )
