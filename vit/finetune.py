@@ -8,7 +8,7 @@ Letters in shapes: n tokens with a position, h w a grid, D channels, C classes.
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import adapt_input_conv
@@ -27,6 +27,13 @@ DISTILLED = "head_dist."
 PREFIXES = ("cls_token", "reg_token", "dist_token")
 
 
+class Change(NamedTuple):
+    """What was adapted: `head`, `mask_token`, `positions` or `channels`, and how, in words."""
+
+    part: str
+    words: str
+
+
 def load_adapted(model: nn.Module, path: str | Path) -> list[str]:
     """Load a file into `model` or the network in its adapter; returns what was adapted, in words.
 
@@ -37,15 +44,15 @@ def load_adapted(model: nn.Module, path: str | Path) -> list[str]:
     # An adapter's own name for the network it wraps: only our exports have it.
     read = {name.removeprefix("net."): tensor for name, tensor in read.items()}
     with naming_file(path):
-        state, notes = adapt_state(read, net)
+        state, changes = adapt_state(read, net)
     net.load_state_dict(state, strict=True)
-    return notes
+    return [change.words for change in changes]
 
 
 def adapt_state(
     state: Mapping[str, Tensor], model: nn.Module
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights in any published spelling as a state dict of `model`, and what was changed, in words.
+) -> tuple[dict[str, Tensor], list[Change]]:
+    """Weights in any published spelling as a state dict of `model`, and what was changed.
 
     Position embeddings are resampled to the model's grid, and the first filters are summed or
     repeated over other image channels. A head for another number of classes, or none, is replaced
@@ -57,13 +64,14 @@ def adapt_state(
     with adapted_to(state, model):
         own = model.state_dict()
         found, twice = rename_published(state, own, grid=getattr(model, "grid_size", None))
-        notes = [
-            *_adapt_head(found, own, head_of(model)),
-            *_adapt_unused(found, own),
-            *_adapt_positions(found, own, model),
-            *_adapt_channels(found, own, model),
-        ]
-        return check_fit(found, own, type(model).__name__, also_left_over=twice), notes
+        words = {
+            "head": _adapt_head(found, own, head_of(model)),
+            "mask_token": _adapt_unused(found, own),
+            "positions": _adapt_positions(found, own, model),
+            "channels": _adapt_channels(found, own, model),
+        }
+        changes = [Change(part, line) for part, lines in words.items() for line in lines]
+        return check_fit(found, own, type(model).__name__, also_left_over=twice), changes
 
 
 def head_of(model: nn.Module) -> str:

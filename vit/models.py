@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vit.backbone import channels_of, first_conv_of
-from vit.finetune import adapt_state, head_of
+from vit.finetune import adapt_state
 from vit.parallel import ParallelVisionTransformer
 from vit.vision_transformer import VisionTransformer
 
@@ -73,15 +73,15 @@ def filter_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     size than the file's. ValueError as `adapt_state`, and for a head that would start afresh, or
     channels that would be adapted, without having been asked.
     """
-    adapted, notes = adapt_state(state, model)
+    adapted, changes = adapt_state(state, model)
     net: Any = model
     described, first = net.pretrained_cfg, first_conv_of(net)
     same_channels = channels_of(net) == described["input_size"][0]
     same_classes = net.num_classes == described["num_classes"]
-    for note in notes:
-        unasked = same_classes and note.startswith(head_of(net))
-        if unasked or (same_channels and " channels in the file" in note):
-            raise ValueError(f"the weights do not fit: {note}")
+    unasked = {"head": same_classes, "channels": same_channels}
+    for part, words in changes:
+        if unasked.get(part):
+            raise ValueError(f"the weights do not fit: {words}")
     name = f"{first}.weight"
     if name in state and not same_channels:
         # timm's loader adapts this one itself, and warns of one that it finds adapted.

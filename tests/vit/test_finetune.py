@@ -55,7 +55,7 @@ def test_other_resolution_is_what_the_old_net_does_there(kind):
     """A net built for 24 pixels, loaded from one for 16, computes what that one does at 24."""
     old, new = make(kind), make(kind, seed=1, img_size=24)
     state, notes = adapt_state(old.state_dict(), new)
-    assert notes == [
+    assert [words for _, words in notes] == [
         "pos_embed: resampled from 4 x 4 to 6 x 6 patches"
         + ("" if kind == "plain" else ", symmetries kept")
     ]
@@ -71,7 +71,7 @@ def test_an_oblong_grid_is_not_taken_for_a_square():
     for old, new in ((False, True), (True, False)):
         old, new = (make("plain", class_position=own, **oblong) for own in (old, new))
         state, notes = adapt_state(old.state_dict(), new)
-        assert len(notes) == 1 and "class token" in notes[0]
+        assert len(notes) == 1 and "class token" in notes[0].words
         assert torch.equal(state["pos_embed"][:, -50:], old.pos_embed[:, -50:])
     alone = make("plain", class_token=False, global_pool="avg", **oblong)
     with pytest.raises(ValueError, match="50 positions, which is no square grid"):
@@ -103,7 +103,8 @@ def test_other_image_channels_are_adapted_as_timm_does(kind):
     """All filters of a lift: the net for one channel sees what the old one sees in grey images."""
     old, new, grey = make(kind), make(kind, seed=1, in_chans=1), torch.randn(2, 1, 16, 16)
     state, notes = adapt_state(old.state_dict(), new)
-    assert notes == ["patch_embed: 3 channels in the file, 1 here; its filters are summed"]
+    told = "patch_embed: 3 channels in the file, 1 here; its filters are summed"
+    assert notes == [("channels", told)]
     new.load_state_dict(state)
     with torch.no_grad():
         assert torch.allclose(new(grey), old(grey.expand(-1, 3, -1, -1)), atol=1e-5)
@@ -150,12 +151,12 @@ def test_head_is_replaced_where_classes_differ(kind):
     old, new = make(kind), make(kind, seed=1, num_classes=7)
     fresh = new.head.weight.clone()
     state, notes = adapt_state(old.state_dict(), new)
-    assert notes == ["head: 3 classes in the file, 7 here; it starts afresh"]
+    assert notes == [("head", "head: 3 classes in the file, 7 here; it starts afresh")]
     assert torch.equal(state["head.weight"], fresh)
     assert torch.equal(state["norm.weight"], old.norm.weight)
     for count, said in ((0, "head: 3 classes in the file, dropped"), (3, "")):
         notes = adapt_state(old.state_dict(), make(kind, num_classes=count))[1]
-        assert "".join(notes).startswith(said) and bool(notes) == bool(said)
+        assert "".join(words for _, words in notes).startswith(said) and bool(notes) == bool(said)
 
 
 def test_a_self_supervised_teacher_becomes_a_classifier():
@@ -166,7 +167,7 @@ def test_a_self_supervised_teacher_becomes_a_classifier():
         | {"dino_head.last_layer.weight": torch.ones(2)},
         net,
     )
-    assert [note.split(":")[0] for note in notes] == ["head", "mask_token", "pos_embed"]
+    assert [note.words.split(":")[0] for note in notes] == ["head", "mask_token", "pos_embed"]
     net.load_state_dict(state)
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -226,7 +227,7 @@ def test_every_prefix_token_keeps_its_position(name):
     )
     assert adapt_state(old.state_dict(), same)[1] == []
     state, notes = adapt_state(old.state_dict(), new)
-    assert notes == [
+    assert [words for _, words in notes] == [
         "head: 3 classes in the file, 5 here; it starts afresh",
         "pos_embed: resampled from 4 x 4 to 6 x 6 patches",
     ]
@@ -260,7 +261,7 @@ def test_registers_without_positions_of_their_own_are_no_patches():
     options = TINY | {"num_register_tokens": 3, "class_position": True}
     old, new = (VisionTransformer(img_size=size, **options) for size in (16, 24))
     state, notes = adapt_state(old.state_dict(), new)
-    assert notes == ["pos_embed: resampled from 4 x 4 to 6 x 6 patches"]
+    assert notes == [("positions", "pos_embed: resampled from 4 x 4 to 6 x 6 patches")]
     new.load_state_dict(state)
 
 
@@ -268,7 +269,7 @@ def test_timm_names_are_not_taken_for_published_spellings():
     """A head named fc is found, and timm's own gamma_1 stays."""
     net = timm.create_model("resnet10t", num_classes=5)
     state, notes = adapt_state(timm.create_model("resnet10t", num_classes=7).state_dict(), net)
-    assert notes == ["fc: 7 classes in the file, 5 here; it starts afresh"]
+    assert notes == [("head", "fc: 7 classes in the file, 5 here; it starts afresh")]
     net.load_state_dict(state)
     beit = timm.create_model("beit_base_patch16_224", embed_dim=32, depth=1, num_heads=2)
     assert adapt_state(beit.state_dict(), beit)[1] == []
