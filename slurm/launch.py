@@ -81,7 +81,9 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     kind = "here" if joins else kinds.pop()
     if several or dry_run:  # a single run on this machine builds them at once anyway
         _build_networks([task for task in tasks if task.config.get("recipe")])
-    if not dry_run:  # download weights now, as a cluster's nodes may have no network
+    if dry_run:
+        _tell_of_data(tasks)
+    else:  # download weights now, as a cluster's nodes may have no network
         for task in _all(tasks):
             task.config = with_files(task.config)
     if kind == "slurm":
@@ -93,6 +95,18 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     else:
         return _run(tasks[0], kind)
     return None
+
+
+def _tell_of_data(tasks: Sequence[Task]) -> None:
+    """Print what --check notes of the data; a job gets the config as it was composed here."""
+    from utils.config.check import look_at_data
+
+    notes: dict[str, None] = {}
+    for task in _all(tasks):
+        with _named(task):
+            notes |= dict.fromkeys(look_at_data(task.config))
+    for note in notes:  # not into the script that a dry run prints
+        print(note, file=sys.stderr)
 
 
 def _all(tasks: Sequence[Task]) -> Iterator[Task]:
@@ -186,6 +200,7 @@ def _show_plan(tasks: Sequence[Task], kind: str) -> None:
 
 def _submit(tasks: Sequence[Task], folder: Path) -> None:
     _build_networks(list(_all(tasks)))
+    _tell_of_data(tasks)
     submission = _submission(tasks, folder)
     jobs = submission.submit()
     first = str(jobs[0].job_id)

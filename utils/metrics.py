@@ -32,6 +32,7 @@ class Metrics:
     `step` counts finished optimiser steps: the first line of a run says 1, and a checkpoint of step
     n goes with the lines up to n. Lines after `first_step` (left by a run that died later than its
     checkpoint) are removed. The run stops at `total_steps` of the recipe's `recipe_steps`.
+    `unread_images` counts over ranks and starts; a run begins with the number of its earlier ones.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Metrics:
         self.step, self.total_steps, self.log_every = first_step, total_steps, max(log_every, 1)
         self.images_per_step, self.sinks = images_per_step, sinks
         self.last: dict[str, float] = {}
+        self.unread_images = 0
         self._current: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._window: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
@@ -96,8 +98,11 @@ class Metrics:
         """Whether `step` is one to flush at."""
         return step % self.log_every == 0
 
-    def flush(self, waited: float = 0.0) -> None:
-        """Read the window off the device, write, print; `waited` is the seconds spent on data."""
+    def flush(self, waited: float = 0.0, unread: int = 0) -> None:
+        """Read the window off the device, write, print.
+
+        waited: seconds this rank spent on data in the window; unread: images it could not read.
+        """
         if not self._window:
             return
         names = list(self._window[-1][1])
@@ -107,7 +112,10 @@ class Metrics:
         stacked = torch.stack(
             [torch.stack([values[n].to(dtype) for n in names]) for _, values, _ in self._window]
         )
+        # A further column, so that the images unread on all ranks come with the same reduction.
+        stacked = torch.cat([stacked, torch.full_like(stacked[:, :1], unread)], dim=1)
         rows = distributed.all_reduce_mean(stacked).tolist()
+        self.unread_images += round([row.pop() for row in rows][-1] * distributed.world_size())
         seconds = time.perf_counter() - self._since
         self._rate = len(rows) / max(seconds, 1e-9)
         lines = [
@@ -120,6 +128,8 @@ class Metrics:
         }
         if self.images_per_step:
             lines[-1]["images_per_second"] = self._rate * self.images_per_step
+        if self.unread_images:
+            lines[-1]["unread_images"] = self.unread_images
         if torch.cuda.is_initialized():
             lines[-1]["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         means = {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(names)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 Series = list[tuple[int, float]]
 Panels = dict[str, dict[str, Series]]
 
-UNDRAWN = {"step", "waited_for_data", "steps_per_second", "memory_gb"}
+UNDRAWN = {"step", "waited_for_data", "steps_per_second", "memory_gb", "unread_images"}
 FIRST = ("loss", "accuracy", "learning rate")
 MOST_SERIES = 8  # in one panel
 FEWEST_POINTS = 3  # of a curve

@@ -38,7 +38,10 @@ class Recipe(Protocol):
         """Groups of params, lr_schedule, lr_multiplier and weight_decay_multiplier."""
 
     def batches(self, first_step: int) -> Iterator[Any]:
-        """Endless micro-batches, `accumulation` per step: a function of (seed, step, rank)."""
+        """Endless micro-batches, `accumulation` per step: a function of (seed, step, rank).
+
+        An attribute `errors` of theirs, a Counter, tells of images that could not be read.
+        """
 
     def prepare(self, batch: Any) -> Any:
         """Finish a micro-batch on the device: the part of augmentation that workers leave open."""

@@ -93,6 +93,7 @@ def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, A
         notes = on_main(lambda: prepare_folder(folder, config, checkpoints)) + notes
         notes += [f"resuming from step {first_step}"] if checkpoints.newest is not None else []
     metrics = _make_metrics(run, first_step)
+    metrics.unread_images = history.unread
     for note in [*precision.notes(), *notes]:
         metrics.say(note)
     usable = _usable_probes(run, metrics)

@@ -23,13 +23,15 @@ class History(NamedTuple):
     """What a run folder records up to the step that a run resumes from.
 
     `summary`: of an attempt that ended in order at that step, else empty. `logged`: the values of
-    the step in metrics.jsonl. `skipped`: number of steps that were not finite. `judged`: probes
-    whose figures, of the same settings and data, are in `summary`: they need not run again.
+    the step in metrics.jsonl. `skipped`: number of steps that were not finite; `unread`: of images
+    that could not be read. `judged`: probes whose figures, of the same settings and data, are in
+    `summary`: they need not run again.
     """
 
     summary: dict[str, Any]
     logged: dict[str, float]
     skipped: int
+    unread: int
     judged: set[str]
     exported: bool
 
@@ -41,15 +43,17 @@ def read_history(
     summary = _read(folder / SUMMARY, json.loads)
     summary = summary if summary.get("step") == step else {}
     logged: dict[str, float] = {}
-    skipped = 0
+    skipped, unread = 0, 0
     for line in read_metrics(folder / METRICS):
         if line["step"] == step:
             logged |= line
+        if line["step"] <= step:
+            unread = int(line.get("unread_images", unread))
         if "loss" in line and line["step"] <= step:  # one line per step has it
             values = [value for key, value in line.items() if key not in schedules]
             skipped += not all(map(math.isfinite, values))
     judged = _judged(folder, config, summary)
-    return History(summary, logged, skipped, judged, (folder / EXPORTED).is_file())
+    return History(summary, logged, skipped, unread, judged, (folder / EXPORTED).is_file())
 
 
 def how_it_ended(step: int, total: int, stopped_by: str = MAX_STEPS) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Other people's networks as a Backbone."""
 
+import difflib
 import importlib
 import inspect
 import json
@@ -16,11 +17,19 @@ from torch import Tensor, nn
 from vit.backbone import Features, channels_of, features_of_intermediates, take_indices
 
 
+class NotRegistered(ValueError):
+    """timm knows no model `unregistered` here, as long as what registers it is not imported."""
+
+    def __init__(self, name: str, hint: str) -> None:
+        super().__init__(f"timm has no model {name!r}{hint}")
+        self.unregistered = name
+
+
 class TimmBackbone(nn.Module):
     """Any timm network with `forward_intermediates`: ViTs, and CNNs by their pooled map.
 
     A name "local-dir:FOLDER" or "hf-hub:user/name" means a network in the hub's format with its
-    weights (`vit.hub`).
+    weights (`vit.hub`). NotRegistered, a ValueError, for a model that timm does not know here.
     """
 
     def __init__(self, model_name: str, *, pretrained: bool = False, **kwargs: Any) -> None:
@@ -28,10 +37,8 @@ class TimmBackbone(nn.Module):
         source = model_name.partition(":")[0] if ":" in model_name else ""
         architecture = _architecture(model_name) if source else model_name
         if not timm.is_model(architecture):
-            near = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
-            raise ValueError(
-                f"timm has no model {architecture!r}; near: {', '.join(near) or 'none'}"
-            )
+            registered = "; a package that registers it must be imported first"
+            raise NotRegistered(architecture, registered if source else _near(architecture))
         self.options = {**_dynamic(architecture), **kwargs}
         if source:
             self.net = _from_hub(model_name, self.options)
@@ -80,6 +87,13 @@ def is_registered(name: str) -> bool:
         with suppress(ImportError):
             importlib.import_module("octic")
     return timm.is_model(name)
+
+
+def _near(name: str) -> str:
+    name = name.split(".")[0]  # without the tag of its weights
+    known = timm.list_models(f"{name.split('_')[0]}_*") or timm.list_models()
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _described(file: Path) -> str:

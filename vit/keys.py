@@ -156,6 +156,6 @@ def _layer_scale_name(name: str, tensor: Tensor) -> str:
     return _GAMMA.sub(rf"\g<1>ls\g<2>{twin}" + (".gamma" if plain else ""), name)
 
 
-def _listing(names: list[str], most: int = 8) -> str:
+def _listing(names: list[str], most: int = 3) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -124,7 +124,10 @@ class Trunk(nn.Module):
     # Embedding.
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Tokens [B T D] of images [B C H W]; masks [B N] mark patches to hide."""
+        """Tokens [B T D] of images [B C H W]; masks [B N] mark patches to hide.
+
+        ValueError for images or masks of another shape.
+        """
         self._check_images(images)
         grid = self.patch_embed(images)
         height, width = grid.shape[1:3]
@@ -132,6 +135,11 @@ class Trunk(nn.Module):
         if masks is not None:
             if self.mask_token is None:
                 raise ValueError("this model has no mask token; build it with mask_token=True")
+            if masks.shape != patches.shape[:2]:
+                shape = tuple(masks.shape)
+                raise ValueError(
+                    f"masks of shape {shape} for {len(images)} images of {height} x {width} patches"
+                )
             hidden = self._all_channels(self.mask_token).to(patches.dtype)
             patches = torch.where(masks[..., None], hidden, patches)
         positions = self.patch_positions(height, width)

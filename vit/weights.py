@@ -165,7 +165,10 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
         ) from None
     except Exception as error:  # bytes that are no pickle fail in the unpickler in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: truncated or not a torch file ({reason})") from None
+        # torch adds advice about a corrupted file; a bare number is what the unpickler stumbled on.
+        clause = reason.split(". ")[0].rstrip(".")
+        told = "" if clause.isdigit() else f" ({clause})"
+        raise ValueError(f"{path}: truncated or not a torch file{told}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not named weights")
     return dict(content)

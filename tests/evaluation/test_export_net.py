@@ -1,6 +1,8 @@
 """The export command: from a config or a run folder to a file that was compared with the net."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from evaluation.nets import has_classes
 from tests.evaluation.backbones import BACKBONES, any_backbone, make
 from utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 NODE = {
     "_target_": "octic.models.hybrid_deit_small_patch16",
     **{"_partial_": True, "img_size": 32, "patch_size": 8, "embed_dim": 64},
@@ -62,6 +65,17 @@ def test_a_folder_of_the_hub_is_a_backbone_with_the_same_features(
     again = export_net(config(tmp_path / "again", backbone=node))
     assert again["difference"] == 0
     assert json.loads((tmp_path / "again" / "config.json").read_text())["num_classes"] == 5
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_packages_net_is_a_backbone_in_a_new_process(tmp_path: Path) -> None:
+    """Where nothing has imported the package yet."""
+    node = {"_target_": "baselines.gevit.models.gevit_digits_p4m", "_partial_": True}
+    export_net(config(tmp_path / "out", backbone={**node, "img_size": 32}))
+    node = {"_target_": "vit.adapters.timm_backbone", "model_name": f"local-dir:{tmp_path / 'out'}"}
+    code = f"from utils.config.build import build; print(type(build({node!r}).net).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "GEViT\n"), done.stderr
 
 
 @pytest.mark.slow

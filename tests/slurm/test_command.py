@@ -12,6 +12,7 @@ from slurm.command import ROOT, capture, main
 from slurm.task import Task
 from utils.config.build import plain
 from utils.config.compose import parse_config
+from utils.errors import UserError
 
 parse = partial(parse_config, "dinov2/quickstart.yaml")
 MARK = "tests.slurm.work.mark"
@@ -168,6 +169,26 @@ def test_dry_run_prints_a_script_that_bash_can_read_and_writes_nothing(
     script = scripts[0].rpartition('exit "$status"')[0]
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     assert done.returncode == 0 and not done.stderr
+
+
+def test_a_dry_run_and_a_submission_note_data_without_a_folder(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Once for all points, and not in the script."""
+    words = ["-m", "seed=0,1", "data=folder", "--output-dir", str(tmp_path / "run")]
+    note = "note: data.root is not given; without it a run stops at once\n"
+    main(MARK, parse, [*words, "launcher=slurm", "--dry-run"])
+    told = capsys.readouterr()
+    assert told.err == note and told.out.startswith("#!/bin/bash")
+
+    def refuse(*given, **more):
+        raise UserError("no Slurm here")
+
+    monkeypatch.setattr("slurm.launch._submission", refuse)
+    monkeypatch.setattr("slurm.launch.check_machine", lambda cluster: None)
+    with pytest.raises(SystemExit):
+        main(MARK, parse, [*words, "launcher=slurm"])
+    assert capsys.readouterr().err == f"{note}error: no Slurm here\n"
 
 
 def test_dry_run_elsewhere_tells_the_plan(tmp_path: Path, capsys) -> None:

@@ -51,6 +51,26 @@ def test_raw_values_in_the_file_median_and_mean_on_the_console(tmp_path):
     assert "loss 3.5000 (4.0000)" in second
 
 
+def test_images_unread_on_any_rank_are_told_from_the_first_on(tmp_path, monkeypatch):
+    """With the reduction that the values need anyway; a run without any writes nothing of it."""
+    elsewhere = iter([0.0, 2.0, 0.0])  # what the other two ranks met
+
+    def all_reduce_sum(tensor):
+        total = 3 * tensor
+        total[-1, -1] = tensor[-1, -1] + next(elsewhere)
+        return total
+
+    monkeypatch.setattr("utils.distributed.world_size", lambda: 3)
+    monkeypatch.setattr("utils.distributed.all_reduce_sum", all_reduce_sum)
+    metrics, _ = make(tmp_path, log_every=100)
+    for start, unread in ((0, 0), (2, 1), (4, 0)):
+        feed(metrics, 2, start=start)
+        metrics.flush(unread=unread)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("unread_images") for line in lines] == [None, None, None, 3, None, 3]
+    assert [line["loss"] for line in lines] == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+
+
 def test_a_resumed_run_leaves_no_line_twice(tmp_path):
     metrics, _ = make(tmp_path, log_every=1)
     feed(metrics, 8)

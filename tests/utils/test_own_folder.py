@@ -43,7 +43,10 @@ def run(root: Path, output: Path, *words: str) -> dict[str, float]:
 def test_skipped_images_are_left_out_of_training_and_probe(tmp_path):
     root = make_folder(tmp_path / "images")
     (root / "cats/broken.png").write_text("no image")
-    summary = run(root, tmp_path / "run", "recipe.on_error=skip")
+    # As many images a step as there are, so that it meets the broken one.
+    words = ("recipe.on_error=skip", "recipe.batch_size_per_gpu=25")
+    summary = run(root, tmp_path / "run", *words)
+    assert summary["unread_images"] == 1
     assert summary["step"] == 1 and "knn/knn5_top1" in summary
 
 

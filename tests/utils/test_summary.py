@@ -5,12 +5,14 @@ import math
 import os
 import signal
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.utils.loop_case import train_tiny
+from tests.utils.loop_case import TinyRecipe, train_tiny
 from utils.errors import UserError
 from utils.metrics_file import read_metrics
 from utils.summary import write_summary
@@ -163,6 +165,40 @@ def test_a_killed_attempt_counts_up_to_its_checkpoint(tmp_path):
     assert any(math.isnan(line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")[6:])
     summary, _ = train_tiny(tmp_path)
     assert summary["seconds"] >= 0.6 and summary["skipped_steps"] == 1
+
+
+class Stumbling:
+    """Batches of which every second one met an image that could not be read."""
+
+    def __init__(self, batches: Iterator) -> None:
+        self.batches, self.errors = batches, Counter()
+
+    def __next__(self):
+        batch = next(self.batches)
+        self.errors["broken.png"] += int(batch["step"]) % 2
+        return batch
+
+
+def test_images_that_could_not_be_read_are_counted_over_all_starts(tmp_path, monkeypatch, capsys):
+    """A killed start counts up to its checkpoint, though the loader had met more."""
+
+    def die(step):
+        if step == 9:
+            raise RuntimeError("power cut")
+
+    assert "unread_images" not in train_tiny(tmp_path / "whole")[0]
+    batches = TinyRecipe.batches
+    monkeypatch.setattr(TinyRecipe, "batches", lambda *given: Stumbling(batches(*given)))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_tiny(tmp_path / "run", recipe={"on_step": die}, every=6)
+    stopped, _ = train_tiny(tmp_path / "run", max_steps=8)
+    assert stopped["unread_images"] == 4
+    capsys.readouterr()
+    ended, _ = train_tiny(tmp_path / "run")
+    assert ended["unread_images"] == summary_of(tmp_path / "run")["unread_images"] == 6
+    assert "unread_images" in capsys.readouterr().out
+    (tmp_path / "run/summary.json").unlink()
+    assert train_tiny(tmp_path / "run")[0]["unread_images"] == 6  # no step is left
 
 
 def test_the_summary_of_an_earlier_step_tells_nothing_of_a_later_one(tmp_path):

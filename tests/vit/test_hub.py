@@ -113,8 +113,13 @@ def test_names_that_lead_nowhere_are_one_line(tmp_path):
         TimmBackbone(f"local-dir:{tmp_path}")
     with pytest.raises(ValueError, match="unknown source in 'ftp:x'; known: local-dir:FOLDER"):
         TimmBackbone("ftp:x")
-    with pytest.raises(ValueError, match="timm has no model 'vit_x'; near: "):
+    with pytest.raises(ValueError, match="timm has no model 'vit_x'$"):
         TimmBackbone("vit_x")
+    with pytest.raises(ValueError, match="225'; did you mean 'vit_small_patch16_224'[?]$"):
+        TimmBackbone("vit_small_patch16_225")
+    (tmp_path / "config.json").write_text('{"architecture": "of_another_package"}')
+    with pytest.raises(ValueError, match="'of_another_package'; a package that registers it must"):
+        TimmBackbone(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize("side", [32, (32, 48)])

@@ -35,6 +35,17 @@ def make_crops() -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 @kinds
+@pytest.mark.parametrize("shape", [(2, 63), (2, 16), (1, 64), (64,), (2, 8, 8)])
+def test_masks_of_another_shape_are_refused_by_name(kind, shape):
+    """Also those that would be broadcast: each image has patches of its own to hide."""
+    crops, _ = make_crops()
+    masks = torch.zeros(shape, dtype=torch.bool)
+    with pytest.raises(ValueError) as told:
+        make(kind).encode(crops, [masks, None])
+    assert str(told.value) == f"masks of shape {shape} for 2 images of 8 x 8 patches"
+
+
+@kinds
 def test_what_hidden_patches_show_does_not_count(kind):
     net, (crops, masks) = make(kind), make_crops()
     hidden = masks.view(2, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from utils.config.files import backbone_names, backbone_node
 from utils.config.signature import check_keywords, join, refused_keyword
 from utils.errors import UserError, one_line
 from utils.nearest import nearest
@@ -185,6 +186,8 @@ def _call(
     except UserError:
         raise
     except Exception as error:  # a value of the right kind that the constructor cannot handle
+        if _imports(getattr(error, "unregistered", "")):
+            return _call(target, where, keywords, own)
         if isinstance(error, ValueError) and raised_by_us(error):
             raise UserError(prefix + one_line(error)) from error
         message = (
@@ -192,6 +195,19 @@ def _call(
         )
         said = message or f"cannot be built with these values: {_unforeseen(error)}"
         raise UserError(prefix + said) from error
+
+
+def _imports(model: str) -> bool:
+    """Import the module of ours that registers a model with timm; False if there is nothing new.
+
+    A folder in the hub's format names its model, but no package.
+    """
+    if not model or model not in backbone_names():
+        return False
+    module = backbone_node(model)["_target_"].rpartition(".")[0]
+    new = module not in sys.modules
+    importlib.import_module(module)
+    return new
 
 
 def _unforeseen(error: Exception) -> str:

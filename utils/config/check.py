@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 VALID = "the config is valid"
+# Keywords of data sets that say where the images are.
+LOCATIONS = ("root", "file", "train_shards", "val_shards")
 
 
 class UnreadImages:
@@ -56,9 +58,10 @@ def check_runs(config: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
 
 
 def look_at_data(content: Mapping[str, Any]) -> list[str]:
-    """A note for each folder of the data that is not on this machine; it may be on the cluster's.
+    """A note where no folder of the data is given, and for each that is not on this machine.
 
-    No images are listed. UserError for a folder of images that holds splits in place of classes.
+    It may be on the cluster's. No images are listed. UserError for a folder of images that holds
+    splits in place of classes.
     """
     from utils.data.images import class_folders, folder, refuse_splits
 
@@ -70,11 +73,21 @@ def look_at_data(content: Mapping[str, Any]) -> list[str]:
     with contextlib.suppress(OSError):  # it may not be listed by this user
         if is_folder and os.path.isdir(paths.get("root", "")):
             refuse_splits(paths["root"], class_folders(paths["root"]))
-    return [
+    nowhere = [
+        "note: data.root is not given; without it a run stops at once"
+        for node in (data.get("train"), data.get("val"))
+        if isinstance(node, Mapping) and data.get("root") is None and _is_nowhere(node)
+    ]
+    return nowhere[:1] + [
         f"note: data.{key}: there is no {path} on this machine"
         for key, path in paths.items()
         if not os.path.exists(path)
     ]
+
+
+def _is_nowhere(node: Mapping[str, Any]) -> bool:
+    given = [node[key] for key in LOCATIONS if key in node]
+    return bool(given) and not any(given)
 
 
 def _show(content: Mapping[str, Any], lines: Sequence[str]) -> None:

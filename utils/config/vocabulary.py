@@ -5,6 +5,7 @@ defaults, not from ours. A key without effect is accepted with a note; an unknow
 that is not offered, is refused by name.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ TABLE: dict[str, Key] = {
     "ibot.separate_head": Key(False, "recipe.separate_head"),
     **_head("ibot", "recipe.ibot_head"),
     "train.batch_size_per_gpu": Key(64, "recipe.batch_size_per_gpu"),
-    "train.dataset_path": Key("ImageNet:split=TRAIN:root=${IMAGENET_PATH}:extra=${EXTRA_PATH}"),
+    "train.dataset_path": Key(""),
     "train.output_dir": Key("."),
     "train.centering": Key("centering", "recipe.centering"),
     "train.OFFICIAL_EPOCH_LENGTH": Key(1250, "recipe.epoch_length"),
@@ -201,8 +202,11 @@ def translate(
             {"override /recipe": "dinov2_published"},
         ]
         if "data" not in groups:
-            defaults.append({"override /data": None})
-            _put_data(run, str(values["train.dataset_path"]))
+            string = str(values["train.dataset_path"])
+            # DINOv2's own default, ImageNet, is our group: there its metadata are not demanded.
+            defaults.append({"override /data": None if string else "imagenet"})
+            if string:
+                _put_data(run, string, source)
     if "train.output_dir" in given and given["train.output_dir"] != ".":
         run["output_dir"] = given["train.output_dir"]
     return {"defaults": [*defaults, "_self_"], **run}, notes
@@ -278,13 +282,20 @@ def _put_training(run: dict[str, Any], values: dict[str, Any], given: dict[str, 
         run["checkpoint"] = {"every": 3 * epoch}
 
 
-def _put_data(run: dict[str, Any], string: str) -> None:
+def _put_data(run: dict[str, Any], string: str, source: Path) -> None:
     """Set data.train to DINOv2's dataset string, and data.val to the same with split=VAL.
 
     Departs from octic-vits: a name in capitals, such as ${IMAGENET_PATH}, is read from the
     environment, because the config keys it refers to in octic-vits do not exist.
     """
-    string = re.sub(r"\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", string)
+    variable = r"\$\{([A-Z][A-Z0-9_]*)\}"
+    for name in re.findall(variable, string):
+        if name not in os.environ:
+            raise UserError(
+                f"environment variable {name} is not set (train.dataset_path of {source}); set it, "
+                "or data=imagenet data.root=FOLDER"
+            )
+    string = re.sub(variable, r"${oc.env:\1}", string)
     target = "utils.data.strings.parse_dataset"
     run["data"] = {"train": {"_target_": target, "string": string}}
     validation = re.sub(r"split=\w+", "split=VAL", string)

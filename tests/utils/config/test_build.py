@@ -1,6 +1,8 @@
 """A config builds what is offered and what its constructor takes; all else is one line."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -8,6 +10,7 @@ from omegaconf import OmegaConf
 from utils.config.build import build, check_targets, resolve
 from utils.config.compose import compose_config
 from utils.errors import UserError
+from vit.adapters import NotRegistered
 
 
 @pytest.mark.parametrize(
@@ -123,3 +126,32 @@ def test_a_constructors_complaint_is_one_line_with_its_place() -> None:
 @pytest.mark.parametrize("key", ["output_dir", "name"])
 def test_a_folder_may_be_called_by_a_number(key: str) -> None:
     assert compose_config("dinov2/quickstart.yaml", [f"{key}=2"])[key] == "2"
+
+
+def needs_import(model_name: str) -> str:
+    """Made once something has imported the module that registers the model."""
+    if "registering_nets" not in sys.modules:
+        raise NotRegistered(model_name, "")
+    return model_name
+
+
+def test_a_model_that_a_config_of_ours_names_is_imported_when_asked_for(
+    tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "registering_nets.py").write_text("")
+    (tmp_path / "other_nets.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OCTIC_PACKAGES", "tests")
+    modules = {"wanted": "registering_nets", "other": "other_nets"}
+    monkeypatch.setattr("utils.config.build.backbone_names", lambda: list(modules))
+    monkeypatch.setattr(
+        "utils.config.build.backbone_node", lambda name: {"_target_": f"{modules[name]}.{name}"}
+    )
+    node = {"_target_": "tests.utils.config.test_build.needs_import"}
+    for unknown in ("other", "nowhere"):  # importing changes nothing; no config names it
+        with pytest.raises(UserError, match=f"^timm has no model '{unknown}'$"):
+            build({**node, "model_name": unknown})
+    for partial in (True, False):
+        monkeypatch.delitem(sys.modules, "registering_nets", raising=False)
+        made = build({**node, "model_name": "wanted", "_partial_": partial})
+        assert (made() if partial else made) == "wanted"

@@ -7,10 +7,16 @@ import pytest
 from utils.config.build import plain
 from utils.config.check import VALID, check_runs, look_at_data
 from utils.config.compose import compose_config
+from utils.config.files import CONFIGS
 from utils.errors import UserError
 
 SMALL = ["backbone.depth=2", "backbone.embed_dim=16", "backbone.num_heads=2"]
 
+# Data that need no root.
+GIVEN = {
+    "lmdb": ["data.train_file=a.lmdb", "data.val_file=b.lmdb"],
+    "shards": ["data.train_shards=a.tar", "data.val_fraction=0.1"],
+}
 FOLDER = {"_target_": "utils.data.images.folder"}
 TREE = {"_target_": "utils.data.imagenet.ImageNetTree"}
 
@@ -36,6 +42,20 @@ def test_a_folder_that_is_not_here_is_a_note(tmp_path: Path) -> None:
     for train in (None, TREE, FOLDER):
         note = f"note: data.root: there is no {away} on this machine"
         assert look_at_data({"data": {"root": away, "train": train}}) == [note]
+
+
+@pytest.mark.parametrize("group", [file.stem for file in sorted((CONFIGS / "data").glob("*.yaml"))])
+def test_data_without_any_folder_is_a_note(group: str, tmp_path: Path, monkeypatch) -> None:
+    """A run would refuse it at once; but the config may be for another machine."""
+    for name in ("IMAGENET_PATH", "EXTRA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    bare = plain(compose_config("train.yaml", [f"data={group}"]))["data"]
+    notes = ["note: data.root is not given; without it a run stops at once"]
+    assert look_at_data({"data": bare}) == (notes if "root" in bare else [])
+    given = plain(compose_config("train.yaml", [f"data={group}", *GIVEN.get(group, [])]))["data"]
+    if "root" in given:
+        given = given if group in GIVEN else given | {"root": str(tmp_path)}
+        assert look_at_data({"data": given}) == []
 
 
 def test_a_folder_of_splits_is_refused_by_the_names_in_it(tmp_path: Path) -> None:

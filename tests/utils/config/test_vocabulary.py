@@ -221,12 +221,30 @@ def test_text_needs_no_quotes_on_dinov2s_command_line(tmp_path: Path) -> None:
 
 def test_data_path_from_the_environment(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("student: {arch: vit_large}\n")
-    with pytest.raises(UserError, match="IMAGENET_PATH"):
-        compose_config(path)
+    string = "ImageNet:split=TRAIN:root=${IMAGENET_PATH}:extra=${EXTRA_PATH}"
+    path.write_text(f"train: {{dataset_path: '{string}'}}\n")
     monkeypatch.setenv("IMAGENET_PATH", "/i")
+    monkeypatch.delenv("EXTRA_PATH", raising=False)
+    with pytest.raises(UserError, match="^environment variable EXTRA_PATH is not set .*run.yaml"):
+        compose_config(path)
+    assert compose_config(path, ["data=imagenet", "data.root=/r"]).data.val.root == "/r"
     monkeypatch.setenv("EXTRA_PATH", "/e")
     assert compose_config(path).data.val.string == "ImageNet:split=VAL:root=/i:extra=/e"
+
+
+def test_without_a_data_path_the_data_is_our_imagenet(tmp_path: Path, monkeypatch) -> None:
+    """Its metadata are not demanded, and it has a split to judge on."""
+    for name in ("IMAGENET_PATH", "EXTRA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "run.yaml"
+    path.write_text("student: {arch: vit_large}\n")
+    assert compose_config(path).data.root is None, "the run, or --check, says what is missing"
+    monkeypatch.setenv("IMAGENET_PATH", "/i")
+    config = compose_config(path)
+    assert config.data == compose_config(path, ["data=imagenet"]).data
+    assert (config.data.train.root, config.data.train.extra) == ("/i", None)
+    assert config.data.val.split == "val"
+    check_targets(config)
 
 
 @pytest.mark.parametrize(
