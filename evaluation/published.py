@@ -16,6 +16,9 @@ LAYOUTS = {
     DINOV2: 'torch file, key "teacher"; the backbone alone, names may begin with "backbone."',
     SWAG: "torch file of the weights alone, in torchvision's layout (as linked) or SWAG's own",
 }
+# The net's autocast in the authors' evaluations, which ran on GPUs.
+SEGMENTED_IN = "bf16"
+MEASURED_IN = {DEIT: "fp16", DINOV2: "fp16", SWAG: "fp32"}
 DRIVE = "https://drive.google.com/file/d/{}/view"
 
 
@@ -41,10 +44,15 @@ class Published(NamedTuple):
     figures: Mapping[str, Figure]
     source: str = "octic-vits"
 
+    def precision(self, probe: str) -> str:
+        """The net's autocast under which a probe's figures were measured, on a GPU."""
+        return SEGMENTED_IN if probe.startswith("seg_") else MEASURED_IN[self.recipe]
+
     def __str__(self) -> str:
         names = {"accuracy/acc1": "Acc@1", "accuracy/acc5": "Acc@5", "accuracy/loss": "loss"}
         stated = [f"{names.get(key, key)} {figure.value}" for key, figure in self.figures.items()]
-        return f"published: {' '.join(stated)} ({self.source}, ImageNet-1k val)"
+        precision = self.precision("accuracy")
+        return f"published: {' '.join(stated)} ({self.source}, ImageNet-1k val, {precision})"
 
 
 def _rounded(value: float) -> Figure:

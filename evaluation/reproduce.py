@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evaluation.classifier import judge_classifier
 from evaluation.data import make_data
+from evaluation.features.dataset import PRECISIONS
 from evaluation.judge import judge
 from evaluation.nets import build_net
 from evaluation.progress import say
@@ -22,27 +23,53 @@ from utils.nearest import nearest
 from utils.results_file import write_results
 from vit.weights import load_state, read_state
 
+JUDGED_IN = ("auto", *PRECISIONS)  # auto: as `settled` says
+
 
 def reproduce(config: Mapping[str, Any]) -> bool:
     """Evaluate the file by the published protocol and compare the figures with the stated ones.
 
-    Returns whether all measured figures agree. UserError if data.val is not ImageNet's validation
-    set, by its number of images. Every rank must call this.
+    A probe whose precision is "auto" runs in the published one, on a CPU in fp32. Returns whether
+    all measured figures agree. UserError as `check_images`. Every rank must call this.
     """
-    config = plain(config)
+    config = dict(plain(config))
     published = PUBLISHED[config["published"]]
-    with session(config["device"]):
-        count = len(make_data(config["data"], "val"))
-        if count != IMAGENET_VAL:
-            raise UserError(
-                f"the figures were stated on ImageNet's {IMAGENET_VAL:,} validation images, and "
-                f"data.val holds {count:,}; give --data-path IMAGENET"
-            )
+    with session(config["device"]) as device:
+        check_images(config["data"])
+        config["probes"] = settled(config["probes"], published, device.type)
         figures = (judge if published.recipe == DINOV2 else judge_classifier)(config)
         figures |= best_of_knn(figures)
         agrees = report(config, published, figures)
         distributed.barrier()
     return agrees
+
+
+def check_images(data: Mapping[str, Any]) -> None:
+    """UserError if data.val is not ImageNet's validation set, by its number of images."""
+    count = len(make_data(data, "val"))
+    if count != IMAGENET_VAL:
+        raise UserError(
+            f"the figures were stated on ImageNet's {IMAGENET_VAL:,} validation images, and "
+            f"data.val holds {count:,}; give --data-path IMAGENET"
+        )
+
+
+def settled(
+    probes: Mapping[str, Any], published: Published, device: str
+) -> dict[str, dict[str, Any]]:
+    """The probes that run, with the published precision where theirs is "auto", on a CPU fp32."""
+    probes = {name: dict(node) for name, node in probes.items() if node}
+    changed = {}
+    for name, node in probes.items():
+        if node.get("precision") == "auto":
+            stated = published.precision(name)
+            node["precision"] = "fp32" if device == "cpu" else stated
+            if node["precision"] != stated:
+                changed[name] = stated
+    if changed and distributed.is_main():
+        theirs = ", ".join(f"{name} {stated}" for name, stated in changed.items())
+        say(f"on a CPU in fp32; the figures were measured on a GPU under autocast: {theirs}")
+    return probes
 
 
 def report(config: Mapping[str, Any], published: Published, figures: Mapping[str, float]) -> bool:
@@ -58,15 +85,18 @@ def report(config: Mapping[str, Any], published: Published, figures: Mapping[str
         shown = None if ours is None else f"{ours:.3f}"
         rows.append((key, f"{stated.value:g}", shown, difference, f"{stated.tolerance:g}", verdict))
     name = config["published"]
+    precisions = {probe: node.get("precision") for probe, node in config["probes"].items()}
     if distributed.is_main():
         print_table(
             f"{name}, {config['weights']}",
             ("figure", "published", "ours", "difference", "allowed", "verdict"),
             rows,
-            protocol=f"{published.source}, {published.config}; which k the kNN figure has is not "
-            "stated: the best of those asked",
+            protocol=f"{published.source}, {published.config}; precision of the net: "
+            f"{', '.join(f'{probe} {word}' for probe, word in precisions.items() if word)}; which "
+            "k the kNN figure has is not stated: the best of those asked",
         )
         judged = {"weights": config["weights"], "model": name, "config": published.config}
+        judged["precision"] = precisions
         both = {
             "published": {key: stated.value for key, stated in published.figures.items()},
             "ours": {key: figures.get(key) for key in published.figures},

@@ -147,6 +147,8 @@ def _run(task: Task, kind: str) -> Any:
         "kind": kind,
         "processes": whole_number("WORLD_SIZE", processes),
     }
+    # From here on a refusal is on record too, with the reason (slurm.jobs): the images and
+    # weights are looked at in the run, whose terminal nobody may watch.
     if kept:  # under torchrun every process does this, and reports its own error
         make_folder(task.folder)
     with record.attempt(task.folder, **facts) if kept else nullcontext():

@@ -10,7 +10,6 @@ from utils.config.command_line import (
     meanings,
     read_command,
     read_words,
-    refuse_unknown_flags,
 )
 from utils.config.compose import parse_config
 
@@ -36,5 +35,4 @@ def parse_bench_data(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _read(argv: list[str]) -> list[str]:
-    refuse_unknown_flags(argv, OPTIONS)
     return read_words(argv, OPTIONS).overrides

@@ -15,7 +15,6 @@ from utils.config.command_line import (
     quoted,
     read_command,
     read_words,
-    refuse_unknown_flags,
 )
 from utils.config.compose import parse_config
 from utils.config.files import CONFIGS
@@ -79,7 +78,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def read_complexity_arguments(argv: Sequence[str]) -> list[str]:
     """Overrides for `[flags] [key=value ...]`; other flags pass as they are."""
-    refuse_unknown_flags(argv, OPTIONS)
     words = read_words(argv, OPTIONS, spell=_spell).overrides
     passes = list(dict.fromkeys(word for word in words if word.startswith("passes=")))
     others = [word for word in words if not word.startswith("passes=")]

@@ -15,6 +15,7 @@ from utils.config.command_line import (
     passed_on,
     quoted,
     read_command,
+    refuse_unknown_flags,
     take_value,
     tell,
 )
@@ -128,6 +129,7 @@ IGNORED = {
     "--save-checkpoint-frequency": "heads are saved after each epoch and at the end",
 }
 CHOICE, MODEL = "--probes", "--model"
+OWN = (CHOICE, MODEL, *OPTIONS, *SWITCHES, *WITHOUT_VALUE, *IGNORED)
 PROBES = ("linear", "knn", "logreg", "attentive")
 _GIVEN = re.compile(r"\+{1,2}(?:probe@)?probes\.(\w+)[.=]")  # of a probe that words add
 OFFERED = f"{', '.join(PROBES)} and other files of configs/probe"
@@ -152,7 +154,8 @@ class EvaluationArguments(NamedTuple):
 
 
 def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
-    """Sort `OUTPUT [flags] [key=value ...]`; flags that are not of the evaluation pass as is."""
+    """Sort `OUTPUT [flags] [key=value ...]`; flags of all scripts pass as they are."""
+    refuse_unknown_flags(argv, OWN)
     words, found, output = list(argv), EvaluationArguments([], {}, [], []), ""
     while words:
         word = words.pop(0)

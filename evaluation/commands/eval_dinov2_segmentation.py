@@ -18,6 +18,7 @@ from utils.config.command_line import (
     passed_on,
     quoted,
     read_command,
+    refuse_unknown_flags,
     take_value,
     tell,
 )
@@ -71,6 +72,7 @@ OPTIONS = {
     "--resolution": "resolution",
     "--scratch-dir": "scratch_dir",
 }
+OWN = ("--tasks", *(flag for flag, _ in ROOTS.values()), *OPTIONS)
 HELP = {
     "--weights FILE": "every key must fit; also --pretrained-weights",
     "--tasks TASK ...": "which of configs/probe/seg_*.yaml; by default those with a known folder",
@@ -109,7 +111,8 @@ def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def read_segmentation_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides for the words of a command line, and notes; other flags pass as they are."""
+    """Overrides for the words of a command line, and notes; flags of all scripts pass."""
+    refuse_unknown_flags(argv, OWN)
     asked = _read(list(argv))
     words = [*_model(asked), *_launcher(asked)]
     named_file = any(word.split("=")[0] in ("--config-file", "--config") for word in asked.rest)

@@ -19,6 +19,7 @@ from utils.config.command_line import (
     quoted,
     read_command,
     read_words,
+    refuse_unknown_flags,
     tell,
 )
 from utils.config.compose import parse_config
@@ -152,7 +153,8 @@ def with_model_spelt_out(argv: Sequence[str]) -> list[str]:
 
 
 def read_swag_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides for `[flags] [key=value ...] [DIR]`, and notes; other flags pass as they are."""
+    """Overrides for `[flags] [key=value ...] [DIR]`, and notes; flags of all scripts pass."""
+    refuse_unknown_flags(argv, (*TAKEN, *OPTIONS, *SAME, *OWN, *IGNORED, *WITHOUT_VALUE))
     taken, rest, notes = _take(argv)
     found = read_words(rest, OPTIONS, same=SAME, ignored=WITHOUT_VALUE, num_places=len(argv))
     model = str(taken.pop("--model", ["vit_b16_in1k"])[0])

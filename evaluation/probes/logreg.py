@@ -39,6 +39,14 @@ class Trial(NamedTuple):
     gradient: float
 
 
+class Judged(NamedTuple):
+    """What an evaluation found."""
+
+    figures: dict[str, float]
+    trials: list[Trial]  # by ascending C
+    steps: int  # of the fit that was judged
+
+
 class LogregProbe:
     """Evaluate a frozen net by logistic regression on its class tokens, not normalised.
 
@@ -52,7 +60,8 @@ class LogregProbe:
     dtype: of the products. features_on: "cpu" keeps the rows on the host and moves them chunk by
     chunk in every pass; "device" keeps them on the net's device.
     Departs from DINOv2: L-BFGS runs over row shards of all ranks, instead of one rank per C with
-    cuML, so that no rank needs all rows. The optimum is the same.
+    cuML, so that no rank needs all rows. The optimum is the same; a fit that stops before it, after
+    max_iter steps, is told.
     """
 
     needs_labels = True  # a training without labels skips this probe
@@ -115,10 +124,10 @@ class LogregProbe:
         left_out = {split: count_missing(sets[split], part) for split, part in parts.items()}
         self.counts = count_images(sets, left_out, "logreg")
         device = device_of(net)
-        figures, trials = self.evaluate(parts, device=device)
+        judged = self.evaluate(parts, device=device)
         if distributed.is_main():
-            self._write(figures, trials, Path(output_dir), step)
-        return figures
+            self._write(judged, Path(output_dir), step)
+        return judged.figures
 
     def extract(self, net: Backbone, dataset: ImageDataset, split: str) -> FeatureSet:
         """This rank's rows of one split, renumbered without gaps; every rank must call this."""
@@ -143,8 +152,8 @@ class LogregProbe:
 
     def evaluate(
         self, parts: Mapping[str, FeatureSet], *, device: torch.device | str = "cpu"
-    ) -> tuple[dict[str, float], list[Trial]]:
-        """Figures and trials, given this rank's rows of train, val and perhaps finetune.
+    ) -> Judged:
+        """Figures and fits, given this rank's rows of train, val and perhaps finetune.
 
         Every rank must call this.
         """
@@ -179,7 +188,13 @@ class LogregProbe:
                 seconds = time.monotonic() - start
                 say(f"logreg: fitted on all training images, {model.steps} steps, {seconds:.1f} s")
         tops = judge(model, rows["val"], self.metric_type)
-        return {"logreg_top1": tops[1], "logreg_top5": tops[5], "logreg_C": C}, trials
+        figures = {"logreg_top1": tops[1], "logreg_top5": tops[5], "logreg_C": C}
+        return Judged(figures, trials, model.steps)
+
+    def _stops(self, judged: Judged) -> dict[str, int | bool]:
+        """How many fits of the selection ended at max_iter, and whether the judged one did."""
+        selection = sum(trial.steps >= self.max_iter for trial in judged.trials)
+        return {"selection": selection, "judged": judged.steps >= self.max_iter}
 
     def _fits(self, rows: Sequence["_Rows"], shape: Mapping[str, Any]) -> Fit:
         """A function that fits these rows for a C, from a start; a collective call."""
@@ -197,7 +212,6 @@ class LogregProbe:
         trials: list[Trial] = []
         model: LogisticModel | None = None
         best: LogisticModel | None = None
-        begin = time.monotonic()
         for C in self.Cs:
             start = time.monotonic()
             model = fit(C, model)
@@ -206,12 +220,10 @@ class LogregProbe:
             if _best(trials) is trials[-1]:
                 best = model
             if distributed.is_main():
-                now, done, count = time.monotonic(), len(trials), len(self.Cs)
-                left = (now - begin) / done * (count - done)
+                # No time left: a larger C takes longer, by how much is not known before.
                 say(
-                    f"logreg: {done}/{count}, C = {C:.3g}: top-1 {trials[-1].top1:.2f} %, "
-                    f"{model.steps} steps, {now - start:.1f} s, "
-                    f"{'done' if done == count else f'about {left:.0f} s left'}"
+                    f"logreg: {len(trials)}/{len(self.Cs)}, C = {C:.3g}: top-1 {top1:.2f} %, "
+                    f"{model.steps} steps, {time.monotonic() - start:.1f} s"
                 )
         assert best is not None
         return best, trials
@@ -241,9 +253,8 @@ class LogregProbe:
             **self.counts,
         }
 
-    def _write(
-        self, figures: Mapping[str, float], trials: Sequence[Trial], output_dir: Path, step: int
-    ) -> None:
+    def _write(self, judged: Judged, output_dir: Path, step: int) -> None:
+        figures, stops = judged.figures, self._stops(judged)
         lines = (
             f"Top-1 test accuracy: {figures['logreg_top1']:.1f}",
             f"Top-5 test accuracy: {figures['logreg_top5']:.1f}",
@@ -254,11 +265,17 @@ class LogregProbe:
             for line in lines:
                 say(line)
                 file.write(f"{line}\n")
+        say(
+            f"logreg: {stops['selection']} of {len(judged.trials)} C stopped at max_iter = "
+            f"{self.max_iter}, short of the optimum; the fit that is judged "
+            f"{'did too' if stops['judged'] else 'did not'}"
+        )
+        trials = [trial._asdict() for trial in judged.trials]
         write_results(
             output_dir,
             "logreg",
             protocol=self.protocol | {"step": step},
-            figures={**figures, "selection": [trial._asdict() for trial in trials]},
+            figures={**figures, "selection": trials, "stopped_at_max_iter": stops},
         )
 
 

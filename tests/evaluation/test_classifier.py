@@ -148,6 +148,7 @@ def test_published_figures_stand_beside_theirs():
     assert figure and str(figure).startswith(
         "published: Acc@1 84.996 Acc@5 96.39 loss 0.799 (octic-vits"
     )
+    assert str(figure).endswith(", fp16)")  # in which the authors judged
     for other in ({"exported_by_us": True}, {"num_images": 49_999}, {"num_classes": 10}):
         options = {"exported_by_us": False, "num_images": 50_000, "num_classes": 1000, **other}
         assert published_figure("hybrid_deit_huge_patch14", **options) is None

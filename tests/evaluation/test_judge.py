@@ -69,7 +69,8 @@ def test_a_mistake_that_shows_late_is_one_line(images, tmp_path):
     """A size that the net cannot take, found when the first image goes through it."""
     wrong = config(images, tmp_path, OCTIC)
     wrong["probes"]["knn"] |= {"resize_size": 20, "crop_size": 20}
-    with pytest.raises(UserError, match=r"not a multiple of the patch size 8 \(vit/trunk.py"):
+    sizes = r"not a multiple of the patch size 8; 16 x 16 and 24 x 24 are \(vit/backbone.py"
+    with pytest.raises(UserError, match=sizes):
         Job("evaluation.judge.judge", wrong)()
 
 

@@ -7,12 +7,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from utils.config.files import CONFIGS, backbone_names, chooses_backbone, find_file
-from utils.config.flags import FLAGS, quoted
+from utils.config.flags import FLAGS, OF_TRAINING, SHARED, quoted
 from utils.errors import UserError, fail
 from utils.nearest import nearest, nearest_family
 from utils.run_files import EXPORTED
@@ -62,12 +62,15 @@ def read_command(
         fail(error)
 
 
-def refuse_unknown_flags(argv: Sequence[str], options: Mapping[str, Option]) -> None:
-    """UserError, with the nearest flag, for one that neither `options` nor all scripts have."""
-    known = {*options, *TAKES_VALUE, "--help", *(name for flag in FLAGS for name in flag.names)}
+def refuse_unknown_flags(argv: Sequence[str], own: Iterable[str]) -> None:
+    """UserError, with the nearest flag, for one that is neither the command's own nor shared.
+
+    To be called before the words are sorted, which takes the value of an unknown flag for a word.
+    """
+    known, offered = {*own, *SHARED}, {*own, *(SHARED - OF_TRAINING)}
     for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if name not in known:
-            raise UserError(f"unknown flag {name}{nearest(name, known)}; --help lists the flags")
+            raise UserError(f"unknown flag {name}{nearest(name, offered)}; --help lists the flags")
 
 
 def read_words(
@@ -79,14 +82,15 @@ def read_words(
     num_places: int = 0,
     spell: Callable[[str, str], list[str] | None] = lambda name, value: None,
 ) -> Words:
-    """Sort `[words] [flags] [key=value ...]`; flags of other commands pass as they are.
+    """Sort `[words] [flags] [key=value ...]`; flags of all scripts pass as they are.
 
     same: other spellings of flags. ignored: flags without effect, and why. num_places: how many
     positional words are allowed; if 0, they pass as they are. spell: the overrides for a flag and
     its value, or None if they are simply key=value. Raises UserError for a flag without its value,
-    a value for a flag that takes none, and a positional word too many.
+    a value for a flag that takes none, an unknown flag, and a positional word too many.
     """
     words, found, same, ignored = list(argv), Words([], [], []), same or {}, ignored or {}
+    refuse_unknown_flags(argv, (*options, *same, *ignored))
     while words:
         word = words.pop(0)
         name, _, inline = word.partition("=")

@@ -186,6 +186,17 @@ _COMMON: dict[tuple[str, ...], dict[str, Any]] = {
 }
 
 
+# All flags that `read_arguments` may read, and those of them that only a training has.
+SHARED = {"--config-file", "--config", "--check", "-h", "--help"}
+SHARED |= {name for names in (*_COMMON, *(flag.names for flag in FLAGS)) for name in names}
+OF_TRAINING = {
+    name
+    for flag in FLAGS
+    if flag.key.split(".")[0] in ("training", "recipe", "optimizer", "logging")
+    for name in flag.names
+}
+
+
 class Arguments(NamedTuple):
     """A parsed command line: a file, overrides of its keys, and whether only to check them."""
 

@@ -178,6 +178,16 @@ def test_mistakes_are_one_line(words, message):
         read_evaluation_arguments(words)
 
 
+@pytest.mark.parametrize("before", [[], ["OUT"]], ids=["first", "after the folder"])
+@pytest.mark.parametrize(
+    ("word", "meant"), [("--temprature", "temperature"), ("--precison", "precision")]
+)
+def test_a_misspelt_flag_is_what_is_wrong(before, word, meant):
+    """Not its value, which would be one more folder; the flags of this command are known."""
+    with pytest.raises(UserError, match=f"^unknown flag {word}; did you mean '--{meant}'"):
+        read_evaluation_arguments([*before, word, "0.1"])
+
+
 def test_mistake_leaves_with_code_2(capsys):
     with pytest.raises(SystemExit) as left:
         parse_evaluation(["--nb_kn", "10"])

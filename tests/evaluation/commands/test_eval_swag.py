@@ -139,6 +139,8 @@ def test_the_plain_model_at_its_own_size_and_at_another():
         ("-m e_vit_l16_in1k --drop_loc 8 40", "--drop_loc 40"),
         ("-m vit_l16_in1k --form exact", "published or sound"),
         ("-m vit_l16_in1k --bogus 3", "unknown flag --bogus"),
+        ("--resoluton 64 here", "unknown flag --resoluton; did you mean '--resolution'"),
+        ("here --tom_r 8", "unknown flag --tom_r; did you mean '--tome_r'"),
         ("-m vit_l16_in1k here there", "one folder of images"),
     ],
 )

@@ -101,7 +101,7 @@ def test_the_set_that_chose_C_is_learnt_from_in_the_end():
 def test_what_chooses_C_is_not_learnt_from_meanwhile():
     """Random labels of images fewer than the features can all be learnt, and not foretold."""
     rows = FeatureSet(torch.randn(100, 120), torch.arange(100) % 2, torch.arange(100))
-    figures, (trial,) = LogregProbe(Cs=[1e3]).evaluate({"train": rows, "val": rows})
+    figures, (trial,), _ = LogregProbe(Cs=[1e3]).evaluate({"train": rows, "val": rows})
     assert figures["logreg_top1"] == 100 and trial.top1 < 100
 
 
@@ -119,7 +119,7 @@ def test_a_class_without_training_images_is_never_right():
     features, labels = 10 * torch.eye(4), torch.arange(4)
     val = FeatureSet(features, labels, torch.arange(4))
     train = FeatureSet(*(part[:3] for part in val))
-    figures, _ = LogregProbe(Cs=[1.0], select_on="val").evaluate({"train": train, "val": val})
+    figures, *_ = LogregProbe(Cs=[1.0], select_on="val").evaluate({"train": train, "val": val})
     assert figures["logreg_top1"] == 75
     assert KnnProbe(ks=[1]).evaluate(train, val)["full", 1][1] == 75
 
@@ -139,7 +139,7 @@ def test_the_mean_over_classes_judges_and_chooses():
     # The strong penalty leaves but the common class.
     for metric, C, top1 in (("mean_accuracy", 1e-3, 90), ("mean_per_class_accuracy", 1.0, 53.9)):
         probe = LogregProbe(Cs=[1e-3, 1.0], select_on="val", metric_type=metric)
-        figures, trials = probe.evaluate({"train": rows, "val": rows})
+        figures, trials, _ = probe.evaluate({"train": rows, "val": rows})
         assert figures["logreg_C"] == C
         assert figures["logreg_top1"] == pytest.approx(top1, abs=0.1)
         assert max(trial.top1 for trial in trials) == figures["logreg_top1"]
@@ -158,7 +158,28 @@ def test_files_hold_lines_and_protocol(tmp_path, capsys):
     assert results["protocol"]["dtype"] == "float32"
     assert [trial["C"] for trial in results["figures"]["selection"]] == CS
     printed = capsys.readouterr().out
-    assert "logreg: 1/3, C = 0.0001: top-1" in printed and "s left" in printed
+    assert "logreg: 1/3, C = 0.0001: top-1" in printed
+    # A larger C takes longer than those before it: what is left cannot be told.
+    assert "left" not in printed
+
+
+def test_fits_that_stop_short_of_the_optimum_are_told_and_stored(tmp_path, capsys):
+    def told(name, **options):
+        judge(output=str(tmp_path / name), **options)
+        stored = json.loads((tmp_path / name / "results.json").read_text())["logreg"]["figures"]
+        said = [line for line in capsys.readouterr().out.splitlines() if "max_iter" in line]
+        steps = [trial["steps"] for trial in stored["selection"]]
+        return stored["stopped_at_max_iter"], said, steps
+
+    stored, said, _ = told("all", max_iter=2)
+    assert stored == {"selection": 3, "judged": True}
+    ending = "stopped at max_iter = 2, short of the optimum; the fit that is judged did too"
+    assert said == [f"logreg: 3 of 3 C {ending}"]
+    stored, said, steps = told("none")
+    assert stored == {"selection": 0, "judged": False} and said[0].endswith("is judged did not")
+    assert min(steps) < max(steps)
+    stored, _, steps = told("some", max_iter=max(steps) - 1)
+    assert stored["selection"] == steps.count(max(steps)) == 1
 
 
 @any_backbone
