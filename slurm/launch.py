@@ -201,7 +201,7 @@ def _show_plan(tasks: Sequence[Task], kind: str) -> None:
 
 
 def _submit(tasks: Sequence[Task], folder: Path) -> None:
-    _build_networks(list(_all(tasks)))
+    _build_networks(list(_all(tasks)), download=True)
     _tell_of_data(tasks)
     submission = _submission(tasks, folder)
     jobs = submission.submit()
@@ -256,10 +256,11 @@ def _with_id(value: Any, job_id: str) -> Any:
     return value.replace("%j", job_id) if isinstance(value, str) else value
 
 
-def _build_networks(tasks: Sequence[Task]) -> None:
+def _build_networks(tasks: Sequence[Task], *, download: bool = False) -> None:
     """Build the networks, so that a constructor's error shows now and not in a queued job.
 
-    So does a run folder that holds a run of another network.
+    So does a run folder that holds a run of another network. With `download` what timm downloads of
+    them (`pretrained`) comes now too, for nodes without a network.
     """
     from utils.config.check import check_run, networks
 
@@ -271,7 +272,7 @@ def _build_networks(tasks: Sequence[Task]) -> None:
         with _named(task):
             if node not in seen:
                 seen.append(node)
-                networks(task.config)
+                networks(task.config, download=download)
             check_run(task.config)
 
 

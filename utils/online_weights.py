@@ -1,8 +1,9 @@
 """Download weights given as http addresses, before jobs start on nodes without a network."""
 
 import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,16 +24,42 @@ def with_files(config: Mapping[str, Any]) -> dict[str, Any]:
     A file is downloaded once, by one of the processes that ask for it, into torch.hub's folder.
     Raises UserError, in one line with the steps by hand, for an address that gives none.
     """
-    return _with_files(config, inside=False)
+    return _replaced(config, lambda address: str(_file_of(address)))
 
 
-def _with_files(value: Any, *, inside: bool) -> Any:
+def without_downloads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of networks that are built for their shapes alone, which needs no download.
+
+    An http address below a key `weights` becomes its file where that is here already, else None;
+    `pretrained: true`, which is timm's word for its own weights, becomes false. Raises UserError
+    for an address that names no file.
+    """
+    return _replaced(_without_pretrained(config), _file_if_here)
+
+
+def _replaced(value: Any, place: Callable[[str], str | None], *, inside: bool = False) -> Any:
     """inside: below a key `weights`, where every text is a place of some."""
     if isinstance(value, Mapping):
-        return {key: _with_files(part, inside=inside or key == KEY) for key, part in value.items()}
+        return {
+            key: _replaced(part, place, inside=inside or key == KEY) for key, part in value.items()
+        }
     if isinstance(value, list):
-        return [_with_files(part, inside=inside) for part in value]
-    return str(_file_of(value)) if inside and _is_address(value) else value
+        return [_replaced(part, place, inside=inside) for part in value]
+    return place(value) if inside and _is_address(value) else value
+
+
+def _without_pretrained(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: False if key == "pretrained" and part is True else _without_pretrained(part)
+            for key, part in value.items()
+        }
+    return [_without_pretrained(part) for part in value] if isinstance(value, list) else value
+
+
+def _file_if_here(address: str) -> str | None:
+    file = str(_place_of(address))
+    return file if os.path.isfile(file) else None
 
 
 def _is_address(value: Any) -> bool:

@@ -44,7 +44,7 @@ class TimmBackbone(nn.Module):
             self.net = _from_hub(model_name, self.options)
         else:
             self.options = {"num_classes": 0, **self.options}
-            self.net = timm.create_model(model_name, pretrained=pretrained, **self.options)
+            self.net = _from_timm(model_name, pretrained, self.options)
         if not hasattr(self.net, "forward_intermediates"):
             raise ValueError(f"timm's {model_name} has no forward_intermediates")
         last = self.net.feature_info[-1]
@@ -121,6 +121,22 @@ def _from_hub(model_name: str, options: dict[str, Any]) -> nn.Module:
     if num_classes == 0 and net.num_classes:
         net.reset_classifier(0)
     return net
+
+
+def _from_timm(model_name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """A network of timm; ValueError where its weights are wanted and cannot be downloaded."""
+    try:
+        return timm.create_model(model_name, pretrained=pretrained, **options)
+    except OSError as error:  # of the hub and of other servers alike
+        if not pretrained:
+            raise
+        reason: BaseException = error
+        while reason.__cause__:  # the hub's own words are of files that are not found
+            reason = reason.__cause__
+        raise ValueError(
+            f"the weights of {model_name} cannot be downloaded ({reason}); give a file of them "
+            "instead (--teacher-path, --finetune)"
+        ) from None
 
 
 def _intermediates_options(net: Any) -> dict[str, bool]:

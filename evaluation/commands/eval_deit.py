@@ -17,7 +17,7 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import parse_config
-from utils.config.deit_arguments import DATA_SETS, NO_EFFECT, is_packed
+from utils.config.deit_flags import DATA_SETS, NO_EFFECT, is_packed
 from utils.errors import UserError
 from utils.nearest import nearest
 

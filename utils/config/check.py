@@ -26,15 +26,16 @@ class UnreadImages:
         return 1_281_167
 
 
-def check(config: Any) -> None:
+def check(config: Any, notes: Sequence[str] = ()) -> None:
     """Validate every target, build the networks, print the config and their cost.
 
-    Raises `UserError` if a constructor, or the run itself, would refuse the config.
+    notes: on the command line, told too. Raises `UserError` if a constructor, or the run itself,
+    would refuse the config.
     """
     content = plain(config)
     check_run_folder(content)
     check_targets(content)
-    _show(content, [*look_at_data(content), *describe(content)])
+    _show(content, [*notes, *look_at_data(content), *describe(content)])
 
 
 def check_runs(config: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
@@ -148,16 +149,20 @@ def describe(content: dict[str, Any]) -> list[str]:
     return [*lines, VALID]
 
 
-def networks(content: dict[str, Any]) -> tuple["nn.Module", Any]:
+def networks(content: dict[str, Any], *, download: bool = False) -> tuple["nn.Module", Any]:
     """The backbone and the recipe (None without one) on the meta device: shapes without memory.
 
     The optimiser is built as well, so that its errors show. Error messages name the config keys.
+    Weights that would have to be downloaded are left out, unless with `download`.
     """
     import torch
 
+    from utils.online_weights import without_downloads
     from utils.optimizers import make_optimizer
     from utils.recipe import checked_groups
 
+    if not download:
+        content = without_downloads(content)
     with torch.device("meta"):
         factory = _factory("backbone", content["backbone"])
         if not content.get("recipe"):

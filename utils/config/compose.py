@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,19 @@ if TYPE_CHECKING:
 
 
 def parse_config(
-    default: str, argv: list[str] | None = None, *, base: str = "train", runs: str = ""
+    default: str,
+    argv: list[str] | None = None,
+    *,
+    base: str = "train",
+    runs: str = "",
+    notes: Sequence[str] = (),
 ) -> "DictConfig":
     """The config that the command line asks for; a mistake prints one line and exits with code 2.
 
     `default`: the run file (below `configs/`) without `--config-file`. `base`: the file below
     `configs/` that has all known keys. `runs`: a folder below `configs/` with a run file per model;
-    `--model X` without `--config-file` takes that of X. `--check` prints the config and the
-    networks' cost, and exits.
+    `--model X` without `--config-file` takes that of X. `--check` prints the config, `notes`
+    and the networks' cost, and exits.
     """
     try:
         arguments = read_arguments(argv, default, base)
@@ -46,7 +51,7 @@ def parse_config(
             return config
         from utils.config.check import check
 
-        check(config)
+        check(config, notes)
     except UserError as error:
         fail(error)
     raise SystemExit(0)

@@ -1,16 +1,16 @@
 """Translate the flags of DeiT's training code into overrides of the run files in configs/deit/.
 
-Flags that are simply other names for a config key are in `utils.config.flags`. Here are those with
-DeiT's own values, those that depend on each other, and those without effect.
+`utils.config.deit_flags` lists them. Here they are read: those with DeiT's own values, those that
+depend on each other, and those without effect on the run that is asked for.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config.build import plain
+from utils.config.build import plain, resolve
 from utils.config.command_line import (
-    Option,
     backbone_words,
     help_page,
     meanings,
@@ -19,119 +19,35 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import compose_config, parse_config
+from utils.config.deit_flags import (
+    AUGMENTATION,
+    CATEGORY,
+    CLASSES,
+    CONDITIONAL,
+    DATA_SETS,
+    DISTILLATIONS,
+    NO_EFFECT,
+    OPTIMIZERS,
+    OPTIONS,
+    PAIRS,
+    REFUSED,
+    SAME,
+    TEACHER,
+    is_packed,
+)
 from utils.config.files import CONFIGS, run_of_model
 from utils.config.flags import quoted, read_arguments
 from utils.errors import UserError
 from utils.nearest import nearest
 
 DEFAULT, RUNS = "deit/imagenet.yaml", "deit"
-LAMB = ["optimizer._target_='timm.optim.Lamb'"]
-SGD = [
-    *("optimizer._target_='torch.optim.SGD'", "~optimizer.betas", "~optimizer.eps"),
-    "optimizer.nesterov=true",
-]
-OPTIMIZERS = {
-    **{"fusedlamb": LAMB, "lamb": LAMB, "sgd": SGD},
-    "adamw": ["optimizer._target_='torch.optim.AdamW'"],
-}
-DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
-DATA_SETS = {
-    "IMNET": ["data=imagenet"],
-    "CIFAR": ["data=cifar100"],
-    "CIFAR-10": ["data=cifar10"],
-    "INAT": ["data=inaturalist", "data.year=2018"],
-    "INAT19": ["data=inaturalist", "data.year=2019"],
-    **{domain: ["data=domainnet", f"data.domain={domain}"] for domain in DOMAINS},
-}
-CLASSES = {"IMNET": 1000, "CIFAR": 100, "CIFAR-10": 10, "INAT": 8142, "INAT19": 1010}
-CLASSES |= dict.fromkeys(DOMAINS, 345)
-DISTILLATIONS = ("none", "soft", "hard")
-CATEGORY = "--inat-category"
-AUGMENTATION = "recipe.augmentation"
-OPTIONS = {
-    "--model": Option("backbone", "any of configs/backbone, or of timm"),
-    "--data-set": Option("data", "IMNET, CIFAR, INAT, INAT19, ...; sets the number of classes too"),
-    "--nb-classes": Option("backbone.num_classes", "of the classifier"),
-    "--inat-category": Option("data.category", "rank that is told apart"),
-    "--opt": Option("optimizer", f"{', '.join(OPTIMIZERS)}, or a class such as torch.optim.AdamW"),
-    "--opt-betas": Option("optimizer.betas", "two numbers"),
-    "--momentum": Option("optimizer.momentum", "of sgd"),
-    "--sched": Option("recipe.schedules.shape", "of the learning rate: cosine, step"),
-    "--decay-epochs": Option("recipe.schedules.decay_epochs", "of --sched step"),
-    "--decay-rate": Option("recipe.schedules.decay_rate", "of --sched step"),
-    "--unscale-lr": Option("recipe.schedules.lr_scaling", "the rate as it is; the default", "none"),
-    "--drop": Option("backbone.drop_rate", "dropout before the classifier"),
-    "--no-model-ema": Option("recipe.ema_decay", "no average of the weights", "0"),
-    "--use-amp": Option("training.precision", "with a loss scaler, as published", "fp16"),
-    "--no-use-amp": Option("training.precision", "as mirror ResMLPs were trained", "tf32"),
-    "--symmetrized-asym-feats": Option("backbone.invariant", "of mirror nets", "power_spectrum"),
-    "--attn-mixer": Option("backbone.attention_mixer", "of mirror nets", "true"),
-    "--mixup": Option("recipe.mixing.mixup", "Beta parameter of mixup"),
-    "--cutmix": Option("recipe.mixing.cutmix", "Beta parameter of CutMix"),
-    "--cutmix-minmax": Option("recipe.mixing.cutmix_minmax", "two numbers"),
-    "--mixup-prob": Option("recipe.mixing.probability", "that a batch is mixed"),
-    "--mixup-switch-prob": Option("recipe.mixing.switch_probability", "that it is CutMix"),
-    "--mixup-mode": Option("recipe.mixing.mode", "batch, pair or elem"),
-    "--smoothing": Option("recipe.smoothing", "of labels; without --bce-loss, recipe.loss=ce"),
-    "--distillation-type": Option("recipe.distillation.kind", ", ".join(DISTILLATIONS)),
-    "--distillation-alpha": Option("recipe.distillation.alpha", "the teacher's share of the loss"),
-    "--distillation-tau": Option("recipe.distillation.tau", "temperature of soft"),
-    "--teacher-model": Option("recipe.distillation.teacher", "a network of timm (regnety_160)"),
-    "--teacher-path": Option("recipe.distillation.weights", "its weights (timm's own)"),
-    "--aa": Option(f"{AUGMENTATION}.auto_augment", "RandAugment, unless --ThreeAugment"),
-    "--train-interpolation": Option(f"{AUGMENTATION}.interpolation", "without 3-Augment"),
-    "--reprob": Option(f"{AUGMENTATION}.erase_probability", "random erasing, without 3-Augment"),
-    "--remode": Option(f"{AUGMENTATION}.erase_mode", "what is filled in, without 3-Augment"),
-    "--recount": Option(f"{AUGMENTATION}.erase_count", "boxes per image, without 3-Augment"),
-    "--eval-crop-ratio": Option("probes.accuracy.eval_crop_ratio", "of the images judged"),
-}
-PAIRS = ("--opt-betas", "--cutmix-minmax")  # flags with two values
-SAME = {
-    "--num_workers": "--num-workers",
-    "--data_path": "--data-path",
-    "--job_dir": "--output-dir",
-    "--dr": "--decay-rate",
-    "--use_volta32": "--use-volta32",
-}
-# Flag -> how many words follow it, and why nothing depends on it.
-NO_EFFECT = {
-    "--ThreeAugment": (0, "3-Augment is what this recipe does"),
-    "--train-mode": (0, "that is the default"),
-    "--model-ema": (0, "the average is kept unless recipe.ema_decay is 0"),
-    "--model-ema-force-cpu": (0, "the average stays where the model is"),
-    "--dist-eval": (0, "the images judged are always shared out over the processes"),
-    **dict.fromkeys(
-        ("--fused-attn", "--no-fused-attn"), (0, "attention is fused wherever it can be")
-    ),
-    **dict.fromkeys(("--no-symmetrized-asym-feats", "--no-attn-mixer"), (0, "that is the default")),
-    "--no-zip-dataloader": (0, "archives are not read; data=shards and data=lmdb are"),
-    "--high-precision-matmul": (0, "TF32 goes with every training.precision but fp32"),
-    **dict.fromkeys(("--pin-mem", "--no-pin-mem"), (0, "memory is pinned where there is a GPU")),
-    "--distributed": (0, "the launcher knows"),
-    **dict.fromkeys(("--world_size", "--dist_url", "--local_rank"), (1, "the launcher knows")),
-    "--start_epoch": (1, "the run folder knows"),
-    **dict.fromkeys(("--cooldown-epochs", "--patience-epochs"), (1, "neither in DeiT")),
-}
-REFUSED = {
-    **dict.fromkeys(
-        ("--eval", "--rot-eval", "--flop-eval"),
-        "judging is experiments/eval_deit.py --model NAME --eval FILE",
-    ),
-    **dict.fromkeys(
-        ("--test_speed", "--only_test_speed", "--visualize_mask", "--n_visualization"),
-        "experiments/eval_deit.py does that, with the same flags",
-    ),
-    **dict.fromkeys(("--lr-noise", "--lr-noise-pct", "--lr-noise-std"), "noise is not offered"),
-    "--resplit": "split augmentation is not offered",
-    "--zip-dataloader": "archives are not read; data=shards and data=lmdb are",
-}
 
 
 def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config of a training's command line; a mistake prints one line and exits with code 2."""
     page = help_page(meanings(OPTIONS, {name: why for name, (_, why) in NO_EFFECT.items()}))
     words, notes = read_command(argv, read_deit_training, page=page)
-    config = plain(parse_config(DEFAULT, words, runs=RUNS))
+    config = plain(parse_config(DEFAULT, words, runs=RUNS, notes=notes))
     tell(notes)
     return config
 
@@ -145,28 +61,19 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = [
         *_data_words(given, rest, notes),
         *_optimizer_words(given),
-        *_mixing_words(given),
-        *_distillation_words(given),
+        *_mixing_words(given, notes),
+        *_distillation_words(given, notes),
         *_loss_words(given, rest),
     ]
     model = given.pop("--model", [""])[0]
-    augmentation = {name: given.pop(name) for name in list(given) if _is_augmentation(name)}
+    conditional = {name: given.pop(name) for name in list(given) if name in CONDITIONAL}
     words += [word for name, values in given.items() for word in _words(name, values)]
     if model:
         words = [*_model_words(model, words, rest), *words]
         notes += _other_recipe(model, rest)
-    if augmentation:
-        target = _composed([*words, *rest])["recipe"]["augmentation"]["_target_"]
-        three = str(target).endswith("ThreeAugment")
-        if three and "--aa" in augmentation and "--ThreeAugment" not in argv:
-            words.append(f"{AUGMENTATION}._target_='deit.augment.TimmAugmentation'")
-            three = False
-        if three:
-            notes += [
-                f"{name} has no effect with 3-Augment, in DeiT either" for name in augmentation
-            ]
-        else:
-            words += [word for name in augmentation for word in _words(name, augmentation[name])]
+    if conditional:
+        config = _composed([*words, *rest])
+        words += _conditional_words(conditional, notes, config, "--ThreeAugment" in argv)
     # In front, so that an explicit key=value takes precedence.
     return [*words, *rest], notes
 
@@ -268,11 +175,6 @@ def _data_words(given: dict[str, list[str]], rest: Sequence[str], notes: list[st
     return [*DATA_SETS[name] * (not packed), f"backbone.num_classes={CLASSES[name]}"]
 
 
-def is_packed(words: Iterable[str]) -> bool:
-    """Whether EViT's flag asks for ImageNet's images in two files, in the place of its tree."""
-    return not {"--use-lmdb", "--use_lmdb"}.isdisjoint(words)
-
-
 def _optimizer_words(given: dict[str, list[str]]) -> list[str]:
     if "--opt" not in given:
         return []
@@ -284,13 +186,15 @@ def _optimizer_words(given: dict[str, list[str]]) -> list[str]:
     return OPTIMIZERS[_one_of("--opt", name, OPTIMIZERS)]
 
 
-def _mixing_words(given: dict[str, list[str]]) -> list[str]:
+def _mixing_words(given: dict[str, list[str]], notes: list[str]) -> list[str]:
     """Turn mixing off if neither mixup nor CutMix is on, whatever the other mixing flags are."""
     both = [given.get(name, ["1"])[0] for name in ("--mixup", "--cutmix")]
     if "--cutmix-minmax" in given or not all(map(_is_zero, both)):
         return []
     for name in [name for name in given if OPTIONS[name].key.startswith("recipe.mixing.")]:
         del given[name]
+        if name not in ("--mixup", "--cutmix"):
+            notes.append(f"{name} has no effect: neither mixup nor CutMix is on")
     return ["recipe.mixing=null"]
 
 
@@ -300,19 +204,31 @@ def _loss_words(given: Mapping[str, list[str]], rest: Sequence[str]) -> list[str
     return ["recipe.loss=ce"] if smooth and "--bce-loss" not in rest else []
 
 
-def _distillation_words(given: dict[str, list[str]]) -> list[str]:
-    """The teacher's whole node; without --distillation-type there is no teacher, as in DeiT."""
-    own = {name: given.pop(name)[0] for name in list(given) if _is_distillation(name)}
-    kind = _one_of("--distillation-type", own.get("--distillation-type", "none"), DISTILLATIONS)
+def _distillation_words(given: dict[str, list[str]], notes: list[str]) -> list[str]:
+    """The teacher's whole node; without --distillation-type there is no teacher, as in DeiT.
+
+    UserError where it is missing beside other values than DeiT's own: it was forgotten.
+    """
+    own = {name: given.pop(name)[0] for name in list(given) if name in TEACHER}
+    told = TEACHER | own
+    kind = _one_of("--distillation-type", told["--distillation-type"], DISTILLATIONS)
     if kind == "none":
-        if len(own) > ("--distillation-type" in own):
-            raise UserError(f"{', '.join(own)}: there is no teacher without --distillation-type")
+        meant = [name for name in own if own[name] != TEACHER[name]]
+        if meant and "--distillation-type" not in own:
+            raise UserError(f"{', '.join(meant)}: there is no teacher without --distillation-type")
+        notes += [
+            f"{name} has no effect: there is no teacher"
+            for name in own
+            if name != "--distillation-type"
+        ]
         return ["recipe.distillation=null"] if own else []
-    path = own.get("--teacher-path")
+    if kind == "hard" and "--distillation-tau" in own:
+        notes.append("--distillation-tau has no effect: it is of --distillation-type soft")
+    path = told["--teacher-path"]
     teacher = {
         "_target_": "vit.adapters.timm_backbone",
         "_partial_": "true",
-        "model_name": quoted(own.get("--teacher-model", "regnety_160")),
+        "model_name": quoted(told["--teacher-model"]),
         "num_classes": "${oc.select:backbone.num_classes,1000}",
         "pretrained": "false" if path else "true",
     }
@@ -321,8 +237,8 @@ def _distillation_words(given: dict[str, list[str]]) -> list[str]:
         "teacher": _mapping(teacher),
         "weights": quoted(path) if path else "null",
         "kind": kind,
-        "alpha": _value(own.get("--distillation-alpha", "0.5")),
-        "tau": _value(own.get("--distillation-tau", "1.0")),
+        "alpha": _value(told["--distillation-alpha"]),
+        "tau": _value(told["--distillation-tau"]),
     }
     return [f"recipe.distillation={_mapping(node)}"]
 
@@ -331,12 +247,58 @@ def _mapping(node: Mapping[str, str]) -> str:
     return "{" + ",".join(f"{key}:{value}" for key, value in node.items()) + "}"
 
 
-def _is_distillation(name: str) -> bool:
-    return OPTIONS[name].key.startswith("recipe.distillation.")
+def _conditional_words(
+    given: Mapping[str, list[str]], notes: list[str], config: Any, three_augment: bool
+) -> list[str]:
+    """Words for flags of `CONDITIONAL`, and notes on those without an effect in this config.
+
+    --aa takes the place of 3-Augment, unless the command line asks for that too.
+    """
+    words, idle = list[str](), _idle_flags(config)
+    if "--aa" in given and "--aa" in idle and not three_augment:
+        words.append(f"{AUGMENTATION}._target_='deit.augment.TimmAugmentation'")
+        idle = {name: why for name, why in idle.items() if not _is_augmentation(name)}
+    for name, values in given.items():
+        if name in idle:
+            notes.append(f"{name} has no effect{idle[name]}")
+        else:
+            words += _words(name, values)
+    return words
 
 
 def _is_augmentation(name: str) -> bool:
     return OPTIONS[name].key.startswith(f"{AUGMENTATION}.")
+
+
+def _idle_flags(config: Mapping[str, Any]) -> dict[str, str]:
+    """Those of `CONDITIONAL` that have no effect in this config, and why."""
+    idle = dict[str, str]()
+    if str(_at(config, f"{AUGMENTATION}._target_")).endswith("ThreeAugment"):
+        of_others = filter(_is_augmentation, CONDITIONAL)
+        idle |= dict.fromkeys(of_others, " with 3-Augment, in DeiT either")
+    target = _at(config, "optimizer._target_")
+    for name in ("--opt-eps", "--momentum"):
+        keyword = OPTIONS[name].key.rpartition(".")[2]
+        if target and not _takes(target, keyword):
+            idle[name] = f": {target} has no {keyword}"
+    if _at(config, "recipe.schedules.shape") != "step":
+        idle |= dict.fromkeys(("--decay-epochs", "--decay-rate"), ": it is of --sched step")
+    mixing = _at(config, "recipe.mixing")
+    if mixing and not (mixing["mixup"] and (mixing["cutmix"] or mixing["cutmix_minmax"])):
+        idle["--mixup-switch-prob"] = ": only one of mixup and CutMix is on"
+    return idle
+
+
+def _at(config: Any, key: str) -> Any:
+    """The value of a key; None where the config has no such key."""
+    for name in key.split("."):
+        config = (config or {}).get(name)
+    return config
+
+
+def _takes(target: str, keyword: str) -> bool:
+    parameters = inspect.signature(resolve(target, "optimizer")).parameters.values()
+    return any(p.name == keyword or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _model_words(model: str, words: Sequence[str], rest: Sequence[str]) -> list[str]:

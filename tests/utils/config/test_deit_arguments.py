@@ -4,16 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from utils.config.build import plain
+from utils.config.build import check_targets, plain
 from utils.config.command_line import Option, read_words
 from utils.config.compose import compose_config
-from utils.config.deit_arguments import (
-    NO_EFFECT,
-    OPTIONS,
-    REFUSED,
-    parse_deit_training,
-    read_deit_training,
-)
+from utils.config.deit_arguments import parse_deit_training, read_deit_training
+from utils.config.deit_flags import NO_EFFECT, OPTIONS, REFUSED
 from utils.config.files import CONFIGS
 from utils.config.flags import slurm_minutes
 from utils.errors import UserError
@@ -155,7 +150,7 @@ def test_every_flag_of_deit_is_known():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--mixup 0 --cutmix 0.0 --mixup-prob 1", "recipe.mixing=null"),
+        ("--mixup 0 --cutmix 0.0", "recipe.mixing=null"),
         ("--mixup 0 --mixup-mode elem", "recipe.mixing.mixup=0 recipe.mixing.mode='elem'"),
         ("--cutmix-minmax 0.2 0.8", "recipe.mixing.cutmix_minmax=[0.2,0.8]"),
         ("--opt-betas 0.9 0.95", "optimizer.betas=[0.9,0.95]"),
@@ -196,7 +191,10 @@ def test_every_flag_of_deit_is_known():
             "optimizer.nesterov=true optimizer.momentum=0.9",
         ),
         ("--drop 0.1", "backbone.drop_rate=0.1"),
-        ("--dr 0.2", "recipe.schedules.decay_rate=0.2"),
+        (
+            "--sched step --dr 0.2",
+            "recipe.schedules.shape='step' recipe.schedules.decay_rate=0.2",
+        ),
         ("--use_volta32", "--use-volta32"),
         ("--distillation-type none", "recipe.distillation=null"),
         ("--drop 0.0 --num_workers 3", "--num-workers 3"),
@@ -216,6 +214,22 @@ def test_flags_become_keys(words, expected):
         ("--no-symmetrized-asym-feats", [], "the default"),
         ("--distributed", [], "the launcher knows"),
         ("--local_rank 0", [], "the launcher knows"),
+        ("--decay-rate 0.5", [], "it is of --sched step"),
+        ("--momentum 0.9", [], "timm.optim.Lamb has no momentum"),
+        (
+            "--opt adamw --momentum 0.9",
+            ["optimizer._target_='torch.optim.AdamW'"],
+            "torch.optim.AdamW has no momentum",
+        ),
+        ("--opt sgd --opt-eps 1e-8", ["optimizer._target_='torch.optim.SGD'"], "SGD has no eps"),
+        ("--cutmix 0 --mixup-switch-prob 0.3", ["recipe.mixing.cutmix=0"], "only one of mixup"),
+        ("--mixup 0 --cutmix 0.0 --mixup-prob 1", ["recipe.mixing=null"], "--mixup-prob has no"),
+        ("--distillation-tau 1.0", ["recipe.distillation=null"], "there is no teacher"),
+        (
+            "--distillation-type none --teacher-path t.pth",
+            ["recipe.distillation=null"],
+            "there is no teacher",
+        ),
         (
             "--model deit_small_patch16_shrink_base",
             ["backbone=deit_small_patch16_shrink_base"],
@@ -226,6 +240,48 @@ def test_flags_become_keys(words, expected):
 def test_what_has_no_effect_is_said(words, left, said):
     found, notes = read_deit_training(words.split())
     assert found[:1] == left[:1] and len(notes) == 1 and said in notes[0]
+
+
+# The defaults of DeiT's parser, but for the model and what it does not read, written out.
+DEFAULTS = (
+    "--batch-size 64 --model deit_base_patch16_LS --input-size 224 --drop 0.0 --drop-path 0.1 "
+    "--model-ema --model-ema-decay 0.99996 --opt adamw --opt-eps 1e-8 --momentum 0.9 "
+    "--weight-decay 0.05 --sched cosine --lr 5e-4 --warmup-lr 1e-6 --min-lr 1e-5 --decay-epochs 30 "
+    "--warmup-epochs 5 --cooldown-epochs 10 --patience-epochs 10 --decay-rate 0.1 "
+    "--color-jitter 0.3 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --train-interpolation bicubic "
+    "--repeated-aug --train-mode --reprob 0.25 --remode pixel --recount 1 --mixup 0.8 --cutmix 1.0 "
+    "--mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch --teacher-model regnety_160 "
+    "--distillation-type none --distillation-alpha 0.5 --distillation-tau 1.0 --data-set IMNET "
+    "--inat-category name --device cuda --seed 0 --start_epoch 0 --eval-crop-ratio 0.875 "
+    "--num_workers 10 --pin-mem --world_size 1 --dist_url env://"
+)
+
+
+def test_a_command_with_deits_defaults_written_out_is_the_same_run(capsys):
+    config = parse(DEFAULTS)
+    check_targets(config)
+    said = capsys.readouterr().out
+    for name in ("momentum", "decay-epochs", "decay-rate", "teacher-model", "distillation-alpha"):
+        assert f"--{name} has no effect: " in said
+    assert config["optimizer"]["eps"] == 1e-8 and config["recipe"]["distillation"] is None
+    assert "momentum" not in config["optimizer"]
+    assert config["recipe"]["augmentation"]["erase_probability"] == 0.25
+
+
+def test_a_check_tells_of_flags_without_effect_too(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("--config-file configs/deit/quickstart.yaml --momentum 0.9 --check")
+    assert left.value.code == 0
+    said = "# --momentum has no effect: timm.optim.Lamb has no momentum\n"
+    assert said in capsys.readouterr().out
+
+
+def test_every_mixing_flag_beside_no_mixing_is_said():
+    words = "--mixup 0 --cutmix 0 --mixup-prob 0.5 --mixup-mode elem --mixup-switch-prob 0.3"
+    found, notes = read_deit_training(words.split())
+    why = "has no effect: neither mixup nor CutMix is on"
+    assert found == ["recipe.mixing=null"]
+    assert notes == [f"--mixup-{name} {why}" for name in ("prob", "mode", "switch-prob")]
 
 
 def test_a_rank_is_told_apart_in_data_that_is_chosen_elsewhere():
@@ -262,8 +318,10 @@ def test_flags_that_go_together():
 
 
 def test_a_teacher_of_a_file_needs_no_weights_of_timms():
-    words = "--distillation-type hard --distillation-alpha 0.3 --teacher-path t.pth"
-    (word,), _ = read_deit_training(f"{words} --teacher-model resnet18".split())
+    words = "--distillation-type hard --distillation-alpha 0.3 --distillation-tau 3"
+    teacher = "--teacher-path t.pth --teacher-model resnet18"
+    (word,), notes = read_deit_training(f"{words} {teacher}".split())
+    assert notes == ["--distillation-tau has no effect: it is of --distillation-type soft"]
     node = plain(compose_config("deit/imagenet.yaml", [word]))["recipe"]["distillation"]
     assert (node["kind"], node["alpha"], node["weights"]) == ("hard", 0.3, "t.pth")
     assert node["teacher"]["model_name"] == "resnet18" and node["teacher"]["pretrained"] is False
