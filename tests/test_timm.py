@@ -24,6 +24,8 @@ import vit
 from baselines import dhvt, evit, flopping, gevit
 from baselines.posthoc import vision_transformer
 from baselines.token_reduction import swag
+from utils.config.command_line import backbone_words
+from utils.config.files import backbone_node
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = [
@@ -93,6 +95,16 @@ def test_a_registered_name_is_a_function_of_its_module(module):
         function = getattr(module, name)
         assert timm.model_entrypoint(name) is function is pickle.loads(pickle.dumps(function))
         assert function.__name__ == name and function.__doc__.count("\n") == 0
+
+
+@pytest.mark.parametrize("module", [*OURS, *BASELINES], ids=lambda module: module.__name__)
+def test_a_registered_name_is_a_word_of_every_command(module):
+    """By a file of configs/backbone, which says the size of the images if that is not 224."""
+    for name, cfg in module.default_cfgs.items():
+        assert backbone_words(name) == [f"backbone={name}"]
+        node = backbone_node(name)
+        assert node["_target_"] == f"{module.__name__}.{name}" and node["_partial_"]
+        assert node.get("img_size", 224) == cfg.default.input_size[-1]
 
 
 @pytest.mark.parametrize("name", registered())

@@ -45,7 +45,7 @@ def _replaced(value: Any, place: Callable[[str], str | None], *, inside: bool = 
         }
     if isinstance(value, list):
         return [_replaced(part, place, inside=inside) for part in value]
-    return place(value) if inside and _is_address(value) else value
+    return place(value) if inside and is_address(value) else value
 
 
 def _without_pretrained(value: Any) -> Any:
@@ -62,7 +62,8 @@ def _file_if_here(address: str) -> str | None:
     return file if os.path.isfile(file) else None
 
 
-def _is_address(value: Any) -> bool:
+def is_address(value: Any) -> bool:
+    """Whether weights are given as an http address, in place of a file."""
     return isinstance(value, str) and value.startswith(("https://", "http://"))
 
 

@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.commands.compared_runs import RECIPE_OPTIONS, compose_run, in_folders, parse_runs
+from evaluation.commands.compared_runs import (
+    RECIPE_OPTIONS,
+    RUNS,
+    compose_run,
+    in_folders,
+    parse_runs,
+)
 from utils.config.command_line import Option
 from utils.errors import UserError
 from utils.nearest import nearest
@@ -23,7 +29,20 @@ OPTIONS = {
 
 def parse_comparison(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config a command line asks for, each run file composed; a mistake is one line, code 2."""
-    return parse_runs(argv, CONFIG, OPTIONS, with_runs)
+    return parse_runs(argv, CONFIG, OPTIONS, with_runs, _check)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError for what the run would refuse of its aggregators, around every net they wrap."""
+    from evaluation.nets import constructor_of, weights_file  # late: it imports torch
+    from evaluation.wrapped import check_wrapped
+
+    for name in config["posthoc"]["of"]:
+        run = config[RUNS][name]
+        trained = isinstance(run, dict)
+        backbone = run["backbone"] if trained else constructor_of(weights_file(str(run)))
+        if backbone:  # files of others are refused when they are loaded
+            check_wrapped(backbone, config["posthoc"])
 
 
 def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:

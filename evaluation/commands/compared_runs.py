@@ -12,6 +12,7 @@ from utils.config.command_line import Option, help_page, meanings, read_command,
 from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, find_file
 from utils.errors import UserError, fail
+from utils.run_files import CONFIG
 
 RUNS = "runs"  # of the finished config: name -> a training's config, or a file of weights
 RECIPE_OPTIONS = {
@@ -26,11 +27,12 @@ def parse_runs(
     file: str,
     options: Mapping[str, Option],
     finish: Callable[[dict[str, Any]], dict[str, Any]],
+    further: Callable[[dict[str, Any]], object] = lambda config: None,
 ) -> dict[str, Any]:
     """The config `file` with the overrides of a command line, completed by `finish`.
 
     A mistake, or a UserError of `finish`, prints one line and exits with code 2. `--check` prints
-    the config and what each training costs, and exits.
+    the config and what each training costs, and exits; `further` is what it looks at besides.
     """
 
     def read(argv: Sequence[str]) -> list[str]:
@@ -44,20 +46,24 @@ def parse_runs(
         if len(others) == len(words):
             return finished
         check_targets(config)
-        check_runs(config, finished[RUNS])
+        check_runs(config, finished[RUNS], lambda: further(finished))
     except UserError as error:
         fail(error)
     raise SystemExit(0)
 
 
 def in_folders(runs: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with `runs`, each training in its own folder; UserError if nothing is trained."""
+    """The config with `runs`, each training in its own folder.
+
+    UserError if neither a training nor a folder to load from says which data to evaluate on.
+    """
     for name, run in runs.items():
         if isinstance(run, dict):
             run["name"], run["output_dir"] = name, f"{config['output_dir']}/{name}"
-    if not any(isinstance(run, dict) for run in runs.values()):
+    if not any(isinstance(run, dict) or _is_run_folder(run) for run in runs.values()):
         raise UserError(
-            "models names no run file: what is loaded needs one with its data beside it"
+            f"models names neither a run file nor a run folder with its {CONFIG}: "
+            "files of weights alone do not say which data to evaluate them on"
         )
     return {**config, RUNS: dict(runs)}
 
@@ -77,6 +83,10 @@ def compose_run(source: str, config: Mapping[str, Any]) -> Any:
     run = plain(compose_config(find_file(file), [*words, *own]))
     run["probes"] = {}  # the comparison itself evaluates the nets
     return run
+
+
+def _is_run_folder(source: str) -> bool:
+    return (Path(source).expanduser() / CONFIG).is_file()
 
 
 def addable(word: str, file: str) -> str:

@@ -33,7 +33,7 @@ OPTIONS = {
     "--compile": Option("compile", "torch.compile of each block, as in training", "true"),
     "--graphs": Option("graphs", "replay each step as a CUDA graph", "true"),
     "--batch-size": Option("batch_size", "images of a step", text=False),
-    "--size": Option("size", "pixels a side", text=False),
+    "--size": Option("size", "pixels a side; without it, each net's own", text=False),
     "--steps": Option("steps", "timed steps of each net", text=False),
     "--warmup": Option("warmup", "steps before them", text=False),
     "--rounds": Option("rounds", "of turns that the timed steps are dealt out over", text=False),

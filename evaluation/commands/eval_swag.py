@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config.build import plain
+from utils.config.check import networks
 from utils.config.command_line import (
     Option,
     help_page,
@@ -23,10 +24,12 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import parse_config
-from utils.errors import UserError
+from utils.errors import UserError, fail
 from utils.nearest import nearest
+from utils.online_weights import is_address
 
 CONFIG = "eval/swag.yaml"
+IMAGENET = "utils.data.imagenet.ImageNetTree"  # of DIR, unless it has img_val
 USAGE = "eval_swag.py -m MODEL [flags of its method] [--weights FILE] [flags] [key=value ...] DIR"
 
 
@@ -142,9 +145,38 @@ def parse_swag_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     short = {name: f"{word}, " for word, name in {**SAME, **SHORT}.items() if word[1] != "-"}
     page = help_page({short.get(name, "") + name: rows[name] for name in rows}, usage=USAGE)
     words, notes = read_command(argv, read_swag_arguments, page=page)
-    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
+    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate", further=_check_folder))
+    try:
+        _check_net(config)
+        _check_folder(config)
+    except UserError as error:
+        fail(error)
     tell(notes)
     return config
+
+
+def _check_net(config: Mapping[str, Any]) -> None:
+    """UserError for options that the net refuses, and for a file of weights that is not there.
+
+    So they are said before images are looked for; the net is built on the meta device.
+    """
+    from evaluation.nets import weights_file  # late: it imports torch
+
+    networks(dict(config))
+    weights = None if is_address(config["weights"]) else weights_file(config["weights"])
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--weights: there is no {weights}")
+
+
+def _check_folder(config: Mapping[str, Any]) -> None:
+    """UserError for a folder of images that is here and holds neither spelling of the split."""
+    images = config["data"].get("val") or {}
+    if images.get("_target_") != IMAGENET or not images.get("root"):
+        return
+    root = Path(images["root"]).expanduser()
+    tried = [root / "img_val", root / "val"]
+    if root.is_dir() and not any(folder.is_dir() for folder in tried):
+        raise UserError(f"there are no images to judge: neither {tried[0]} nor {tried[1]}")
 
 
 def with_model_spelt_out(argv: Sequence[str]) -> list[str]:

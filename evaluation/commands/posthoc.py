@@ -1,6 +1,6 @@
 """The flags of the post-hoc experiment, the published script's among them, as overrides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config.build import plain
@@ -44,7 +44,14 @@ def parse_posthoc(argv: Sequence[str] | None = None) -> dict[str, Any]:
     published = {"--model_path": "the same as --weights (published)"}
     page = help_page(meanings(OPTIONS) | published)
     words = read_command(argv, read_posthoc_arguments, page=page)
-    return plain(parse_config(default=CONFIG, argv=words, base="posthoc"))
+    return plain(parse_config(default=CONFIG, argv=words, base="posthoc", further=_check))
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError for what the run would refuse of its wrapper, aggregators and training."""
+    from evaluation.wrapped import check_wrapped  # late: it imports torch
+
+    check_wrapped(config["backbone"], config)
 
 
 def read_posthoc_arguments(argv: Sequence[str]) -> list[str]:

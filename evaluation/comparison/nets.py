@@ -25,6 +25,8 @@ from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
 from utils.run import train
+from utils.run_files import CONFIG
+from utils.run_folder import saved_config
 from vit.weights import read_metadata
 
 ROUNDS = 3  # of turns in which speeds are measured
@@ -59,12 +61,18 @@ def train_then(
 
 
 def trainings_of(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The configs of the runs to train; the data of the first one is used to evaluate all nets."""
-    return [run for run in runs.values() if isinstance(run, dict)]
+    """The configs of the runs to train; without any, those saved in the run folders to load.
+
+    The data of the first one is used to evaluate all nets. UserError for a folder of a training
+    that has no data or no size of its images.
+    """
+    trained = [run for run in runs.values() if isinstance(run, dict)]
+    folders = [Path(str(run)).expanduser() for run in runs.values()]
+    return trained or [_finished(path) for path in folders if (path / CONFIG).is_file()]
 
 
 def image_size(runs: Mapping[str, Any]) -> int:
-    """Side in pixels of the training images; UserError if it differs between runs."""
+    """Side in pixels of the images of `trainings_of`; UserError if it differs between them."""
     sizes = {_augmented_size(run["recipe"]["augmentation"]) for run in trainings_of(runs)}
     if len(sizes) > 1:
         raise UserError(f"models on images of {sorted(sizes)} pixels do not compare: give one size")
@@ -136,6 +144,13 @@ def _check_training(name: str, run: Mapping[str, Any]) -> None:
         networks(dict(run))
     except UserError as error:
         raise UserError(f"{name}: {error} (words=... and --epochs hold for all)") from None
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    config = saved_config(folder / CONFIG)
+    if not config.get("data") or not (config.get("recipe") or {}).get("augmentation"):
+        raise UserError(f"{folder / CONFIG} is of no classifier's training: it gives no image size")
+    return config
 
 
 def _augmented_size(augmentation: Mapping[str, Any]) -> int:

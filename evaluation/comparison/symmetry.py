@@ -22,7 +22,8 @@ from evaluation.comparison.tables import write_tables
 from evaluation.data import make_data
 from evaluation.progress import say
 from evaluation.symmetry.angles import angles_of
-from evaluation.symmetry.posthoc import make_wrapped, split_data, wrap_all
+from evaluation.symmetry.posthoc import make_wrapped, split_data
+from evaluation.wrapped import wrap_all
 from utils.config.build import build
 from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds

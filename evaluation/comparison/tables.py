@@ -35,17 +35,20 @@ def write_tables(
     """Print the figures of every net, and write them to `output_dir`.
 
     columns: figure -> heading of the printed table. settings: keys of `config` that the figures
-    depend on. how: what else they depend on, up to the number of threads.
+    depend on. how: what else they depend on, up to the number of threads. The recipe that
+    `config` has for every training is said only where there is one.
     """
     folder, threads = Path(config["output_dir"]), torch.get_num_threads()
+    trained = any(isinstance(run, dict) for run in config["runs"].values())
+    recipe = f"{config['epochs']} epochs, {config['words']}" if trained else "loaded nets"
     print_table(
         title,
         ("", *columns.values()),
         [(net, *(_written(key, row) for key in columns)) for net, row in figures.items()],
-        protocol=f"{config['epochs']} epochs, {config['words']}; {how} "
-        f"{threads} threads of {device.type}",
+        protocol=f"{recipe}; {how} {threads} threads of {device.type}",
     )
-    protocol = {key: config[key] for key in ("epochs", "words", "models", *settings, "seed")}
+    of_recipe = ("epochs", "words") if trained else ()
+    protocol = {key: config[key] for key in (*of_recipe, "models", *settings, "seed")}
     protocol |= {"device": device.type, "threads": threads}
     path = write_results(folder, name, protocol=protocol, figures=figures)
     with (folder / "results.csv").open("w", newline="") as file:

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from datetime import date
 from functools import partial
@@ -15,7 +15,16 @@ from torch import nn
 from evaluation.cost import machine
 from evaluation.cost.counting import count_cost
 from evaluation.cost.cross_check import count_with_fvcore, explain_difference
-from evaluation.cost.models import Group, Node, find_backbone, make_groups, make_net
+from evaluation.cost.models import (
+    ALL,
+    Group,
+    Node,
+    find_backbone,
+    make_groups,
+    make_net,
+    own_size,
+    registered,
+)
 from evaluation.cost.peaks import Peak, arithmetic_of, find_peak
 from evaluation.cost.picture import draw_costs, heights
 from evaluation.cost.published_table import measure_table
@@ -65,22 +74,26 @@ def measure(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measure(config: dict[str, Any], settings: Settings) -> dict[str, Result]:
-    groups = make_groups(config["models"], config["twins"])
+    groups = make_groups(config["models"], config["twins"], size=settings.size)
     names = [name for group in groups for name in group.names]
     keywords = config["keywords"] or {}
+    sizes = {name: settings.size or own_size(name, keywords.get(name)) for name in names}
     nodes = {
-        name: find_backbone(name, size=settings.size, keywords=keywords.get(name)) for name in names
+        name: find_backbone(name, size=sizes[name], keywords=keywords.get(name)) for name in names
     }
+    if ALL in config["models"] and settings.size:
+        others = ", ".join(name for name in registered() if name not in sizes)
+        say(f"left out, as they are for images of another size: {others}")
     results = {}
     for group in groups:
         for name in group.names:
             say(f"counting {name}")
-            cost = count_cost(name, nodes[name], size=settings.size)
+            cost = count_cost(name, nodes[name], size=sizes[name])
             twin = None if name == group.twin else group.twin
-            results[name] = Result(name, twin, cost, keywords=keywords.get(name) or {})
+            results[name] = Result(name, twin, cost, sizes[name], keywords.get(name) or {})
     if config["picture_file"] and config["picture_y"] == "accuracy":
         heights(list(results.values()), "accuracy")  # raises now, not after the measurement
-    protocol, peak = describe(settings)
+    protocol, peak = describe(settings, set(sizes.values()))
     if peak:
         _say_what_is_measured(config, settings, protocol, estimate_s(results, settings, peak))
     file = Path(config["json_file"]) if config["json_file"] else None
@@ -118,8 +131,7 @@ def _measure_group(
     keep: Callable[[], None],
 ) -> None:
     contestants = {}
-    shape = (settings.batch_size, 3, settings.size, settings.size)
-    images = torch.randn(shape, device=settings.device)
+    batches: dict[tuple[int, ...], torch.Tensor] = {}  # nets of one size share their images
     for name in group.names:
         place = partial(make_net, name, nodes[name], settings.device, seed=settings.seed)
         net = unless_out_of_memory(place)
@@ -127,6 +139,11 @@ def _measure_group(
             results[name].lost += settings.passes
             say(f"{name}: not enough memory for its weights")
             continue
+        size = results[name].size
+        shape = (settings.batch_size, getattr(net, "in_chans", 3), size, size)
+        if shape not in batches:
+            batches[shape] = torch.randn(shape, device=settings.device)
+        images = batches[shape]
         _count_as_it_runs(net, images[:1], results[name], config, settings)
         contestants[name] = Contestant(
             net, images, dtype=settings.dtype, compile=settings.compile, graphs=settings.graphs
@@ -167,7 +184,7 @@ def _count_as_it_runs(
         with torch.autocast(settings.device.type, dtype=half, enabled=half is not None):
             result.operators = count_operations(net.eval(), image)
     if config["fvcore"]:
-        theirs = result.fvcore = count_with_fvcore(net, settings.size)
+        theirs = result.fvcore = count_with_fvcore(net, result.size)
         say(explain_difference(result.name, result.cost.multiply_adds, theirs))
 
 
@@ -186,8 +203,11 @@ def _numerics(threads: int | None, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def describe(settings: Settings) -> tuple[dict[str, Any], Peak | None]:
-    """The protocol, which is all that the figures depend on, and the device's peak for speeds."""
+def describe(settings: Settings, sizes: Set[int]) -> tuple[dict[str, Any], Peak | None]:
+    """The protocol, which is all that the figures depend on, and the device's peak for speeds.
+
+    sizes: of the nets' images; the protocol's is None if there are several.
+    """
     device = settings.device
     arithmetic = arithmetic_of(device, settings.dtype)
     peak = find_peak(device, arithmetic) if settings.passes else None
@@ -198,7 +218,7 @@ def describe(settings: Settings) -> tuple[dict[str, Any], Peak | None]:
         "command": shlex.join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "batch_size": settings.batch_size,
-        "size": settings.size,
+        "size": next(iter(sizes)) if len(sizes) == 1 else None,
         "arithmetic": arithmetic,
         "mode": settings.mode,
         "compile": settings.compile,

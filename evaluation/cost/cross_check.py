@@ -33,7 +33,8 @@ def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
     from fvcore.nn import FlopCountAnalysis
 
     device = next(net.parameters()).device
-    analysis = FlopCountAnalysis(net.eval(), torch.zeros(1, 3, size, size, device=device))
+    image = torch.zeros(1, getattr(net, "in_chans", 3), size, size, device=device)
+    analysis = FlopCountAnalysis(net.eval(), image)
     analysis.set_op_handle(
         **{
             "aten::scaled_dot_product_attention": _attention_products,

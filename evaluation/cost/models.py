@@ -18,6 +18,7 @@ ALL = "all"
 # Adapters for other nets, which also need a model name or a file.
 ADAPTERS = ("timm", "torchvision", "file")
 WRAPPERS = ("symmetrized", "reduced")  # wrap one of our nets by default; not part of `all`
+USUAL_SIZE = 224  # of nets that do not say another
 
 
 class Group(NamedTuple):
@@ -27,41 +28,65 @@ class Group(NamedTuple):
     names: tuple[str, ...]
 
 
-def registered() -> list[str]:
-    """Names in configs/backbone that need no other keyword and take images of any size."""
-    return [
-        name for name in _named() if name not in WRAPPERS and "img_size" not in backbone_node(name)
-    ]
+def registered(size: int | None = None) -> list[str]:
+    """Names in configs/backbone that need no other keyword.
 
-
-def make_groups(names: Sequence[str], twins: Mapping[str, str]) -> list[Group]:
-    """Group octic nets with their twin, which is added if it was not asked for; others are alone.
-
-    Groups are in the order of their first net among `names`.
+    size: only those that take images of so many pixels a side.
     """
-    chosen = [word for name in names for word in (registered() if name == ALL else [name])]
+    names = [name for name in _named() if name not in WRAPPERS]
+    if size is None:
+        return names
+    return [name for name in names if backbone_node(name).get("img_size", size) == size]
+
+
+def make_groups(
+    names: Sequence[str], twins: Mapping[str, str], *, size: int | None = None
+) -> list[Group]:
+    """Group nets with their twin, which is added if it was not asked for; others are alone.
+
+    Groups are in the order of their first net among `names`. size: `all` means those that take it.
+    """
+    chosen = [word for name in names for word in (registered(size) if name == ALL else [name])]
     members: dict[str, list[str]] = {}
     for name in dict.fromkeys(chosen):
         members.setdefault(twins.get(name, name), []).append(name)
     groups = []
     for twin, group in members.items():
-        octic = [name for name in group if name != twin]
-        groups.append(Group(twin if octic else None, (twin, *octic)))
+        others = [name for name in group if name != twin]
+        groups.append(Group(twin if others else None, (twin, *others)))
     return groups
 
 
-def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | None = None) -> Node:
+def own_size(name: str, keywords: Mapping[str, Any] | None = None) -> int:
+    """Pixels a side that a net is for by its keywords, its config or timm; 224 if none says."""
+    keywords = keywords or {}
+    if "_target_" in keywords or is_own(name):
+        size = keywords.get("img_size")
+    elif name in _named():
+        size = {**backbone_node(name), **keywords}.get("img_size")
+    else:
+        config = _timm_config(name)
+        size = config and config.input_size[-1]
+    return size if isinstance(size, int) else USUAL_SIZE
+
+
+def find_backbone(
+    name: str, *, size: int | None = None, keywords: Mapping[str, Any] | None = None
+) -> Node:
     """The node of our config of that name, else of timm's model, for images of `size` pixels.
 
     A dotted name in a package that the environment adds is a net of the user's.
+    size: None stands for the net's own.
     keywords: further keywords of the constructor; with a `_target_`, all of the node.
+    UserError for an unknown name, and for a size that is not the net's.
     """
+    size = size or own_size(name, keywords)
     keywords = keywords or {}
     if "_target_" in keywords or is_own(name):
         node = {"_target_": name, **keywords}
         sized = "img_size" in keywords_of(resolve(node["_target_"]))
     elif name in _named():
-        node, sized = {**backbone_node(name), **keywords}, size != 224
+        node, sized = {**backbone_node(name), **keywords}, size != USUAL_SIZE
     else:
         return _of_timm(name, size)
     own = node.get("img_size", size)
@@ -70,14 +95,18 @@ def find_backbone(name: str, *, size: int = 224, keywords: Mapping[str, Any] | N
     return {**node, "img_size": size} if sized else node
 
 
-def _of_timm(name: str, size: int) -> Node:
+def _timm_config(name: str) -> Any:
     import timm
 
     if name in ADAPTERS:
         raise UserError(f"{name} is an adapter, which needs a model name: give one, as resnet50")
     if not timm.is_model(name.split(".")[0]):
         raise UserError(unknown_model(name))
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return timm.get_pretrained_cfg(name, allow_unregistered=True)
+
+
+def _of_timm(name: str, size: int) -> Node:
+    config = _timm_config(name)
     node: Node = {"_target_": "vit.adapters.timm_backbone", "model_name": name}
     if config is not None and config.num_classes != 1000:
         node["num_classes"] = config.num_classes or 0

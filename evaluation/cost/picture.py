@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from evaluation.cost.table import Result
+from evaluation.cost.table import Result, size_in_words
 from evaluation.published import PUBLISHED
 from utils.errors import UserError
 
@@ -89,7 +89,8 @@ def draw_costs(
 
 
 def _in_words(protocol: Mapping[str, Any], y: str) -> str:
-    images = f"images of {protocol['size']} x {protocol['size']}"
+    size = protocol["size"]
+    images = f"images of {size} x {size}" if size else size_in_words(protocol)
     if y == "accuracy":  # published: nothing was measured here
         return images
     how = f"batch {protocol['batch_size']}, {protocol['arithmetic']}, {protocol['mode']}"

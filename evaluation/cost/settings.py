@@ -25,7 +25,7 @@ class Settings(NamedTuple):
 
     device: torch.device
     batch_size: int
-    size: int  # pixels a side
+    size: int | None  # pixels a side; None: each net's own
     steps: int  # timed, over all rounds
     rounds: int
     warmup: int
@@ -47,8 +47,10 @@ def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
     defaults = CPU_DEFAULTS if device.type == "cpu" else DEFAULTS
     defaulted = tuple(key for key in defaults if config[key] is None)
     values = {**defaults, **{key: config[key] for key in defaults if config[key] is not None}}
-    for key, value in {**values, "size": config["size"]}.items():
+    for key, value in values.items():
         check_count(key, value, 0 if key == "warmup" else 1)
+    if config["size"] is not None:
+        check_count("size", config["size"], 1)
     for word in config["passes"]:
         check_word("passes", word, PASSES)
     if config["graphs"] and device.type != "cuda":

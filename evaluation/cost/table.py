@@ -23,6 +23,7 @@ class Result:
     name: str
     twin: str | None  # the plain net that it is compared with
     cost: Cost
+    size: int  # pixels a side
     keywords: Mapping[str, Any] = field(default_factory=dict)  # beside those of the named config
     speeds: dict[str, Speed] = field(default_factory=dict)
     ratios: dict[str, Ratio] = field(default_factory=dict)
@@ -46,7 +47,9 @@ def print_results(
 ) -> None:
     """Print one row per net and pass."""
     kinds = settings.passes or (COUNTED,)
-    columns = ["model", "parameters\n10^6", "pass", "multiply-adds\n10^9"]
+    columns = ["model", "parameters\n10^6"]
+    columns += ["pixels\na side"] if protocol["size"] is None else []
+    columns += ["pass", "multiply-adds\n10^9"]
     columns += ["images/s", "times\nthe twin's", "MFU\n%", "peak\nMiB"] if settings.passes else []
     columns += ["operators"] if any(result.operators for result in results) else []
     columns += ["fvcore\n10^9"] if any(result.fvcore for result in results) else []
@@ -82,6 +85,7 @@ def _row(
     cells: dict[str, str | None] = {
         "model": _label(result) if first else "",
         "parameters\n10^6": f"{result.cost.parameters / 1e6:.2f}" if first else "",
+        "pixels\na side": str(result.size) if first else "",
         "pass": kind,
         "multiply-adds\n10^9": f"{result.operations(kind) / 2e9:.2f}",
         "images/s": lost or (speed and digits(speed.images_per_second)),
@@ -116,8 +120,14 @@ def times_of(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['greatest']:.2f})"
 
 
+def size_in_words(protocol: Mapping[str, Any]) -> str:
+    """The images' size, where all nets were given the same."""
+    size = protocol["size"]
+    return f"{size} x {size} pixels" if size else "each net at its own size"
+
+
 def _protocol_in_words(protocol: Mapping[str, Any], peak: Peak | None) -> str:
-    parts = [f"{protocol['size']} x {protocol['size']} pixels", "multiply-adds of one image"]
+    parts = [size_in_words(protocol), "multiply-adds of one image"]
     if peak:
         parts += [
             f"batch {protocol['batch_size']}, {protocol['arithmetic']}, {protocol['mode']}",
@@ -134,6 +144,7 @@ def _plain(result: Result, peak: Peak | None) -> dict[str, Any]:
     cost = result.cost
     return {
         "twin": result.twin,
+        "size": result.size,
         "keywords": dict(result.keywords),
         "parameters": cost.parameters,
         "trainable_parameters": cost.trainable,

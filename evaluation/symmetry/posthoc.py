@@ -3,7 +3,6 @@
 The wrapper and its training are objects of the config.
 """
 
-import copy
 import csv
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,6 +21,7 @@ from evaluation.nets import complete, make_classifier, name_of, read_weights
 from evaluation.probes.accuracy import UPRIGHT, check_labels
 from evaluation.progress import say, track
 from evaluation.results import print_table
+from evaluation.wrapped import wrap_all
 from utils import distributed
 from utils.checkpoints.weights_file import export_weights
 from utils.config.build import build, plain
@@ -119,24 +119,6 @@ def make_wrapped(
             fitted[name] = done.best_epoch
         net.eval()
     return wrapped, fitted
-
-
-def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The classifier under every aggregator, untrained; UserError for one that does not fit it."""
-    wrapped: dict[str, Any] = {}
-    for name in config["aggregators"]:
-        trained = config["trained"]
-        backbone = classifier if trained == "none" else copy.deepcopy(classifier)
-        net = build({**config["wrapper"], "aggregator": name}, backbone=backbone, trained="none")
-        # An untrained learned aggregator would give noise.
-        if net.aggregator.learned and trained == "none":
-            trained = "aggregator"
-        try:
-            net.set_trained(trained)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        wrapped[name] = net
-    return wrapped
 
 
 def split_data(config: Mapping[str, Any]) -> Parts:

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.config.build import build, check_targets, plain, resolve
 from utils.effective_batch import micro_batches
 from utils.errors import UserError
 from utils.folders import check_run_folder
+from utils.online_weights import is_address, without_downloads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,19 +27,24 @@ class UnreadImages:
         return 1_281_167
 
 
-def check(config: Any, notes: Sequence[str] = ()) -> None:
+def check(config: Any, further: Callable[[], Sequence[str] | None] = lambda: None) -> None:
     """Validate every target, build the networks, print the config and their cost.
 
-    notes: on the command line, told too. Raises `UserError` if a constructor, or the run itself,
-    would refuse the config.
+    Raises `UserError` if a constructor, or the run itself, would refuse the config. `further` is
+    what only a command knows: it raises `UserError`, or returns notes that are told too.
     """
     content = plain(config)
     check_run_folder(content)
     check_targets(content)
-    _show(content, [*notes, *look_at_data(content), *describe(content)])
+    lines = [*look_at_data(content), *look_at_weights(content), *describe(content)]
+    _show(content, [*(further() or ()), *lines])
 
 
-def check_runs(config: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
+def check_runs(
+    config: Mapping[str, Any],
+    runs: Mapping[str, Any],
+    further: Callable[[], object] = lambda: None,
+) -> None:
     """As `check`, for a config that is made of trainings: their costs by their names.
 
     What is no training but a path to load from is not looked at. A UserError names the training.
@@ -51,10 +57,11 @@ def check_runs(config: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
         try:
             check_targets(run)
             check_run(run)
-            told = [*look_at_data(run), *describe(run)[:-1]]
+            told = [*look_at_data(run), *look_at_weights(run), *describe(run)[:-1]]
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         lines += [f"{name}: {line}" for line in told]
+    further()
     _show(config, [*lines, VALID])
 
 
@@ -89,6 +96,21 @@ def look_at_data(content: Mapping[str, Any]) -> list[str]:
 def _is_nowhere(node: Mapping[str, Any]) -> bool:
     given = [node[key] for key in LOCATIONS if key in node]
     return bool(given) and not any(given)
+
+
+def look_at_weights(content: Mapping[str, Any]) -> list[str]:
+    """A note for each file of weights that is not on this machine, as `look_at_data` for folders.
+
+    An http address is none: the launcher downloads it.
+    """
+    training = content.get("training") or {}
+    given = {"weights": content.get("weights"), "training.weights": training.get("weights")}
+    files = {key: path for key, path in given.items() if path and isinstance(path, str)}
+    return [
+        f"note: {key}: there is no {path} on this machine"
+        for key, path in files.items()
+        if not is_address(path) and not os.path.exists(os.path.expanduser(path))
+    ]
 
 
 def _show(content: Mapping[str, Any], lines: Sequence[str]) -> None:
@@ -157,7 +179,6 @@ def networks(content: dict[str, Any], *, download: bool = False) -> tuple["nn.Mo
     """
     import torch
 
-    from utils.online_weights import without_downloads
     from utils.optimizers import make_optimizer
     from utils.recipe import checked_groups
 

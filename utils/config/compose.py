@@ -10,12 +10,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import vocabulary
+from utils.config.build import plain
 from utils.config.files import CONFIGS, find_file, run_of_model
 from utils.config.flags import quoted, read_arguments
 from utils.config.overrides import content_of, is_group, known_key, parse_words
@@ -34,14 +35,15 @@ def parse_config(
     *,
     base: str = "train",
     runs: str = "",
-    notes: Sequence[str] = (),
+    further: Callable[[Any], Sequence[str] | None] = lambda config: None,
 ) -> "DictConfig":
     """The config that the command line asks for; a mistake prints one line and exits with code 2.
 
     `default`: the run file (below `configs/`) without `--config-file`. `base`: the file below
     `configs/` that has all known keys. `runs`: a folder below `configs/` with a run file per model;
-    `--model X` without `--config-file` takes that of X. `--check` prints the config, `notes`
-    and the networks' cost, and exits.
+    `--model X` without `--config-file` takes that of X. `--check` prints the config and the
+    networks' cost, and exits; `further` is called with the plain config for what it checks and
+    notes besides.
     """
     try:
         arguments = read_arguments(argv, default, base)
@@ -51,7 +53,7 @@ def parse_config(
             return config
         from utils.config.check import check
 
-        check(config, notes)
+        check(config, lambda: further(plain(config)))
     except UserError as error:
         fail(error)
     raise SystemExit(0)

@@ -47,7 +47,7 @@ def parse_deit_training(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config of a training's command line; a mistake prints one line and exits with code 2."""
     page = help_page(meanings(OPTIONS, {name: why for name, (_, why) in NO_EFFECT.items()}))
     words, notes = read_command(argv, read_deit_training, page=page)
-    config = plain(parse_config(DEFAULT, words, runs=RUNS, notes=notes))
+    config = plain(parse_config(DEFAULT, words, runs=RUNS, further=lambda config: notes))
     tell(notes)
     return config
 

@@ -19,8 +19,11 @@ from utils.config.signature import keywords_of
 REDUCED = "baselines.token_reduction.reduced.reduced"
 
 
-def test_the_published_command(tmp_path: Path):
+def test_the_published_command(tmp_path: Path, monkeypatch):
     """As the README has it; img_val as published, else an ImageNet tree."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.torch").touch()
+    (tmp_path / "val").mkdir()
     words = [
         "-m",
         "hourglass_vit_l16_in1k",
@@ -149,6 +152,31 @@ def test_a_mistake_is_one_line(words, said, capsys):
         parse_swag_evaluation(words.split())
     error = capsys.readouterr().err
     assert left.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("-m e_vit_l16_in1k --base_keep_rate 1.5", "options.keep_rate must lie in (0, 1], not 1.5"),
+        ("-m evo_vit_l16_in1k --evo_prune_location 0", "location 1 is the first possible"),
+        ("-m smyrf_vit_l16_in1k --smyrf_q_cluster_size 0", "options.query_cluster_size must be"),
+        ("-m act_vit_l16_in1k --act_q_hashes 0", "options.query_hashes must be"),
+        ("-m tome_vit_l16_in1k --tome_r 20 --weights nowhere.pth", "there is no nowhere.pth"),
+        ("-m vit_b16_in1k", "neither {root}/img_val nor {root}/val"),
+        ("-m vit_b16_in1k --weights nowhere.pth --check", "neither {root}/img_val nor {root}/val"),
+    ],
+)
+def test_options_and_weights_are_looked_at_before_the_images(words, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_swag_evaluation([*words.split(), str(tmp_path)])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.count("\n") == 1
+    assert said.format(root=tmp_path) in error
+
+
+def test_weights_may_be_an_address_and_images_on_another_machine(tmp_path: Path):
+    words = ["-m", "vit_b16_in1k", "--weights", "https://host/w.torch", str(tmp_path / "away")]
+    assert parse_swag_evaluation(words)["weights"] == "https://host/w.torch"
 
 
 def test_a_file_in_swags_layout_is_judged_reduced(tmp_path: Path):

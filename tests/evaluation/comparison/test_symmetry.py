@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
 from evaluation.commands.compare_symmetry import parse_comparison
-from evaluation.comparison.nets import load_run
+from evaluation.comparison.nets import image_size, load_run
 from evaluation.comparison.symmetry import compare
 from evaluation.comparison.symmetry_pictures import draw_comparison
 from evaluation.comparison.symmetry_views import (
@@ -23,8 +24,10 @@ from evaluation.comparison.symmetry_views import (
 from evaluation.data import make_data
 from evaluation.symmetry.posthoc import answers
 from utils.checkpoints.weights_file import export_weights
+from utils.config.build import build
 from utils.data.classes import class_metadata
 from utils.errors import UserError
+from utils.run_files import CONFIG, EXPORTED
 from utils.symmetry import SYMMETRIES, transform_image
 from vit.models import deit_small_patch16_LS
 
@@ -59,6 +62,15 @@ def test_check_tells_the_trainings_and_starts_none(tmp_path, capsys):
         parse_comparison([*ONLY_PLAIN, small, "--check", f"output_dir='{tmp_path / 'new'}'"])
     assert left.value.code == 0 and not list(tmp_path.iterdir())
     assert "# plain: backbone deit_small_patch16_LS: 0.0" in capsys.readouterr().out
+
+
+def test_check_builds_the_aggregators(tmp_path, capsys):
+    words = [*ONLY_PLAIN, "--check", f"output_dir='{tmp_path}'", "posthoc.aggregators=[meann]"]
+    loaded = [f"models.plain={finished(tmp_path / 'done')}"]
+    for own in ([], loaded):
+        with pytest.raises(SystemExit) as left:
+            parse_comparison([*words, *own])
+        assert left.value.code == 2 and "did you mean 'mean'" in capsys.readouterr().err
 
 
 def test_a_model_may_have_the_name_of_another_key():
@@ -137,6 +149,45 @@ def test_what_is_loaded_must_know_the_classes_and_the_size(tmp_path: Path):
     export_weights(path, net.state_dict(), metadata | others)
     with pytest.raises(UserError, match="figures would mean nothing"):
         load_run(str(path), dataset, 32)
+
+
+def finished(folder: Path, *, size: int = 32) -> str:
+    """A run folder as a training of an (untrained) small plain net would leave it."""
+    words = f"backbone.embed_dim=16 backbone.depth=1 recipe.augmentation.input_size={size}"
+    run = parse_comparison(["--device", "cpu", *ONLY_PLAIN, "--words", words])["runs"]["plain"]
+    net = build({**run["backbone"], "_partial_": True})()
+    export_weights(
+        folder / EXPORTED, net.state_dict(), {"constructor": json.dumps(run["backbone"])}
+    )
+    (folder / CONFIG).write_text(yaml.safe_dump(run))
+    return str(folder)
+
+
+def test_loaded_nets_alone_are_judged_on_the_data_of_the_first_run_folder(tmp_path: Path):
+    folder = finished(tmp_path / "done")
+    words = ["--device", "cpu", "--no-pictures", *ONLY_PLAIN, f"output_dir={tmp_path / 'new'}"]
+    words += ["posthoc.of=null", "angle_step=90.0", "speed_steps=0", f"models.plain={folder}"]
+    words += [f"models.again={folder}/{EXPORTED}"]  # without data of its own
+    figures = compare(parse_comparison(words))
+    assert figures["plain"] == figures["again"] and 0 <= figures["plain"]["upright"] <= 100
+    protocol = json.loads((tmp_path / "new/results.json").read_text())["symmetry"]["protocol"]
+    assert "epochs" not in protocol  # no recipe of the comparison's was used
+
+
+def test_run_folders_of_other_sizes_or_of_no_classifier_do_not_compare(tmp_path: Path):
+    runs = {str(size): finished(tmp_path / str(size), size=size) for size in (32, 48)}
+    with pytest.raises(UserError, match=r"images of \[32, 48\] pixels do not compare"):
+        image_size(runs)
+    (tmp_path / "48" / CONFIG).write_text("{data: {}, recipe: {_target_: dinov2.recipe.dinov2}}")
+    with pytest.raises(UserError, match="config.yaml is of no classifier's training"):
+        image_size(runs)
+
+
+def test_weights_alone_do_not_say_the_data(tmp_path: Path, capsys):
+    (tmp_path / "net.safetensors").touch()
+    with pytest.raises(SystemExit):
+        parse_comparison([*ONLY_PLAIN, f"models.plain={tmp_path}/net.safetensors"])
+    assert "neither a run file nor a run folder with its config.yaml" in capsys.readouterr().err
 
 
 def test_turning_is_exact_for_quarter_turns_and_black_comes_in():

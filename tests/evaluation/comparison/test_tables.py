@@ -9,6 +9,7 @@ import torch
 from evaluation.comparison.tables import write_tables
 
 CONFIG = {"epochs": 3, "words": 16, "models": {"a": "a.yaml"}, "seed": 5, "step": 15, "other": 1}
+CONFIG |= {"runs": {"a": {"seed": 5}}}
 FIGURES = {
     "octic": {
         "parameters": 1_230_000,

@@ -73,6 +73,38 @@ def test_a_picture_tells_its_protocol_and_starts_at_nothing(tmp_path, monkeypatc
     assert "rounds: 1, not 2: each needs a timed step" in capsys.readouterr().out
 
 
+def test_each_net_has_images_of_its_own_size_and_channels(monkeypatch, capsys, tmp_path):
+    """A column and a title say so."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    shapes, titles = [], []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda _, text, **__: titles.append(text))
+
+    def turns(contestants, kind, **_):
+        shapes.extend(tuple(c.images.shape) for c in contestants.values())
+        return {name: [Turn([1.0], None)] for name in contestants}, []
+
+    monkeypatch.setattr(complexity, "measure_in_turn", turns)
+    words = ["--no-training", "size=null", "--picture", str(tmp_path / "c.png")]
+    config = tiny(*words, models="posthoc_vit_mnist,posthoc_vit_pcam")
+    results = measure(config)
+    assert shapes == [(2, 1, 28, 28), (2, 3, 96, 96)]
+    assert [result.size for result in results.values()] == [28, 96]
+    out = capsys.readouterr().out
+    assert "a side" in out and "protocol: each net at its own size" in out
+    assert "each net at its own size, batch 2" in titles[0]
+    measure({**config, "models": ["posthoc_vit_pcam"], "passes": [], "picture_file": None})
+    out = capsys.readouterr().out
+    assert "a side" not in out and "protocol: 96 x 96 pixels" in out
+
+
+def test_of_a_size_all_tells_whom_it_leaves_out(monkeypatch, capsys):
+    names = ["posthoc_vit_pcam", "swag_vit_b16_in1k"]
+    monkeypatch.setattr("evaluation.cost.models.backbone_names", lambda: names)
+    assert list(measure(tiny("--check", "--size", "96", models="all"))) == names[:1]
+    said = "left out, as they are for images of another size: swag_vit_b16_in1k\n"
+    assert said in capsys.readouterr().out
+
+
 def test_counts_alone_time_nothing(monkeypatch, capsys):
     monkeypatch.setattr(complexity, "measure_in_turn", None)
     results = measure(tiny("--check"))

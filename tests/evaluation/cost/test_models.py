@@ -11,6 +11,7 @@ from evaluation.cost.models import (
     find_backbone,
     make_groups,
     make_net,
+    own_size,
     registered,
 )
 from evaluation.nets import num_classes_of
@@ -27,7 +28,7 @@ def target(name):
 
 def test_every_octic_net_has_a_twin_and_no_plain_one_has():
     octic = {name for name in registered() if target(name).startswith("octic.")}
-    assert octic <= set(TWINS) and len(octic) == 18 + 21  # octic and mirror nets
+    assert octic <= set(TWINS) and len(octic) == 18 + 21 + 2  # octic, mirror, for debugging
     assert not [name for name in TWINS if target(name).startswith("vit.")]
     assert not set(TWINS) & set(TWINS.values())
 
@@ -70,8 +71,34 @@ def test_groups_take_the_twin_along_and_leave_others_alone():
 
 def test_all_means_every_backbone_that_a_name_describes():
     groups = make_groups(["all"], TWINS)
-    assert sorted(name for group in groups for name in group.names) == registered()
-    assert len(groups) == len(registered()) - len(TWINS)
+    names = {*registered(), *TWINS.values()}
+    assert sorted(name for group in groups for name in group.names) == sorted(names)
+    assert names - set(registered()) == {"deit_small_patch16_224", "deit_base_patch16_224"}
+    assert len(groups) == len(names) - len(TWINS)
+
+
+def test_of_a_size_all_means_those_that_take_it():
+    for size, own in ((96, "gevit_pcam_p4"), (28, "posthoc_vit_mnist")):
+        chosen = [name for group in make_groups(["all"], {}, size=size) for name in group.names]
+        assert chosen == registered(size) and {own, "deit_small_patch16_LS"} <= set(chosen)
+        assert set(chosen) < set(registered()) and "swag_vit_b16_in1k" not in chosen
+        for name in chosen:
+            find_backbone(name, size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("deit_small_patch16_304_shrink05", 304),
+        ("gevit_rotmnist_p4", 28),
+        ("swag_vit_l16_in1k", 512),
+        ("deit_huge_patch14_LS", 224),
+        ("vit_base_patch16_384", 384),
+    ],
+)
+def test_a_net_that_is_told_no_size_has_its_own(name, size):
+    assert own_size(name) == size
+    assert find_backbone(name) == find_backbone(name, size=size)
 
 
 def test_nets_of_timm_keep_their_classes_and_take_the_size():

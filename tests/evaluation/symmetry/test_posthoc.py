@@ -174,3 +174,13 @@ def test_weights_of_a_classifier_alone_are_judged_under_a_wrapper(tmp_path):
 def test_two_words_for_the_group_are_refused(words, said):
     with pytest.raises(UserError, match=said):
         read_posthoc_arguments(words)
+
+
+@pytest.mark.parametrize(("words", "code"), [(["aggregators=[meann]"], 2), ([], 0)])
+def test_check_builds_the_aggregators(words, code, tmp_path, capsys):
+    words = [*words, f"output_dir='{tmp_path}'", "weights=/nowhere.pth", "--check"]
+    with pytest.raises(SystemExit) as left:
+        config(*words)
+    told = capsys.readouterr()
+    assert left.value.code == code and ("did you mean 'mean'" in told.err) == bool(code)
+    assert ("there is no /nowhere.pth on this machine" in told.out) != bool(code)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from utils.config.build import plain
-from utils.config.check import VALID, check_runs, look_at_data
+from utils.config.check import VALID, check, check_runs, look_at_data, look_at_weights
 from utils.config.compose import compose_config
 from utils.config.files import CONFIGS
 from utils.errors import UserError
@@ -56,6 +56,29 @@ def test_data_without_any_folder_is_a_note(group: str, tmp_path: Path, monkeypat
     if "root" in given:
         given = given if group in GIVEN else given | {"root": str(tmp_path)}
         assert look_at_data({"data": given}) == []
+
+
+@pytest.mark.parametrize("place", ["weights", "training.weights"])
+def test_a_file_of_weights_that_is_not_here_is_a_note(place: str, tmp_path: Path) -> None:
+    def notes(weights: str | None) -> list[str]:
+        content = {"weights": weights} if place == "weights" else {"training": {"weights": weights}}
+        return look_at_weights(content)
+
+    away = str(tmp_path / "away.pth")
+    assert notes(away) == [f"note: {place}: there is no {away} on this machine"]
+    assert notes(None) == notes(str(tmp_path)) == notes("https://host/net.pth") == []
+
+
+def test_what_a_command_refuses_besides_is_no_valid_config(tmp_path: Path, capsys) -> None:
+    def refuse() -> None:
+        raise UserError("not this one")
+
+    config = training(f"output_dir='{tmp_path}'")
+    with pytest.raises(UserError, match="not this one"):
+        check(config, refuse)
+    with pytest.raises(UserError, match="not this one"):
+        check_runs(config, {}, refuse)
+    assert VALID not in capsys.readouterr().out
 
 
 def test_a_folder_of_splits_is_refused_by_the_names_in_it(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def parse(words: str) -> dict:
     return parse_deit_training(words.split())
 
 
+def test_a_net_without_a_recipe_of_its_own_has_a_name():
+    config = parse("--model deit_base_patch16_36x1_LS --data-path data")
+    assert config["backbone"]["_target_"] == "vit.models.deit_base_patch16_36x1_LS"
+
+
 def test_the_published_command(capsys):
     config = parse(DEIT3)
     recipe, schedules = config["recipe"], config["recipe"]["schedules"]
