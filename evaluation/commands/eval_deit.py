@@ -17,7 +17,7 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import parse_config
-from utils.config.deit_flags import DATA_SETS, NO_EFFECT, is_packed
+from utils.config.deit_flags import DATA_SETS, NO_EFFECT, SPECTRUM, is_packed, lacks_spectrum
 from utils.errors import UserError
 from utils.nearest import nearest
 
@@ -43,7 +43,7 @@ OPTIONS = {
     "--use-amp": Option("probes.accuracy.precision", "as --precision fp16", "fp16"),
     "--no-use-amp": Option("probes.accuracy.precision", "as --precision fp32", "fp32"),
     "--inat-category": Option("data.category", "rank that is told apart"),
-    "--symmetrized-asym-feats": Option("backbone.invariant", "of mirror nets", "power_spectrum"),
+    SPECTRUM: Option("backbone.invariant", "of mirror nets without a plain part", "power_spectrum"),
     "--attn-mixer": Option("backbone.attention_mixer", "of mirror nets", "true"),
     "--rot-eval": Option("probes.accuracy.rot_eval", "images turned at random", "true"),
     "--flop-eval": Option("probes.accuracy.flop_eval", "images mirrored", "true"),
@@ -80,7 +80,9 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words, notes = read_command(argv, read_deit_arguments, page=page)
     # If several models are evaluated in a row, none overwrites the results of another.
     words = [*folder_of_model(words, "eval_deit"), *words]
-    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
+    config = plain(
+        parse_config(default=CONFIG, argv=words, base="evaluate", further=lambda _: notes)
+    )
     tell(notes)
     return config | {"backbone_named": names_backbone(words)}
 
@@ -92,6 +94,10 @@ def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = dict.fromkeys(found.overrides)
     if is_packed(words):
         words.pop("data=imagenet", None)
+    model = next((word[len("backbone=") :] for word in words if word.startswith("backbone=")), "")
+    if SPECTRUM in argv and model and (lacking := lacks_spectrum(model)):
+        words.pop(f"{OPTIONS[SPECTRUM].key}={OPTIONS[SPECTRUM].value}")
+        found.notes.append(f"{SPECTRUM} has no effect{lacking}")
     return list(words), found.notes
 
 

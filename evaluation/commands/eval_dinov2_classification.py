@@ -190,7 +190,11 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
 def parse_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config an evaluation's command line asks for; a mistake prints one line, exit code 2."""
     found, words = read_command(argv, _read, page=_help())
-    config = plain(parse_config(default="evaluate.yaml", argv=words, base="evaluate"))
+    config = plain(
+        parse_config(
+            default="evaluate.yaml", argv=words, base="evaluate", further=lambda _: found.notes
+        )
+    )
     for split, string in found.datasets.items():
         config["data"][split] = dataset(string)
     tell(found.notes)

@@ -101,7 +101,9 @@ class _Asked(NamedTuple):
 def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The config an evaluation's command line asks for; a mistake prints one line, exit code 2."""
     words, notes = read_command(argv, read_segmentation_arguments, page=_help())
-    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate"))
+    config = plain(
+        parse_config(default=CONFIG, argv=words, base="evaluate", further=lambda _: notes)
+    )
     for task, node in config["probes"].items():
         for data, (flag, variable) in ROOTS.items():
             if node and task.endswith(data) and not node["train"].get("root", True):

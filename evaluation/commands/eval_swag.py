@@ -145,7 +145,12 @@ def parse_swag_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     short = {name: f"{word}, " for word, name in {**SAME, **SHORT}.items() if word[1] != "-"}
     page = help_page({short.get(name, "") + name: rows[name] for name in rows}, usage=USAGE)
     words, notes = read_command(argv, read_swag_arguments, page=page)
-    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate", further=_check_folder))
+
+    def look(config: Mapping[str, Any]) -> list[str]:
+        _check_folder(config)
+        return notes
+
+    config = plain(parse_config(default=CONFIG, argv=words, base="evaluate", further=look))
     try:
         _check_net(config)
         _check_folder(config)

@@ -32,8 +32,10 @@ from utils.config.deit_flags import (
     PAIRS,
     REFUSED,
     SAME,
+    SPECTRUM,
     TEACHER,
     is_packed,
+    lacks_spectrum,
 )
 from utils.config.files import CONFIGS, run_of_model
 from utils.config.flags import quoted, read_arguments
@@ -286,6 +288,8 @@ def _idle_flags(config: Mapping[str, Any]) -> dict[str, str]:
     mixing = _at(config, "recipe.mixing")
     if mixing and not (mixing["mixup"] and (mixing["cutmix"] or mixing["cutmix_minmax"])):
         idle["--mixup-switch-prob"] = ": only one of mixup and CutMix is on"
+    if lacking := lacks_spectrum(str(_at(config, "backbone._target_")).rpartition(".")[2]):
+        idle[SPECTRUM] = lacking
     return idle
 
 

@@ -36,6 +36,7 @@ TEACHER = {  # DeiT's own defaults
     "--teacher-path": "",
 }
 CATEGORY = "--inat-category"
+SPECTRUM = "--symmetrized-asym-feats"
 AUGMENTATION = "recipe.augmentation"
 OPTIONS = {
     "--model": Option("backbone", "any of configs/backbone, or of timm"),
@@ -54,7 +55,7 @@ OPTIONS = {
     "--no-model-ema": Option("recipe.ema_decay", "no average of the weights", "0"),
     "--use-amp": Option("training.precision", "with a loss scaler, as published", "fp16"),
     "--no-use-amp": Option("training.precision", "as mirror ResMLPs were trained", "tf32"),
-    "--symmetrized-asym-feats": Option("backbone.invariant", "of mirror nets", "power_spectrum"),
+    SPECTRUM: Option("backbone.invariant", "of mirror nets without a plain part", "power_spectrum"),
     "--attn-mixer": Option("backbone.attention_mixer", "of mirror nets", "true"),
     "--mixup": Option("recipe.mixing.mixup", "Beta parameter of mixup"),
     "--cutmix": Option("recipe.mixing.cutmix", "Beta parameter of CutMix"),
@@ -79,6 +80,7 @@ OPTIONS = {
 CONDITIONAL = (
     *(name for name, option in OPTIONS.items() if option.key.startswith(f"{AUGMENTATION}.")),
     *("--opt-eps", "--momentum", "--decay-epochs", "--decay-rate", "--mixup-switch-prob"),
+    SPECTRUM,
 )
 PAIRS = ("--opt-betas", "--cutmix-minmax")  # flags with two values
 SAME = {
@@ -120,6 +122,13 @@ REFUSED = {
     "--resplit": "split augmentation is not offered",
     "--zip-dataloader": "archives are not read; data=shards and data=lmdb are",
 }
+
+
+def lacks_spectrum(model: str) -> str:
+    """Why `SPECTRUM` has no effect on a model, as in the published code; nothing where it has."""
+    if model.startswith(("d2_deit_", "d2_convnext_", "resmlp_equi_d2_")):
+        return ""
+    return f": {model} is no net whose blocks are all mirror-equivariant"
 
 
 def is_packed(words: Iterable[str]) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.commands.eval_deit import read_deit_arguments
 from utils.config.build import check_targets, plain
 from utils.config.command_line import Option, read_words
 from utils.config.compose import compose_config
@@ -88,6 +89,18 @@ def test_flags_of_the_mirror_nets():
     assert config["backbone"]["invariant"] == "power_spectrum"
     assert config["backbone"]["attention_mixer"] is True and config["output_dir"] == "out"
     assert config["launcher"]["timeout_min"] == 32 * 60
+
+
+@pytest.mark.parametrize(
+    "model", ["hybrid_deit_tiny_patch16_LS", "d2_inv_early_deit_tiny_patch16_LS"]
+)
+def test_a_net_without_symmetrized_features_stays_what_it_is(model):
+    """The published code ignores the flag there; here it would make the net invariant early."""
+    words = ["--model", model, "--symmetrized-asym-feats"]
+    for read in (read_deit_training, read_deit_arguments):
+        found, notes = read(words)
+        assert not any("invariant" in word for word in found)
+        assert [note.split(":")[0] for note in notes] == [f"{words[2]} has no effect"]
 
 
 @pytest.mark.parametrize(
