@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,8 +244,9 @@ def _groups_left_open(base: str) -> list[str]:
     ]
 
 
+@cache  # reading these files is half of what composing takes
 def _schema(base: str) -> dict[str, Any]:
-    """The keys of `configs/<base>.yaml`; a group is None (any content) unless fixed."""
+    """The keys of `configs/<base>.yaml`; a group is None (any content) unless fixed; read only."""
     from omegaconf import OmegaConf
 
     content = content_of(OmegaConf.load(CONFIGS / f"{base}.yaml"))
