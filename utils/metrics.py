@@ -32,7 +32,7 @@ class Metrics:
     `step` counts finished optimiser steps: the first line of a run says 1, and a checkpoint of step
     n goes with the lines up to n. Lines after `first_step` (left by a run that died later than its
     checkpoint) are removed. The run stops at `total_steps` of the recipe's `recipe_steps`.
-    `unread_images` counts over ranks and starts; a run begins with the number of its earlier ones.
+    `unread_images` counts over ranks and starts; `unread_before` is the number of earlier starts.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Metrics:
         recipe_steps: int = 0,
         log_every: int = 10,
         images_per_step: int = 0,
+        unread_before: int = 0,
         sinks: tuple[Sink, ...] = (),
         console: Console | None = None,
     ) -> None:
@@ -51,7 +52,7 @@ class Metrics:
         self.step, self.total_steps, self.log_every = first_step, total_steps, max(log_every, 1)
         self.images_per_step, self.sinks = images_per_step, sinks
         self.last: dict[str, float] = {}
-        self.unread_images = 0
+        self.unread_images = self._unread_before = unread_before
         self._current: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._window: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
@@ -101,7 +102,8 @@ class Metrics:
     def flush(self, waited: float = 0.0, unread: int = 0) -> None:
         """Read the window off the device, write, print.
 
-        waited: seconds this rank spent on data in the window; unread: images it could not read.
+        waited: seconds this rank spent on data in the window; unread: images of this start that
+        it could not read.
         """
         if not self._window:
             return
@@ -115,7 +117,8 @@ class Metrics:
         # A further column, so that the images unread on all ranks come with the same reduction.
         stacked = torch.cat([stacked, torch.full_like(stacked[:, :1], unread)], dim=1)
         rows = distributed.all_reduce_mean(stacked).tolist()
-        self.unread_images += round([row.pop() for row in rows][-1] * distributed.world_size())
+        unread_here = round([row.pop() for row in rows][-1] * distributed.world_size())
+        self.unread_images = self._unread_before + unread_here
         seconds = time.perf_counter() - self._since
         self._rate = len(rows) / max(seconds, 1e-9)
         lines = [

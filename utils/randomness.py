@@ -85,17 +85,16 @@ class ShieldedBatches:
     def __init__(self, batches: Iterator[Any]) -> None:
         self.batches = batches
         self.seconds = 0.0
-        self._unread = 0
 
     def waited(self) -> float:
         """Seconds spent waiting for batches since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
+    @property
     def unread(self) -> int:
-        """Images since the last call that could not be read, where the batches count `errors`."""
-        before, self._unread = self._unread, sum(getattr(self.batches, "errors", {}).values())
-        return self._unread - before
+        """Images so far that could not be read, where the batches count `errors`."""
+        return sum(getattr(self.batches, "errors", {}).values())
 
     def __iter__(self) -> "ShieldedBatches":
         return self

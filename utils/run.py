@@ -92,8 +92,7 @@ def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, A
     if not is_done:  # without a step to train, config.yaml stays the one of the weights
         notes = on_main(lambda: prepare_folder(folder, config, checkpoints)) + notes
         notes += [f"resuming from step {first_step}"] if checkpoints.newest is not None else []
-    metrics = _make_metrics(run, first_step)
-    metrics.unread_images = history.unread
+    metrics = _make_metrics(run, first_step, history.unread)
     for note in [*precision.notes(), *notes]:
         metrics.say(note)
     usable = _usable_probes(run, metrics)
@@ -181,7 +180,7 @@ def _prepare(
     return optimizer, step, damaged
 
 
-def _make_metrics(run: Run, first_step: int) -> Metrics:
+def _make_metrics(run: Run, first_step: int, unread_before: int) -> Metrics:
     config = run.config
     sinks: Any = ()
     if distributed.is_main():
@@ -194,6 +193,7 @@ def _make_metrics(run: Run, first_step: int) -> Metrics:
         recipe_steps=run.recipe.total_steps,
         log_every=config["training"]["log_every"],
         images_per_step=run.images_per_step,
+        unread_before=unread_before,
         sinks=sinks,
     )
 

@@ -47,7 +47,7 @@ def fit(
     step, stopping = first_step, False
 
     def save(at: int) -> str:
-        metrics.flush(batches.waited(), batches.unread())
+        metrics.flush(batches.waited(), batches.unread)
         if not (fault := broken_weights(module, at)):
             checkpoints.start(at, state.collect(module, optimizer, precision), replace=at == step)
         return fault
@@ -80,7 +80,7 @@ def fit(
         # Log
         metrics.end_step(step, values, norms)
         if metrics.due(step) or step == last_step or health.hopeless:
-            metrics.flush(batches.waited(), batches.unread())
+            metrics.flush(batches.waited(), batches.unread)
             with precision.autocast():
                 metrics.record(step, health.features.examine(recipe.exported, batch))
             metrics.say(health.features.alarm)

@@ -19,12 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit.backbone import (
-    Features,
-    check_whole_patches,
-    features_of_intermediates,
-    take_indices,
-)
+from vit.backbone import Features, check_whole_patches, features_of_intermediates, take_indices
 from vit.keys import renamed, strip_wrappers
 from vit.models import build, entrypoint
 

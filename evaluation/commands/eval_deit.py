@@ -17,7 +17,15 @@ from utils.config.command_line import (
     tell,
 )
 from utils.config.compose import parse_config
-from utils.config.deit_flags import DATA_SETS, NO_EFFECT, SPECTRUM, is_packed, lacks_spectrum
+from utils.config.deit_flags import (
+    CATEGORY,
+    DATA_SETS,
+    NO_EFFECT,
+    SPECTRUM,
+    is_packed,
+    lacks_spectrum,
+)
+from utils.config.deit_flags import OPTIONS as OF_TRAINING
 from utils.errors import UserError
 from utils.nearest import nearest
 
@@ -42,9 +50,7 @@ OPTIONS = {
     "--precision": Option("probes.accuracy.precision", "of the net: fp32, bf16 or fp16"),
     "--use-amp": Option("probes.accuracy.precision", "as --precision fp16", "fp16"),
     "--no-use-amp": Option("probes.accuracy.precision", "as --precision fp32", "fp32"),
-    "--inat-category": Option("data.category", "rank that is told apart"),
-    SPECTRUM: Option("backbone.invariant", "of mirror nets without a plain part", "power_spectrum"),
-    "--attn-mixer": Option("backbone.attention_mixer", "of mirror nets", "true"),
+    **{name: OF_TRAINING[name] for name in (CATEGORY, SPECTRUM, "--attn-mixer")},
     "--rot-eval": Option("probes.accuracy.rot_eval", "images turned at random", "true"),
     "--flop-eval": Option("probes.accuracy.flop_eval", "images mirrored", "true"),
     "--symmetries": Option("probes.accuracy.symmetries", "table of all eight symmetries", "true"),

@@ -53,7 +53,7 @@ def test_raw_values_in_the_file_median_and_mean_on_the_console(tmp_path):
 
 def test_images_unread_on_any_rank_are_told_from_the_first_on(tmp_path, monkeypatch):
     """With the reduction that the values need anyway; a run without any writes nothing of it."""
-    elsewhere = iter([0.0, 2.0, 0.0])  # what the other two ranks met
+    elsewhere = iter([0.0, 2.0, 2.0])  # what the other two ranks have met
 
     def all_reduce_sum(tensor):
         total = 3 * tensor
@@ -63,7 +63,7 @@ def test_images_unread_on_any_rank_are_told_from_the_first_on(tmp_path, monkeypa
     monkeypatch.setattr("utils.distributed.world_size", lambda: 3)
     monkeypatch.setattr("utils.distributed.all_reduce_sum", all_reduce_sum)
     metrics, _ = make(tmp_path, log_every=100)
-    for start, unread in ((0, 0), (2, 1), (4, 0)):
+    for start, unread in ((0, 0), (2, 1), (4, 1)):
         feed(metrics, 2, start=start)
         metrics.flush(unread=unread)
     lines = read_metrics(tmp_path / "metrics.jsonl")
