@@ -51,6 +51,17 @@ def test_the_nearest_pixel_claims_no_symmetry(name):
         assert gaps.min(dim=1).values.max() > 0.01, element
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("C12", (7, 7)), ("C8", (8, 8)), ("C4", (5, 8)), ("D3", (13, 13))]
+)
+def test_the_nearest_pixel_is_the_same_in_every_dtype(name, shape, dtype):
+    """Ties fall as in the published float32; bfloat16 holds whole numbers up to 256."""
+    group = CopyGroup(name, interpolation="nearest", rectangular="crop", fill=-1.0)
+    x = torch.arange(float(shape[0] * shape[1])).view(1, 1, *shape)
+    assert torch.equal(group.all_copies(x.to(dtype)).float(), group.all_copies(x))
+
+
 @pytest.mark.parametrize("name", ["C8", "D8", "D16", "C12"])
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("disc_mask", [False, True])
