@@ -129,9 +129,12 @@ class ClusteredAttention(HashedAttention):
     ) -> None:
         super().__init__(start, stop, form, seed)
         check_flags(group_queries=group_queries, group_keys=group_keys)
-        for name, count in (("query_hashes", query_hashes), ("key_hashes", key_hashes)):
+        for name, count, used in (
+            ("query_hashes", query_hashes, group_queries),
+            ("key_hashes", key_hashes, group_keys),
+        ):
             check_count(name, count, 1)
-            if form == "published" and count > LONGEST:
+            if used and form == "published" and count > LONGEST:
                 raise ValueError(
                     f'{name} {count}: form "published" packs two bits a hash into 64, so at most '
                     f'{LONGEST}; form "sound" takes any number'

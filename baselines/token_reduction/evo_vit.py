@@ -25,8 +25,11 @@ from utils.ranges import check_count, check_flags, check_rate, check_share
 
 
 def sort_tokens(patches: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patch tokens [B N D] and their class attention [B N] by falling attention, and the order."""
-    order = attention.argsort(dim=1, descending=True, stable=True)
+    """Patch tokens [B N D] and their class attention [B N] by falling attention, and the order.
+
+    Ties are in the framework's order, as in the published code.
+    """
+    order = attention.argsort(dim=1, descending=True)
     return rows_of(patches, order), attention.gather(1, order), order
 
 

@@ -56,7 +56,8 @@ def match_bipartite(
                 2, torch.arange(protected_odd, device=metric.device), -torch.inf
             )
         best, partner = scores.max(dim=-1)
-        ranked = best.argsort(dim=-1, descending=True, stable=True)
+        # Not stable: ties are in the framework's order, as in the published code.
+        ranked = best.argsort(dim=-1, descending=True)
         sources, alone = ranked[:, :r], ranked[:, r:]
         if protected_even:
             alone = alone.sort(dim=1).values

@@ -60,14 +60,18 @@ def evit(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
 
 
 def evit_upstream(given: dict[str, Any], tensors: dict[str, Tensor]) -> Reducer:
-    """EViT of the paper."""
-    return make_reducer("evit", **evit_options(given))
+    """EViT of the paper, which counts as Expedit-SWAG does."""
+    return make_reducer("evit", exact_counts=False, **evit_options(given))
 
 
 def evit_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of ours: a rate for every block, or one rate at some, negative ones from the end."""
+    """Keywords of ours: a rate for every block, or one rate at some, negative ones from the end.
+
+    A list of rates may be longer than the depth.
+    """
     if "keep_rate" in given:
-        return {"keep_rates": given["keep_rate"], "fuse_token": given["fuse_token"]}
+        rates = given["keep_rate"][: given["depth"]]
+        return {"keep_rates": rates, "fuse_token": given["fuse_token"]}
     return {
         "keep_rate": given["base_keep_rate"],
         "locations": [range(given["depth"])[block] for block in given["drop_loc"]],

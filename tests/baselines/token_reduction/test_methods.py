@@ -310,6 +310,7 @@ def test_only_equal_rows_share_a_fingerprint():
     assert int(act.cluster_ids(act.fingerprint_keys(many)).max()) == 199
     with pytest.raises(ValueError, match="at most 32"):
         act.ClusteredAttention(query_hashes=40, form="published")
+    act.ClusteredAttention(key_hashes=40, form="published")  # keys are not hashed
 
 
 def test_distance_alone_tells_tokens_apart():
