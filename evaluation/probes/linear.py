@@ -144,8 +144,8 @@ class LinearProbe:
                     top1 = run.judge(selection)[1]
                     best = best_head(top1)
                     if distributed.is_main():
-                        name, accuracy = run.heads.names[best], top1[best].item()
-                        _write_best(folder, done, name, accuracy, judged_on=selection.name)
+                        name = _published_best(run.heads.names, top1)
+                        _write_best(folder, done, name, top1[best].item(), judged_on=selection.name)
             return self._report(run, selection, exams, data, folder, step)
 
     def rates(self) -> list[float]:
@@ -259,9 +259,10 @@ class LinearProbe:
             for k, fractions in result.items()
         }
         if distributed.is_main():
+            name = _published_best(names, chosen_by[1])
             for exam, result in zip(exams, judged.values(), strict=True):
                 accuracy = _mean(result[1][best], exam)
-                _write_best(folder, run.num_steps, names[best], accuracy, judged_on=exam.name)
+                _write_best(folder, run.num_steps, name, accuracy, judged_on=exam.name)
             columns = {"val": by_k} | ({} if val is selection else {selection.name: chosen_by})
             results: dict[str, Any] = {
                 **figures,
@@ -278,7 +279,7 @@ class LinearProbe:
                 f"{exam.name}_accuracy": figures[f"{key}_top1"]
                 for exam, key in zip(exams, judged, strict=True)
             }
-            say(f"Test Results Dict {dict(best_classifier=names[best], **accuracies)}")
+            say(f"Test Results Dict {dict(best_classifier=name, **accuracies)}")
         return figures
 
 
@@ -290,11 +291,17 @@ def _mean(fractions: Tensor, exam: Exam) -> float:
     return fractions.item()
 
 
+def _published_best(names: Sequence[str], top1: Tensor) -> str:
+    """The name of the best head; as published, none where no head gives one right answer."""
+    best = best_head(top1)
+    return names[best] if top1[best] > 0 else ""
+
+
 def _write_best(
     folder: Path, iteration: int, name: str, accuracy: float, *, judged_on: str
 ) -> None:
     """Append the best head to the results file in the published format, and print it."""
-    found = {"name": name, "accuracy": accuracy}
+    found = {"name": name, "accuracy": accuracy if name else 0}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / RESULTS_FILE).open("a") as file:
         file.write(f"iter: {iteration}\n{json.dumps({'best_classifier': found})}\n\n")

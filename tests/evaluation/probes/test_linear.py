@@ -203,6 +203,19 @@ def test_given_heads_are_judged_without_training(tmp_path):
         make_probe(classifier="nowhere.pth")(ToyNet(), data, tmp_path / "c")
 
 
+def test_without_a_right_answer_the_published_lines_name_no_head(tmp_path):
+    """Heads of zeros answer class 0, which no image of val is."""
+    make_probe()(ToyNet(), make_data(), tmp_path / "a")
+    trained, file = read_pickle(tmp_path / "a/model_final.pth"), tmp_path / "zeros.pth"
+    zeros = {name: torch.zeros_like(value) for name, value in trained["model"].items()}
+    torch.save(trained | {"model": zeros}, file)
+    data = make_data()
+    data["val"] = Subset(data["val"], data["val"].labels.nonzero()[0])
+    assert make_probe(classifier=str(file))(ToyNet(), data, tmp_path / "b")["linear_top1"] == 0
+    lines = (tmp_path / "b/results_eval_linear.json").read_text().splitlines()
+    assert lines[:2] == ["iter: 24", '{"best_classifier": {"name": "", "accuracy": 0}}']
+
+
 def test_given_unfinished_heads_are_trained_on(tmp_path, capsys):
     make_probe()(ToyNet(), make_data(), tmp_path / "a")
     file = str(tmp_path / "a/running_checkpoint_linear_eval.pth")
