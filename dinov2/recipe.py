@@ -44,7 +44,8 @@ class DINOv2(nn.Module):
         over the data set at the effective batch, batch_size_per_gpu * ranks * accumulation.
     accumulation: micro-batches per step. Cross entropies and the centre come out as on that many
         times more ranks; KoLeo and Sinkhorn-Knopp look at one micro-batch at a time.
-    dino_head, ibot_head: keywords of `dinov2.head.DINOHead`; the latter counts if separate_head.
+    dino_head, ibot_head: keywords of `dinov2.head.DINOHead`; the latter counts if separate_head and
+        the iBOT loss has a weight.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class DINOv2(nn.Module):
         self.masks = masks or MaskSampler()
 
         heads = {"dino_head": dino_head or {}}
-        if separate_head:
+        if separate_head and ibot_loss_weight:
             heads["ibot_head"] = ibot_head or {}
 
         def network(rate: float | None) -> nn.Module:
@@ -125,7 +126,7 @@ class DINOv2(nn.Module):
         self._average = MovingAverage(self.teacher, self.student)
         head = self.student["dino_head"]
         self.dino_targets = Targets(head.num_prototypes, centering=centering)
-        head = self.student["ibot_head" if separate_head else "dino_head"]
+        head = self.student["ibot_head" if "ibot_head" in heads else "dino_head"]
         self.ibot_targets = Targets(head.num_prototypes, centering=centering)
         self.cross_entropy = CrossEntropy()
         self.grid = self._grid()

@@ -40,6 +40,7 @@ def load_start(parts: nn.ModuleDict, start: Mapping[str, Mapping[str, Tensor]], 
         raise ValueError(
             f"{path}: has {' and '.join(sorted(theirs))}, the recipe {' and '.join(sorted(ours))}; "
             f"set recipe.separate_head={str('ibot_head' in theirs).lower()}"
+            f"{', with an ibot_loss_weight above 0' if 'ibot_head' in theirs else ''}"
         )
     if not theirs:
         logger.info("%s has no heads: they start anew", path)

@@ -177,6 +177,7 @@ def test_the_mean_is_over_the_pairs_that_there_are():
 def test_each_loss_can_be_switched_off(which, separate):
     few = HEAD | {"num_prototypes": 7}  # the two heads need not be alike
     recipe = make_recipe(separate_head=separate, ibot_head=few, **{f"{which}_loss_weight": 0.0})
+    assert ("ibot_head" in recipe.student) == (separate and which != "ibot")
     losses = recipe.losses(make_batch(recipe), 0)
     losses["loss"].backward()
     assert losses["loss"].isfinite()

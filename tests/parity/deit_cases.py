@@ -17,6 +17,7 @@ from deit.recipe import DeiT
 from deit.schedules import SHAPES, Schedules
 from evaluation.probes.class_metrics import ClassCounts
 from tests.parity.harness import NotBuilt, check, load, strip
+from tests.parity.ssl_steps import has_qkv_bias
 from tests.published_names import published_vit_name
 from utils.optimizers import apply_schedules, clip_parts, make_optimizer
 from utils.schedules import Constant
@@ -184,7 +185,7 @@ def run_decay_groups(case: Case, folder: Path) -> None:
     names it no longer knows.
     """
     for entry in json.loads((folder / case["file"]).read_text()):
-        model = make_model(entry["model"])
+        model = make_model({"qkv_bias": has_qkv_bias(entry["no_decay"])} | entry["model"])
         octic_names = entry["model"]["family"] != "plain"
         exempt = undecayed(model)
         groups = {
@@ -204,7 +205,8 @@ def run_steps(case: Case, folder: Path) -> None:
     """Complete steps: our recipe, optimiser and moving average."""
     for dtype in DTYPES:
         data = load(case, folder, dtype)
-        ours = train_steps(case["args"], data, dtype)
+        model = {"qkv_bias": has_qkv_bias(data)} | case["args"]["model"]
+        ours = train_steps(case["args"] | {"model": model}, data, dtype)
         for optimizer in case["args"]["optimizers"]:  # one rule under two names
             for name in data:
                 if name.startswith(f"out.{optimizer}."):

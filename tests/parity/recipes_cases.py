@@ -19,7 +19,7 @@ from dinov2.masking import MaskSampler, block_mask, mask_weights
 from dinov2.param_groups import multipliers
 from dinov2.schedules import Schedules
 from tests.parity.harness import NotBuilt, check, load, strip
-from tests.parity.ssl_steps import make_backbone, published_name, run_ssl
+from tests.parity.ssl_steps import completed, make_backbone, published_name, run_ssl
 from utils.meter import Meter
 from utils.schedules import Cosine, Schedule
 
@@ -194,15 +194,16 @@ def run_schedules(case: Case, folder: Path) -> None:
 def run_param_groups(case: Case, folder: Path) -> None:
     """The published grouping, by published parameter names."""
     for entry in json.loads((folder / case["file"]).read_text()):
-        part = make_backbone(entry["model"]) if entry["model"] else make_head(entry["head"])
+        model = entry["model"] and completed(entry["model"], entry["groups"])
+        part = make_backbone(model) if model else make_head(entry["head"])
         ours = multipliers(
             part,
             layerwise_decay=entry["layerwise_decay"],
             patch_embed_lr_multiplier=entry["patch_embed_lr_mult"],
             published=True,
         )
-        if entry["model"]:
-            ours = {published_name(name, entry["model"]): value for name, value in ours.items()}
+        if model:
+            ours = {published_name(name, model): value for name, value in ours.items()}
         assert ours.keys() == entry["groups"].keys()
         for name, (lr, weight_decay, is_last) in entry["groups"].items():
             check(name, torch.tensor(ours[name][:2]), torch.tensor([lr, weight_decay]), 1e-12)

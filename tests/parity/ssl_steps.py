@@ -1,5 +1,6 @@
 """Complete DINOv2 training steps of the stored cases: our recipe, optimiser and clipping."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ SPELLING = {
 LOSSES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 
 
+def has_qkv_bias(names: Collection[str]) -> bool:
+    """Whether a stored network, octic or plain, has a bias there."""
+    return any(name.endswith(("attn.qkv.bias", "attn.qkv.lin_A1.bias")) for name in names)
+
+
+def completed(model: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The options of a case's network; what they leave out as the stored names have it."""
+    return {
+        "qkv_bias": has_qkv_bias(names),
+        "init_values": 1e-5 if any(".ls1." in name for name in names) else None,
+        "block_chunks": int(any(name.partition("blocks.")[2][:4] == "0.0." for name in names)),
+    } | model
+
+
 def make_backbone(model: dict[str, Any], **overrides: Any) -> nn.Module:
     """The network of a case."""
     changed = {k: v for k, v in model.items() if k in FIXED and v != FIXED[k]}
@@ -50,7 +65,8 @@ def run_ssl(case: dict[str, Any], folder: Path) -> None:
     """Two steps: losses, all gradients of the first, student and teacher after the last."""
     for dtype in (torch.float64, torch.float32):
         data = load(case, folder, dtype)
-        ours = train_steps(case["args"], data, dtype)
+        args = case["args"] | {"model": completed(case["args"]["model"], data)}
+        ours = train_steps(args, data, dtype)
         for name in data:
             if name.startswith("out."):
                 kind = "tolerance" if ".grad." in name else "tolerance_non_grad"
