@@ -17,7 +17,9 @@ from utils.run_files import CONFIG
 RUNS = "runs"  # of the finished config: name -> a training's config, or a file of weights
 RECIPE_OPTIONS = {
     "--epochs": Option("epochs", "of every training", text=False),
-    "--words": Option("words", "'key=value key=value' that hold for every training"),
+    "--words": Option(
+        "words", "'key=value key=value' for every training, in place of the config's"
+    ),
     "--no-pictures": Option("pictures", "the table alone", "false"),
 }
 

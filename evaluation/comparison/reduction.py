@@ -1,6 +1,6 @@
 """Compare token reductions on plain and octic nets (experiments/compare_reduction.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from evaluation.data import make_data
 from evaluation.features.dataset import device_of
 from evaluation.progress import say, track
 from utils.config.build import build
-from utils.errors import UserError
+from utils.errors import UserError, as_user_error
 from utils.flops import count_operations
 
 NONE = "unreduced"
@@ -105,10 +105,20 @@ def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, 
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """UserError, before anything is trained, for methods that fit none of the models."""
+    """UserError, before anything is trained, for methods that fit no model or not the images."""
     runs = config["runs"]
-    dataset = make_data(trainings_of(runs)[0]["data"], "val")
-    make_entries(dict(unfinished(runs, dataset, image_size(runs))), config)
+    size, dataset = image_size(runs), make_data(trainings_of(runs)[0]["data"], "val")
+    entries, _ = make_entries(dict(unfinished(runs, dataset, size)), config)
+    check_strengths(entries, size)
+
+
+@torch.inference_mode()
+def check_strengths(entries: Iterable[Entry], size: int) -> None:
+    """UserError, with the row's name, for a strength that images of `size` pixels do not allow."""
+    blank = torch.zeros(1, 3, size, size)
+    for entry in entries:
+        with as_user_error(f"{entry.name}, images of {size} pixels: "):
+            entry.net.eval()(blank)
 
 
 def make_entries(

@@ -37,10 +37,10 @@ def features_of(
     return [Features(part.cls, part.patches) for part in parts]
 
 
-def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
-    """Patch tokens [B h w D] of the last block after the final norm; UserError without them.
+def patch_map(net: Backbone, images: Tensor) -> Tensor:
+    """Patches [B h w D] of the last block after the final norm, h and w of any size.
 
-    UserError too for a map of another shape than the net's patches make of these images.
+    A net that crops gives a map of the middle of its images. UserError for a net without a map.
     """
     patches = features_of(net, images)[0].patches
     if patches is None:
@@ -48,6 +48,20 @@ def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
             f"{type(net).__name__} gives no patch tokens (features(...)[0].patches is None), which "
             "this needs"
         )
+    if patches.ndim != 4 or len(patches) != len(images):
+        raise UserError(
+            f"{type(net).__name__} gives patches of shape {list(patches.shape)} for "
+            f"{len(images)} images, not [images, rows, columns, channels]"
+        )
+    return patches
+
+
+def patch_tokens(net: Backbone, images: Tensor) -> Tensor:
+    """The map [B h w D] of a net whose patches cover the whole image; UserError for another shape.
+
+    UserError too for a net without patches.
+    """
+    patches = patch_map(net, images)
     height, width = images.shape[-2:]
     expected = (len(images), height // net.patch_size, width // net.patch_size, net.embed_dim)
     if tuple(patches.shape) != expected:

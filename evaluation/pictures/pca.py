@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.features.dataset import evaluating
-from evaluation.features.reading import patch_tokens
+from evaluation.features.reading import patch_map
 from evaluation.pictures.figures import grid, save, visible
 from utils.errors import UserError
 from utils.symmetry import invert, transform_image, transform_map
@@ -62,8 +62,7 @@ def patch_maps(net: Backbone, images: Tensor) -> Tensor:
     """Maps of patches [B h w D] in float32 on the host; UserError for a net without any."""
     with evaluating(net) as device:
         found = [
-            patch_tokens(net, part.to(device)).float().cpu()
-            for part in images.split(IMAGES_AT_ONCE)
+            patch_map(net, part.to(device)).float().cpu() for part in images.split(IMAGES_AT_ONCE)
         ]
     if found[0].shape[-1] < 3 or found[0][..., 0].numel() < 3:
         raise UserError("three colours need at least three channels and three patches")

@@ -238,9 +238,12 @@ def _write(
     paths = [write_results(folder, "equivariance", protocol=protocol, figures=figures)]
     rows = {name: _rows(part) for name, part in reports.items()}
     paths.append(draw_layer_errors(rows, folder / "errors_by_layer.png", dtype=config["dtype"]))
+    by_angle = folder / "errors_by_angle.png"
     if config["angle_step"]:
         by_name = {name: part.angles for name, part in reports.items()}
-        paths.append(draw_angle_errors(by_name, folder / "errors_by_angle.png"))
+        paths.append(draw_angle_errors(by_name, by_angle))
+    else:  # That of an earlier call would stand beside results it does not belong to.
+        by_angle.unlink(missing_ok=True)
     say(f"written: {', '.join(str(path) for path in paths)}")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaluation.commands.compare_reduction import parse_comparison
-from evaluation.comparison.reduction import NONE, compare, make_entries
+from evaluation.comparison.reduction import NONE, check_strengths, compare, make_entries
 from evaluation.comparison.reduction_dense import fit_dense_head, masks_of, mean_iou
 from evaluation.comparison.reduction_pictures import draw_reductions
 from octic.models import hybrid_deit_small_patch16
@@ -97,6 +97,17 @@ def test_a_method_that_fits_no_net_costs_no_training(tmp_path: Path, monkeypatch
     words = ["device=cpu", f"output_dir={tmp_path}", "--methods", "tome", "methods.tome.over=rr"]
     with pytest.raises(UserError, match=r"methods\.tome fits none of the models.*takes no rr"):
         compare(parse_comparison(words))
+
+
+def test_a_strength_that_the_images_forbid_costs_no_training():
+    """More clusters than patches, as after a change of the image size alone."""
+    given = {"method": "hourglass", "options": {"location": 2}, "over": "num_clusters"}
+    config = {"wrapper": WRAPPER, "methods": {"hourglass": given | {"values": [16, 100]}}}
+    entries, _ = make_entries({"plain": nets()["plain"]}, config)
+    check_strengths(entries[:-1], 32)
+    said = "^plain [+] hourglass .*100, images of 32 pixels: 10 x 10 clusters of 8 x 8 patches"
+    with pytest.raises(UserError, match=said):
+        check_strengths(entries, 32)
 
 
 def test_masks_are_the_class_where_the_image_is_bright():

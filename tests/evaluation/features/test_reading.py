@@ -7,7 +7,7 @@ import torch
 
 from evaluation.comparison.symmetry_pictures import draw_latent_maps
 from evaluation.features.dataset import class_token
-from evaluation.features.reading import features_of, patch_tokens
+from evaluation.features.reading import features_of, patch_map, patch_tokens
 from evaluation.probes.training import FrozenFeatures
 from evaluation.symmetry.angles import angle_errors
 from evaluation.symmetry.equivariance import logit_errors, measure
@@ -103,3 +103,17 @@ def test_patches_or_one_line():
     said = r"WrongGrid gives patches of shape \[2, 1, 2, 6\] for .* 8 x 8 pixels, not \[2, 2, 2"
     with pytest.raises(UserError, match=said):
         patch_tokens(WrongGrid(), IMAGES)
+
+
+class Rows(ToyNet):
+    def features(self, images, layers=(-1,)):
+        found = super().features(images, layers)
+        return [part._replace(patches=part.patches.flatten(1, 2)) for part in found]
+
+
+def test_a_map_may_be_of_any_size_but_is_a_map():
+    assert patch_map(WrongGrid(), IMAGES).shape == (2, 1, 2, 6)
+    with pytest.raises(UserError, match="^NoPatches gives no patch tokens"):
+        patch_map(NoPatches(), IMAGES)
+    with pytest.raises(UserError, match=r"^Rows gives patches of shape \[2, 4, 6\] for 2 images"):
+        patch_map(Rows(), IMAGES)

@@ -56,6 +56,15 @@ def test_maps_are_drawn(backbone, tmp_path):
         assert picture.width > picture.height > 100
 
 
+def test_a_net_that_crops_has_a_map():
+    class Middle(ToyNet):
+        def features(self, images, layers=(-1,)):
+            found = super().features(images, layers)
+            return [part._replace(patches=part.patches[:, 1:-1, 1:-1]) for part in found]
+
+    assert patch_maps(Middle(), torch.randn(2, 3, 16, 16)).shape == (2, 2, 2, 6)
+
+
 def test_maps_of_an_equivariant_net_turn_with_the_image():
     net = make(
         {

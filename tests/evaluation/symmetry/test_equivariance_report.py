@@ -149,6 +149,15 @@ def test_what_takes_the_place_of_another_nets_results_says_so(tmp_path, capsys):
     ]
 
 
+def test_no_picture_of_angles_outlives_its_results(tmp_path, monkeypatch):
+    drawn = "evaluation.symmetry.equivariance_report.draw_layer_errors"
+    monkeypatch.setattr(drawn, lambda rows, path, dtype: path)
+    old = tmp_path / "errors_by_angle.png"
+    old.write_bytes(b"of another net")
+    report({**small(tmp_path, BACKBONES["timm"]), "angle_step": 0.0})
+    assert (tmp_path / "results.json").is_file() and not old.exists()
+
+
 def test_damaged_results_are_set_aside(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"knn": ')
     write_results(tmp_path, "x", protocol={}, figures={"y": 1})
