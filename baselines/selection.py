@@ -20,6 +20,7 @@ def keep_count(rate: float, count: int, *, exact: bool = True) -> int:
     Otherwise as published, where 0.55 of 100 tokens are 56 because of a rounding error.
     """
     check_rate("keep_rate", rate)
+    count = int(count)  # a tensor where a tracer follows shapes, and rounded to float32 there
     return max(1, math.ceil(round(rate * count, 9) if exact else rate * count))
 
 

@@ -101,7 +101,7 @@ def count_operations(
     """
     recorder = _Recorder()
     # The recorder outside: it sees the operators that the counter could not take apart.
-    with torch.set_grad_enabled(backward), _no_fast_path(), recorder:
+    with torch.set_grad_enabled(backward), no_fast_path(), recorder:
         counter = FlopCounterMode(display=False, custom_mapping=_formulas())
         recorder.known = counter.flop_registry
         with counter:
@@ -160,7 +160,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """Keep torch's MultiheadAttention in one piece per product: its fused operator is opaque."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

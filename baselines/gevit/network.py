@@ -233,10 +233,9 @@ class GEViT(nn.Module):
 
     def lift(self, images: Tensor) -> Tensor:
         """Maps on the group [B C G H W], before the first norm."""
-        if images.ndim != 4 or images.shape[1] not in {
-            self.in_chans,
-            *([3] * (self.in_chans == 1)),
-        }:
+        # No set: a tracer makes shapes tensors, which equal numbers but do not hash like them.
+        known = (self.in_chans, 3) if self.in_chans == 1 else (self.in_chans,)
+        if images.ndim != 4 or images.shape[1] not in known:
             raise ValueError(
                 f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
             )

@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 
 def count_cost(name: str, node: Node, *, size: int = 224) -> Cost:
-    """Count a net on the meta device, or on the CPU if one of its operators does not support meta.
+    """Count a net on the meta device, or on the CPU if it does not run there.
 
     UserError, with the model and the operator, if an operator that may multiply has no formula,
     forward or backward, because its arithmetic would be missing silently.
@@ -34,7 +34,9 @@ def count_cost(name: str, node: Node, *, size: int = 224) -> Cost:
     net = make_net(name, node, "meta")
     try:
         operations = count_one_image(net, size)
-    except NotImplementedError:
+    except RuntimeError:
+        # No kernel for meta, no autocast on it, or shapes that depend on values, as where a reducer
+        # counts the tokens it keeps. What is truly wrong is raised again.
         net = make_net(name, node, "cpu")
         operations = count_one_image(net, size)
     except UserError as error:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.flops import no_fast_path
 
 # Operators that both count; fvcore counts others as well.
 PRODUCTS = {
@@ -43,7 +44,7 @@ def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
     )
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
-    with torch.no_grad():
+    with torch.no_grad(), no_fast_path():
         return {
             "total": int(analysis.total()),
             "by_operator": {key: int(value) for key, value in analysis.by_operator().items()},

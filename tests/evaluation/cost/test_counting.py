@@ -1,6 +1,7 @@
 """Parameters and multiply-adds of every registered model, the published ones among them."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,32 @@ def test_nets_of_any_kind(backbone):
         make_net("net", backbone, "cpu").eval(), torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     )
     assert cost.operations[:2] == on_cpu[:2]
+
+
+# Each needs the CPU: autocast, or counts of tokens that are read from values, stop it on meta.
+ON_CPU: dict[str, dict[str, Any]] = {
+    "hourglass": {"location": 1, "num_clusters": 4},
+    "ats": {"locations": [1]},
+    "act": {"query_hashes": 4},
+    "smyrf": {"start": 1, "num_hashes": 2},
+}
+
+
+@pytest.mark.parametrize("method", ON_CPU)
+def test_reduced_nets_that_do_not_run_on_meta(method):
+    backbone = {"_target_": "vit.models.deit_tiny_patch16_LS", "_partial_": True, "depth": 3}
+    keywords = {"backbone": backbone, "method": method, "options": ON_CPU[method]}
+    cost = count_cost("reduced", find_backbone("reduced", size=64, keywords=keywords), size=64)
+    assert cost.multiply_adds > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns of every shape that it takes as fixed
+@pytest.mark.parametrize("name", ["deit_small_patch16_224_shrink", "gevit_rotmnist_p4"])
+def test_a_tracer_as_fvcores_follows_nets_whose_shapes_decide(name):
+    size, node = own_size(name), find_backbone(name)
+    net = make_net(name, node, "cpu").eval()
+    images = torch.zeros(1, getattr(net, "in_chans", 3), size, size)
+    torch.jit.trace(net, images, check_trace=False)
 
 
 def test_an_operator_nobody_counts_is_refused_by_name():
