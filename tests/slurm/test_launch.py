@@ -141,11 +141,13 @@ def torchrun(folder: Path, function: str, *words: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_torchrun_joins_whatever_the_launcher_says(tmp_path: Path) -> None:
     assert torchrun(tmp_path, "report", "--ngpus", "8").returncode == 0
     assert notes(tmp_path) == [{"world_size": 2, "total": 3.0, "seed": 0}] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "said"),
     [

@@ -63,6 +63,7 @@ def alone() -> dict[str, dict]:
     return {name: train(name) for name in ("plain", "octic")}
 
 
+@pytest.mark.slow
 @NETS
 @pytest.mark.parametrize("how", ["replicate", "shard"])
 def test_two_processes_compute_what_one_does(pair, alone, net, how):
@@ -74,6 +75,7 @@ def test_two_processes_compute_what_one_does(pair, alone, net, how):
     assert found["held"] == pytest.approx(total * share, rel=0.05)
 
 
+@pytest.mark.slow
 @NETS
 def test_bf16_travels_and_float32_is_summed(pair, alone, net):
     """Parameters travel as bf16; masters and the sums of gradients are float32."""
@@ -83,6 +85,7 @@ def test_bf16_travels_and_float32_is_summed(pair, alone, net):
     assert found["losses"] == pytest.approx(alone[net]["losses"], rel=0.03)
 
 
+@pytest.mark.slow
 @NETS
 @pytest.mark.parametrize("how", ["replicate", "shard", "bf16"])
 def test_what_is_sent_is_what_the_formula_says(pair, alone, net, how):
