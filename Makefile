@@ -9,10 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
-# A process per core. A file's fast tests stay together, for the nets that they share; slow ones take
-# minutes, and a process that is done takes over another's.
-CORES := -n auto --maxprocesses 8
-SPREAD := $(CORES) --dist loadfile
+# A process per core; a file's tests stay together, for the nets that they share.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart speed test test-slow test-lowest test-gpu test-slurm lint format typecheck wheel clean
@@ -38,7 +36,7 @@ test: lint typecheck ## lint, types and the fast tests
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-slow: install ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not slurm" $(CORES) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" $(SPREAD) $(ARGS)
 
 test-lowest: ## the fast tests with the lowest versions that pyproject.toml asks for, in an environment of their own
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
