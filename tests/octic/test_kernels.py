@@ -332,31 +332,6 @@ def check_matrices(check, ops):
     check(ops.stack_matrices_backward, ([torch.randn_like(t) for t in found], tensors, layout))
 
 
-def test_matrices_by_the_operator_are_those_of_torch():
-    """Values and gradients of what CUDA takes, on the device at hand; several layers at once."""
-    kinds = [(True, True), (False, False), (False, True), (True, False)]
-    layers = [
-        matrix_sources(scaled=scaled, biased=biased, dtype=torch.float64)
-        for scaled, biased in kinds
-    ]
-    tensors, layout = [t for layer in layers for t in layer.tensors], matrices._layout(layers)
-
-    def plain(*tensors):
-        found = [matrices.plain_stack(own, None) for own in matrices.layers_of(tensors, layout)]
-        return [part for own in found for part in own if part is not None]
-
-    def by_operator(*tensors):
-        return matrices._Stack.apply(layout, torch.float64, *tensors)
-
-    found = []
-    for function in (plain, by_operator):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        outputs = function(*leaves)
-        sum(part.square().sum() for part in outputs).backward()
-        found.append([*outputs, *(leaf.grad for leaf in leaves)])
-    assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
-
-
 @pytest.mark.slow
 def test_no_graph_break_and_the_same_results_when_compiled():
     *inputs, grad = norm_inputs(OCTIC, tokens=(2, 3), channels=4, dtype=torch.float32)

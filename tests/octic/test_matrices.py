@@ -103,3 +103,28 @@ def test_gradients_in_half_precision_are_those_of_tensors_in_any():
     grads = plain_stack(mixed, torch.float32)
     found = plain_unstack(grads, mixed)
     assert [t.dtype for t in found] == [t.dtype for t in mixed.tensors]
+
+
+def test_matrices_by_the_operator_are_those_of_torch():
+    """Values and gradients of what CUDA takes, on the device at hand; several layers at once."""
+    kinds = [(True, True), (False, False), (False, True), (True, False)]
+    layers = [
+        matrix_sources(scaled=scaled, biased=biased, dtype=torch.float64)
+        for scaled, biased in kinds
+    ]
+    tensors, layout = [t for layer in layers for t in layer.tensors], matrices._layout(layers)
+
+    def plain(*tensors):
+        found = [matrices.plain_stack(own, None) for own in matrices.layers_of(tensors, layout)]
+        return [part for own in found for part in own if part is not None]
+
+    def by_operator(*tensors):
+        return matrices._Stack.apply(layout, torch.float64, *tensors)
+
+    found = []
+    for function in (plain, by_operator):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        outputs = function(*leaves)
+        sum(part.square().sum() for part in outputs).backward()
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))

@@ -66,3 +66,10 @@ def test_a_branch_in_half_precision_is_divided_in_the_dtype_of_the_tokens():
 def test_a_branch_that_is_always_dropped_adds_zero():
     update = torch.ones(4, 2, 3)
     assert torch.equal(drop_path(update, None, 1.0, dtype=update.dtype), torch.zeros(4, 2, 3))
+
+
+def test_a_dropped_branch_in_half_precision_is_divided_exactly() -> None:
+    update = torch.ones(50, 1, 8, dtype=torch.bfloat16)
+    dropped = drop_path(update, None, 0.4, dtype=torch.float32)
+    assert dropped.dtype == torch.float32
+    assert set(dropped.unique().tolist()) == {0.0, (1 / torch.tensor(0.6)).item()}
