@@ -4,19 +4,20 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from utils.config.build import plain, resolve
 from utils.config.command_line import (
+    Takes,
     backbone_words,
     files_beside,
     help_page,
     names_backbone,
-    passed_on,
     quoted,
     read_command,
     refuse_unknown_flags,
-    take_value,
+    sorted_words,
     tell,
 )
 from utils.config.compose import compose_config, parse_config
@@ -156,32 +157,31 @@ class EvaluationArguments(NamedTuple):
 def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
     """Sort `OUTPUT [flags] [key=value ...]`; flags of all scripts pass as they are."""
     refuse_unknown_flags(argv, OWN)
-    words, found, output = list(argv), EvaluationArguments([], {}, [], []), ""
-    while words:
-        word = words.pop(0)
-        name, _, inline = word.partition("=")
+    found, output = EvaluationArguments([], {}, [], []), ""
+    takes: dict[str, Takes] = dict.fromkeys((CHOICE, MODEL, *IGNORED), 1)
+    takes |= dict.fromkeys((*SWITCHES, *WITHOUT_VALUE), 0)
+    for name, option in OPTIONS.items():
+        takes[name] = partial(_can_follow, kind=option.kind) if option.many else 1
+    for name, values in sorted_words(argv, takes):
         if name == CHOICE:
-            listed = inline or (words.pop(0) if words else "")
-            found.argv.extend(_choose_probes(listed, argv))
+            found.argv.extend(_choose_probes(values[0], argv))
         elif name == MODEL:
-            found.argv.extend(backbone_words(take_value(name, inline, words)))
+            found.argv.extend(backbone_words(values[0]))
         elif name in OPTIONS:
-            option = OPTIONS[name]
-            values = _read_values(name, option, _take(name, option, inline, words))
-            _sort(found, name, option.key, values if option.many else values[0])
-        elif word in SWITCHES:
-            _sort(found, word, SWITCHES[word].key, SWITCHES[word].value)
-        elif word in WITHOUT_VALUE:
-            found.notes.append(f"{word} has no effect: {WITHOUT_VALUE[word]}")
-        elif name in IGNORED:
-            take_value(name, inline, words)
-            found.notes.append(f"{name} has no effect: {IGNORED[name]}")
-        elif word.startswith("-") or _is_override(word):
-            found.argv.extend(passed_on(word, words))
+            read = _read_values(name, OPTIONS[name].kind, values)
+            _sort(found, name, OPTIONS[name].key, read if OPTIONS[name].many else read[0])
+        elif name in SWITCHES:
+            _sort(found, name, SWITCHES[name].key, SWITCHES[name].value)
+        elif name:
+            found.notes.append(f"{name} has no effect: {(WITHOUT_VALUE | IGNORED)[name]}")
+        elif values[0].startswith("-") or _is_override(values[0]):
+            found.argv.extend(values)
         elif output:
-            raise UserError(f"two output folders, {output!r} and {word!r}; key=value sets a key")
+            raise UserError(
+                f"two output folders, {output!r} and {values[0]!r}; key=value sets a key"
+            )
         else:
-            output = word
+            output = values[0]
     if output:
         found.argv.append(f"output_dir={_override(output)}")
     return found
@@ -269,14 +269,6 @@ def _takes(node: Mapping[str, Any], keyword: str) -> bool:
     return keyword in keywords_of(resolve(node["_target_"]))
 
 
-def _take(name: str, option: Option, inline: str, words: list[str]) -> list[str]:
-    """The values of a flag: one, or all up to a word that cannot be one of them."""
-    taken = [take_value(name, inline, words)]
-    while option.many and not inline and words and _can_follow(words[0], option.kind):
-        taken.append(words.pop(0))
-    return taken
-
-
 def _can_follow(word: str, kind: Callable[[str], Any]) -> bool:
     if kind in (int, float):
         with contextlib.suppress(ValueError):
@@ -291,11 +283,11 @@ def _is_override(word: str) -> bool:
     return word.startswith("~") or ("=" in word and ":" not in word.partition("=")[0])
 
 
-def _read_values(name: str, option: Option, words: list[str]) -> list[Any]:
+def _read_values(name: str, kind: Callable[[str], Any], words: list[str]) -> list[Any]:
     try:
-        return [option.kind(word) for word in words]
+        return [kind(word) for word in words]
     except ValueError:
-        raise UserError(f"{name} takes {option.kind.__name__}, not {' '.join(words)!r}") from None
+        raise UserError(f"{name} takes {kind.__name__}, not {' '.join(words)!r}") from None
 
 
 def _override(value: object) -> str:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from utils.config.build import plain
 from utils.config.command_line import (
+    Takes,
     backbone_words,
     names_backbone,
-    passed_on,
     quoted,
     read_command,
     refuse_unknown_flags,
-    take_value,
+    sorted_words,
     tell,
 )
 from utils.config.compose import parse_config
@@ -73,6 +73,7 @@ OPTIONS = {
     "--scratch-dir": "scratch_dir",
 }
 OWN = ("--tasks", *(flag for flag, _ in ROOTS.values()), *OPTIONS)
+SAME = {"--pretrained-weights": "--weights"}
 HELP = {
     "--weights FILE": "every key must fit; also --pretrained-weights",
     "--tasks TASK ...": "which of configs/probe/seg_*.yaml; by default those with a known folder",
@@ -115,7 +116,7 @@ def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read_segmentation_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides for the words of a command line, and notes; flags of all scripts pass."""
     refuse_unknown_flags(argv, OWN)
-    asked = _read(list(argv))
+    asked = _read(argv)
     words = [*_model(asked), *_launcher(asked)]
     named_file = any(word.split("=")[0] in ("--config-file", "--config") for word in asked.rest)
     tasks = _tasks(asked, named_file)
@@ -135,44 +136,51 @@ def known_tasks() -> list[str]:
     return sorted(path.stem for path in (CONFIGS / "probe").glob("seg_*.yaml"))
 
 
-def _read(words: list[str]) -> _Asked:
-    asked = _Asked([], [], {}, {}, {}, {}, {}, [])
+def _read(argv: Sequence[str]) -> _Asked:
+    asked, output = _Asked([], [], {}, {}, {}, {}, {}, []), ""
     roots = {flag: data for data, (flag, _) in ROOTS.items()}
-    output = ""
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        key = name.replace("-", "_")
+    takes: dict[str, Takes] = dict.fromkeys((*roots, *OPTIONS, "--weights", "--model"), 1)
+    told = {"--tasks": ", ".join(known_tasks())}
+    takes["--tasks"] = lambda word: word.startswith("seg_")
+    for name, values in sorted_words(argv, takes, same=SAME, told=told):
+        value = values[0]
         if name == "--tasks":
-            asked.tasks.extend(value.split(",") if equals else _take(words))
-        elif name in ("--weights", "--pretrained-weights"):
-            asked.rest.append(f"weights={_quoted(take_value(name, value, words))}")
+            asked.tasks.extend(task for word in values for task in word.split(","))
+        elif name == "--weights":
+            asked.rest.append(f"weights={_quoted(value)}")
         elif name == "--model":
-            asked.rest.extend(backbone_words(take_value(name, value, words)))
+            asked.rest.extend(backbone_words(value))
         elif name in roots:
-            asked.roots[roots[name]] = take_value(name, value, words)
+            asked.roots[roots[name]] = value
         elif name in OPTIONS:
-            asked.options[OPTIONS[name]] = take_value(name, value, words)
-        elif word.startswith("-"):
-            asked.rest.extend(passed_on(word, words))
-        elif not equals and not word.startswith("~"):
-            if output:
-                raise UserError(f"two output folders, {output!r} and {word!r}")
-            output = word
-            asked.rest.append(f"output_dir={_quoted(word)}")
-        elif name.startswith("model_loader_kwargs."):
-            asked.loader[name.removeprefix("model_loader_kwargs.")] = value
-        elif name in ("model_path", "distributed"):
-            asked.published[name] = value
-        elif key in SBATCH:
-            asked.sbatch[key] = value
-        elif name == "output_dir":
-            asked.rest.append(f"output_dir={_quoted(value)}")
-        elif re.split(r"[.@]", name.lstrip("+~"))[0] in OURS:
-            asked.rest.append(word)
+            asked.options[OPTIONS[name]] = value
+        elif value.startswith("-"):
+            asked.rest.extend(values)
+        elif "=" in value or value.startswith("~"):
+            _read_override(asked, value)
+        elif output:
+            raise UserError(f"two output folders, {output!r} and {value!r}")
         else:
-            raise UserError(_unknown_key(name))
+            output = value
+            asked.rest.append(f"output_dir={_quoted(value)}")
     return asked
+
+
+def _read_override(asked: _Asked, word: str) -> None:
+    name, _, value = word.partition("=")
+    key = name.replace("-", "_")
+    if name.startswith("model_loader_kwargs."):
+        asked.loader[name.removeprefix("model_loader_kwargs.")] = value
+    elif name in ("model_path", "distributed"):
+        asked.published[name] = value
+    elif key in SBATCH:
+        asked.sbatch[key] = value
+    elif name == "output_dir":
+        asked.rest.append(f"output_dir={_quoted(value)}")
+    elif re.split(r"[.@]", name.lstrip("+~"))[0] in OURS:
+        asked.rest.append(word)
+    else:
+        raise UserError(_unknown_key(name))
 
 
 def _unknown_key(name: str) -> str:
@@ -279,16 +287,6 @@ def _tasks(asked: _Asked, named_file: bool) -> list[str]:
         flags = " and ".join(flag for flag, _ in ROOTS.values())
         asked.notes.append(f"no --tasks, and no folder ({flags}): judging on the embedded scenes")
     return found or [EMBEDDED]
-
-
-def _take(words: list[str]) -> list[str]:
-    """The word that follows --tasks, and all after it that could be tasks."""
-    if not words or words[0].startswith("-") or "=" in words[0]:
-        raise UserError(f"--tasks needs names: {', '.join(known_tasks())}")
-    taken = [words.pop(0)]
-    while words and words[0].startswith("seg_"):
-        taken.append(words.pop(0))
-    return [task for word in taken for task in word.split(",")]
 
 
 def _quoted(value: str) -> str:

@@ -15,12 +15,14 @@ from utils.config.build import plain
 from utils.config.check import networks
 from utils.config.command_line import (
     Option,
+    Takes,
     help_page,
     meanings,
     quoted,
     read_command,
     read_words,
     refuse_unknown_flags,
+    sorted_words,
     tell,
 )
 from utils.config.compose import parse_config
@@ -203,29 +205,18 @@ def read_swag_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _take(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
     """Split a command line: flags that are no plain aliases, with their values; the rest; notes."""
-    waiting, taken, rest, notes = list(argv), dict[str, list[str]](), list[str](), list[str]()
-    while waiting:
-        word = waiting.pop(0)
-        name, _, inline = word.partition("=")
-        name = SHORT.get(name, name)
-        if name in ("-h", "--help") or name not in {**TAKEN, **OWN, **IGNORED}:
-            rest.append(word)
-            continue
-        own = OWN.get(name)
-        if own and own.switch:
-            taken[name] = [inline or "true"]
-            continue
-        values = [inline] if inline else []
-        while waiting and not values and not _is_flag(waiting[0]):
-            values.append(waiting.pop(0))
-        while own and own.many and waiting and _is_whole(waiting[0]):
-            values.append(waiting.pop(0))
-        if not values:
-            raise UserError(f"{name} needs a value: {own.help if own else TAKEN.get(name, '')}")
+    taken, rest, notes = dict[str, list[str]](), list[str](), list[str]()
+    takes: dict[str, Takes] = dict.fromkeys((*TAKEN, *IGNORED), 1)
+    for name, own in OWN.items():
+        takes[name] = None if own.switch else _is_whole if own.many else 1
+    told = TAKEN | {name: own.help for name, own in OWN.items()}
+    for name, values in sorted_words(argv, takes, same=SHORT, told=told):
         if name in IGNORED:
             notes.append(f"{name} has no effect: {IGNORED[name]}")
+        elif name:
+            taken[name] = values or ["true"]
         else:
-            taken[name] = values
+            rest += values
     return taken, rest, notes
 
 
@@ -330,18 +321,6 @@ def _data_words(places: Sequence[str]) -> list[str]:
         return [f"data.root={quoted(places[0])}"]
     root = quoted(str(published))
     return ["data=folder", f"data.root={root}", f"data.val_root={root}"]
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("-") and not _is_number(word)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_whole(word: str) -> bool:

@@ -8,7 +8,7 @@ from evaluation.progress import say
 from evaluation.published import DINOV2, LAYOUTS, MEASURED_IN, PUBLISHED, SEGMENTED_IN, Published
 from evaluation.results import print_table
 from utils.config.build import plain
-from utils.config.command_line import quoted, refuse_unknown_flags, take_value
+from utils.config.command_line import quoted, refuse_unknown_flags, sorted_words
 from utils.config.compose import parse_config
 from utils.errors import UserError, fail
 from utils.ranges import check_word
@@ -109,16 +109,9 @@ def _flag(task: str) -> str:
 
 def _take_options(argv: list[str], names: set[str]) -> dict[str, str]:
     """Take `--name VALUE` and `--name=VALUE` out of a command line."""
-    taken, waiting = {}, argv[:]
-    argv.clear()
-    while waiting:
-        word = waiting.pop(0)
-        name, _, inline = word.partition("=")
-        if name in names:
-            taken[name] = take_value(name, inline, waiting)
-        else:
-            argv.append(word)
-    return taken
+    sorted_argv = [*sorted_words(argv, dict.fromkeys(names, 1))]
+    argv[:] = [word for name, words in sorted_argv if not name for word in words]
+    return {name: values[0] for name, values in sorted_argv if name}
 
 
 def _overrides(name: str, options: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,6 +22,9 @@ TAKES_VALUE = {name for flag in FLAGS if flag.kind is not None for name in flag.
     "--config",
 }
 Read = TypeVar("Read")
+# The values of a flag: so many; one, and every next word of which a function says so; or, for None,
+# only one behind an =, if there is one.
+Takes = int | Callable[[str], bool] | None
 
 
 class Option(NamedTuple):
@@ -89,22 +92,19 @@ def read_words(
     its value, or None if they are simply key=value. Raises UserError for a flag without its value,
     a value for a flag that takes none, an unknown flag, and a positional word too many.
     """
-    words, found, same, ignored = list(argv), Words([], [], []), same or {}, ignored or {}
+    found, same, ignored = Words([], [], []), same or {}, ignored or {}
     refuse_unknown_flags(argv, (*options, *same, *ignored))
-    while words:
-        word = words.pop(0)
-        name, _, inline = word.partition("=")
-        name = same.get(name, name)
-        if "=" in word and (name in ignored or (name in options and options[name].value)):
-            raise UserError(f"{name} takes no value, got {word!r}")
+    takes = {name: 0 if option.value else 1 for name, option in options.items()}
+    told = {name: option.help for name, option in options.items()}
+    for name, values in sorted_words(argv, dict.fromkeys(ignored, 0) | takes, same=same, told=told):
         if name in ignored:
             found.notes.append(f"{name} has no effect: {ignored[name]}")
-        elif name in options:
+        elif name:
             option = options[name]
-            value = option.value or take_value(name, inline, words, f": {option.help}")
+            value = option.value or values[0]
             found.overrides.extend(spell(name, value) or [_override(option, value)])
-        elif word.startswith(("-", "+", "~")) or "=" in word or not num_places:
-            found.overrides.extend(passed_on(word, words))
+        elif (word := values[0]).startswith(("-", "+", "~")) or "=" in word or not num_places:
+            found.overrides.extend(values)
         elif len(found.places) == num_places:
             what = "two output folders" if num_places == 1 else "too many words"
             given = " and ".join(map(repr, [*found.places, word]))
@@ -114,23 +114,42 @@ def read_words(
     return found
 
 
-def take_value(name: str, inline: str, words: list[str], told: str = "") -> str:
-    """The value of a flag: the text after its =, else the next word, which is removed from `words`.
+def sorted_words(
+    argv: Sequence[str],
+    takes: Mapping[str, Takes],
+    *,
+    same: Mapping[str, str] | None = None,
+    told: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, list[str]]]:
+    """The flags of `takes`, each with its values; other words come in their order, named "".
 
-    told: what the UserError for a missing value adds.
+    A flag that all scripts read and `takes` lacks is such a word, with its value beside it. same:
+    other spellings of flags. told: what the error for a missing value adds. Raises UserError for a
+    flag without its values, and for a value behind the = of one that takes none.
     """
-    value = inline or (words.pop(0) if words else "")
-    if not value or (not inline and value.startswith("--")):
-        raise UserError(f"{name} needs a value{told}")
-    return value
-
-
-def passed_on(word: str, words: list[str]) -> list[str]:
-    """A word that is not the command's, with its value where all scripts read it as such a flag.
-
-    The value is removed from `words`, those that follow.
-    """
-    return [word, words.pop(0)] if word in TAKES_VALUE and words else [word]
+    words, same, told = list(argv), same or {}, told or {}
+    while words:
+        word = words.pop(0)
+        spelling, equals, inline = word.partition("=")
+        name = same.get(spelling, spelling)
+        wanted = takes.get(name)
+        if name not in takes:
+            word = f"{name}{equals}{inline}"
+            yield "", [word, words.pop(0)] if word in TAKES_VALUE and words else [word]
+            continue
+        if wanted == 0 and equals:
+            raise UserError(f"{name} takes no value, got {inline!r}")
+        count = wanted if isinstance(wanted, int) else int(wanted is not None)
+        values = [inline] if equals else words[:count]
+        flags = [value for value in values if value.startswith("--") or value in same]
+        if len(values) < count or "" in values or (flags and not equals):
+            needed = "a value" if count == 1 else f"{count} values"
+            raise UserError(f"{name} needs {needed}{f': {told[name]}' if name in told else ''}")
+        if not equals:
+            del words[:count]
+            while callable(wanted) and words and wanted(words[0]):
+                values.append(words.pop(0))
+        yield name, values
 
 
 def backbone_words(name: str) -> list[str]:

@@ -6,6 +6,7 @@ depend on each other, and those without effect on the run that is asked for.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from utils.config.command_line import (
     backbone_words,
     help_page,
     meanings,
-    passed_on,
     read_command,
+    sorted_words,
     tell,
 )
 from utils.config.compose import compose_config, parse_config
@@ -82,50 +83,39 @@ def read_deit_training(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _sort(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
     """Split a command line: flags of this file with their values, all other words, and notes."""
-    waiting, given, rest, notes = list(argv), dict[str, list[str]](), list[str](), list[str]()
-    while waiting:
-        word = waiting.pop(0)
-        name, _, inline = word.partition("=")
-        name = SAME.get(name, name)
-        if name in REFUSED:
-            raise UserError(f"{name}: {REFUSED[name]}")
+    given, rest, notes = dict[str, list[str]](), list[str](), list[str]()
+    takes = {name: count for name, (count, _) in NO_EFFECT.items()}
+    for name, option in OPTIONS.items():
+        takes[name] = 0 if option.value else 1 + (name in PAIRS)
+    for name, values in sorted_words(_with_run_folder(argv), takes, same=SAME):
         if name in OPTIONS:
-            count = 0 if OPTIONS[name].value else 1 + (name in PAIRS)
-            given[name] = _take(name, count, inline, waiting)
-        elif name in NO_EFFECT:
-            count, why = NO_EFFECT[name]
-            _take(name, count, inline, waiting)
-            notes.append(f"{name} has no effect: {why}")
-        elif name == "--resume":
-            rest += [name, *_resumed(inline, waiting)]
+            given[name] = values
+        elif name:
+            notes.append(f"{name} has no effect: {NO_EFFECT[name][1]}")
+        elif (refused := values[0].partition("=")[0]) in REFUSED:
+            raise UserError(f"{refused}: {REFUSED[refused]}")
         else:
-            rest += passed_on(f"{name}={inline}" if "=" in word else name, waiting)
+            rest += values
     return given, rest, notes
 
 
-def _take(name: str, count: int, inline: str, waiting: list[str]) -> list[str]:
-    if inline and not count:
-        raise UserError(f"{name} takes no value, got {inline!r}")
-    values = [inline] if inline else waiting[:count]
-    if len(values) < count or any(value.startswith("--") for value in values):
-        raise UserError(f"{name} needs {'a value' if count == 1 else f'{count} values'}")
-    if not inline:
-        del waiting[:count]
-    return values
-
-
-def _resumed(inline: str, waiting: list[str]) -> list[str]:
-    """The words for --resume, which here takes a run folder, not a file as in DeiT."""
-    follows = not inline and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]
-    given = waiting.pop(0) if follows else inline
-    if not given:
-        return []
-    if not Path(given).is_dir():
-        raise UserError(
-            f"--resume {given}: a run goes on in its folder, --output-dir FOLDER; weights of a "
-            "file to start from are --finetune FILE"
-        )
-    return [f"output_dir={quoted(given)}"]
+def _with_run_folder(argv: Sequence[str]) -> list[str]:
+    """The words with the run folder that follows --resume as output_dir; in DeiT a file follows."""
+    spread, words = list[str](), list[str]()
+    for word in argv:
+        spread += word.split("=", 1) if word.startswith("--resume=") else [word]
+    for before, word in pairwise(["", *spread]):
+        override = word.startswith("-") or ("=" in word and not Path(word).is_dir())
+        if before != "--resume" or not word or override:
+            words.append(word)
+        elif Path(word).is_dir():
+            words.append(f"output_dir={quoted(word)}")
+        else:
+            raise UserError(
+                f"--resume {word}: a run goes on in its folder, --output-dir FOLDER; weights of a "
+                "file to start from are --finetune FILE"
+            )
+    return words
 
 
 def _words(name: str, values: Sequence[str]) -> list[str]:

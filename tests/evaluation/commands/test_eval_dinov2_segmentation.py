@@ -124,7 +124,7 @@ def test_times_of_sbatch(text, minutes):
         (["a", "b"], "two output folders, 'a' and 'b'"),
         (["a", "--resoluton", "64"], "^unknown flag --resoluton; did you mean '--resolution'"),
         (["a", "--voc-rot=b"], "^unknown flag --voc-rot; did you mean '--voc-root'"),
-        (["--tasks"], "--tasks needs names: seg_ade20k, "),
+        (["--tasks"], "--tasks needs a value: seg_ade20k, "),
         (["--tasks", "seg_voc"], "unknown task 'seg_voc'; did you mean 'seg_voc2012'?"),
         (["--voc-root"], "--voc-root needs a value"),
         (["acount=x"], "unknown key 'acount'; did you mean 'account'?"),
