@@ -53,7 +53,8 @@ def make_net(backbone: Mapping[str, Any], weights: str | None, *, seed: int = 0)
     net = build_net(as_built(backbone, theirs), seed=seed)
     if not hasattr(net, "features"):
         raise UserError(
-            f"{backbone['_target_']} is no Backbone: it has no features(); use backbone=timm"
+            f"{backbone['_target_']} is no Backbone: it has no features(); use backbone=timm "
+            "backbone.model_name=NAME for one that is registered with timm"
         )
     if path:
         state = _read(path)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vit.backbone import eval_mode
 
@@ -201,6 +202,11 @@ def _export(module: nn.Module, images: Tensor) -> ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     try:
         return torch.export.export(module, (images,), dynamic_shapes=({0: batch},))
+    except GuardOnDataDependentSymNode as error:
+        raise ValueError(
+            "the net's shapes or its course depend on what is in the images, as where a reducer "
+            "counts the tokens it keeps; no program can say that"
+        ) from error
     except RuntimeError as error:
         if "batch" in str(error) and "specialized it to be a constant" in str(error):
             raise ValueError(

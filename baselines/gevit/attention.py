@@ -90,10 +90,13 @@ class _SelfAttention(nn.Module):
         if keep_probabilities:
             found = run(slice(0, len(x)), slice(0, size[0]), keep_probabilities=True)
             return found.permute(0, 1, 4, 5, 2, 3, 6, 7)  # from [B N H W v g m J]
+        # A program takes any number of images, so its parts may not depend on one. Not
+        # torch.compiler.is_exporting(): Dynamo of torch 2.11 folds it to True in any compilation.
+        count = None if torch.compiler._is_exporting_flag else len(x)
         y = in_tiles(
             run,
-            (len(x), size[0]),
-            self._tile_sizes(x, size),
+            (count, size[0]),
+            self._tile_sizes(x, size, count or 1),
             recompute=self.recompute,
             random=self._drop_rate > 0,
         )
@@ -142,18 +145,18 @@ class _SelfAttention(nn.Module):
         mixed = self.neighbours.mix(shares, values, rows)  # [b N t W v c]
         return mixed.permute(0, 5, 1, 4, 2, 3).flatten(1, 2)
 
-    def _tile_sizes(self, x: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-        """Images and rows that `memory_mb` allows to attend for at once; all on `meta`."""
+    def _tile_sizes(self, x: Tensor, size: tuple[int, int], count: int) -> tuple[int, int]:
+        """Images, of `count`, and rows that `memory_mb` allows at once; all on `meta`."""
         num_keys = self.neighbours.num_keys(size)
         if x.device.type == "meta":
-            return len(x), size[0]
+            return count, size[0]
         order, elements = self.group.order, x.shape[2]
         # The content, its gradient, and scores, shares and their gradients for one output.
         numbers = elements * (6 * elements + 2 * order) + 2 * elements * order
         if self.neighbours.copies:
             numbers += 2 * elements * self.mid_channels
         row_bytes = self.num_heads * size[1] * num_keys * numbers * x.dtype.itemsize
-        return tile_sizes(len(x), size[0], row_bytes, self.memory_mb)
+        return tile_sizes(count, size[0], row_bytes, self.memory_mb)
 
 
 class LiftingSelfAttention(_SelfAttention):

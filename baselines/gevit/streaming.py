@@ -101,7 +101,7 @@ def tile_sizes(images: int, rows: int, row_bytes: int, memory_mb: float) -> tupl
 
 def in_tiles(
     run: Callable[[slice, slice], Tensor],
-    size: tuple[int, int],
+    size: tuple[int | None, int],
     tile: tuple[int, int],
     *,
     recompute: bool,
@@ -109,6 +109,7 @@ def in_tiles(
 ) -> Tensor:
     """`run(images, rows)` on parts of images and rows, put together along dimensions 0 and -2.
 
+    size: of images None stands for any number, all in one part.
     recompute: each part is recomputed in the backward pass instead of being kept; `random`
     says that it draws random numbers, which must then be the same.
     """
@@ -128,7 +129,9 @@ def in_tiles(
     )
 
 
-def _slices(count: int, step: int) -> list[slice]:
+def _slices(count: int | None, step: int) -> list[slice]:
+    if count is None:
+        return [slice(None)]
     # For an empty input one empty part, because the shape is still needed.
     steps = range(0, max(count, 1), max(step, 1))
     return [slice(first, min(first + step, count)) for first in steps]

@@ -7,7 +7,7 @@ other keys are options of sbatch. Ours: `OUTPUT --model NAME --weights FILE --ta
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from utils.config.build import plain
 from utils.config.command_line import (
     Takes,
     backbone_words,
+    files_beside,
     names_backbone,
     quoted,
     read_command,
@@ -76,7 +77,8 @@ OWN = ("--tasks", *(flag for flag, _ in ROOTS.values()), *OPTIONS)
 SAME = {"--pretrained-weights": "--weights"}
 HELP = {
     "--weights FILE": "every key must fit; also --pretrained-weights",
-    "--tasks TASK ...": "which of configs/probe/seg_*.yaml; by default those with a known folder",
+    "--tasks TASK ...": "which of configs/probe/seg_*.yaml, or of probe/*.yaml beside the config "
+    "file; by default those with a known folder",
     "--ade20k-root DIR": "folder that holds ADEChallengeData2016; also ADE20K_PATH",
     "--voc-root DIR": "folder that holds VOCdevkit/VOC2012; also VOC_PATH",
     **{f"{flag} X": f"probes.TASK.{key} of every task" for flag, key in OPTIONS.items()},
@@ -119,7 +121,8 @@ def read_segmentation_arguments(argv: Sequence[str]) -> tuple[list[str], list[st
     asked = _read(argv)
     words = [*_model(asked), *_launcher(asked)]
     named_file = any(word.split("=")[0] in ("--config-file", "--config") for word in asked.rest)
-    tasks = _tasks(asked, named_file)
+    own = files_beside(argv, "probe") if asked.tasks else {}
+    tasks = _tasks(asked, named_file, own)
     words += [f"+probe@probes.{task}={task}" for task in tasks]
     for task in tasks:
         for key, value in asked.options.items():
@@ -270,9 +273,12 @@ def _sbatch_value(option: str, value: str) -> str:
     return _quoted(value)
 
 
-def _tasks(asked: _Asked, named_file: bool) -> list[str]:
-    """The tasks to run: those named, else those with keys or folders, else the embedded scenes."""
-    known = known_tasks()
+def _tasks(asked: _Asked, named_file: bool, own: Iterable[str]) -> list[str]:
+    """The tasks to run: those named, else those with keys or folders, else the embedded scenes.
+
+    own: probes of files beside the run file, which may be named too.
+    """
+    known = sorted({*known_tasks(), *own})
     for task in asked.tasks:
         if task not in known:
             raise UserError(f"unknown task {task!r}{nearest(task, known)} ({', '.join(known)})")

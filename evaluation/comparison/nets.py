@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
+from utils.ranges import check_count
 from utils.run import train
 from utils.run_files import CONFIG
-from utils.run_folder import saved_config
+from utils.run_folder import changed_keys, saved_config
 from vit.weights import read_metadata
 
 ROUNDS = 3  # of turns in which speeds are measured
@@ -44,6 +46,7 @@ def train_then(
     config = dict(plain(config))
     figures: dict[str, Any] = {}
     check_folder(config["output_dir"])
+    check_count("batch_size", config["batch_size"], 1)
     for name, run in config["runs"].items():
         if isinstance(run, dict):
             _check_training(name, run)
@@ -54,6 +57,7 @@ def train_then(
                 if distributed.is_main():
                     say(f"--- training: {name}, in {run['output_dir']}")
                 train(run)
+                distributed.on_main(partial(_check_recipe, name, run))
         if distributed.is_main():
             figures = judge(config, device)
         distributed.barrier()
@@ -144,6 +148,20 @@ def _check_training(name: str, run: Mapping[str, Any]) -> None:
         networks(dict(run))
     except UserError as error:
         raise UserError(f"{name}: {error} (words=... and --epochs hold for all)") from None
+
+
+def _check_recipe(name: str, run: Mapping[str, Any]) -> None:
+    """UserError for a net that an earlier command finished by another recipe than `run`.
+
+    It is not trained again, so the table would name a recipe that is not its own.
+    """
+    folder = Path(run["output_dir"])
+    changes = changed_keys(saved_config(folder / CONFIG), run)
+    if changes:
+        raise UserError(
+            f"{folder} was finished by another recipe ({', '.join(changes)}); choose another "
+            f"output_dir, or load it as it is: models.{name}={folder}"
+        )
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -146,6 +146,10 @@ def _report(
     device: torch.device,
 ) -> None:
     found = dict.fromkeys(["model", "upright", *next(iter(figures.values()))])
+    angles = (
+        f"any angle: every {config['angle_step']:g} degrees but quarter turns, bilinear, black "
+        "comes in; control: turned there and back, interpolation alone; "
+    )
     write_tables(
         "symmetry",
         "digits in all positions: accuracy %, error of invariance, cost",
@@ -155,8 +159,7 @@ def _report(
         columns=COLUMNS,
         csv_columns=list(found),
         settings=("posthoc", "angle_step"),
-        how="data.val; mean and worst of the square's eight symmetries; any angle: every "
-        f"{config['angle_step']:g} degrees but quarter turns, bilinear, black comes in; control: "
-        "turned there and back, interpolation alone; error: largest |f(g x) - f(x)| / |f(x)| of "
-        "the logits over the eight;",
+        how="data.val; mean and worst of the square's eight symmetries; "
+        f"{angles if 'any_angle' in found else ''}"
+        "error: largest |f(g x) - f(x)| / |f(x)| of the logits over the eight;",
     )

@@ -42,8 +42,13 @@ def draw_comparison(
     folder: Path,
     class_names: Sequence[str],
 ) -> dict[str, Path]:
-    """Draw all pictures, by turning `image` [3 H H]; returns what each shows -> its file."""
-    found = {"accuracy over the angle": draw_angles(judged, folder / "accuracy_by_angle.png")}
+    """Draw all pictures, by turning `image` [3 H H]; returns what each shows -> its file.
+
+    The accuracy over the angle is left out where no angles were measured.
+    """
+    found: dict[str, Path] = {}
+    if any(part.by_angle for part in judged.values()):
+        found["accuracy over the angle"] = draw_angles(judged, folder / "accuracy_by_angle.png")
     shown = _one_wrapped(nets)
     maps = draw_latent_maps(shown, image[None], folder / "latent_maps.png")
     if maps:

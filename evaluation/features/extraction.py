@@ -72,6 +72,12 @@ class FeatureReader:
                 )
             pooled = self.kind == "cls_patchmean"
             parts.append(patches.float().mean(dim=(1, 2)) if pooled else patches.float())
+        if len(maps := {part.shape[:-1] for part in parts}) > 1:
+            found = ", ".join(" x ".join(map(str, shape[1:])) for shape in sorted(maps))
+            raise UserError(
+                f"feature={self.kind}: maps of {found} patches do not fit side by side; "
+                f"give one of layers={list(self.layers)}, or feature=cls_patchmean"
+            )
         rows = torch.cat(parts, dim=-1)
         return normalize_rows(rows) if self.normalized else rows
 

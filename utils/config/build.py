@@ -119,8 +119,8 @@ def _imported(module_name: str, target: str, prefix: str) -> ModuleType:
     except Exception as error:
         lacks = error.name if isinstance(error, ModuleNotFoundError) else None
         if lacks and f"{module_name}.".startswith(f"{lacks}."):
-            path = "; its folder belongs on PYTHONPATH" if lacks in own_packages() else ""
-            hint = path or _elsewhere(target)
+            own = any(f"{package}.".startswith(f"{lacks}.") for package in own_packages())
+            hint = "; its folder belongs on PYTHONPATH" if own else _elsewhere(target)
             raise UserError(f"{prefix}there is no module {lacks!r} (in {target!r}){hint}") from None
         if not is_own(target):
             raise  # ours: an optional package that the module itself needs
@@ -198,16 +198,21 @@ def _call(
 
 
 def _imports(model: str) -> bool:
-    """Import the module of ours that registers a model with timm; False if there is nothing new.
+    """Import what may register a model with timm; False if there is nothing new.
 
-    A folder in the hub's format names its model, but no package.
+    This is the module of ours that has it, or else the packages that the environment offers. A
+    folder in the hub's format names its model, but no package.
     """
-    if not model or model not in backbone_names():
+    if not model:
         return False
-    module = backbone_node(model)["_target_"].rpartition(".")[0]
-    new = module not in sys.modules
-    importlib.import_module(module)
-    return new
+    if model in backbone_names():
+        modules, prefix = [backbone_node(model)["_target_"].rpartition(".")[0]], ""
+    else:
+        modules, prefix = [*own_packages()], "OCTIC_PACKAGES: "
+    new = [module for module in modules if module not in sys.modules]
+    for module in new:
+        _imported(module, module, prefix)
+    return bool(new)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -40,6 +40,17 @@ def test_tiles_change_nothing(memory_mb, recompute):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
 
 
+def test_a_program_takes_any_number_of_images():
+    """Exported, rows may be attended for in turns, images only together."""
+    layer = GroupSelfAttention("mz2", 3, 5, 4, 1, window=3, memory_mb=1e-6).eval()
+    images, batch = torch.randn(2, 3, 2, 2, 3), torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(layer, (images,), dynamic_shapes=({0: batch},))
+        for count in (1, 3):
+            x = torch.randn(count, 3, 2, 2, 3)
+            torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_gradients_by_differences():
     shapes = [(2, 3, 2, 4), (2, 3, 5, 4), (2, 3, 5, 2)]
     parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

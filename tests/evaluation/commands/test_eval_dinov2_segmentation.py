@@ -71,6 +71,23 @@ def test_encoder_of_ones_own(tmp_path, capsys):
     assert "account have no effect" in said and "judging on the embedded scenes" in said
 
 
+def test_a_task_of_a_file_beside_the_run_file(tmp_path):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "mine.yaml").write_text(
+        "_target_: evaluation.segmentation.probe.SegmentationProbe\nresolution: 32\n"
+        "train: {_target_: utils.data.segmentation.scenes, split: train}\n"
+        "test: {_target_: utils.data.segmentation.scenes, split: val}\n"
+    )
+    run = tmp_path / "run.yaml"
+    run.write_text("# @package _global_\ndefaults: [/eval/segmentation, _self_]\n")
+    config = parse_segmentation(["OUT", "--config-file", str(run), "--tasks", "mine"])
+    assert {name: node["resolution"] for name, node in config["probes"].items() if node} == {
+        "mine": 32
+    }
+    with pytest.raises(UserError, match=r"unknown task 'mien'; did you mean 'mine'\?"):
+        read_segmentation_arguments(["--config-file", str(run), "--tasks", "mien"])
+
+
 def test_our_own_style():
     config = parse_segmentation(
         [

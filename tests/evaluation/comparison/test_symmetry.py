@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from evaluation.commands.compare_symmetry import parse_comparison
-from evaluation.comparison.nets import image_size, load_run
+from evaluation.comparison.nets import image_size, load_run, train_then
 from evaluation.comparison.symmetry import compare
 from evaluation.comparison.symmetry_pictures import draw_comparison
 from evaluation.comparison.symmetry_views import (
@@ -124,6 +124,7 @@ def test_a_mistake_is_one_line(words, said, capsys):
     [
         (["posthoc.aggregators=[mean,media]"], "aggregator must be one of .*not 'media'"),
         (["posthoc.validation_share=1.0"], "leave nothing"),
+        (["batch_size=0"], "batch_size must be a whole number from 1, not 0"),
     ],
 )
 def test_a_mistake_of_the_judging_costs_no_training(words, said, tmp_path, monkeypatch):
@@ -286,6 +287,9 @@ def test_pictures_are_written(tmp_path: Path):
     ]
     with Image.open(tmp_path / "turning.gif") as film:
         assert film.n_frames == 36
+    judged = judge_views(nets, normalised(), torch.zeros(4).long(), [])
+    found = draw_comparison(nets, normalised(1)[0], judged, tmp_path / "no angles", names)
+    assert sorted(path.name for path in found.values()) == ["latent_maps.png", "turning.gif"]
 
 
 def test_what_a_training_would_refuse_is_said_before_the_first_one(tmp_path: Path, capsys):
@@ -295,6 +299,20 @@ def test_what_a_training_would_refuse_is_said_before_the_first_one(tmp_path: Pat
     with pytest.raises(UserError, match=said):
         compare(parse_comparison(words))
     assert "training" not in capsys.readouterr().out
+
+
+def test_a_run_that_finished_by_another_recipe_is_refused(tmp_path: Path, monkeypatch):
+    """It is not trained again, so the table would name epochs that it did not have."""
+    monkeypatch.setattr("evaluation.comparison.nets.train", lambda run: None)
+    words = ["--device", "cpu", *ONLY_PLAIN, f"output_dir={tmp_path}", "posthoc.of=null"]
+    earlier = parse_comparison([*words, "--epochs", "3"])
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / CONFIG).write_text(yaml.safe_dump(earlier["runs"]["plain"]))
+    said = r"plain was finished by another recipe \(recipe.epochs: 3 -> 2\); .* models.plain="
+    with pytest.raises(UserError, match=said):
+        compare(parse_comparison([*words, "--epochs", "2"]))
+    judged = train_then(lambda config, device: {"judged": {}}, earlier, lambda config: None)
+    assert judged == {"judged": {}}
 
 
 @pytest.mark.slow

@@ -164,6 +164,19 @@ def test_a_net_that_drops_tokens_has_no_patches():
         reader(Dropping(), torch.zeros(2, 3, 8, 8))
 
 
+def test_maps_of_a_pyramid_are_refused_side_by_side():
+    class Pyramid:
+        def features(self, images, layers):
+            maps = {-1: torch.ones(2, 2, 2, 6), -2: torch.ones(2, 4, 4, 6)}
+            return [Features(torch.zeros(2, 6), maps[layer]) for layer in layers]
+
+    for kind, layers in {"cls_patchmean": (-2, -1), "patches": (-2,)}.items():
+        FeatureReader(kind=kind, layers=layers, normalized=False)(Pyramid(), torch.zeros(2))
+    reader = FeatureReader(kind="patches", layers=(-2, -1), normalized=False)
+    with pytest.raises(UserError, match="maps of 2 x 2, 4 x 4 patches.*one of layers=.-2, -1."):
+        reader(Pyramid(), torch.zeros(2))
+
+
 def test_command_line():
     words = ["OUT", "--model", "vit_tiny_patch16_224", "--weights", "w's.pth", "--layers", "-2,-1"]
     settings = parse_extraction([*words, "--feature=patches", "--overwrite", "data.root=D"])

@@ -134,3 +134,20 @@ def test_the_hint_keeps_the_packages_that_are_set(monkeypatch):
     monkeypatch.setenv("OCTIC_PACKAGES", "my_nets another_one")
     with pytest.raises(UserError, match="OCTIC_PACKAGES=my_nets,another_one,third in the envir"):
         resolve("third.Mine")
+
+
+def test_a_network_that_a_package_registers_with_timm_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_registered.py").write_text(
+        "from timm.models import build_model_with_cfg, register_model\n"
+        "from timm.models.vision_transformer import VisionTransformer\n\n\n"
+        "@register_model\n"
+        "def vit_of_my_own(pretrained=False, **options):\n"
+        "    made = {'embed_dim': 16, 'depth': 1, 'num_heads': 1, **options}\n"
+        "    return build_model_with_cfg(VisionTransformer, 'vit_of_my_own', pretrained, **made)\n"
+    )
+    node = {"_target_": "vit.adapters.timm_backbone", "model_name": "vit_of_my_own"}
+    monkeypatch.delenv("OCTIC_PACKAGES", raising=False)
+    with pytest.raises(UserError, match="timm has no model 'vit_of_my_own'"):
+        build(node)
+    monkeypatch.setenv("OCTIC_PACKAGES", "my_nets,my_registered")
+    assert build(node).embed_dim == 16
