@@ -210,7 +210,7 @@ def _take(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[st
     for name, own in OWN.items():
         takes[name] = None if own.switch else _is_whole if own.many else 1
     told = TAKEN | {name: own.help for name, own in OWN.items()}
-    for name, values in sorted_words(argv, takes, same=SHORT, told=told):
+    for name, values in sorted_words(argv, takes, same=SAME | SHORT, told=told):
         if name in IGNORED:
             notes.append(f"{name} has no effect: {IGNORED[name]}")
         elif name:
