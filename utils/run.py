@@ -77,6 +77,8 @@ def run_built(run: Run, device: torch.device, stop: StopSignal) -> dict[str, Any
             kept = run.checkpoints.newest
             fate = f"the checkpoint of step {kept} stays" if kept else "there is no checkpoint yet"
             raise UserError(f"{run.folder}: {error.strerror}; {fate}") from None
+        finally:
+            run.checkpoints.settle()
 
 
 def _run_locked(run: Run, device: torch.device, stop: StopSignal) -> dict[str, Any]:

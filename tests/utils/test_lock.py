@@ -12,6 +12,7 @@ import pytest
 
 from tests.utils.loop_case import train_tiny
 from utils import lock
+from utils.checkpoints import checkpoint
 from utils.endings import LOST
 from utils.errors import UserError
 from utils.lock import FolderLock
@@ -189,3 +190,21 @@ def test_without_hard_links_a_lock_is_a_lock(tmp_path, monkeypatch):
         FolderLock(tmp_path).acquire()
     first.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_frees_the_folder_when_the_save_in_progress_is_through(tmp_path, monkeypatch):
+    """Else the next run, in another process, clears away what is being written."""
+
+    def crash(step):
+        if step == 7:
+            raise RuntimeError("power cut")
+
+    def slowly(path):
+        time.sleep(0.5)
+        sync(path)
+
+    sync = checkpoint.sync_folder
+    monkeypatch.setattr(checkpoint, "sync_folder", slowly)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_tiny(tmp_path, recipe={"on_step": crash}, every=6)
+    assert (tmp_path / "checkpoints" / "last").read_text() == "6\n"

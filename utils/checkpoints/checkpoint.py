@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import Future
+from concurrent import futures
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,8 @@ from utils.checkpoints.shards import ShardWriter, write_json
 from utils.errors import UserError
 from utils.ranges import check_count
 from utils.whole_file import sync_folder, write_text
+
+SETTLED_WITHIN_S = 300  # more is needed only where a save waits for a rank that has died
 
 
 class NotSaved(UserError):
@@ -74,7 +76,7 @@ class Checkpoints:
         self.newest: int | None = None  # the step last saved or loaded
         self.seconds_before = 0.0  # what the run took before the checkpoint that was loaded
         self._began = time.perf_counter()
-        self._saving: tuple[int, Future[Any]] | None = None
+        self._saving: tuple[int, futures.Future[Any]] | None = None
         self._news: list[str] = []
         self._group: dist.ProcessGroup | None = None
 
@@ -131,7 +133,7 @@ class Checkpoints:
             storage_writer=writer,
             process_group=self._group,
         )
-        self._saving = step, cast("Future[Any]", future)
+        self._saving = step, cast("futures.Future[Any]", future)
 
     def wait(self) -> str:
         """Wait for the save that was started, if any; every rank must call this.
@@ -155,6 +157,14 @@ class Checkpoints:
         problem = distributed.broadcast_object(problem)
         self.newest = self.newest if problem else step
         return problem
+
+    def settle(self) -> None:
+        """Let a save that was started end, on this rank alone: for a run that ends by an error.
+
+        The next run of the folder must not meet a checkpoint half written.
+        """
+        if self._saving is not None:
+            futures.wait([self._saving[1]], SETTLED_WITHIN_S)
 
     def news(self) -> str:
         """Rank 0: of every save that failed since the last call, a line."""
