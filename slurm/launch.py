@@ -259,20 +259,24 @@ def _with_id(value: Any, job_id: str) -> Any:
 def _build_networks(tasks: Sequence[Task], *, download: bool = False) -> None:
     """Build the networks, so that a constructor's error shows now and not in a queued job.
 
-    So does a run folder that holds a run of another network. With `download` what timm downloads of
-    them (`pretrained`) comes now too, for nodes without a network.
+    So does a batch that the processes cannot make, and a run folder that holds a run of another
+    network. With `download` what timm downloads of them (`pretrained`) comes now too, for nodes
+    without a network.
     """
-    from utils.config.check import check_run, networks
+    from utils.config.check import check_run, describe_batch, networks
 
     seen: list[Any] = []
     for task in tasks:
-        node = {key: task.config.get(key) for key in ("backbone", "recipe", "optimizer")}
+        keys = ("backbone", "recipe", "optimizer", "launcher")
+        node = {key: task.config.get(key) for key in keys}
         if not node["backbone"]:
             continue
         with _named(task):
             if node not in seen:
                 seen.append(node)
-                networks(task.config, download=download)
+                recipe = networks(task.config, download=download)[1]
+                if recipe is not None:
+                    describe_batch(task.config, recipe)
             check_run(task.config)
 
 

@@ -15,7 +15,7 @@ from utils.health import Health
 from utils.metrics import Metrics
 from utils.probing import ProbeRunner
 from utils.run_files import EXPORTED
-from utils.run_folder import describe_code
+from utils.run_folder import describe_code, unheeded
 from utils.run_objects import Run
 from utils.summary import History, how_it_ended, write_summary
 
@@ -85,6 +85,8 @@ def probe_again(
         if step >= total
         else f"already at step {step} of {total}: training.max_steps={most} leaves no step"
     )
+    for line in distributed.on_main(lambda: unheeded(run.folder, run.config)):
+        metrics.say(line)
     if kept := sorted(history.judged & runner.probes.keys()):
         metrics.say(f"judged before, with the same settings: {', '.join(kept)}")
     runner.probes = {k: probe for k, probe in runner.probes.items() if k not in history.judged}

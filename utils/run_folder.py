@@ -86,6 +86,16 @@ def changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[s
     ]
 
 
+def unheeded(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """A warning where no step is left for keys that changed since the run was trained."""
+    path = folder / CONFIG
+    changes = changed_keys(saved_config(path), _plain(config)) if path.exists() else []
+    if not changes:
+        return []
+    told = ", ".join(changes)
+    return [f"WARNING: without a step to train, changes have no effect in {folder}: {told}"]
+
+
 def changed_plan(config: Mapping[str, Any], checkpoints: Checkpoints) -> list[str]:
     """A warning where a run resumes with other numbers of steps or images than its checkpoint's.
 

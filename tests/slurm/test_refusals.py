@@ -64,6 +64,22 @@ def test_a_dry_run_objects_to_what_the_run_would(tmp_path: Path, capsys) -> None
         assert said in refused(capsys, [task(tmp_path / "run", word)], tmp_path, dry_run=True)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_batch_that_the_processes_of_a_job_cannot_make(
+    tmp_path: Path, capsys, monkeypatch, dry_run: bool
+) -> None:
+    """Of a run on this machine too, where a sweep or a dry run is asked for."""
+    monkeypatch.setattr("slurm.launch.check_machine", lambda cluster: None)
+    words = ["launcher=slurm", "launcher.nodes=3"]
+    line = refused(capsys, [task(tmp_path / "run", *words)], tmp_path, dry_run=dry_run)
+    assert "batch_size_per_gpu 64 x 3 processes does not make effective_batch_size 64" in line
+    sizes = ("64", "48")
+    points = [task(tmp_path / n, f"recipe.effective_batch_size={n}", size=n) for n in sizes]
+    line = refused(capsys, points, tmp_path, dry_run=dry_run)
+    assert line.startswith("error: size=48: batch_size_per_gpu 64 x 1 processes does not make")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_a_run_of_another_network(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     Checkpoints(folder / CHECKPOINTS).save(1, {"recipe": {"weight": torch.zeros(1)}})

@@ -113,10 +113,19 @@ def test_a_command_with_no_step_left_keeps_every_figure(tmp_path, most, capsys):
     ]
 
 
-def test_what_trains_nothing_leaves_the_config(tmp_path):
+def test_what_trains_nothing_leaves_the_config(tmp_path, capsys):
+    """And says of the keys that changed since that they have no effect."""
     train_tiny(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
-    train_tiny(tmp_path, clip_grad=9.0)
+    train_tiny(tmp_path, log_every=2)
+    assert "WARNING" not in capsys.readouterr().out
+    train_tiny(tmp_path, clip_grad=9.0, seed=1)
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == [
+        "already finished at step 12",
+        f"WARNING: without a step to train, changes have no effect in {tmp_path}: "
+        "seed: 0 -> 1, training.clip_grad: 0.5 -> 9.0",
+    ]
     assert (tmp_path / "config.yaml").read_text() == before
     assert not (tmp_path / "config.1.yaml").exists()
 

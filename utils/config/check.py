@@ -153,22 +153,28 @@ def describe(content: dict[str, Any]) -> list[str]:
             for part, module in recipe.clipped_parts().items()
             if not isinstance(module, type(net))  # that is the backbone
         ]
-        launcher = content["launcher"]
-        processes = (
-            1 if launcher["kind"] == "here" else launcher["nodes"] * launcher["gpus_per_node"]
-        )
-        accumulation = micro_batches(
-            content["recipe"].get("effective_batch_size"),
-            recipe.batch_size_per_gpu,
-            processes,
-            content["recipe"].get("accumulation"),
-        )
-        batch = recipe.batch_size_per_gpu * accumulation * processes
-        lines.append(
-            f"batch {batch} = {recipe.batch_size_per_gpu} images x {accumulation} "
-            f"micro-batches x {processes} processes"
-        )
+        lines.append(describe_batch(content, recipe))
     return [*lines, VALID]
+
+
+def describe_batch(content: Mapping[str, Any], recipe: Any) -> str:
+    """The line of a training's images per step, over all processes of its launcher.
+
+    UserError where they cannot make the effective batch; `networks` leaves that out.
+    """
+    launcher = content["launcher"]
+    processes = 1 if launcher["kind"] == "here" else launcher["nodes"] * launcher["gpus_per_node"]
+    accumulation = micro_batches(
+        content["recipe"].get("effective_batch_size"),
+        recipe.batch_size_per_gpu,
+        processes,
+        content["recipe"].get("accumulation"),
+    )
+    batch = recipe.batch_size_per_gpu * accumulation * processes
+    return (
+        f"batch {batch} = {recipe.batch_size_per_gpu} images x {accumulation} "
+        f"micro-batches x {processes} processes"
+    )
 
 
 def networks(content: dict[str, Any], *, download: bool = False) -> tuple["nn.Module", Any]:
@@ -189,7 +195,7 @@ def networks(content: dict[str, Any], *, download: bool = False) -> tuple["nn.Mo
         if not content.get("recipe"):
             return factory(), None
         node = dict(content["recipe"])
-        # It is for the run's number of processes, not for this one; `describe` checks it.
+        # It is for the run's number of processes, not for this one; `describe_batch` checks it.
         if (node.get("effective_batch_size") or 0) > 0:
             node["effective_batch_size"] = None
         recipe = _factory("recipe", node)(backbone=factory, dataset=UnreadImages())
