@@ -17,6 +17,7 @@ import torch
 from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
+from vit.adapters import TimmBackbone
 from vit.backbone import eval_mode
 from vit.export import relative_difference
 
@@ -97,8 +98,9 @@ def largest_difference(net: nn.Module, folder: Path, images: Sequence[torch.Tens
 
 
 def _registered(net: nn.Module) -> nn.Module:
-    registered = getattr(net, "net", net)
-    config = getattr(registered, "pretrained_cfg", None) or {}
+    registered = net.net if isinstance(net, TimmBackbone) else net
+    # What timm built has this of its own; a net around another one only passes it on.
+    config = vars(registered).get("pretrained_cfg") or {}
     if not timm.is_model(config.get("architecture", "")):
         raise ValueError(
             f"a {type(registered).__name__} is not registered with timm, so the hub's format has "

@@ -43,15 +43,20 @@ def measure(
     """Costs of the kinds of blocks of registered nets, printed as a table.
 
     bf16: under autocast to bfloat16, as on a GPU. kernels: compile each block for this CPU (about a
-    minute each; needs a C++ compiler). Raises UserError for a net without `blocks` of tokens.
+    minute each; needs a C++ compiler). Raises UserError for a net without `blocks` of tokens. The
+    nets before it, and those before an interrupt, are printed all the same.
     """
     found = {}
-    for name in names:
-        say(f"blocks of {name}")
-        net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
-        kinds, shape = kinds_of(name, net), shape_of(name, net, size)
-        found[name] = [cost_of_block(kind, *shape, bf16=bf16, kernels=kernels) for kind in kinds]
-    _print(found, size, bf16, kernels)
+    try:
+        for name in names:
+            say(f"blocks of {name}")
+            net = make_net(name, find_backbone(name, size=size), "cpu", seed=0)
+            kinds, shape = kinds_of(name, net), shape_of(name, net, size)
+            costs = [cost_of_block(kind, *shape, bf16=bf16, kernels=kernels) for kind in kinds]
+            found[name] = costs
+    finally:
+        if found:
+            _print(found, size, bf16, kernels)
     return found
 
 

@@ -5,7 +5,7 @@ One of the three varies, the others stay at the values of `Point()`. Nets take t
 kept for the backward pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +45,11 @@ def measure(
     device: str = "cpu",
     base: Point | None = None,
     steps: int = 3,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Rows {net, varied, size, batch, depth, seconds of each pass, mib}; the net's own depth is 0.
 
+    `keep` gets all rows so far as soon as a point is measured.
     Raises UserError for a size or depth that the nets do not take.
     """
     chosen, start, rows = torch.device(device), base or Point(), []
@@ -60,6 +62,7 @@ def measure(
             except ValueError as error:
                 raise UserError(f"{name} {value}: {error}") from error
             rows += [{"varied": name, **point._asdict(), **row} for row in found]
+            keep(rows)
     return rows
 
 
@@ -100,7 +103,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
                 axis.plot([r[name] for r in own], [r[kind] for r in own], "o-", label=net)
             axis.set(xscale="log", yscale="log")
             axis.set_xticks([r[name] for r in own], [str(r[name]) for r in own])
-            axis.minorticks_off()
+            # Of x alone: values within one decade have no other ticks than the minor ones of y.
+            axis.set_xticks([], minor=True)
             axis.set_ylabel("memory (MiB)" if kind == "mib" else f"{kind} (s)")
             axis.grid(alpha=0.3)
         axes[-1][column].set_xlabel({"size": "pixels a side"}.get(name, name))
@@ -120,10 +124,36 @@ def show(
     json_file: Path | None,
     picture_file: Path | None,
 ) -> None:
-    """Measure, print, and write the files asked for; UserError for a net beside itself."""
+    """Measure, print, and write the files asked for; UserError for a net beside itself.
+
+    json_file is written after every point; after an interrupt or a point that the nets do not take,
+    the table and the files hold the points measured so far.
+    """
     if octic == plain:
         raise UserError(f"{octic} is to be measured beside another network, not beside itself")
-    rows = measure(octic, plain, varied=varied, device=device, base=base, steps=steps)
+    fixed = f"else {base.size} pixels, batch {base.batch}, depth {base.depth or 'own'}"
+    where = f"{device_name(torch.device(device))}, {torch.get_num_threads()} threads"
+    told = "peak" if torch.device(device).type == "cuda" else "kept for the backward pass"
+    protocol = f"{octic} and {plain} in turn; {fixed}; {where}; memory: {told}"
+    rows: list[dict[str, Any]] = []
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        rows[:] = found
+        if json_file:
+            write_measured(json_file, protocol, rows=rows)
+
+    try:
+        measure(octic, plain, varied=varied, device=device, base=base, steps=steps, keep=keep)
+    finally:
+        if rows:
+            _print(rows, protocol)
+            if json_file:
+                say(f"written: {json_file}")
+            if picture_file:
+                say(f"picture: {draw(rows, picture_file)}")
+
+
+def _print(rows: list[dict[str, Any]], protocol: str) -> None:
     cells = []
     for own, twin in zip(rows[::2], rows[1::2], strict=True):
         times = [[f"{row.get(kind, float('nan')):.3g}" for row in (own, twin)] for kind in PASSES]
@@ -133,12 +163,4 @@ def show(
         cells.append([f"{name} {own[name]}", *times[0], ratios[0], *times[1], ratios[1], *memory])
     columns = ["", "inference\noctic s", "plain s", "times", "training step\noctic s", "plain s"]
     columns += ["times", "memory\noctic MiB", "plain MiB"]
-    fixed = f"else {base.size} pixels, batch {base.batch}, depth {base.depth or 'own'}"
-    where = f"{device_name(torch.device(device))}, {torch.get_num_threads()} threads"
-    told = "peak" if torch.device(device).type == "cuda" else "kept for the backward pass"
-    protocol = f"{octic} and {plain} in turn; {fixed}; {where}; memory: {told}"
     print_table("growth of cost", columns, cells, protocol=f"{protocol}; torch {torch.__version__}")
-    if json_file:
-        say(f"written: {write_measured(json_file, protocol, rows=rows)}")
-    if picture_file:
-        say(f"picture: {draw(rows, picture_file)}")

@@ -11,6 +11,7 @@ renames the folder. Letters: N rows, D width.
 """
 
 import csv
+import glob
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from torch import Tensor
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.errors import UserError, one_line
+from utils.proc import started
 from utils.ranges import check_word
 
 FEATURES, LABELS, INDEX, META = "features.npy", "labels.npy", "index.csv", "meta.json"
@@ -112,12 +114,14 @@ class FeatureWriter:
     def __init__(self, folder: str | Path, *, dtype: str = "float32") -> None:
         check_word("dtype", dtype, DTYPES)
         self.folder, self.dtype = Path(folder), dtype
-        mark = distributed.broadcast_object(f"{socket.gethostname()}-{os.getpid()}")
+        mark = distributed.broadcast_object(f"{_here()}-{os.getpid()}")
         self.partial = self.folder.with_name(f".{self.folder.name}.{mark}.partial")
         self.rank = distributed.rank()
         self.row_shape: tuple[int, ...] = ()
         self.labels: list[np.ndarray] = []
         self.images: list[np.ndarray] = []
+        if distributed.is_main():
+            _remove_leftovers(self.folder)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = self._part(self.rank).open("wb")
@@ -218,6 +222,23 @@ class FeatureWriter:
             del maps
         for rank in range(len(counts)):
             self._part(rank).unlink(missing_ok=True)
+
+
+def _here() -> str:
+    """This machine and, under Linux, its space of process ids: each container has its own."""
+    space = Path("/proc/self/ns/pid")
+    number = space.stat().st_ino if space.exists() else 0
+    return f"{socket.gethostname()}-{number}"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what writers of this folder left that were killed, if they ran here."""
+    if not started(os.getpid()):
+        return  # no /proc: nobody knows whether they still run
+    for leftover in folder.parent.glob(glob.escape(f".{folder.name}.{_here()}-") + "*.partial"):
+        pid = leftover.name.removesuffix(".partial").rpartition("-")[2]
+        if pid.isdigit() and not started(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_header(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,9 @@ import torch
 import octic  # noqa: F401  (registers its models)
 from baselines import dhvt, flopping, gevit  # noqa: F401
 from baselines.posthoc import vision_transformer  # noqa: F401
+from baselines.posthoc.symmetrized import Symmetrized
+from baselines.token_reduction.presets import make_reducer
+from baselines.token_reduction.reduced import Reduced
 from vit import hub
 from vit.adapters import TimmBackbone
 from vit.models import filter_state
@@ -180,6 +183,14 @@ def test_a_net_whose_outputs_are_not_finite_differs_from_its_folder(tmp_path):
 def test_what_timm_cannot_build_again_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a Linear is not registered with timm"):
         hub.save_to_folder(torch.nn.Linear(2, 2), tmp_path, options={})
+
+
+def test_a_net_around_a_registered_one_is_not_taken_for_it(tmp_path):
+    inner = create("deit_small_patch16_LS", OCTIC)
+    for net in (Symmetrized(inner), Reduced(inner, make_reducer("tome", r=4))):
+        with pytest.raises(ValueError, match=f"a {type(net).__name__} is not registered"):
+            hub.save_to_folder(net, tmp_path, options=OCTIC)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pushing_without_token_or_network_is_one_line(monkeypatch):

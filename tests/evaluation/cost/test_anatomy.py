@@ -7,7 +7,7 @@ import torch
 
 from baselines.evit.block import EViTBlock
 from evaluation.commands import anatomy as command
-from evaluation.cost import block_times, growth
+from evaluation.cost import block_times, blocks, growth
 from evaluation.cost.blocks import cost_of_block, kept_bytes, shape_of
 from evaluation.cost.growth import Point
 from evaluation.cost.models import find_backbone, make_net
@@ -113,6 +113,54 @@ def test_growth_is_measured_drawn_and_written(tmp_path, capsys):
     assert "batch 2" in out
     for octic, plain in zip(rows[::2], rows[1::2], strict=True):  # how many times as fast
         assert f" {plain['inference'] / octic['inference']:.2f} " in out
+
+
+def test_growth_until_a_point_that_is_refused_is_kept(tmp_path, monkeypatch, capsys):
+    def turns(nets, kind, **_):
+        return {name: [Turn([2.0], None)] for name in nets}, []
+
+    monkeypatch.setattr(growth, "measure_in_turn", turns)
+    file, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    with pytest.raises(UserError, match="^size 40: .* not a multiple of the patch size"):
+        growth.show(
+            "hybrid_deit_small_patch16",
+            "deit_small_patch16_LS",
+            varied={"size": [32, 40]},
+            device="cpu",
+            base=Point(depth=2),
+            steps=1,
+            json_file=file,
+            picture_file=picture,
+        )
+    assert [row["size"] for row in json.loads(file.read_text())["rows"]] == [32, 32]
+    assert "size 32 " in capsys.readouterr().out.split("growth of cost")[1] and picture.is_file()
+
+
+def test_a_picture_of_growth_within_one_decade_has_numbers_on_its_axes(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(growth.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    point = {"net": "a", "varied": "size"}
+    values = [(32, 0.02), (64, 0.05)]
+    growth.draw(
+        [{**point, "size": x, **dict.fromkeys([*PASSES, "mib"], y)} for x, y in values],
+        tmp_path / "growth.png",
+    )
+    figures[0].draw_without_rendering()
+    for axis in figures[0].axes:
+        assert [text.get_text() for text in axis.get_xticklabels(which="both")] == ["32", "64"]
+        bottom, top = axis.get_ylim()
+        shown = [
+            t for t in axis.get_yticklabels(which="both") if bottom < t.get_position()[1] < top
+        ]
+        assert any(text.get_text() for text in shown)
+
+
+def test_blocks_before_a_net_that_is_refused_are_printed(monkeypatch, capsys):
+    cost = blocks.BlockCost("Block", 384, 5, 10**9, 14, 44, 2**20, None)
+    monkeypatch.setattr(blocks, "cost_of_block", lambda *_, **__: cost)
+    with pytest.raises(UserError, match="no model 'deit_smal_patch16_LS'"):
+        blocks.measure(["deit_small_patch16_LS", "deit_smal_patch16_LS"], size=32)
+    assert "384" in capsys.readouterr().out.split("cost of a block")[1]
 
 
 def test_growth_is_in_seconds_of_a_pass(monkeypatch):

@@ -4,6 +4,8 @@ import csv
 import functools
 import json
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -172,6 +174,26 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot read image 4"):
         tokens(tmp_path, images=Damaged(23, 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_extraction_is_cleared_away_by_the_next_one(tmp_path):
+    writer = (
+        "import sys, torch; from evaluation.features.files import FeatureWriter\n"
+        "writer = FeatureWriter(sys.argv[1])\n"
+        "writer.add(torch.zeros(2, 3), torch.zeros(2), torch.arange(2))\n"
+        "print('written', flush=True); sys.stdin.read()"
+    )
+    folder = tmp_path / "train"
+    with subprocess.Popen(
+        (sys.executable, "-c", writer, folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"written\n"
+        FeatureWriter(folder).abandon()
+        assert len(list(tmp_path.iterdir())) == 1  # of one that still runs
+        process.kill()
+        process.wait()
+        FeatureWriter(folder).abandon()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_skipped_images_have_no_row(tmp_path):
