@@ -104,9 +104,9 @@ def _with_run_folder(argv: Sequence[str]) -> list[str]:
     spread, words = list[str](), list[str]()
     for word in argv:
         spread += word.split("=", 1) if word.startswith("--resume=") else [word]
-    for before, word in pairwise(["", *spread]):
+    for before, word in pairwise(["", *_without_empty(spread)]):
         override = word.startswith("-") or ("=" in word and not Path(word).is_dir())
-        if before != "--resume" or not word or override:
+        if before != "--resume" or override:
             words.append(word)
         elif Path(word).is_dir():
             words.append(f"output_dir={quoted(word)}")
@@ -115,6 +115,17 @@ def _with_run_folder(argv: Sequence[str]) -> list[str]:
                 f"--resume {word}: a run goes on in its folder, --output-dir FOLDER; weights of a "
                 "file to start from are --finetune FILE"
             )
+    return words
+
+
+def _without_empty(argv: Sequence[str]) -> list[str]:
+    """The words without --resume '' and the like, which are DeiT's own defaults."""
+    words: list[str] = []
+    for word in argv:
+        if word == "" and words and words[-1] in {"--resume", *OPTIONS}:
+            words.pop()
+        else:
+            words.append(word)
     return words
 
 

@@ -359,11 +359,12 @@ def test_a_switch_takes_no_value(word: str):
     assert read_words(["--symmetries"], options).overrides == ["probes.accuracy.symmetries=true"]
 
 
-def test_an_empty_value_stays_one():
+def test_an_empty_value_stays_one_unless_it_is_a_default_of_deit():
     assert read_deit_training(["training.weights=", "--finetune="])[0] == [
         "training.weights=",
         "--finetune=",
     ]
+    assert read_deit_training(["--resume", "", "--teacher-path", "", "--resume="])[0] == []
 
 
 def test_resume_names_a_run_folder(tmp_path: Path, capsys):
