@@ -143,7 +143,7 @@ def sorted_words(
         values = [inline] if equals else words[:count]
         flags = [value for value in values if value.startswith("--") or value in same]
         if len(values) < count or "" in values or (flags and not equals):
-            needed = "a value" if count == 1 else f"{count} values"
+            needed = f"{count} values" if count > 1 else "a value"
             raise UserError(f"{name} needs {needed}{f': {told[name]}' if name in told else ''}")
         if not equals:
             del words[:count]

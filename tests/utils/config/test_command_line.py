@@ -65,6 +65,7 @@ def test_flags_take_as_many_words_as_they_say(line, found):
         ("--two x", "--two needs 2 values"),
         ("--two=x", "--two needs 2 values"),
         ("--all OUT --all", "--all needs a value"),
+        ("--may=", "--may needs a value"),
         ("--on=x", "--on takes no value, got 'x'"),
     ],
 )
