@@ -120,9 +120,10 @@ def _with_run_folder(argv: Sequence[str]) -> list[str]:
 
 def _without_empty(argv: Sequence[str]) -> list[str]:
     """The words without --resume '' and the like, which are DeiT's own defaults."""
-    words: list[str] = []
+    words = list[str]()
+    known = {"--resume", *OPTIONS, *NO_EFFECT}
     for word in argv:
-        if word == "" and words and words[-1] in {"--resume", *OPTIONS}:
+        if word == "" and words and SAME.get(words[-1], words[-1]) in known:
             words.pop()
         else:
             words.append(word)

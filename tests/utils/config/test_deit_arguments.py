@@ -364,7 +364,7 @@ def test_an_empty_value_stays_one_unless_it_is_a_default_of_deit():
         "training.weights=",
         "--finetune=",
     ]
-    assert read_deit_training(["--resume", "", "--teacher-path", "", "--resume="])[0] == []
+    assert read_deit_training(["--resume", "", "--teacher-path", "", "--resume="]) == ([], [])
 
 
 def test_resume_names_a_run_folder(tmp_path: Path, capsys):
