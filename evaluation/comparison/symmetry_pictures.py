@@ -46,9 +46,11 @@ def draw_comparison(
 
     The accuracy over the angle is left out where no angles were measured.
     """
-    found: dict[str, Path] = {}
+    found, by_angle = dict[str, Path](), folder / "accuracy_by_angle.png"
     if any(part.by_angle for part in judged.values()):
-        found["accuracy over the angle"] = draw_angles(judged, folder / "accuracy_by_angle.png")
+        found["accuracy over the angle"] = draw_angles(judged, by_angle)
+    else:  # That of an earlier call would stand beside results it does not belong to.
+        by_angle.unlink(missing_ok=True)
     shown = _one_wrapped(nets)
     maps = draw_latent_maps(shown, image[None], folder / "latent_maps.png")
     if maps:

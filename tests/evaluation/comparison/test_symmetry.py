@@ -288,8 +288,9 @@ def test_pictures_are_written(tmp_path: Path):
     with Image.open(tmp_path / "turning.gif") as film:
         assert film.n_frames == 36
     judged = judge_views(nets, normalised(), torch.zeros(4).long(), [])
-    found = draw_comparison(nets, normalised(1)[0], judged, tmp_path / "no angles", names)
+    found = draw_comparison(nets, normalised(1)[0], judged, tmp_path, names)
     assert sorted(path.name for path in found.values()) == ["latent_maps.png", "turning.gif"]
+    assert {path.name for path in tmp_path.iterdir()} == {"latent_maps.png", "turning.gif"}
 
 
 def test_what_a_training_would_refuse_is_said_before_the_first_one(tmp_path: Path, capsys):
