@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octic.plain_kernels import Matrix, by_segment, with_bias
+from vit.backbone import is_exporting
 
 
 def is_composed() -> bool:
     """Whether this call must use the functions below: under `torch.export` or `torch.func`."""
-    # Not torch.compiler.is_exporting(): Dynamo of torch 2.11 folds it to True in any compilation.
-    if torch.compiler._is_exporting_flag:
+    if is_exporting():
         return True
     # torch.autograd.Function refuses on the same condition.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -21,7 +21,7 @@ from typing import Any
 from utils.endings import LOST
 from utils.errors import UserError
 from utils.folders import make_folder, refused
-from utils.proc import started
+from utils.proc import machine, started
 from utils.run_files import LOCK
 
 BEAT_S = 10.0
@@ -145,9 +145,9 @@ def describe_process() -> dict[str, Any]:
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": machine(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": started(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -156,7 +156,7 @@ def describe_process() -> dict[str, Any]:
 
 def _has_ended(holder: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
     if holder.get("machine") == me["machine"]:
-        return _started(holder.get("pid", 0)) != holder.get("started")
+        return started(holder.get("pid", 0)) != holder.get("started")
     same_job = me["job"] and holder.get("job") == me["job"]
     return bool(same_job) and holder.get("restart") != me["restart"]
 
@@ -180,26 +180,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _machine() -> str:
-    # Process ids mean the same only under one boot and in one namespace (containers).
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> int:
-    return started(pid) or _alive_without_proc(pid)
-
-
-def _alive_without_proc(pid: int) -> int:
-    if Path("/proc/self/stat").exists():
-        return 0
-    try:
-        os.kill(int(pid), 0)
-    except (OSError, ValueError):
-        return 0
-    return 1

@@ -89,6 +89,12 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces the call."""
+    # Not torch.compiler.is_exporting(): Dynamo of torch 2.11 folds it to True in any compilation.
+    return torch.compiler._is_exporting_flag
+
+
 def check_counts(least: int, /, **counts: int) -> None:
     """ValueError unless each is a whole number from `least` on."""
     for key, value in counts.items():

@@ -24,6 +24,7 @@ from baselines.gevit.streaming import (
     tile_sizes,
 )
 from utils.ranges import check_count, check_range
+from vit.backbone import is_exporting
 
 
 class _SelfAttention(nn.Module):
@@ -90,9 +91,8 @@ class _SelfAttention(nn.Module):
         if keep_probabilities:
             found = run(slice(0, len(x)), slice(0, size[0]), keep_probabilities=True)
             return found.permute(0, 1, 4, 5, 2, 3, 6, 7)  # from [B N H W v g m J]
-        # A program takes any number of images, so its parts may not depend on one. Not
-        # torch.compiler.is_exporting(): Dynamo of torch 2.11 folds it to True in any compilation.
-        count = None if torch.compiler._is_exporting_flag else len(x)
+        # A program takes any number of images, so its parts may not depend on one.
+        count = None if is_exporting() else len(x)
         y = in_tiles(
             run,
             (count, size[0]),

@@ -5,7 +5,7 @@ One of the three varies, the others stay at the values of `Point()`. Nets take t
 kept for the backward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,14 +45,13 @@ def measure(
     device: str = "cpu",
     base: Point | None = None,
     steps: int = 3,
-    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-) -> list[dict[str, Any]]:
-    """Rows {net, varied, size, batch, depth, seconds of each pass, mib}; the net's own depth is 0.
+) -> Iterator[list[dict[str, Any]]]:
+    """Of each point, measured as it is asked for, the rows of both nets.
 
-    `keep` gets all rows so far as soon as a point is measured.
+    A row is {net, varied, size, batch, depth, seconds of each pass, mib}; the net's own depth is 0.
     Raises UserError for a size or depth that the nets do not take.
     """
-    chosen, start, rows = torch.device(device), base or Point(), []
+    chosen, start = torch.device(device), base or Point()
     for name, values in varied.items():
         for value in values:
             point = start._replace(**{name: value})
@@ -61,9 +60,7 @@ def measure(
                 found = _at(point, (octic, plain), chosen, steps)
             except ValueError as error:
                 raise UserError(f"{name} {value}: {error}") from error
-            rows += [{"varied": name, **point._asdict(), **row} for row in found]
-            keep(rows)
-    return rows
+            yield [{"varied": name, **point._asdict(), **row} for row in found]
 
 
 def _at(
@@ -136,14 +133,11 @@ def show(
     told = "peak" if torch.device(device).type == "cuda" else "kept for the backward pass"
     protocol = f"{octic} and {plain} in turn; {fixed}; {where}; memory: {told}"
     rows: list[dict[str, Any]] = []
-
-    def keep(found: list[dict[str, Any]]) -> None:
-        rows[:] = found
-        if json_file:
-            write_measured(json_file, protocol, rows=rows)
-
     try:
-        measure(octic, plain, varied=varied, device=device, base=base, steps=steps, keep=keep)
+        for found in measure(octic, plain, varied=varied, device=device, base=base, steps=steps):
+            rows += found
+            if json_file:
+                write_measured(json_file, protocol, rows=rows)
     finally:
         if rows:
             _print(rows, protocol)

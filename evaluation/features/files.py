@@ -12,10 +12,10 @@ renames the folder. Letters: N rows, D width.
 
 import csv
 import glob
+import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,7 +27,7 @@ from torch import Tensor
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.errors import UserError, one_line
-from utils.proc import started
+from utils.proc import machine, started
 from utils.ranges import check_word
 
 FEATURES, LABELS, INDEX, META = "features.npy", "labels.npy", "index.csv", "meta.json"
@@ -225,19 +225,15 @@ class FeatureWriter:
 
 
 def _here() -> str:
-    """This machine and, under Linux, its space of process ids: each container has its own."""
-    space = Path("/proc/self/ns/pid")
-    number = space.stat().st_ino if space.exists() else 0
-    return f"{socket.gethostname()}-{number}"
+    """A short name of this machine, as `utils.proc` tells them apart."""
+    return hashlib.sha256(machine().encode()).hexdigest()[:12]
 
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what writers of this folder left that were killed, if they ran here."""
-    if not started(os.getpid()):
-        return  # no /proc: nobody knows whether they still run
     for leftover in folder.parent.glob(glob.escape(f".{folder.name}.{_here()}-") + "*.partial"):
         pid = leftover.name.removesuffix(".partial").rpartition("-")[2]
-        if pid.isdigit() and not started(int(pid)):
+        if pid.isdecimal() and not started(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

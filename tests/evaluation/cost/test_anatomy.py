@@ -173,7 +173,7 @@ def test_growth_is_in_seconds_of_a_pass(monkeypatch):
 
     monkeypatch.setattr(growth, "measure_in_turn", turns)
     names = "hybrid_deit_small_patch16", "deit_small_patch16_LS"
-    rows = growth.measure(*names, varied={"batch": [3]}, base=Point(size=32, depth=2))
+    (rows,) = growth.measure(*names, varied={"batch": [3]}, base=Point(size=32, depth=2))
     assert seen == [{(3, 32, 2)}] * 2 and [row["net"] for row in rows] == [*names]
     assert {row[kind] for row in rows for kind in PASSES} == {2.0}
     net = make_net(names[1], find_backbone(names[1], size=32, keywords={"depth": 2}), "cpu").train()
