@@ -7,7 +7,7 @@ other keys are options of sbatch. Ours: `OUTPUT --model NAME --weights FILE --ta
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,10 +118,11 @@ def parse_segmentation(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read_segmentation_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides for the words of a command line, and notes; flags of all scripts pass."""
     refuse_unknown_flags(argv, OWN)
-    asked = _read(argv)
+    named = any(word.partition("=")[0] == "--tasks" for word in argv)
+    own = files_beside(argv, "probe") if named else {}
+    asked = _read(argv, own)
     words = [*_model(asked), *_launcher(asked)]
     named_file = any(word.split("=")[0] in ("--config-file", "--config") for word in asked.rest)
-    own = files_beside(argv, "probe") if asked.tasks else {}
     tasks = _tasks(asked, named_file, own)
     words += [f"+probe@probes.{task}={task}" for task in tasks]
     for task in tasks:
@@ -139,12 +140,12 @@ def known_tasks() -> list[str]:
     return sorted(path.stem for path in (CONFIGS / "probe").glob("seg_*.yaml"))
 
 
-def _read(argv: Sequence[str]) -> _Asked:
+def _read(argv: Sequence[str], own: Collection[str]) -> _Asked:
     asked, output = _Asked([], [], {}, {}, {}, {}, {}, []), ""
     roots = {flag: data for data, (flag, _) in ROOTS.items()}
     takes: dict[str, Takes] = dict.fromkeys((*roots, *OPTIONS, "--weights", "--model"), 1)
     told = {"--tasks": ", ".join(known_tasks())}
-    takes["--tasks"] = lambda word: word.startswith("seg_")
+    takes["--tasks"] = lambda word: word.startswith("seg_") or word in own
     for name, values in sorted_words(argv, takes, same=SAME, told=told):
         value = values[0]
         if name == "--tasks":
@@ -273,7 +274,7 @@ def _sbatch_value(option: str, value: str) -> str:
     return _quoted(value)
 
 
-def _tasks(asked: _Asked, named_file: bool, own: Iterable[str]) -> list[str]:
+def _tasks(asked: _Asked, named_file: bool, own: Collection[str]) -> list[str]:
     """The tasks to run: those named, else those with keys or folders, else the embedded scenes.
 
     own: probes of files beside the run file, which may be named too.

@@ -84,6 +84,9 @@ def test_a_task_of_a_file_beside_the_run_file(tmp_path):
     assert {name: node["resolution"] for name, node in config["probes"].items() if node} == {
         "mine": 32
     }
+    words = ["--config-file", str(run), "--tasks", "seg_scenes", "mine", "OUT"]
+    both = [f"+probe@probes.{task}={task}" for task in ("seg_scenes", "mine")]
+    assert read_segmentation_arguments(words)[0][:2] == both
     with pytest.raises(UserError, match=r"unknown task 'mien'; did you mean 'mine'\?"):
         read_segmentation_arguments(["--config-file", str(run), "--tasks", "mien"])
 
