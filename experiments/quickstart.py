@@ -8,6 +8,7 @@ from typing import Any
 from slurm.command import main
 from utils.config.build import plain
 from utils.config.compose import parse_config
+from utils.config.trainings import in_folders
 
 RUNS = {"octic": "dinov2/quickstart.yaml", "plain": "dinov2/quickstart_plain.yaml"}
 
@@ -15,11 +16,8 @@ RUNS = {"octic": "dinov2/quickstart.yaml", "plain": "dinov2/quickstart_plain.yam
 def parse(argv: list[str]) -> dict[str, Any]:
     """The configs of both trainings, and what the launcher reads."""
     configs = {name: plain(parse_config(file, argv)) for name, file in RUNS.items()}
-    folder = configs["octic"]["output_dir"]
-    for name, config in configs.items():
-        config["output_dir"] = f"{folder}/{name}"
-    shared = {key: configs["octic"][key] for key in ("name", "device", "launcher", "cluster")}
-    return {**shared, "output_dir": folder, "runs": configs}
+    keys = ("name", "output_dir", "device", "launcher", "cluster")
+    return in_folders({**{key: configs["octic"][key] for key in keys}, "runs": configs})
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def _read_tasks(
     _refuse_lost_folder()
     _refuse_clock_times(words)
     asked = _read(words)
-    parse = _checking(parse, alone=not asked.sweeps)
+    if "--check" in asked.words:
+        _check_start(parse, asked)
     if not (asked.sweeps or asked.then):
         config = parse(asked.words)
         tasks = [] if config is None else [Task(function, plain(config))]
@@ -100,31 +101,25 @@ def _refuse_clock_times(words: Sequence[str]) -> None:
             raise UserError(f"{key} is in minutes: {max(slurm_minutes(value), 1)} for {value}")
 
 
-def _checking(parse: Parse, *, alone: bool) -> Parse:
-    """Wrap `parse` so that `--check` also refuses what the launcher or a starting run would refuse.
-
-    alone: the run folder is that of the config, as it is not a point of a sweep.
-    """
-
-    def checked(words: list[str]) -> Mapping[str, Any] | None:
-        if "--check" in words:
-            config, said = None, io.StringIO()
-            with (
-                contextlib.redirect_stderr(said),
-                contextlib.redirect_stdout(said),
-                contextlib.suppress(SystemExit),  # the second `parse` below reports the mistake
-            ):
-                config = parse([word for word in words if word != "--check"])
-            if config is not None:
-                check_launch(plain(config), joins="TORCHELASTIC_RUN_ID" in os.environ)
-                if alone:
-                    _check_start(plain(config))
-        return parse(words)
-
-    return checked
+def _check_start(parse: Parse, asked: _Asked) -> None:
+    """UserError for what the launcher or a starting run would refuse of what `--check` looks at."""
+    tasks: list[Task] = []
+    quiet = io.StringIO()
+    with (
+        contextlib.redirect_stderr(quiet),
+        contextlib.redirect_stdout(quiet),
+        contextlib.suppress(UserError, SystemExit),  # the parse that prints reports the mistake
+    ):
+        words = [word for word in asked.words if word != "--check"]
+        tasks, _ = _points("", parse, asked._replace(words=words))
+    for task in tasks:
+        with task.named():
+            check_launch(task.config, joins="TORCHELASTIC_RUN_ID" in os.environ)
+            for part in task.parts:
+                _check_run(part.config)
 
 
-def _check_start(config: dict[str, Any]) -> None:
+def _check_run(config: dict[str, Any]) -> None:
     from utils.config.check import check_run  # late: it needs torch, for a training alone
 
     check_run(config)
@@ -151,7 +146,15 @@ def _read(words: list[str]) -> _Asked:
 
 
 def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path | None]:
-    """One task, or one per point, each with its --then tasks; and the sweep's folder, if several.
+    """The tasks of `_points`, each with its --then tasks."""
+    tasks, folder = _points(function, parse, asked)
+    for task in tasks:
+        task.then = _followers(asked.then, task)
+    return tasks, folder
+
+
+def _points(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path | None]:
+    """One task, or one per point; and the sweep's folder, if several.
 
     No task at all if the parser of some point only printed something.
     """
@@ -171,8 +174,6 @@ def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path
             task.config["output_dir"] = str(folder / point.label)
             task.job_name = str(task.config["name"])
             task.config["name"] = f"{task.job_name}, {point.label}"
-    for task in tasks:
-        task.then = _followers(asked.then, task)
     return tasks, folder
 
 

@@ -6,9 +6,10 @@ any function and any config; settings of the cluster come from configs/cluster.
 
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,11 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
     joins = "TORCHELASTIC_RUN_ID" in os.environ
     several = len(tasks) > 1 or bool(tasks[0].then)
     for task in _all(tasks):
-        with _named(task):
+        with task.named():
             _check(task, joins=joins, submits=not joins and not dry_run)
+    for part in _parts(_all(tasks)):
+        with part.named():
+            _check_training(part.config)
     folders = [str(task.folder) for task in _all(tasks)]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise UserError(
@@ -80,7 +84,7 @@ def _launch(tasks: Sequence[Task], folder: Path, dry_run: bool) -> Any:
         raise UserError("the points of a sweep and what follows need one launcher")
     kind = "here" if joins else kinds.pop()
     if several or dry_run:  # a single run on this machine builds them at once anyway
-        _build_networks([task for task in tasks if task.config.get("recipe")])
+        _build_networks([part for part in _parts(tasks) if part.config.get("recipe")])
     if dry_run:
         _tell_of_data(tasks)
     else:  # download weights now, as a cluster's nodes may have no network
@@ -103,7 +107,7 @@ def _tell_of_data(tasks: Sequence[Task]) -> None:
 
     notes: dict[str, None] = {}
     for task in _all(tasks):
-        with _named(task):
+        with task.named():
             notes |= dict.fromkeys(look_at_data(task.config))
     for note in notes:  # not into the script that a dry run prints
         print(note, file=sys.stderr)
@@ -115,13 +119,8 @@ def _all(tasks: Sequence[Task]) -> Iterator[Task]:
         yield from task.then
 
 
-@contextmanager
-def _named(task: Task) -> Iterator[None]:
-    """Prefix a UserError raised inside with the task's label."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{task.label}: {error}" if task.label else str(error)) from error
+def _parts(tasks: Iterable[Task]) -> list[Task]:
+    return [part for task in tasks for part in task.parts]
 
 
 def _check(task: Task, *, joins: bool, submits: bool) -> None:
@@ -130,10 +129,13 @@ def _check(task: Task, *, joins: bool, submits: bool) -> None:
         check_machine(task.config["cluster"])
     check_run_folder(task.config)
     check_targets(task.config)
-    if "recipe" in task.config:  # a training
+
+
+def _check_training(config: Mapping[str, Any]) -> None:
+    if "recipe" in config:
         from utils.config.settings import check_settings  # imported here because it needs torch
 
-        check_settings(task.config)
+        check_settings(config)
 
 
 # On this machine
@@ -171,16 +173,32 @@ def _run_in_turn(tasks: Sequence[Task]) -> None:
     try:
         for number, task in enumerate(tasks, 1):
             _announce(f"{number} of {len(tasks)}", task)
-            codes.append((task, code := run_apart(_run_one, task)))
+            code = _run_noted(task, codes)
             for then in task.then:
                 if code == 0:
                     _announce("then", then)
-                codes.append((then, run_apart(_run_one, then) if code == 0 else None))
-    finally:
-        show_outcomes(codes)
+                    _run_noted(then, codes)
+                else:
+                    codes.append((then, None))
+    finally:  # a signal leaves some of them without a start
+        show_outcomes([*codes, *((task, None) for task in list(_all(tasks))[len(codes) :])])
     if bad := sum(code != 0 for _, code in codes):
         print(f"error: {bad} of {len(codes)} did not succeed", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _run_noted(task: Task, codes: list[tuple[Task, int | None]]) -> int:
+    """Run a task apart and note its exit code, also where a signal ends the others with it."""
+    try:
+        code = run_apart(_run_one, task)
+    except KeyboardInterrupt:
+        codes.append((task, 128 + signal.SIGINT))
+        raise
+    except SystemExit as told:
+        codes.append((task, int(told.code or 0)))
+        raise
+    codes.append((task, code))
+    return code
 
 
 def _run_one(task: Task) -> None:
@@ -201,7 +219,7 @@ def _show_plan(tasks: Sequence[Task], kind: str) -> None:
 
 
 def _submit(tasks: Sequence[Task], folder: Path) -> None:
-    _build_networks(list(_all(tasks)), download=True)
+    _build_networks(_parts(_all(tasks)), download=True)
     _tell_of_data(tasks)
     submission = _submission(tasks, folder)
     jobs = submission.submit()
@@ -271,7 +289,7 @@ def _build_networks(tasks: Sequence[Task], *, download: bool = False) -> None:
         node = {key: task.config.get(key) for key in keys}
         if not node["backbone"]:
             continue
-        with _named(task):
+        with task.named():
             if node not in seen:
                 seen.append(node)
                 recipe = networks(task.config, download=download)[1]

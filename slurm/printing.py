@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from slurm import runs
 from slurm.jobs import chosen_figures
+from slurm.record import STOPPED
 from slurm.task import Task
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def show_outcomes(codes: Sequence[tuple[Task, int | None]]) -> None:
         outcome = "succeeded" if code == 0 else "not started"
         if code:
             why = run.refusal or run.why
-            outcome = f"failed, code {code}{f': {why}' if why else ''}"
+            word = "interrupted" if code in STOPPED else "failed"
+            outcome = f"{word}, code {code}{f': {why}' if why else ''}"
         figures = "  ".join(f"{k} {v:.4g}" for k, v in chosen_figures(run).items())
         table.add_row(*_values(task, keys), outcome, figures, str(task.folder))
     _print(table)

@@ -3,7 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.commands.compared_runs import RECIPE_OPTIONS, compose_run, in_folders, parse_runs
+from evaluation.commands.compared_runs import (
+    RECIPE_OPTIONS,
+    compose_run,
+    parse_runs,
+    with_trainings,
+)
 from utils.config.command_line import Option
 from utils.errors import UserError
 from utils.nearest import nearest
@@ -28,7 +33,7 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
     methods = chosen_methods(config["methods"], config["only"])
     models = {name: str(source) for name, source in config["models"].items() if source}
     runs = {name: compose_run(source, config) for name, source in models.items()}
-    return in_folders(runs, {**config, "methods": methods})
+    return with_trainings(runs, {**config, "methods": methods})
 
 
 def chosen_methods(methods: Mapping[str, Any], only: str | None) -> dict[str, Any]:

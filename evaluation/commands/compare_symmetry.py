@@ -5,12 +5,12 @@ from typing import Any
 
 from evaluation.commands.compared_runs import (
     RECIPE_OPTIONS,
-    RUNS,
     compose_run,
-    in_folders,
     parse_runs,
+    with_trainings,
 )
 from utils.config.command_line import Option
+from utils.config.trainings import RUNS
 from utils.errors import UserError
 from utils.nearest import nearest
 
@@ -73,7 +73,7 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
                 raise UserError(f"models.{named} has the name of the turned {name}; rename it")
             runs[named] = run
             wrapped += [named] if name == posthoc["of"] else []
-    return in_folders(runs, {**config, "posthoc": {**posthoc, "of": wrapped}})
+    return with_trainings(runs, {**config, "posthoc": {**posthoc, "of": wrapped}})
 
 
 def _run(source: str, config: Mapping[str, Any], trained_on: str) -> Any:

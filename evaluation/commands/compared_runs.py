@@ -11,10 +11,10 @@ from utils.config.check import check_runs
 from utils.config.command_line import Option, help_page, meanings, read_command, read_words
 from utils.config.compose import compose_config, parse_config
 from utils.config.files import CONFIGS, find_file
+from utils.config.trainings import RUNS, in_folders
 from utils.errors import UserError, fail
 from utils.run_files import CONFIG
 
-RUNS = "runs"  # of the finished config: name -> a training's config, or a file of weights
 RECIPE_OPTIONS = {
     "--epochs": Option("epochs", "of every training", text=False),
     "--words": Option(
@@ -54,20 +54,20 @@ def parse_runs(
     raise SystemExit(0)
 
 
-def in_folders(runs: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with `runs`, each training in its own folder.
+def with_trainings(runs: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with `runs`, each training with its name and in its own folder.
 
     UserError if neither a training nor a folder to load from says which data to evaluate on.
     """
     for name, run in runs.items():
         if isinstance(run, dict):
-            run["name"], run["output_dir"] = name, f"{config['output_dir']}/{name}"
+            run["name"] = name
     if not any(isinstance(run, dict) or _is_run_folder(run) for run in runs.values()):
         raise UserError(
             f"models names neither a run file nor a run folder with its {CONFIG}: "
             "files of weights alone do not say which data to evaluate them on"
         )
-    return {**config, RUNS: dict(runs)}
+    return in_folders({**config, RUNS: runs})
 
 
 def compose_run(source: str, config: Mapping[str, Any]) -> Any:

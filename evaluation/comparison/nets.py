@@ -19,6 +19,7 @@ from utils import distributed
 from utils.config.build import plain
 from utils.config.check import networks
 from utils.config.settings import check_settings
+from utils.config.trainings import in_folders
 from utils.data.classes import mismatch
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
@@ -43,7 +44,7 @@ def train_then(
 
     check: called before any training, to find mistakes in the settings of the evaluation.
     """
-    config = dict(plain(config))
+    config = in_folders(plain(config))
     figures: dict[str, Any] = {}
     check_folder(config["output_dir"])
     check_count("batch_size", config["batch_size"], 1)

@@ -19,6 +19,7 @@ from evaluation.sample import sample_images
 from evaluation.symmetry.equivariance import layer_errors, worst_error
 from utils import distributed
 from utils.config.build import build, plain
+from utils.config.trainings import in_folders
 from utils.data.images import ImageDataset
 from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
@@ -40,7 +41,7 @@ def compare(config: Mapping[str, Any]) -> dict[str, Figures]:
     Runs resume, so repeating the command continues an interrupted one. Writes results.json,
     pictures and report.html to `config["output_dir"]`; every rank must call this.
     """
-    config = plain(config)
+    config = in_folders(plain(config))
     folder, runs = Path(config["output_dir"]), config["runs"]
     check_folder(folder)
     summaries = {}

@@ -89,6 +89,38 @@ def test_two_runs_in_one_folder_are_refused_before_either_starts(tmp_path: Path,
     assert not task.folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"]
+)
+def test_an_interrupted_sweep_tells_of_every_point(
+    tmp_path: Path, capsys, monkeypatch, ending: BaseException, code: int
+) -> None:
+    def run_apart(function: Any, task: Task) -> int:
+        if task.values["seed"] == "2":
+            raise ending
+        return 0
+
+    monkeypatch.setattr("slurm.launch.run_apart", run_apart)
+
+    def point(name: str, seed: str) -> Task:
+        config = config_for(tmp_path / name)
+        del config["recipe"], config["backbone"]  # nothing to build
+        return Task(f"{WORK}.report", config, {"seed": seed})
+
+    points = [point(seed, seed) for seed in "123"]
+    points[1].then = [point("then", "2")]
+    with pytest.raises(SystemExit) as left:
+        launch_all(points, folder=tmp_path)
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    told = [tuple(word.strip() for word in row) for row in rows]
+    assert left.value.code == code
+    assert told == [
+        ("1", "succeeded"),
+        ("2", f"interrupted, code {code}"),
+        *[("2", "not started"), ("3", "not started")],
+    ]
+
+
 # Several processes on this machine
 
 

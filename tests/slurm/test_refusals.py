@@ -1,5 +1,6 @@
 """What is said before anything is started: of the run folder, and of every point of a sweep."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,14 @@ def test_a_batch_that_the_processes_of_a_job_cannot_make(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_a_run_of_another_network(tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
+def with_a_run_of_another_network(folder: Path) -> None:
     Checkpoints(folder / CHECKPOINTS).save(1, {"recipe": {"weight": torch.zeros(1)}})
     (folder / CONFIG).write_text("backbone: {num_classes: 3}")
+
+
+def test_a_folder_with_a_run_of_another_network(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    with_a_run_of_another_network(folder)
     said = f"error: {folder} holds a run of another network (backbone.num_classes: 3 -> 10"
     assert said in refused(capsys, [task(folder)], folder, dry_run=True)
     words = [*SMALL, "--check", "--output-dir", str(folder)]
@@ -91,3 +96,26 @@ def test_a_folder_with_a_run_of_another_network(tmp_path: Path, capsys) -> None:
         main("tests.slurm.work.report", partial(parse_config, "deit/quickstart.yaml"), words)
     told = capsys.readouterr()
     assert left.value.code == 2 and told.err.startswith(said) and told.out == ""
+
+
+def test_check_looks_into_the_run_folder_of_every_point(tmp_path: Path, capsys) -> None:
+    with_a_run_of_another_network(tmp_path / "seed=2")
+    words = [*SMALL, "--check", "-m", "seed=1,2", "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        main("tests.slurm.work.report", partial(parse_config, "deit/quickstart.yaml"), words)
+    told = capsys.readouterr()
+    assert left.value.code == 2 and told.out == ""
+    assert told.err.startswith(f"error: seed=2: {tmp_path}/seed=2 holds a run of another network")
+
+
+def test_the_trainings_of_a_comparison_are_looked_at_too(tmp_path: Path, capsys) -> None:
+    def comparison(seed: str, *words: str) -> Task:
+        run, folder = task(tmp_path, *words), str(tmp_path / f"seed={seed}")
+        config = {"output_dir": folder, "runs": {"plain": run.config, "loaded": "file"}}
+        return replace(run, config=run.config | config | {"recipe": None}, values={"seed": seed})
+
+    points = [comparison("1"), comparison("2", "recipe.epochs=-1")]
+    assert refused(capsys, points, tmp_path).startswith("error: seed=2: plain: recipe.epochs must")
+    with_a_run_of_another_network(tmp_path / "seed=1" / "plain")
+    said = f"error: seed=1: plain: {tmp_path}/seed=1/plain holds a run of another network"
+    assert refused(capsys, [comparison("1")], tmp_path, dry_run=True).startswith(said)

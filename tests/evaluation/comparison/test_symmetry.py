@@ -56,6 +56,18 @@ def test_a_model_of_the_users_joins():
     assert runs["mine"]["recipe"]["epochs"] == runs["plain"]["recipe"]["epochs"]
 
 
+def test_the_trainings_follow_the_run_folder(tmp_path, monkeypatch):
+    """The points of a sweep, and jobs, get their run folder after the command line was read."""
+    trained = []
+    monkeypatch.setattr("evaluation.comparison.nets.train", trained.append)
+    monkeypatch.setattr("evaluation.comparison.nets._check_recipe", lambda name, run: None)
+    words = [*ONLY_PLAIN, "--device", "cpu", "output_dir=elsewhere"]
+    config = parse_comparison(words) | {"output_dir": str(tmp_path / "seed=1")}
+    figures = train_then(lambda config, device: config["runs"], config, lambda config: None)
+    assert [run["output_dir"] for run in trained] == [str(tmp_path / "seed=1" / "plain")]
+    assert figures["plain"]["output_dir"] == trained[0]["output_dir"]
+
+
 def test_check_tells_the_trainings_and_starts_none(tmp_path, capsys):
     small = "--words=backbone.depth=1 backbone.embed_dim=16 backbone.num_heads=2"
     with pytest.raises(SystemExit) as left:
