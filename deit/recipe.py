@@ -200,20 +200,28 @@ class DeiT(nn.Module):
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Losses of a micro-batch; `loss` is optimised, the rest is shown."""
         told = self._follow(step)
-        losses = self._losses(batch)
+        images = batch["images"]
+        logits, student = self._logits(torch.cat([images, images]) if self.cosub else images)
+        losses = self.losses_of(logits, student, batch)
         # Filled on the device: new_tensor() would copy, and wait for all of the forward pass.
         return losses | {name: losses["loss"].new_full((), value) for name, value in told.items()}
 
-    def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        images, targets = batch["images"], batch["targets"]
+    def losses_of(
+        self, logits: Tensor, student: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses of the logits [B C] of a micro-batch: the place for terms of one's own on them.
+
+        student: the logits that learn from a teacher, of a second head, or the same. With cosub
+        both are [2B C], those of one subnetwork after those of the other.
+        """
+        targets = batch["targets"]
         if self.cosub:
-            first, second = self._logits(torch.cat([images, images]))[0].chunk(2)
+            first, second = logits.chunk(2)
             return {"loss": cosub_loss(first, second, present_classes(targets, first))}
-        logits, student = self._logits(images)
         loss = classification_loss(logits, targets, loss=self.loss, smoothing=self.smoothing)
         if self.distillation is None:
             return {"loss": loss}
-        told, alpha = self.distillation(images, student), self.distillation.alpha
+        told, alpha = self.distillation(batch["images"], student), self.distillation.alpha
         shown = {"label_loss": loss.detach(), "distillation_loss": told.detach()}
         return {"loss": (1 - alpha) * loss + alpha * told} | shown
 

@@ -5,7 +5,7 @@ teacher (its moving average) sees the global crops whole. Letters in shapes: B i
 micro-batch, n local crops each, N patches, U rows of masked patches, D channels, K prototypes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from utils.effective_batch import count_steps
 from utils.moving_average import MovingAverage
 from utils.parallel import blocks_of
 from utils.ranges import check_count, check_range
-from vit.backbone import check_whole_patches
+from vit.backbone import Encoded, check_whole_patches
 
 NUM_GLOBAL_CROPS = 2
 
@@ -187,21 +187,31 @@ class DINOv2(nn.Module):
         return finished(self.crops, batch)
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Losses of a micro-batch; `loss` is optimised, the rest is shown.
-
-        The names and scales shown are the published ones: koleo_loss and ibot_loss are half of what
-        is optimised, and total_loss is the sum of the four shown, without their weights.
-        """
-        num_images = len(batch["global_crops"])  # 2B
-        rows = batch["mask_indices"] if self.ibot_loss_weight else batch["mask_indices"][:0]
-        weights = batch["mask_weights"][: len(rows)]
-        class_targets, patch_targets = self._targets(batch, rows, weights > 0, step)
-
+        """Losses of a micro-batch; `loss` is optimised, the rest is shown."""
+        # The teacher first: what it computes is freed before the student keeps all of its own.
+        targets = self._targets(batch, step)
         crops = [batch["global_crops"]]
         if "local_crops" in batch:
             crops.append(batch["local_crops"])
         masks = [batch["masks"], None][: len(crops)]
-        encoded = self.student["backbone"].encode(crops, masks)
+        return self.losses_of(self.student["backbone"].encode(crops, masks), targets, batch)
+
+    def losses_of(
+        self,
+        encoded: Sequence[Encoded],
+        targets: tuple[Tensor, Tensor],
+        batch: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Losses of the student's tokens: the place for terms of one's own on them.
+
+        encoded: of the 2B global crops, patches masked, then of the nB local ones, if any. targets:
+        of classes [2 B K], the teacher's two crops swapped, and of masked patches [U K].
+        The names and scales shown are the published ones: koleo_loss and ibot_loss are half of what
+        is optimised, and total_loss is the sum of the four shown, without their weights.
+        """
+        class_targets, patch_targets = targets
+        num_images = len(batch["global_crops"])  # 2B
+        rows, weights = self._masked(batch)
         tokens = torch.cat([crop.cls for crop in encoded])
         class_logits, patch_logits = self._project(
             self.student, tokens, _rows_of(encoded[0].patches, rows)
@@ -250,11 +260,15 @@ class DINOv2(nn.Module):
 
     # Parts of a step.
 
+    def _masked(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Flat positions [U] of masked patches and their weights; none where iBOT has no weight."""
+        rows = batch["mask_indices"] if self.ibot_loss_weight else batch["mask_indices"][:0]
+        return rows, batch["mask_weights"][: len(rows)]
+
     @torch.no_grad()
-    def _targets(
-        self, batch: dict[str, Tensor], rows: Tensor, valid: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
+    def _targets(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
         """Class targets [2 B K], the teacher's two crops swapped, and patch targets [U K]."""
+        rows, weights = self._masked(batch)
         encoded = self.teacher["backbone"].encode([batch["global_crops"]], [None])[0]
         first, second = encoded.cls.chunk(NUM_GLOBAL_CROPS)
         tokens = torch.stack([second, first]).flatten(0, 1)
@@ -266,7 +280,7 @@ class DINOv2(nn.Module):
         if self.dino_loss_weight:
             class_targets = self.dino_targets(class_logits, temperature)
         if self.ibot_loss_weight:
-            patch_targets = self.ibot_targets(patch_logits, temperature, valid)
+            patch_targets = self.ibot_targets(patch_logits, temperature, weights > 0)
         return class_targets.unflatten(0, (NUM_GLOBAL_CROPS, -1)), patch_targets
 
     def _project(

@@ -10,6 +10,7 @@ from torchvision.transforms.functional import to_tensor
 
 from deit.losses import Distillation
 from deit.mixing import Mixing
+from deit.recipe import DeiT
 from deit.schedules import Schedules
 from tests.deit.tiny import Noise, make_backbone, make_batch, make_recipe
 from vit.adapters import timm_backbone
@@ -102,3 +103,24 @@ def test_of_timms_distilled_networks_each_head_learns_from_its_own_side(adapted)
         for head in ("head", "head_dist"):
             assert getattr(net, head).weight.grad.any() == (head == learner), head
         assert recipe.exported.eval()(make_batch()["images"]).shape == (4, 3)  # both heads' mean
+
+
+@pytest.mark.parametrize("options", [{}, {"cosub": True}, {"ema_decay": 0.0}])
+def test_a_term_on_the_logits_takes_no_second_pass(options):
+    class Pulled(DeiT):
+        def losses_of(self, logits, student, batch):
+            losses, term = super().losses_of(logits, student, batch), logits.square().mean()
+            return {"loss": losses["loss"] + 2 * term, "square": term.detach()}
+
+    torch.manual_seed(0)
+    plain = make_recipe(**options)
+    torch.manual_seed(0)
+    ours = make_recipe(kind=Pulled, **options)
+    passes = []
+    ours.model.register_forward_hook(lambda net, args, out: passes.append(out))
+    batch = make_batch()
+    found = ours.losses(batch, 0)
+    assert len(passes) == 1 and len(passes[0]) == (8 if options.get("cosub") else 4)
+    square = passes[0].square().mean()
+    torch.testing.assert_close(found["square"], square.detach())
+    torch.testing.assert_close(found["loss"], plain.losses(batch, 0)["loss"] + 2 * square)

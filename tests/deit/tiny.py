@@ -52,7 +52,7 @@ def make_backbone(family: str = "hybrid", **keywords: Any) -> partial:
     return partial(BACKBONES[family], **defaults | keywords)
 
 
-def make_recipe(family: str = "hybrid", **options: Any) -> DeiT:
+def make_recipe(family: str = "hybrid", *, kind: type[DeiT] = DeiT, **options: Any) -> DeiT:
     defaults = {
         "backbone": make_backbone(family),
         "dataset": Noise(),
@@ -64,7 +64,7 @@ def make_recipe(family: str = "hybrid", **options: Any) -> DeiT:
         "augmentation": ThreeAugment(input_size=16),
         "schedules": Schedules(warmup_epochs=1),
     }
-    return DeiT(**defaults | options)
+    return kind(**defaults | options)
 
 
 def make_batch(size: int = 4, seed: int = 0, *, mixed: bool = False) -> dict[str, torch.Tensor]:

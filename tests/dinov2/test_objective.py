@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2.recipe import DINOv2
 from dinov2.schedules import Schedules
 from tests.dinov2.tiny import HEAD, make_batch, make_recipe, to_double
 
@@ -109,3 +110,24 @@ def test_the_teacher_follows_at_the_momentum_of_the_step():
         pairs = zip(before, recipe.student.parameters(), recipe.teacher.parameters(), strict=True)
         for old, student, teacher in pairs:
             torch.testing.assert_close(teacher, momentum * old + (1 - momentum) * student.detach())
+
+
+def test_a_term_on_the_tokens_takes_no_second_pass(monkeypatch):
+    class Spread(DINOv2):
+        def losses_of(self, encoded, targets, batch):
+            losses, term = super().losses_of(encoded, targets, batch), encoded[1].cls.var(0).mean()
+            return losses | {"loss": losses["loss"] - term, "spread": term.detach()}
+
+    torch.manual_seed(0)
+    plain = make_recipe()
+    torch.manual_seed(0)
+    ours = make_recipe(kind=Spread)
+    batch = make_batch(ours)
+    net, passes = ours.student["backbone"], []
+    encode = net.encode
+    monkeypatch.setattr(net, "encode", lambda *args: passes.append(encode(*args)) or passes[-1])
+    found = ours.losses(batch, 0)
+    assert [len(crops.cls) for crops in passes[0]] == [6, 6] and len(passes) == 1
+    spread = passes[0][1].cls.var(0).mean()
+    torch.testing.assert_close(found["loss"], plain.losses(batch, 0)["loss"] - spread)
+    torch.testing.assert_close(found["spread"], spread.detach())

@@ -46,7 +46,13 @@ def make_backbone(family: str = "hybrid", **keywords: Any) -> partial:
     return partial(BACKBONES[family], **size | {"mlp_ratio": 2.0} | keywords)
 
 
-def make_recipe(family: str = "hybrid", *, local_crops_number: int = 2, **options: Any) -> DINOv2:
+def make_recipe(
+    family: str = "hybrid",
+    *,
+    local_crops_number: int = 2,
+    kind: type[DINOv2] = DINOv2,
+    **options: Any,
+) -> DINOv2:
     defaults = {
         "backbone": make_backbone(family),
         "dataset": Noise(),
@@ -65,7 +71,7 @@ def make_recipe(family: str = "hybrid", *, local_crops_number: int = 2, **option
         ),
         "schedules": Schedules(warmup_epochs=1, teacher_temp_warmup_epochs=1),
     }
-    return DINOv2(**defaults | options)
+    return kind(**defaults | options)
 
 
 def make_batch(recipe: DINOv2, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
