@@ -135,7 +135,7 @@ def _from_timm(model_name: str, pretrained: bool, options: dict[str, Any]) -> nn
             reason = reason.__cause__
         raise ValueError(
             f"the weights of {model_name} cannot be downloaded ({reason}); give a file of them "
-            "instead (--teacher-path, --finetune)"
+            "instead (--weights; in training --finetune, --teacher-path)"
         ) from None
 
 

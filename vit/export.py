@@ -8,12 +8,14 @@ them out while `torch.compiler.is_exporting()`.
 Letters: B images, D channels, h w a grid of patches.
 """
 
+import io
 import json
 import operator
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +201,13 @@ def _try(asked: nn.Module, images: Tensor) -> None:
 
 
 def _export(module: nn.Module, images: Tensor) -> ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
+    batch, said = torch.export.Dim("batch", min=1), io.StringIO()
     try:
-        return torch.export.export(module, (images,), dynamic_shapes=({0: batch},))
+        # Before that error torch prints the whole graph, which says nothing to a user.
+        with redirect_stderr(said):
+            return torch.export.export(module, (images,), dynamic_shapes=({0: batch},))
     except GuardOnDataDependentSymNode as error:
+        said.truncate(0)
         raise ValueError(
             "the net's shapes or its course depend on what is in the images, as where a reducer "
             "counts the tokens it keeps; no program can say that"
@@ -214,6 +219,8 @@ def _export(module: nn.Module, images: Tensor) -> ExportedProgram:
                 "images.shape[0] leaves it free"
             ) from error
         raise
+    finally:
+        print(said.getvalue(), end="", file=sys.stderr)
 
 
 def _as_module(program: ExportedProgram) -> fx.GraphModule:

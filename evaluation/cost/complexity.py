@@ -14,7 +14,7 @@ from torch import nn
 
 from evaluation.cost import machine
 from evaluation.cost.counting import count_cost
-from evaluation.cost.cross_check import count_with_fvcore, explain_difference
+from evaluation.cost.cross_check import Untraceable, count_with_fvcore, explain_difference
 from evaluation.cost.models import (
     ALL,
     Group,
@@ -184,8 +184,12 @@ def _count_as_it_runs(
         with torch.autocast(settings.device.type, dtype=half, enabled=half is not None):
             result.operators = count_operations(net.eval(), image)
     if config["fvcore"]:
-        theirs = result.fvcore = count_with_fvcore(net, result.size)
-        say(explain_difference(result.name, result.cost.multiply_adds, theirs))
+        try:
+            theirs = result.fvcore = count_with_fvcore(net, result.size)
+        except Untraceable as error:  # the other figures stand
+            say(f"fvcore: {result.name}: not counted: {error}")
+        else:
+            say(explain_difference(result.name, result.cost.multiply_adds, theirs))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.flops import no_fast_path
 
 # Operators that both count; fvcore counts others as well.
@@ -16,19 +16,26 @@ PRODUCTS = {
 }
 
 
+class Untraceable(ValueError):
+    """A net that fvcore cannot count."""
+
+
 def require_fvcore() -> None:
-    """UserError if fvcore is not installed."""
+    """UserError if fvcore, or a package that it needs, is not installed."""
     try:
         import fvcore.nn  # noqa: F401
-    except ImportError:
-        raise UserError("--fvcore needs the package fvcore: pip install fvcore") from None
+    except ImportError as error:
+        lacks = (error.name or "fvcore").partition(".")[0]
+        needed = "" if lacks == "fvcore" else f", which needs {lacks}"
+        raise UserError(f"--fvcore needs the package fvcore{needed}: pip install {lacks}") from None
 
 
 def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
     """Count with fvcore, which traces one image: total, counts by operator, skipped operators.
 
     Its own rules apply (five operations per element of a layer norm, for example); attention and
-    our matrix product, for which it has none, count the multiply-adds of their products.
+    our matrix product, for which it has none, count the multiply-adds of their products. Raises
+    Untraceable for a net whose code the tracer cannot follow.
     """
     require_fvcore()
     from fvcore.nn import FlopCountAnalysis
@@ -45,8 +52,15 @@ def count_with_fvcore(net: nn.Module, size: int) -> dict[str, Any]:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     with torch.no_grad(), no_fast_path():
+        try:
+            total = int(analysis.total())
+        except (TypeError, RuntimeError) as error:
+            # While it traces, sizes are tensors, and a net may do with them what numbers alone can.
+            raise Untraceable(
+                f"torch's tracer, which fvcore uses, cannot follow the net: {one_line(error)[:200]}"
+            ) from error
         return {
-            "total": int(analysis.total()),
+            "total": total,
             "by_operator": {key: int(value) for key, value in analysis.by_operator().items()},
             "skipped": dict(analysis.unsupported_ops()),
         }

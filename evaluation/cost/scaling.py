@@ -160,6 +160,8 @@ def show(words: argparse.Namespace) -> None:
 
 def _print_measured(words: argparse.Namespace) -> None:
     counts = whole_numbers("--processes", words.processes)
+    for count in counts:
+        check_count("--processes", count, 2)  # one alone sends nothing
     columns = ["net", "processes", "layout", "collective", "measured\nbytes", "formula\nbytes"]
     protocol = (
         "payload of one optimiser step, gloo on this machine; dinov2/quickstart.yaml with a small "

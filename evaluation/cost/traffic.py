@@ -6,10 +6,13 @@ the payload of a step (half the difference) by collective.
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,9 +22,12 @@ from utils.communication import Communication
 from utils.errors import UserError
 from utils.joining import session
 from utils.run import train
+from utils.signals import Handlers
 
 COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 MARK = "traffic: "
+# The last line of a rank's traceback.
+RANK_ERROR = re.compile(r"\[rank\d+\]: (?:[\w.]+\.)?(\w+: .+)")
 
 
 def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, float]]:
@@ -35,17 +41,49 @@ def measure(configs: list[dict[str, Any]], processes: int) -> list[dict[str, flo
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "configs.json"
         asked.write_text(json.dumps(configs))
-        done = subprocess.run(
-            [*command, str(asked)],
+        code, said, errors = _run([*command, str(asked)], environment)
+    found = [line for line in said.splitlines() if line.startswith(MARK)]
+    if code or not found:
+        raise UserError(f"no traffic was measured: {_reason(errors)}")
+    return json.loads(found[0].removeprefix(MARK))
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Exit code, output and errors of torchrun; nothing of it outlives an interrupt or a TERM."""
+    with _Stops():
+        process = subprocess.Popen(
+            command,
             cwd=Path(__file__).parents[2],
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
+            process_group=0,  # a Control-C reaches this process alone, which ends the others
         )
-    found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not found:
-        raise UserError(f"no traffic was measured: {(done.stderr.splitlines() or ['?'])[-1]}")
-    return json.loads(found[0].removeprefix(MARK))
+        try:
+            said, errors = process.communicate()
+        except BaseException:
+            # Killed, it would leave its workers behind, which have sessions of their own.
+            process.terminate()
+            process.communicate()
+            raise
+    return process.returncode, said, errors
+
+
+class _Stops(Handlers):
+    """TERM and HUP end the `with` block as an exit does, so that it can clean up."""
+
+    caught = (signal.SIGTERM, signal.SIGHUP)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+
+def _reason(errors: str) -> str:
+    """The line that says what went wrong: a rank's error, which torchrun's report comes after."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip("=- ")]
+    of_ranks = [found[1] for line in lines if (found := RANK_ERROR.match(line))]
+    return (of_ranks or lines or ["?"])[-1]
 
 
 def _one_step(config: dict[str, Any], folder: Path) -> dict[str, float]:

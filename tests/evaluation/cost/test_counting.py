@@ -1,6 +1,8 @@
 """Parameters and multiply-adds of every registered model, the published ones among them."""
 
+import sys
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,12 @@ import yaml
 from torch import nn
 
 from evaluation.cost.counting import check_counted, count_cost
-from evaluation.cost.cross_check import count_with_fvcore, explain_difference
+from evaluation.cost.cross_check import (
+    Untraceable,
+    count_with_fvcore,
+    explain_difference,
+    require_fvcore,
+)
 from evaluation.cost.models import find_backbone, make_net, own_size, registered
 from evaluation.published import PUBLISHED
 from tests.evaluation.backbones import IMAGE_SIZE, any_backbone
@@ -131,9 +138,37 @@ def test_a_size_that_does_not_fit_names_the_model():
 
 
 def test_without_fvcore_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "fvcore.nn", None)
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
     with pytest.raises(UserError, match="pip install fvcore"):
         count_with_fvcore(nn.Linear(2, 2), 8)
+
+
+def test_a_package_that_fvcore_needs_is_named(monkeypatch, tmp_path):
+    (tmp_path / "fvcore").mkdir()
+    (tmp_path / "fvcore" / "__init__.py").touch()
+    (tmp_path / "fvcore" / "nn.py").write_text("import no_such_package.there")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fvcore"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match="fvcore, which needs no_such_package: pip install no_such"):
+        require_fvcore()
+    for name in ("fvcore", "fvcore.nn"):
+        sys.modules.pop(name, None)
+
+
+def test_a_net_that_the_tracer_cannot_follow_is_told(monkeypatch):
+    class Traced:
+        def __getattr__(self, name):
+            return lambda *args, **keywords: self
+
+        def total(self):
+            raise TypeError("type Tensor doesn't define __round__ method")
+
+    counter = SimpleNamespace(FlopCountAnalysis=lambda net, image: Traced())
+    monkeypatch.setitem(sys.modules, "fvcore", SimpleNamespace(nn=counter))
+    monkeypatch.setitem(sys.modules, "fvcore.nn", counter)
+    with pytest.raises(Untraceable, match="cannot follow the net: .*__round__"):
+        count_with_fvcore(nn.Conv2d(3, 2, 2), 8)
 
 
 @pytest.mark.parametrize("name", ["hybrid_deit_small_patch16", "deit_small_patch16_LS"])

@@ -1,5 +1,11 @@
 """The model of a step is its formulas: nothing is sent alone, and layouts rank as they should."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from evaluation.commands.scaling import main
@@ -160,6 +166,7 @@ def test_mistakes_are_told_in_one_line(words, capsys):
         (["model", "--processes", "9"], "--processes is for measure; model does not read it"),
         (["measure", "--gpus=1"], "--gpus is for model; measure does not read it"),
         (["measure", "model"], "unrecognized arguments: model"),
+        (["measure", "--processes", "1"], "--processes must be a whole number from 2, not 1"),
     ],
 )
 def test_a_flag_of_the_other_word_is_refused(words, said, capsys):
@@ -175,3 +182,28 @@ def test_the_table(capsys):
     assert "assumed: 50 TFLOP/s sustained per GPU" in said
     # One GPU loses nothing, eight only what they cannot send while they compute.
     assert said.count("100 to 100") == 1 and said.count("100 to ") == 4
+
+
+def test_a_failure_is_told_in_the_words_of_the_rank():
+    """Not by the last line of torchrun's report, which is a rule."""
+    report = "Failures:\n  traceback : Signal 15\n=====\n"
+    errors = f"[rank0]: Traceback:\n[rank0]: utils.errors.UserError: masks: too few\n{report}"
+    assert traffic._reason(errors) == "UserError: masks: too few"
+    assert traffic._reason(report) == "traceback : Signal 15"
+    assert traffic._reason("") == "?"
+
+
+def test_nothing_runs_on_after_a_signal(tmp_path):
+    """What torchrun starts has a session of its own; only torchrun can end it."""
+    code = f"""
+import os, signal, sys
+from evaluation.cost import traffic
+child = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); " \
+    "os.kill(os.getppid(), {signal.SIGTERM:d}); time.sleep(60)"
+traffic._run([sys.executable, "-c", child], dict(os.environ))
+"""
+    root = Path(traffic.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
