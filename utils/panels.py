@@ -9,13 +9,12 @@ Panels = dict[str, dict[str, Series]]
 UNDRAWN = {"step", "waited_for_data", "steps_per_second", "memory_gb", "unread_images"}
 FIRST = ("loss", "accuracy", "learning rate")
 MOST_SERIES = 8  # in one panel
-FEWEST_POINTS = 3  # of a curve
 
 
 def panels(metrics: Iterable[Mapping[str, float]]) -> Panels:
     """Curves by panel: losses, learning rates, each probe's figures, and every other value alone.
 
-    Values that were logged fewer than three times are left out.
+    What was never finite is left out; what was logged once, as by a probe at the end, is a point.
     """
     series: dict[str, Series] = {}
     for line in metrics:
@@ -24,7 +23,7 @@ def panels(metrics: Iterable[Mapping[str, float]]) -> Panels:
                 series.setdefault(name, []).append((int(line["step"]), value))
     found: Panels = {}
     for name, points in series.items():
-        if sum(math.isfinite(value) for _, value in points) >= FEWEST_POINTS:
+        if any(math.isfinite(value) for _, value in points):
             found.setdefault(_panel(name), {})[name] = points
     return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
 

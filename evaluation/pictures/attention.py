@@ -62,7 +62,7 @@ class Recorded(NamedTuple):
     """The attention of a net, where it is over all patches."""
 
     blocks: dict[int, Tensor]  # weights [B H R T] on the host, by the number of the block
-    num_blocks: int  # with those that do not hold all patches any more
+    num_blocks: int  # with those that do not hold all patches any more, or attend unseen
     grid_size: tuple[int, int]
     first: int  # tokens in front of the patches; others may follow them
 
@@ -190,7 +190,11 @@ def _record(net: Backbone, images: Tensor, rows: slice, query: str) -> Recorded:
     blocks = {
         number: part.cpu()
         for number, part in enumerate(recorder.weights)
-        if part.ndim == 4 and part.shape[-1] >= needed and len(part) == len(images)
+        if part.ndim == 4
+        and part.shape[-1] >= needed
+        and len(part) == len(images)
+        # Some blocks ask for the class token alone: of the patches they say nothing.
+        and part.shape[-2] == len(range(part.shape[-1])[rows])
     }
     if not blocks:
         raise UserError(
@@ -201,7 +205,8 @@ def _record(net: Backbone, images: Tensor, rows: slice, query: str) -> Recorded:
     if query == "class" and (not getattr(inner, "has_class_token", True) or not others):
         raise UserError("this net has no class token; query=patches draws the patches' attention")
     first = getattr(inner, "num_prefix_tokens", others)
-    return Recorded(blocks, len(recorder.weights), (height, width), first)
+    num_blocks = max(len(recorder.weights), getattr(net, "depth", 0))
+    return Recorded(blocks, num_blocks, (height, width), first)
 
 
 def _weights(

@@ -23,6 +23,8 @@ from vit.backbone import Backbone, Features
 
 # Where ViTs keep their blocks: ours, timm's behind the adapter, torchvision's, those of DINO's kin.
 BLOCKS = ("blocks", "net.blocks", "net.encoder.layers", "net.encoder.layer")
+# Kinds of layers where g moves patches alone: no symmetry is built in, or channels are invariant.
+MOVES_PATCHES = PLAIN, INVARIANT = "plain", "invariant"
 
 
 class Group(Protocol):
@@ -52,7 +54,8 @@ class TurnError(NamedTuple):
 class LayerError(NamedTuple):
     """Relative errors of one layer's tokens by element; None for elements its group lacks."""
 
-    octic: bool  # whether g also mixes channels, by the net's group; else it only moves patches
+    octic: bool  # whether the layer claims the law of the net's group
+    kind: str  # how g acts: the group whose matrix mixes channels, or a word of MOVES_PATCHES
     errors: dict[str, float | None]
 
 
@@ -89,7 +92,10 @@ def measure(
         still = _run(net, images)
         grid = _grid(net, images, still.end)
         octic = {name: _obeys_group(net, name) for name in still.stages}
-        layers = {name: LayerError(octic[name], {}) for name in still.stages}
+        layers = {
+            name: LayerError(octic[name], _kind(net, tokens, octic[name]), {})
+            for name, tokens in still.stages.items()
+        }
         for element in track(elements, total=len(elements), label="elements", shown=shown):
             turned = _run(net, transform_image(images, element))
             for name, tokens in still.stages.items():
@@ -165,6 +171,20 @@ def _obeys_group(net: Backbone | OcticNet, name: str) -> bool:
     if not _is_octic(net):
         return False
     return name == "patch_embed" or int(name.rpartition(".")[2]) < net.switch
+
+
+def _kind(net: Backbone | OcticNet, tokens: Tensor, octic: bool) -> str:
+    if not _is_octic(net):
+        return PLAIN
+    # Nets without blocks of tokens are read by `features`: maps of invariants if they have such.
+    if tokens.ndim == 4:
+        return INVARIANT if getattr(net, "invariant", False) else PLAIN
+    return _group_name(net.group) if octic else PLAIN
+
+
+def _group_name(group: Any) -> str:
+    name = getattr(group, "name", "equivariant")
+    return "octic" if name == "D4" else name
 
 
 def _channel_matrices(net: Backbone | OcticNet, dtype: torch.dtype) -> dict[str, Tensor]:

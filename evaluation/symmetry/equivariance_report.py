@@ -16,6 +16,7 @@ from evaluation.results import print_table
 from evaluation.sample import sample_images
 from evaluation.symmetry.angles import AngleError, angle_errors, angles_of
 from evaluation.symmetry.equivariance import (
+    MOVES_PATCHES,
     Measured,
     greatest,
     logit_errors,
@@ -66,7 +67,7 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
             nodes = config["backbones"] or {_name(config["backbone"]): config["backbone"]}
             reports = {name: _measure(node, config, device) for name, node in nodes.items()}
             for name, part in reports.items():
-                _print_layers(name, part, _protocol(config, part.image_size, device))
+                _print_layers(name, part, _protocol(config, part, device))
             if config["angle_step"]:
                 _print_angles(reports)
             figures = {name: _figures(part) for name, part in reports.items()}
@@ -153,10 +154,7 @@ def _verdict(name: str, part: Report, tolerance: float) -> str | None:
 
 def _rows(part: Report) -> dict[str, dict[str, float | None]]:
     """Errors by element, of every layer and of the outputs."""
-    rows = {
-        f"{name} ({'octic' if layer.octic else 'plain'})": layer.errors
-        for name, layer in part.measured.layers.items()
-    }
+    rows = {f"{name} ({layer.kind})": layer.errors for name, layer in part.measured.layers.items()}
     turns = part.measured.turns
     rows["class token, end"] = {element: error.cls for element, error in turns.items()}
     if any(error.patches is not None for error in turns.values()):
@@ -202,15 +200,24 @@ def _print_angles(reports: Mapping[str, Report]) -> None:
     )
 
 
-def _protocol(config: Mapping[str, Any], size: int, device: torch.device) -> str:
+def _protocol(config: Mapping[str, Any], part: Report, device: torch.device) -> str:
     source = "random numbers" if config["images"] == "random" else config["images"]
     weights = config["weights"] if not config["backbones"] else None
     shaken = f" shaken by {config['shake']:g}" if config["shake"] else ""
+    size = part.image_size
     return (
         f"{config['num_images']} images of {size} x {size} ({source}); weights: "
         f"{weights or 'random initialisation'}{shaken}; {config['dtype']} on {device.type}, seed "
-        f"{config['seed']}; octic layers: g mixes channels too; plain: it moves patches alone"
+        f"{config['seed']}; {_acting(part.measured)}"
     )
+
+
+def _acting(measured: Measured) -> str:
+    """How g acts on the layers of each kind there is."""
+    kinds = list(dict.fromkeys(layer.kind for layer in measured.layers.values()))
+    mixed = [f"{kind} layers: g mixes channels too" for kind in kinds if kind not in MOVES_PATCHES]
+    moved = [f"{kind}: it moves patches alone" for kind in kinds if kind in MOVES_PATCHES]
+    return "; ".join(mixed + moved)
 
 
 def _figures(part: Report) -> dict[str, Any]:

@@ -9,6 +9,7 @@ step, and one process reads the samples that several would share.
 import atexit
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 from collections import Counter
@@ -165,6 +166,10 @@ def _load(
     """The batches for `requests`, in order; a failure not to be skipped becomes a UserError."""
     # More workers than cores gain nothing, and torch warns; the batches are the same anyway.
     num_workers = min(num_workers, available_cores())
+    if num_workers:
+        # One folder for the sockets of all workers, which ends with this process. Of their own each
+        # would leave one behind when `_end_workers` kills it.
+        multiprocessing.util.get_temp_dir()
     loader = DataLoader(
         source,
         batch_size=None,  # a request is a whole batch

@@ -6,8 +6,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from baselines.dhvt import DHVT
+from baselines.token_reduction.ats import AdaptiveSampling
 from baselines.token_reduction.evit import EViT
 from baselines.token_reduction.reduced import Reduced
+from baselines.token_reduction.smyrf import Smyrf
 from baselines.token_reduction.tome import ToMe
 from evaluation.pictures.attention import (
     AttentionRecorder,
@@ -198,3 +200,24 @@ def test_titles_name_the_blocks_that_are_drawn(monkeypatch, tmp_path):
     assert titles(monkeypatch, tmp_path, net, rollout=True) == [
         "rollout of attention, class token, over the blocks with all patches (0, 1)"
     ]
+
+
+def test_blocks_whose_attention_is_unseen_are_not_passed_over(monkeypatch, tmp_path):
+    """ATS writes its attention out, so that the last one seen is not the net's last."""
+    net = Reduced(VisionTransformer(**SIZES, num_classes=0), AdaptiveSampling([2, 3]))
+    last = titles(monkeypatch, tmp_path, net)[1]
+    assert last == "attention of the class token, block 1, the last with all patches"
+    assert titles(monkeypatch, tmp_path, net, rollout=True) == [
+        "rollout of attention, class token, over the blocks with all patches (0, 1)"
+    ]
+    with pytest.raises(UserError, match="block 3 has no attention over all .*; block 2 is the fi"):
+        attention_maps(net, IMAGES, block=3)
+
+
+def test_attention_of_the_class_token_alone_tells_nothing_of_the_patches():
+    """SMYRF asks torch for the class token's; the patches attend within clusters of its own."""
+    net = Reduced(VisionTransformer(**SIZES, num_classes=0), Smyrf(query_cluster_size=4))
+    assert attention_maps(net, IMAGES).isfinite().all()
+    for maps, options in ((attention_maps, {"query": "patches"}), (attention_rollout, {})):
+        with pytest.raises(UserError, match="no attention over all its patches"):
+            maps(net, IMAGES, **options)

@@ -9,7 +9,7 @@ from PIL import Image
 from evaluation.commands.equivariance import parse_equivariance
 from evaluation.symmetry.equivariance_report import _tolerance, report
 from octic.layers import OcticLinear
-from tests.evaluation.backbones import BACKBONES, any_backbone
+from tests.evaluation.backbones import BACKBONES, OURS, any_backbone
 from utils.results_file import write_results
 
 
@@ -60,6 +60,46 @@ def test_without_a_model_every_kind_of_octic_net_is_taken(tmp_path, capsys):
     assert max(figures["invariant"]["layers"]["logits"].values()) < 1e-5
     assert all("plain" not in name for name in figures["equivariant"]["layers"])
     assert "same class" in capsys.readouterr().out
+
+
+MIRROR = {
+    "_target_": "octic.models.d8_inv_early_deit_small_patch16",
+    **OURS,
+    "group": "mirror",
+    "num_classes": 0,
+}
+CONVNEXT = {
+    "_target_": "baselines.flopping.models.d2_convnext_isotropic_small",
+    "_partial_": True,
+    "img_size": 32,
+    "depths": [2],
+    "dims": [32],
+}
+WRAPPED = {
+    "_target_": "baselines.posthoc.symmetrized.symmetrized",
+    "_partial_": True,
+    "group": "mirror",
+    "backbone": {"_target_": "vit.models.deit_tiny_patch16_LS", **OURS},
+}
+INVARIANT = "invariant: it moves patches alone"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kinds", "acting"),
+    [
+        (MIRROR, ["mirror"] * 3 + ["plain"] * 2, "mirror layers: g mixes channels too; plain: it "),
+        (CONVNEXT, ["invariant"] * 2, INVARIANT),
+        (WRAPPED, ["invariant"] * 4, INVARIANT),
+    ],
+    ids=["mirror", "convnext", "wrapped"],
+)
+def test_layers_are_called_what_they_are(backbone, kinds, acting, tmp_path, capsys):
+    """By the group that mixes channels; maps of invariants are no octic nor plain layers."""
+    figures = report({**small(tmp_path, backbone), "angle_step": 0.0})["net"]
+    rows = [name for name in figures["layers"] if "(" in name]
+    assert [name.partition("(")[2][:-1] for name in rows] == kinds
+    assert acting in " ".join(capsys.readouterr().out.split())
+    assert all(figures["layers"][name]["m"] < 1e-5 for name in rows if "plain" not in name)
 
 
 def test_a_broken_law_is_one_line_and_code_1(tmp_path, capsys, monkeypatch):

@@ -303,8 +303,14 @@ def test_wrong_arguments_are_refused(images: ImageFolder, wrong: dict) -> None:
         _batches(images, 1, **{"batch_size": 4, **wrong})
 
 
-def test_an_error_in_a_loop_over_batches_ends_the_process(images: ImageFolder) -> None:
-    """Its workers do not hear Python's SIGTERM; the process must not wait for them for ever."""
+def test_an_error_in_a_loop_over_batches_ends_the_process(
+    images: ImageFolder, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its workers do not hear Python's SIGTERM; the process must not wait for them for ever.
+
+    Nor do they leave anything in the folder for temporary files.
+    """
+    temporary = tmp_path_factory.mktemp("temporary")
     program = (
         "import sys\n"
         "from torchvision.transforms import PILToTensor\n"
@@ -318,8 +324,10 @@ def test_an_error_in_a_loop_over_batches_ends_the_process(images: ImageFolder) -
     done = subprocess.run(
         [sys.executable, "-c", program, str(images.root)],
         cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 1 and done.stderr.endswith("ValueError: the net does not take it\n")
+    assert not list(temporary.glob("pymp-*"))
