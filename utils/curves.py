@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from utils.metrics_file import read_metrics
 from utils.panels import MOST_SERIES, panels
@@ -31,9 +30,9 @@ def draw_curves(path: Path) -> None:
         for name, points in list(series.items())[:MOST_SERIES]:
             points = points[:: max(1, len(points) // 2000)]
             marker = "o" if len(points) < 20 else None
-            few = len(points) < 3  # hardly a line: seen by its points, whole at the last step too
-            style: dict[str, Any] = {"marker": marker, "ms": 4 if few else 2, "clip_on": not few}
-            axes.plot(*zip(*points, strict=True), lw=1, label=name, **style)
+            # Unclipped, the last point is whole.
+            curve = tuple(zip(*points, strict=True))
+            axes.plot(*curve, marker=marker, ms=2, lw=1, clip_on=False, label=name)
         some = f", {MOST_SERIES} of {len(series)} curves" if len(series) > MOST_SERIES else ""
         axes.set_title(title + some if len(series) > 1 else next(iter(series)), fontsize=9)
         axes.set_xlim(0, last)

@@ -9,12 +9,13 @@ Panels = dict[str, dict[str, Series]]
 UNDRAWN = {"step", "waited_for_data", "steps_per_second", "memory_gb", "unread_images"}
 FIRST = ("loss", "accuracy", "learning rate")
 MOST_SERIES = 8  # in one panel
+FEWEST_POINTS = 2  # of a curve; a single figure stands in the tables
 
 
 def panels(metrics: Iterable[Mapping[str, float]]) -> Panels:
     """Curves by panel: losses, learning rates, each probe's figures, and every other value alone.
 
-    What was never finite is left out; what was logged once, as by a probe at the end, is a point.
+    Values that were logged once, as by a probe at the end, are left out.
     """
     series: dict[str, Series] = {}
     for line in metrics:
@@ -23,7 +24,7 @@ def panels(metrics: Iterable[Mapping[str, float]]) -> Panels:
                 series.setdefault(name, []).append((int(line["step"]), value))
     found: Panels = {}
     for name, points in series.items():
-        if any(math.isfinite(value) for _, value in points):
+        if sum(math.isfinite(value) for _, value in points) >= FEWEST_POINTS:
             found.setdefault(_panel(name), {})[name] = points
     return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
 

@@ -3,9 +3,10 @@
 from utils.panels import panels
 
 
-def test_what_was_logged_once_is_drawn_and_what_was_never_finite_is_not() -> None:
-    lines = [{"step": 0, "a": 1.0, "b": float("nan")}, {"step": 1, "b": float("inf")}]
-    assert panels(lines) == {"a": {"a": [(0, 1.0)]}}
+def test_what_was_logged_once_is_no_curve() -> None:
+    values = (1.0, float("nan"), 2.0)
+    lines = [{"step": step, "a": value} for step, value in enumerate(values)]
+    assert panels(lines[:2]) == {} and list(panels(lines)) == ["a"]
 
 
 def test_values_that_belong_together_share_a_panel() -> None:
