@@ -70,6 +70,12 @@ def known_key(override: "Override", config: "DictConfig", earlier: dict[str, Any
             f"{line!r} changes nothing, as a mapping is merged into the one that is there; "
             f"{key}=null leaves out all of it, ~{key}.NAME one key"
         )
+    deleted = override.is_delete() and "." not in key
+    if deleted and isinstance(OmegaConf.select(config, key, throw_on_missing=False), DictConfig):
+        raise UserError(
+            f"{line!r}: every run has the key {key}; {key}=null leaves out all of it, "
+            f"~{key}.NAME one key"
+        )
     if key in _OPEN and isinstance(words, dict):
         return f"++{line}"  # merge its keys into those of the files
     parent, _, name = key.rpartition(".")

@@ -34,6 +34,8 @@ def test_an_empty_mapping_leaves_nothing_out_and_says_so() -> None:
     """A reader takes `probes={}` for no probes; merged into those that are there, it is nothing."""
     with pytest.raises(UserError, match="'probes={}' changes nothing.*; probes=null leaves out"):
         compose_config("deit/quickstart.yaml", ["probes={}"])
+    with pytest.raises(UserError, match="'~probes': every run has the key.*; probes=null leaves o"):
+        compose_config("deit/quickstart.yaml", ["~probes"])
     assert compose_config("deit/quickstart.yaml", ["probes=null"]).probes is None
     assert compose_config("deit/quickstart.yaml", ["cluster.env={}"]).cluster.env == {}
 
