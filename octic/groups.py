@@ -11,13 +11,14 @@ by irrep, an irrep's by row, a row's by copy:
 
 so that [... D] seen as [... |G| C] is acted on by matrices |G| x |G| alone.
 
-Sources: Nordstrom et al. 2025, "Stronger ViTs with Octic Equivariance"; Bokman et al. 2025,
-"Flopping for FLOPs".
+Sources: Nordstrom et al. 2025, "Octic Vision Transformers"; Bokman et al. 2025, "Flopping for
+FLOPs".
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 Matrix = tuple[tuple[float, ...], ...]
+Given = tuple[str, list[Matrix], Matrix, int]  # of an irrep: name, matrices, frames, commuting
 
 
 class Element(NamedTuple):
@@ -197,7 +199,7 @@ class Group:
         return tuple(order)
 
 
-def _line(name: str, *signs: int) -> tuple[str, list[Matrix], Matrix, int]:
+def _line(name: str, *signs: int) -> Given:
     return name, [((float(sign),),) for sign in signs], ((1.0,),), 1
 
 
@@ -205,19 +207,17 @@ _TURN: Matrix = ((0.0, -1.0), (1.0, 0.0))
 _MIRROR: Matrix = ((-1.0, 0.0), (0.0, 1.0))
 _HALF = math.sqrt(0.5)
 
-# name -> generators, irreps as (name, matrix of each generator, copy frames, commuting), halves
-_GROUPS = {
-    "mirror": (("m",), [_line("A1", 1), _line("A2", -1)], (False, True)),
-    "half_turn": (("rr",), [_line("A", 1), _line("B", -1)], (False, True)),
+# name -> generators, irreps with the matrix of each generator
+_GROUPS: dict[str, tuple[tuple[str, ...], list[Given]]] = {
+    "mirror": (("m",), [_line("A1", 1), _line("A2", -1)]),
+    "half_turn": (("rr",), [_line("A", 1), _line("B", -1)]),
     "V4": (
         ("rr", "m"),
         [_line("A1", 1, 1), _line("A2", 1, -1), _line("B1", -1, 1), _line("B2", -1, -1)],
-        (True, True),
     ),
     "C4": (
         ("r",),
         [_line("A", 1), _line("B", -1), ("E", [_TURN], ((1.0, 0.0),), 2)],
-        (True, True),
     ),
     "D4": (
         ("r", "m"),
@@ -228,14 +228,13 @@ _GROUPS = {
             _line("B2", -1, -1),
             ("E", [_TURN, _MIRROR], ((_HALF, _HALF), (_HALF, -_HALF)), 1),
         ],
-        (True, True),
     ),
 }
 GROUP_NAMES = (*_GROUPS, "octic")
 
 
 def get_group(name: str | Group = "D4") -> Group:
-    """The group of that name: mirror, half_turn, V4, C4, D4 (also called octic)."""
+    """The group of that name: mirror, half_turn, V4, C4, D4 (also called octic), or as given."""
     if isinstance(name, Group):
         return name
     if name not in GROUP_NAMES:
@@ -245,15 +244,50 @@ def get_group(name: str | Group = "D4") -> Group:
 
 
 @functools.cache
+def make_group(name: str, *generators: str) -> Group:
+    """A group of one's own, by elements that generate it: make_group("up_down", "mrr").
+
+    It has an irrep for each choice of their signs, A1 A2 B1 B2. ValueError for unknown elements,
+    for one that the others make already, and for quarter turns (those groups are C4 and D4).
+    """
+    if unknown := [element for element in generators if element not in _BY_NAME]:
+        known = ", ".join(_BY_NAME)
+        raise ValueError(f"group {name}: no element {unknown[0]!r}; known: {known}")
+    elements = _words(generators)
+    if any(element.turns % 2 and not element.flip for element in elements):
+        raise ValueError(f"group {name} holds quarter turns; these groups are named C4 and D4")
+    wanted = 2 ** max(1, len(generators))
+    if len(elements) != wanted:
+        given = ", ".join(generators) or "no generators"
+        raise ValueError(
+            f"group {name}: {given} make {len(elements)} elements, not {wanted}; each generator "
+            "must be one that the others do not make"
+        )
+    signs = itertools.product((1, -1), repeat=len(generators))
+    lines = zip(("A1", "A2", "B1", "B2"), signs, strict=False)
+    return _group(name, generators, [_line(irrep, *own) for irrep, own in lines])
+
+
+@functools.cache
 def _made(known: str) -> Group:
-    generators, irreps, halves = _GROUPS[known]
+    return _group(known, *_GROUPS[known])
+
+
+def _group(name: str, generators: tuple[str, ...], irreps: Sequence[Given]) -> Group:
     words = _words(generators)
-    return Group(
-        name=known,
-        elements=tuple(element for element in OCTIC_ELEMENTS if element in words),
-        irreps=tuple(_irrep(*data, generators, words) for data in irreps),
-        halves=halves,
-    )
+    elements = tuple(element for element in OCTIC_ELEMENTS if element in words)
+    made = tuple(_irrep(*data, generators, words) for data in irreps)
+    return Group(name, elements, made, _halves(elements))
+
+
+def _halves(elements: Sequence[Element]) -> tuple[bool, bool]:
+    """Whether half the rows, half the columns of a grid are enough for all of it to be reached."""
+    for rows, columns in ((True, True), (False, True), (True, False)):
+        slab = np.zeros((2, 2), dtype=bool)
+        slab[: 2 - rows, : 2 - columns] = True
+        if np.any([element.on_array(slab) for element in elements], axis=0).all():
+            return rows, columns
+    return False, False
 
 
 def _words(generators: tuple[str, ...]) -> dict[Element, tuple[str, ...]]:

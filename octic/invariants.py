@@ -15,7 +15,7 @@ from octic.groups import Group, get_group
 from octic.layers import OcticLayerNorm, channels_per_copy
 from octic.tables import Tables
 
-_CUBIC_CORE = (
+_QUADRATICS = (
     lambda x: x[6] ** 2 + x[7] ** 2,
     lambda x: x[4] * x[6] + x[5] * x[7],
     lambda x: x[4] ** 2 + x[5] ** 2,
@@ -110,7 +110,7 @@ class PowerSpectrum(Invariantization):
 
 
 class ThirdOrder(_Octic):
-    """The 15 invariants of degree 3 that determine an orbit together."""
+    """The 15 invariants of degree 3. They tell almost all orbits apart; of E alone all are 0."""
 
     def __init__(self, dim: int, *, group: str | Group = "D4") -> None:
         super().__init__(dim, group=group)
@@ -120,7 +120,7 @@ class ThirdOrder(_Octic):
         """Features [... D] to [... 15 C]."""
         c = self.components(x)
         x0, x1, x2, x3 = c[:4]
-        quadratic = [core(c) for core in _CUBIC_CORE]
+        quadratic = [core(c) for core in _QUADRATICS]
         low = [x0**3, *(x0 * q for q in quadratic), x0 * x3**2, x0 * x2**2, x0 * x1**2]
         return torch.cat([*low, *_mixed_cubics(c)], dim=-1)
 
@@ -135,7 +135,7 @@ class Polynomial(_Octic):
     def forward(self, x: Tensor) -> Tensor:
         """Features [... D] to [... 32 C]."""
         c = self.components(x)
-        quadratic = [core(c) for core in _CUBIC_CORE]
+        quadratic = [core(c) for core in _QUADRATICS]
         low = [c[0], *quadratic, c[3] ** 2, c[2] ** 2, c[1] ** 2]
         return torch.cat([*low, *_mixed_cubics(c), *_quartics(c)], dim=-1)
 

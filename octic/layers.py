@@ -183,7 +183,8 @@ class OcticLayerNorm(nn.Module):
 
     sigma^2 = (sum over irreps of weight * mean over rows of var(row) + eps) / |G|. The published
     weight of E is 1, not its natural 4, so that a unit-variance input leaves with variance 8/5;
-    `irrep_weights={"E": 4}` is the natural norm. Statistics are float32 at least.
+    `irrep_weights={"E": 4}` is the natural norm (for C4, which has E once, 2). Statistics are
+    float32 at least.
 
     Departs from octic-vits: statistics never in half precision, because bfloat16 ones cost a
     factor 2 in accuracy.

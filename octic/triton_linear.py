@@ -3,7 +3,7 @@
 A program owns a tile of tokens and of the output channels of one row of one irrep, and sums over
 that row's inputs in float32; the result is rounded once. The gradient of the input is the same
 kernel with the matrices read the other way. Tiles depend on the widths alone: no autotuning.
-Imported only when it is asked for (`octic.irrep_linear`).
+Imported only when a CUDA tensor needs it.
 """
 
 from functools import lru_cache

@@ -45,7 +45,7 @@ class OcticVisionTransformer(Trunk):
     switch_basis: what a hybrid's plain half sees, "isotypic" (octic-vits) or "regular" (flopping).
     attention_mixer: trained weights of the irreps in the logits of octic blocks.
     scaled_patch_bias: see `octic.patch_embed.OcticLift`.
-    pos_embed_std: deviation of the stored positions. A cell of the octic grid is a sum of two.
+    pos_embed_std: deviation of the stored positions. Under D4 a cell of A1 to B2 is a sum of two.
     Square grids for groups with quarter turns; at other resolutions the unfolded positions are
     resampled, oblong ones too.
     """

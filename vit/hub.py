@@ -120,6 +120,16 @@ def _description(
     if "invariant" in inspect.signature(type(registered)).parameters:
         # An octic model may have changed itself to what its weights need.
         arguments["invariant"] = registered.invariant
+    made = [
+        key
+        for key, value in arguments.items()
+        if isinstance(value, Mapping) and "_target_" in value
+    ]
+    if made:
+        raise ValueError(
+            f"{made[0]} is an object that a config builds, which the hub's format cannot name; "
+            "export a program instead"
+        )
     description: dict[str, Any] = {"model_args": json.loads(json.dumps(arguments))}
     if class_names and len(class_names) == registered.num_classes:
         description["model_config"] = {"label_names": list(class_names)}

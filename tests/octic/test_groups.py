@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from octic.actions import act
-from octic.groups import OCTIC_ELEMENTS, get_group, inverse, multiply
+from octic.actions import act, act_on_tokens
+from octic.groups import OCTIC_ELEMENTS, get_group, inverse, make_group, multiply
+from octic.patch_embed import OcticPatchEmbed
 from tests.octic.regular import from_regular, regular_action, to_regular
 
 NAMES = ("mirror", "half_turn", "V4", "C4", "D4")
@@ -82,3 +83,44 @@ def test_bad_groups_and_elements_are_refused() -> None:
         get_group("mirror").element("r")
     with pytest.raises(ValueError, match="it has e, m"):
         act(torch.zeros(2), get_group("D4").element("r"), get_group("mirror"))
+
+
+OWN = {"up_down": ("mrr",), "diagonal": ("mr",), "diagonals": ("rr", "mr")}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_group_of_ones_own_obeys_the_laws(name: str) -> None:
+    """Irreps are homomorphisms, F is orthogonal; the lift obeys the law and reaches every pixel."""
+    group = make_group(name, *OWN[name])
+    assert group.order == 2 ** len(OWN[name])
+    for a in group.elements:
+        product = group.action(a) @ group.action(group.elements[-1])
+        np.testing.assert_array_equal(group.action(multiply(a, group.elements[-1])), product)
+    np.testing.assert_allclose(group.fourier @ group.fourier.T, np.eye(group.order), atol=1e-15)
+    lift = OcticPatchEmbed(patch_size=4, embed_dim=4 * group.order, group=group).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    tokens = lift(images).flatten(1, 2)
+    for element in group.elements:
+        moved = lift(element.on_images(images)).flatten(1, 2)
+        torch.testing.assert_close(moved, act_on_tokens(tokens, element, group, (2, 2)))
+    assert (lift.lift8.filters()[:4].abs().sum((0, 1)) > 0).all()
+
+
+def test_the_slab_is_as_small_as_a_rectangle_can_be() -> None:
+    """Half of the rows and of the columns, where the group moves these to all cells."""
+    halves = {"mirror": (0, 1), "half_turn": (0, 1), "V4": (1, 1), "C4": (1, 1), "D4": (1, 1)}
+    assert {name: get_group(name).halves for name in halves} == halves
+    own = {"up_down": (1, 0), "diagonal": (0, 0), "diagonals": (0, 1)}
+    assert {name: make_group(name, *OWN[name]).halves for name in own} == own
+
+
+def test_a_group_that_cannot_be_made_is_refused() -> None:
+    """Each error names the group and what is wrong."""
+    with pytest.raises(ValueError, match="group mine: no element 'd'; known: e, r, rr, rrr, m,"):
+        make_group("mine", "d")
+    with pytest.raises(ValueError, match="group mine holds quarter turns; .* named C4 and D4"):
+        make_group("mine", "m", "mr")
+    with pytest.raises(ValueError, match="m, rr, mrr make 4 elements, not 8; each generator"):
+        make_group("mine", "m", "rr", "mrr")
+    with pytest.raises(ValueError, match="no generators make 1 elements, not 2"):
+        make_group("mine")

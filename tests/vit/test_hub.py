@@ -185,6 +185,14 @@ def test_what_timm_cannot_build_again_is_refused(tmp_path):
         hub.save_to_folder(torch.nn.Linear(2, 2), tmp_path, options={})
 
 
+def test_a_keyword_that_a_config_builds_is_refused(tmp_path):
+    """Such as a group of one's own: the folder could not be read again."""
+    options = {**OCTIC, "group": {"_target_": "my_groups.diagonals"}}
+    with pytest.raises(ValueError, match="group is an object that a config builds, which the hub"):
+        hub.save_to_folder(create("hybrid_deit_small_patch16", OCTIC), tmp_path, options=options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_net_around_a_registered_one_is_not_taken_for_it(tmp_path):
     inner = create("deit_small_patch16_LS", OCTIC)
     for net in (Symmetrized(inner), Reduced(inner, make_reducer("tome", r=4))):
