@@ -114,6 +114,8 @@ class Schedules:
             check_range(key, value)
         if shape == "cosine" and min_lr > lr:
             raise OutOfRange(f"min_lr {min_lr:g} is more than lr {lr:g}")
+        if warmup_epochs and warmup_lr > max(lr, 1e-6):  # the default, for rates below it
+            raise OutOfRange(f"warmup_lr {warmup_lr:g} is more than lr {lr:g}")
         check_range("decay_epochs", decay_epochs, ends="()")
         check_range("decay_rate", decay_rate, 0, 1, ends="(]")
         self.lr = lr

@@ -51,7 +51,8 @@ def judge(config: Mapping[str, Any]) -> Figures:
 
 def build_probes(config: Mapping[str, Any]) -> dict[str, Callable]:
     """The probes of a config by name, without those that are switched off (null)."""
-    return {name: build(node) for name, node in config["probes"].items() if node}
+    nodes = {name: node for name, node in config["probes"].items() if node}
+    return build({"probes": nodes})["probes"]  # under their key, for error messages
 
 
 def run_probes(

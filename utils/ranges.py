@@ -41,6 +41,11 @@ def check_counts(least: int = 0, /, **values: int) -> None:
         check_count(key, value, least)
 
 
+def check_sizes(**values: int | None) -> None:
+    """OutOfRange unless each of the values is None, or a whole number from 1 on."""
+    check_counts(1, **{key: value for key, value in values.items() if value is not None})
+
+
 def check_flags(**values: bool) -> None:
     """OutOfRange unless each of the values is true or false: a word such as "no" would be true."""
     for key, value in values.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vit.backbone import channels_of, first_conv_of
 from vit.finetune import adapt_state
+from vit.keywords import check_keywords
 from vit.parallel import ParallelVisionTransformer
 from vit.vision_transformer import VisionTransformer
 
@@ -101,7 +102,9 @@ def build(
     """Build a registered model the way timm builds its own.
 
     stages: how many maps timm's `features_only` gives if not told. filter_fn: its hook on weights.
+    ValueError for a keyword whose value the class cannot mean.
     """
+    check_keywords(model_class, kwargs)
     return build_model_with_cfg(
         model_class,
         name,

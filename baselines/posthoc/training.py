@@ -21,7 +21,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches, training_batches
 from utils.errors import UserError
 from utils.randomness import ShieldedBatches, preserved_randomness, seed_everything
-from utils.ranges import check_count
+from utils.ranges import check_counts, check_range, check_sizes
 from vit.backbone import device_of, eval_mode
 
 
@@ -81,8 +81,11 @@ class PosthocTraining:
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        check_count("batch_size", batch_size, 1)
-        check_count("epochs", 1 if epochs is None else epochs, 1)
+        check_counts(1, batch_size=batch_size)
+        check_counts(num_workers=num_workers, seed=seed)
+        check_sizes(epochs=epochs)
+        check_range("lr", lr)
+        check_range("weight_decay", weight_decay)
         self.lr, self.epochs, self.batch_size = lr, epochs, batch_size
         self.weight_decay, self.augmentation = weight_decay, augmentation
         self.optimizer = optimizer or torch.optim.Adam

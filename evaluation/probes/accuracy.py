@@ -24,7 +24,7 @@ from utils.data.images import ImageDataset
 from utils.data.loaders import ON_ERROR
 from utils.data.transforms import deit_evaluation_transform
 from utils.errors import UserError
-from utils.ranges import check_count, check_word
+from utils.ranges import check_counts, check_range, check_sizes, check_word
 from utils.symmetry import SYMMETRIES, transform_image
 
 UPRIGHT = "e"
@@ -84,7 +84,10 @@ class AccuracyProbe:
     ) -> None:
         check_word("precision", precision, PRECISIONS)
         check_word("on_error", on_error, ON_ERROR)
-        check_count("batch_size", batch_size, 1)
+        check_counts(1, batch_size=batch_size)
+        check_counts(num_workers=num_workers)
+        check_sizes(input_size=input_size)
+        check_range("eval_crop_ratio", eval_crop_ratio, ends="(]")
         self.input_size, self.eval_crop_ratio = input_size, eval_crop_ratio
         self.rot_eval, self.flop_eval, self.symmetries = rot_eval, flop_eval, symmetries
         self.batch_size, self.num_workers = batch_size, num_workers

@@ -29,7 +29,8 @@ from evaluation.progress import say
 from evaluation.results import append_lines
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.ranges import check_count, check_range, check_word
+from utils.data.loaders import ON_ERROR
+from utils.ranges import check_counts, check_range, check_sizes, check_word
 from utils.results_file import write_results
 from vit.backbone import Backbone
 
@@ -71,9 +72,10 @@ class KnnProbe:
         if not ks or min(ks) < 1:
             raise ValueError(f"kNN needs values of k of at least 1, got {list(ks)}")
         check_range("temperature", temperature, ends="(]")
-        check_count("num_tries", num_tries, 1)
-        check_count("batch_size", batch_size, 1)
-        check_count("chunk_size", chunk_size, 1)
+        check_counts(1, num_tries=num_tries, batch_size=batch_size, chunk_size=chunk_size)
+        check_counts(num_workers=num_workers)
+        check_sizes(resize_size=resize_size, crop_size=crop_size)
+        check_word("on_error", on_error, ON_ERROR)
         check_word("search_precision", search_precision, SEARCH_DTYPES)
         check_word("precision", precision, PRECISIONS)
         if any(n == 0 for n in n_per_class_list):

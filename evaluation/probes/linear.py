@@ -32,7 +32,7 @@ from evaluation.probes.training import HeadTraining, best_head
 from evaluation.progress import say
 from utils import distributed
 from utils.data.images import ImageDataset
-from utils.ranges import check_distinct, check_list, check_word
+from utils.ranges import check_count, check_distinct, check_list, check_word
 from utils.results_file import write_results
 from utils.schedules import Cosine, scale_lr
 from vit.backbone import Backbone
@@ -108,6 +108,7 @@ class LinearProbe:
         self.training = self.given  # completed from the data and the net when called
         self.counts: dict[str, int] = {}  # of images, when they were judged
         check_word("select_on", select_on, ("val", "train"))
+        check_count("eval_period", eval_period)
         # The head is chosen by this metric, so it must be one number, not one per class.
         check_metric(val_metric_type, [name for name in METRICS if name != "per_class_accuracy"])
         self.n_last_blocks = check_list("n_last_blocks", n_last_blocks, 1)

@@ -17,8 +17,9 @@ from evaluation.probes.logistic import LogisticModel, fit_logistic, measure_mome
 from evaluation.progress import say
 from utils import distributed
 from utils.data.images import ImageDataset
+from utils.data.loaders import ON_ERROR
 from utils.errors import UserError
-from utils.ranges import check_count, check_list, check_word
+from utils.ranges import check_counts, check_list, check_range, check_sizes, check_word
 from utils.results_file import write_results
 from vit.backbone import Backbone
 
@@ -93,12 +94,15 @@ class LogregProbe:
             ("dtype", dtype, tuple(DTYPES)),
             ("precision", precision, tuple(PRECISIONS)),
             ("features_on", features_on, ("cpu", "device")),
+            ("on_error", on_error, ON_ERROR),
         ):
             check_word(name, value, known)
         if finetune is not None and select_on == "val":
             raise ValueError("select_on=val and finetune exclude each other: C is chosen on one")
-        check_count("max_iter", max_iter, 1)
-        check_count("chunk_size", chunk_size, 1)
+        check_counts(1, max_iter=max_iter, chunk_size=chunk_size, batch_size=batch_size)
+        check_counts(num_workers=num_workers)
+        check_sizes(resize_size=resize_size, crop_size=crop_size)
+        check_range("tol", tol)
         self.Cs = sorted(set(Cs))
         self.select_on, self.finetune = select_on, finetune
         self.metric_type = check_metric(metric_type, METRICS)

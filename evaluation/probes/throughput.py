@@ -19,7 +19,7 @@ from evaluation.progress import say
 from utils import distributed
 from utils.errors import UserError
 from utils.flops import count_one_image
-from utils.ranges import check_count, check_word
+from utils.ranges import check_count, check_sizes, check_word
 
 
 class ThroughputProbe:
@@ -45,6 +45,7 @@ class ThroughputProbe:
         check_count("batch_size", batch_size, 1)
         check_count("steps", steps, 1)
         check_count("repeats", repeats, 2)
+        check_sizes(input_size=input_size)
         self.batch_size, self.steps, self.repeats = batch_size, steps, repeats
         self.input_size, self.precision = input_size, precision
 

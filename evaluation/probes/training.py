@@ -31,7 +31,7 @@ from utils.data.samplers import SAMPLERS
 from utils.data.transforms import evaluation_transform, training_transform
 from utils.effective_batch import shared_batches
 from utils.errors import UserError
-from utils.ranges import check_count, check_word
+from utils.ranges import check_count, check_counts, check_word
 from utils.schedules import Schedule
 from vit.backbone import Backbone, Features
 
@@ -91,6 +91,7 @@ class HeadTraining:
             value = getattr(self, name)
             if value is not None or name in counts:
                 check_count(name, value, 1)
+        check_counts(num_workers=self.num_workers, seed=self.seed)
         for name, known in (
             ("precision", PRECISIONS),
             ("sampler", SAMPLERS),

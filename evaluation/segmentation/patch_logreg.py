@@ -17,7 +17,7 @@ from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
 from evaluation.segmentation.store import PatchStore
 from utils import distributed
 from utils.errors import UserError
-from utils.ranges import check_count, check_list
+from utils.ranges import check_count, check_list, check_range
 
 # 10^linspace(-6, 5, 8), to the last digit, because they are part of the published keys.
 PUBLISHED_C = (
@@ -57,6 +57,8 @@ class PatchLogreg:
         check_count("history", history, 1)
         check_count("subsampling", subsampling, 1)
         check_count("chunk_size", chunk_size, 1)
+        check_range("tol", tol)
+        check_range("hold_gb", hold_gb or 0.0)
         self.C, self.max_iter, self.tol, self.history = list(map(float, C)), max_iter, tol, history
         self.warm_start, self.subsampling = warm_start, subsampling
         self.chunk_size, self.hold_gb = chunk_size, hold_gb

@@ -6,6 +6,7 @@ of them and evaluated on the test images.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.segmentation import SegmentationDataset
 from utils.errors import UserError
-from utils.ranges import check_word, check_words
+from utils.ranges import check_counts, check_range, check_word, check_words
 from utils.results_file import write_results
 from vit.backbone import Backbone
 
@@ -85,6 +86,10 @@ class SegmentationProbe:
         check_word("standardization", standardization, METHODS)
         check_word("precision", precision, ("auto", *PRECISIONS))
         check_word("feature_dtype", feature_dtype, FEATURE_DTYPES)
+        check_counts(1, resolution=resolution, batch_size=batch_size)
+        check_counts(seed=seed, num_workers=num_workers)
+        if in_memory_gb != math.inf:  # all of them
+            check_range("in_memory_gb", in_memory_gb)
         self.train, self.val, self.test, self.seed = train, val, test, seed
         known: dict[str, PatchKnn | PatchLogreg] = {
             "knn": knn or PatchKnn(),

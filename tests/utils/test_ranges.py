@@ -18,6 +18,7 @@ from utils.ranges import (
     check_range,
     check_rate,
     check_share,
+    check_sizes,
 )
 
 
@@ -57,6 +58,12 @@ def test_several_values_at_once() -> None:
             check_flags(a=True, b=word)
 
 
+def test_sizes_may_be_left_open() -> None:
+    check_sizes(a=None, b=1)
+    with pytest.raises(OutOfRange, match="b must be a whole number from 1, not 0"):
+        check_sizes(a=None, b=0)
+
+
 def test_a_rate_leaves_some() -> None:
     check_rate("keep", 1)
     for wrong in (0, 1.1, True):
@@ -78,6 +85,7 @@ CASES = {
         ("recipe.schedules.min_lr=1", "recipe.schedules.min_lr 1 is more than lr 0.005"),
         ("recipe.schedules.weight_decay=-1", "recipe.schedules.weight_decay must be"),
         ("recipe.schedules.warmup_epochs=-1", "recipe.schedules.warmup_epochs must be"),
+        ("recipe.schedules.warmup_lr=1e9", "recipe.schedules.warmup_lr 1e.09 is more than lr"),
         ("recipe.schedules.warmup_epochs=50", "recipe.schedules.warmup_epochs 50 is more than"),
         ("recipe.ema_decay=2", r"recipe.ema_decay must lie in \[0, 1\), not 2"),
         ("recipe.ema_decay=1", "recipe.ema_decay must lie in"),
@@ -104,6 +112,11 @@ CASES = {
         ("checkpoint.keep_last=0", "checkpoint.keep_last must be"),
         ("probe_every=-1", "probe_every must be"),
         ("device=tpu", "device=tpu is unknown"),
+        ("probes.accuracy.num_workers=-1", "probes.accuracy.num_workers must be a whole number"),
+        ("probes.accuracy.eval_crop_ratio=0", "probes.accuracy.eval_crop_ratio must be finite"),
+        ("backbone.init_values=nan", "backbone.init_values must be a number, not nan"),
+        ("backbone.init_values=-1", "backbone: init_values must be finite and at least 0"),
+        ("backbone.qkv_bias=no", "backbone: qkv_bias must be true or false, not 'no'"),
     ],
     "dinov2/quickstart.yaml": [
         ("recipe.schedules.lr=-1", "recipe.schedules.lr must be"),
@@ -155,3 +168,39 @@ def test_check_of_a_net_that_takes_height_and_width() -> None:
     words = [*SMALL, "backbone.img_size=[32,32]"]
     lines = describe(plain(compose_config("deit/quickstart.yaml", words)))
     assert lines[0].endswith("at 32 x 32") and lines[-1] == "the config is valid"
+
+
+SCENES = {"train": None, "test": None}  # refused before they are looked at
+PARTS = "evaluation.segmentation"
+REFUSED = [
+    (
+        "evaluation.probes.knn.KnnProbe",
+        {},
+        ("num_workers", -1),
+        ("crop_size", 0),
+        ("on_error", "x"),
+    ),
+    ("evaluation.probes.logreg.LogregProbe", {}, ("tol", math.inf), ("batch_size", 0)),
+    ("evaluation.probes.linear.LinearProbe", {}, ("seed", -1), ("eval_period", -1)),
+    ("evaluation.probes.throughput.ThroughputProbe", {}, ("input_size", 0)),
+    (f"{PARTS}.probe.SegmentationProbe", SCENES, ("resolution", -1), ("in_memory_gb", -1)),
+    (f"{PARTS}.dense_linear.PixelLinearProbe", SCENES, ("num_steps", 0), ("hflip_probability", 2)),
+    (f"{PARTS}.patch_logreg.PatchLogreg", {}, ("tol", -1), ("hold_gb", math.inf)),
+    ("baselines.posthoc.training.PosthocTraining", {}, ("lr", math.inf), ("weight_decay", -1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "key", "value"),
+    [(target, given, *pair) for target, given, *pairs in REFUSED for pair in pairs],
+)
+def test_a_part_refuses_when_it_is_built(target: str, given: dict, key: str, value) -> None:
+    node = {"_target_": target, **given, key: value}
+    with pytest.raises(UserError, match=f"^probe.{key} must"):
+        build({"probe": node})
+
+
+def test_no_number_is_nan() -> None:
+    node = {"_target_": "evaluation.probes.linear.LinearProbe", "learning_rates": [0.1, math.nan]}
+    with pytest.raises(UserError, match="probe.learning_rates must be a number, not .0.1, nan"):
+        build({"probe": node})

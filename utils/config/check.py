@@ -132,6 +132,8 @@ def describe(content: dict[str, Any]) -> list[str]:
         check_settings(content)
     elif not content.get("backbone"):
         raise UserError(f"backbone must be given, not {content.get('backbone')!r}")
+    for name, node in (content.get("probes") or {}).items():
+        _check_parts(node, f"probes.{name}")
     if content.get("logging"):
         from utils.sinks import check_sinks
 
@@ -155,6 +157,27 @@ def describe(content: dict[str, Any]) -> list[str]:
         ]
         lines.append(describe_batch(content, recipe))
     return [*lines, VALID]
+
+
+def _check_parts(node: Any, where: str) -> None:
+    """UserError for a probe that its constructor refuses; of one that reads data, for its parts."""
+    if not isinstance(node, Mapping):
+        return
+    if "_target_" in node and _of_evaluation(node):
+        build({where: node})
+    else:
+        for key, part in node.items():
+            _check_parts(part, f"{where}.{key}")
+
+
+def _of_evaluation(node: Any) -> bool:
+    """Whether all targets of a node are of `evaluation`: none is a data set, which reads files."""
+    if isinstance(node, list):
+        return all(map(_of_evaluation, node))
+    if not isinstance(node, Mapping):
+        return True
+    own = str(node.get("_target_", "evaluation.")).startswith("evaluation.")
+    return own and all(map(_of_evaluation, node.values()))
 
 
 def describe_batch(content: Mapping[str, Any], recipe: Any) -> str:

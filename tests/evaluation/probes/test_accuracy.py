@@ -230,6 +230,8 @@ def test_mistakes_are_one_line(tmp_path):
         probe(ToyClassifier(), {"val": images}, tmp_path)
     with pytest.raises(ValueError, match="precision must be one of .*not 'fp8'"):
         AccuracyProbe(precision="fp8")
+    with pytest.raises(ValueError, match="input_size must be a whole number from 1, not 0"):
+        AccuracyProbe(input_size=0)
 
 
 def test_an_image_that_is_left_out_changes_no_other(tmp_path):
