@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from evaluation.report.figures import flat
 from utils.errors import UserError
 from utils.run_files import CHECKPOINTS, CODE, CONFIG, CURVES, METRICS, RESULTS, SUMMARY
 
@@ -85,6 +86,7 @@ def _read(folder: Path) -> Contents:
     found.code = _text(found, CODE).strip()
     found.metrics = _metrics(found)
     _walk(found, folder)
+    found.results = _once(found.results)
     found.results += _from_summary(found)
     found.checkpoints = _checkpoints(found)
     found.began, found.ended = _times(folder)
@@ -132,6 +134,27 @@ def _results(found: Contents, name: str) -> list[Results]:
         else:
             found.notes.append(f"{name}: {probe} has no figures")
     return results
+
+
+def _once(results: list[Results]) -> list[Results]:
+    """Each evaluation once: a probe's own folder has all its figures, RESULTS above it the net.
+
+    The two belong together if their protocols agree in all that both say.
+    """
+    above = {result.probe: result for result in results if result.source == RESULTS}
+    kept = []
+    for result in results:
+        short = above.get(result.source.removesuffix(f"/{RESULTS}"))
+        if short and all(result.protocol.get(k, v) == v for k, v in short.protocol.items()):
+            # The same figures have plainer names there.
+            more = len(flat(result.figures)) > len(flat(short.figures))
+            figures = result.figures if more else short.figures
+            protocol = result.protocol | short.protocol
+            kept.append(Results(short.probe, result.source, figures, protocol))
+            del above[short.probe]
+        elif result.source != RESULTS:
+            kept.append(result)
+    return kept + list(above.values())
 
 
 def _from_summary(found: Contents) -> list[Results]:

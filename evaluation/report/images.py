@@ -11,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 BUDGET_BYTES = 3_300_000  # a third more as base64
 WIDEST = 1400
 NARROWEST = 240
+WIDE_SHAPE = 1.6  # width / height
+COLUMN = 520  # pixels, about the widest column of the page
 KINDS = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
 # Where even the narrowest form of every picture would not fit.
 MOST_PICTURES = 60
@@ -32,6 +34,12 @@ def embed(paths: Sequence[Path], budget: int = BUDGET_BYTES) -> dict[Path, str]:
             left -= len(data)
             found[path] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return found
+
+
+def is_wide(path: Path) -> bool:
+    """Whether a readable picture is too wide to be seen in one column of the page."""
+    with Image.open(path) as picture:
+        return picture.width > max(WIDE_SHAPE * picture.height, COLUMN)
 
 
 def shrink(path: Path, most: int) -> tuple[str, bytes] | None:

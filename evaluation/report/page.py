@@ -4,7 +4,6 @@ All text that is read from files is escaped in the page.
 """
 
 import html
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -12,21 +11,17 @@ from typing import Any
 
 from evaluation.report.charts import chart
 from evaluation.report.collect import MOST_FILES, REPORT, Contents, Results, collect
-from evaluation.report.images import MOST_PICTURES, embed
+from evaluation.report.figures import Table, flat, tables
+from evaluation.report.images import MOST_PICTURES, embed, is_wide
 from utils.errors import UserError
 from utils.panels import panels
-from utils.symmetry import SYMMETRIES
 from utils.whole_file import whole_file
 
 STYLE = Path(__file__).with_name("style.css")
-ROWS_PER_TABLE = 16
+ROWS_PER_TABLE = 16  # of a narrow one; the rest stands beside it
+NARROW = 3  # columns
+LONG_TABLE = 32  # rows; a longer one with a title is folded
 LONG_PROTOCOL = 16  # entries; a longer one does not fit beside the figures
-# "knn10_top1", "('full', 10) Top 1", "rrr_loss": what was judged, and the kind of figure.
-KIND = re.compile(
-    r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|image_loss|loss|changed|mIoU|miou|accuracy)$"
-)
-# The options of the accuracy probe beside the symmetries; its other figures are of upright images.
-VIEWS = {"rot", "flop", "rot_flop", *SYMMETRIES}
 # What a picture shows, by the beginning of its file's name.
 CAPTIONS = {
     "losses": "losses",
@@ -156,19 +151,8 @@ def _facts(found: Contents) -> Iterator[str]:
 
 def _result(result: Results) -> str:
     """One probe: its figures, with the protocol beside them, or folded below if it is long."""
-    columns, rows = _table(result.probe, result.figures)
-    head = "".join(f'<th class="number">{_text(column)}</th>' for column in columns)
-    head = f"<thead><tr><th></th>{head}</tr></thead>" if any(columns) else ""
-    tables = []
-    for start in range(0, len(rows), ROWS_PER_TABLE):
-        lines = []
-        for label, values in rows[start : start + ROWS_PER_TABLE]:
-            cells = "".join(
-                f'<td class="{_kind(value)}">{_text(_value(value))}</td>' for value in values
-            )
-            lines.append(f"<tr><td>{_text(label)}</td>{cells}</tr>")
-        tables.append(f"<table>{head}<tbody>{''.join(lines)}</tbody></table>")
-    known = _flat(result.protocol)
+    shown = "".join(map(_table, tables(result.probe, result.figures)))
+    known = flat(result.protocol)
     terms = (f"<dt>{_text(key)}</dt><dd>{_text(_value(value))}</dd>" for key, value in known)
     source = f'<span class="quiet"> {_text(result.source)}</span>'
     protocol = f"<dl>{''.join(terms)}</dl>" if result.protocol else ""
@@ -180,50 +164,33 @@ def _result(result: Results) -> str:
         protocol = f'<div class="protocol"><h3>protocol</h3>{protocol}</div>'
     return (
         f'<div class="result{" long" if long else ""}"><div><h3>{_text(result.probe)}{source}</h3>'
-        f'<div class="figures">{"".join(tables)}</div></div>{protocol}</div>'
+        f'<div class="figures">{shown}</div></div>{protocol}</div>'
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th class="number">{_text(column)}</th>' for column in table.columns)
+    head = f"<thead><tr><th></th>{head}</tr></thead>" if any(table.columns) else ""
+    rows = []
+    for label, values in table.rows:
+        cells = (f'<td class="{_kind(value)}">{_text(_value(value))}</td>' for value in values)
+        rows.append(f"<tr><td>{_text(label)}</td>{''.join(cells)}</tr>")
+    if len(rows) > LONG_TABLE and table.title:
+        title = f"<summary>{_text(table.title)}, {len(rows)} rows</summary>"
+        content = f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+        return f'<details class="rows">{title}{content}</details>'
+    many = ' class="many"' if len(table.columns) > NARROW else ""
+    caption = f"<caption>{_text(table.title)}</caption>" if table.title else ""
+    most = ROWS_PER_TABLE if len(table.columns) <= NARROW else len(rows)
+    pieces = (rows[start : start + most] for start in range(0, len(rows), most))
+    return "".join(
+        f"<table{many}>{caption}{head}<tbody>{''.join(piece)}</tbody></table>" for piece in pieces
     )
 
 
 def _kind(value: object) -> str:
     """Words may be broken to fit the page, numbers may not."""
     return "words" if isinstance(value, str) else "number"
-
-
-def _table(probe: str, figures: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
-    """Columns and rows of figures: by nets, if each net has its own mapping, else by kinds."""
-    if figures and all(isinstance(value, Mapping) for value in figures.values()):
-        parts = [dict(_flat(part)) for part in figures.values()]
-        keys = dict.fromkeys(key for part in parts for key in part)
-        return list(figures), [(key, [part.get(key) for part in parts]) for key in keys]
-    flat = _flat(figures)
-    split = [match and (match[1], match[2]) for match in (KIND.match(k) for k, _ in flat)]
-    kinds = list(dict.fromkeys(pair[1] for pair in split if pair))
-    if len(kinds) < 2:
-        return [""], [(key, [value]) for key, value in flat]
-    upright = "upright" if any(pair and pair[0] in VIEWS for pair in split) else probe
-    rows: dict[str, dict[str, Any]] = {}
-    rest: list[tuple[str, Any]] = []
-    for pair, (key, value) in zip(split, flat, strict=True):
-        if pair:
-            rows.setdefault(pair[0] or upright, {})[pair[1]] = value
-        else:
-            rest.append((key, value))
-    found = [(row, [rows[row].get(kind, "") for kind in kinds]) for row in rows]
-    if not rest:
-        return kinds, found
-    # What is of none of these kinds has a column without a heading.
-    found = [(row, [*values, ""]) for row, values in found]
-    return [*kinds, ""], found + [(key, [""] * len(kinds) + [value]) for key, value in rest]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            flat += _flat(value, f"{prefix}{key}.")
-        elif str(key) != "_target_":
-            flat.append((f"{prefix}{key}", value))
-    return flat
 
 
 def _side_by_side(runs: Iterable[Contents]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -243,7 +210,8 @@ def _picture(path: Path, found: Contents, embedded: Mapping[Path, str]) -> str:
     caption = f"<figcaption><b>{_text(what)}</b> {_text(name)}</figcaption>"
     if path not in embedded:
         return f"<figure>{caption}<p>not shown: unreadable, or one too many</p></figure>"
-    return f'<figure><img src="{embedded[path]}" alt="{_text(what)}">{caption}</figure>'
+    wide = ' class="wide"' if is_wide(path) else ""
+    return f'<figure{wide}><img src="{embedded[path]}" alt="{_text(what)}">{caption}</figure>'
 
 
 def _files(found: Contents) -> Iterator[str]:
@@ -272,7 +240,7 @@ def _section(title: str, style: str, parts: Iterable[str]) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

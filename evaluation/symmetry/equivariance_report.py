@@ -239,7 +239,7 @@ def _write(
     folder = Path(config["output_dir"])
     keys = ("backbone", "backbones", "weights", "shake", "images", "num_images", "angle_step")
     protocol = {key: config[key] for key in (*keys, "dtype", "seed")} | {"device": device.type}
-    protocol["tolerance"] = _tolerance(config)
+    protocol |= {"tolerance": _tolerance(config), "error": "|f(g x) - g f(x)| / |f(x)|"}
     if config["backbones"]:
         del protocol["backbone"], protocol["weights"]
     paths = [write_results(folder, "equivariance", protocol=protocol, figures=figures)]

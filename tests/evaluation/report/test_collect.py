@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.report.collect import collect
+from evaluation.report.collect import Results, collect
 from tests.evaluation.report.folders import draw, make_evaluation, make_quickstart, make_run
 from utils.errors import UserError
 
@@ -29,6 +29,29 @@ def test_an_evaluation(tmp_path: Path) -> None:
     found = collect(make_evaluation(tmp_path / "evaluation"))
     assert [path.name for path in found.pictures] == ["neighbours.png"]
     assert found.results[0].protocol["ks"] == [10] and found.results[0].source == "results.json"
+
+
+def test_an_evaluation_is_told_once(tmp_path: Path) -> None:
+    """A probe's own folder has all figures, the file above it the net; others' stay apart."""
+    folder = make_evaluation(tmp_path / "evaluation")
+    written = json.loads((folder / "results.json").read_text())
+    short = written["knn"]
+    short["protocol"]["weights"] = "a.pth"
+    (folder / "results.json").write_text(json.dumps(written))
+
+    def beside(protocol: dict, figures: dict) -> list[Results]:
+        entry = {"neighbours": {"protocol": protocol, "figures": figures}}
+        (folder / "knn" / "results.json").write_text(json.dumps(entry))
+        return collect(folder).results
+
+    more = {f"('full', {k}) Top 1": 86.9 for k in (1, 5, 10, 20)}
+    protocol = short["protocol"] | {"step": 3}
+    assert beside({"ks": [10], "step": 3}, more) == [
+        Results("knn", "knn/results.json", more, protocol)
+    ]
+    (same,) = beside({"ks": [10]}, dict(list(more.items())[:3]))
+    assert same.figures == short["figures"]
+    assert [result.probe for result in beside({"ks": [20]}, more)] == ["neighbours", "knn"]
 
 
 def test_a_closed_folder_is_noted_and_a_closed_run_is_one_line(tmp_path: Path, monkeypatch) -> None:

@@ -103,6 +103,17 @@ def test_a_figure_of_another_kind_is_under_no_heading(tmp_path: Path) -> None:
     assert rows[:2] == [["net", "80", "90.50", ""], ["images_per_second", "", "", "30.25"]]
 
 
+def test_a_long_table_is_folded_and_a_wide_picture_is_as_wide_as_the_page(tmp_path: Path) -> None:
+    folder = make_evaluation(tmp_path / "evaluation")
+    heads = {f"head {index}": {"val top-1": index} for index in range(90)}
+    entry = {"protocol": {}, "figures": {"top1": 80.0, "heads": heads}}
+    (folder / "results.json").write_text(json.dumps({"linear": entry}))
+    draw(folder / "errors.png", (1400, 300))
+    page = written(folder)
+    assert page.count("<summary>heads, 90 rows</summary>") == 1 and page.count("val top-1") == 1
+    assert page.count('<figure class="wide">') == 1 and page.count("<figure>") == 1
+
+
 def test_the_figures_of_upright_images_are_one_row(tmp_path: Path) -> None:
     folder = make_evaluation(tmp_path / "evaluation")
     figures = {"acc1": 80.0, "loss": 1.5, "image_loss": 1.25, "rr_acc1": 70.0, "rr_loss": 1.75}
