@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deit.unaugmented import Unaugmented
 from evaluation.adapters import CallableBackbone, encoder_from_file
@@ -23,7 +24,7 @@ from evaluation.probes.knn import KnnProbe
 from evaluation.probes.logreg import LogregProbe
 from tests.evaluation.backbones import PLAIN, any_backbone, make
 from tests.evaluation.toys import Damaged, ToyImages, ToyNet, in_processes, to_tensor
-from utils.data.images import Subset
+from utils.data.images import ImageFolder, Subset
 from utils.errors import UserError
 
 
@@ -105,6 +106,19 @@ def test_a_mismatch_is_named_and_extracted_again(options, key, tmp_path, capsys)
     fresh = tokens(None, **options)
     assert torch.equal(found.features, fresh.features)
     tokens(tmp_path, **options)
+    assert "read from" in capsys.readouterr().out
+
+
+def test_a_changed_image_of_the_same_name_is_read_again(tmp_path, capsys):
+    for index, colour in enumerate(("red", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{index}.png")
+    images = ImageFolder(tmp_path, labels=False)
+    tokens(tmp_path / "kept", images=images)
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "0.png")
+    found = tokens(tmp_path / "kept", images=images)
+    assert "data_fingerprint is" in capsys.readouterr().out
+    assert torch.equal(found.features, tokens(None, images=images).features)
+    tokens(tmp_path / "kept", images=images)
     assert "read from" in capsys.readouterr().out
 
 
