@@ -41,6 +41,12 @@ SAMPLE, COLLATE, EVALUATION = 1, 2, 3
 
 logger = logging.getLogger(__name__)
 
+# What a user may set instead: in a recipe, or for the heads of a probe; for a probe's features.
+TAKES_THE_NEXT = (
+    "recipe.on_error=skip, or probes.NAME.on_error=skip of a probe, takes the next image"
+)
+LEAVES_IT_OUT = "probes.NAME.on_error=skip, or on_error=skip of extracted features, leaves it out"
+
 
 def check_loading(
     *, sampler: str = "shuffled", num_workers: int = 0, on_error: str = "raise", seed: int = 0
@@ -80,7 +86,7 @@ def training_batches(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    on_error: str = "raise",
+    on_error: str | None = None,
     micro_batches: int = 1,
 ) -> TrainingBatches:
     """Endless batches of this rank from `first_step` on, `micro_batches` of them per step.
@@ -88,11 +94,11 @@ def training_batches(
     `collate(samples, generator)` gets a list of (transformed image, label or -1) and a CPU
     generator seeded for the batch; it runs in the worker. An image that cannot be read stops the
     run with a UserError naming it, or with on_error="skip" is replaced by the next one, counted,
-    and named once in the log. `sampler` is one of `samplers.SAMPLERS`; batches lie in pinned memory
-    where the process works on a GPU.
+    and named once in the log. on_error: None where the user is given no choice. `sampler` is one of
+    `samplers.SAMPLERS`; batches lie in pinned memory where the process works on a GPU.
     """
     _check_arguments(dataset, batch_size, rank, world_size)
-    check_loading(sampler=sampler, num_workers=num_workers, on_error=on_error, seed=seed)
+    check_loading(sampler=sampler, num_workers=num_workers, on_error=on_error or "raise", seed=seed)
     check_count("micro_batches", micro_batches, 1)
     check_count("first_step", first_step)
     step_size = batch_size * micro_batches * world_size
@@ -109,7 +115,8 @@ def training_batches(
     )
     requests = _training_requests(indices, batch_size, first_batch, seed, **shard)
     source = TrainingSource(dataset, transform, collate, on_error == "skip")
-    return TrainingBatches(_load(source, requests, num_workers))
+    hint = f" ({TAKES_THE_NEXT})" if on_error else ""
+    return TrainingBatches(_load(source, requests, num_workers, hint))
 
 
 def evaluation_batches(
@@ -120,20 +127,21 @@ def evaluation_batches(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    on_error: str = "raise",
+    on_error: str | None = None,
 ) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """(images, labels [B] int64, indices [B] int64) of this rank; every image once over all ranks.
 
     Rank r reads the images r, r + world_size, ...; ranks may get unequal numbers of batches, and
     the last batch is as small as it comes. Labels are -1 where there are none. With on_error="skip"
-    an image that cannot be read is left out and named in the log. A random transform is seeded per
-    image.
+    an image that cannot be read is left out and named in the log; None where the user is given no
+    choice. A random transform is seeded per image.
     """
     _check_arguments(dataset, batch_size, rank, world_size)
-    check_loading(num_workers=num_workers, on_error=on_error)
+    check_loading(num_workers=num_workers, on_error=on_error or "raise")
     requests = _evaluation_requests(range(rank, len(dataset), world_size), batch_size)
     source = EvaluationSource(dataset, transform, on_error == "skip")
-    return _evaluate(_load(source, requests, num_workers))
+    hint = f" ({LEAVES_IT_OUT})" if on_error else ""
+    return _evaluate(_load(source, requests, num_workers, hint))
 
 
 def _evaluate(batches: Iterator) -> Iterator[tuple[Any, Tensor, Tensor]]:
@@ -161,7 +169,10 @@ def _evaluation_requests(own: range, batch_size: int) -> Iterator[Request]:
 
 
 def _load(
-    source: TrainingSource | EvaluationSource, requests: Iterable[Request], num_workers: int
+    source: TrainingSource | EvaluationSource,
+    requests: Iterable[Request],
+    num_workers: int,
+    hint: str,
 ) -> Iterator[tuple[Any, list[Failure]]]:
     """The batches for `requests`, in order; a failure not to be skipped becomes a UserError."""
     # More workers than cores gain nothing, and torch warns; the batches are the same anyway.
@@ -193,7 +204,7 @@ def _load(
                     raise UserError(_worker_died(error, num_workers)) from None
                 raise
             if failures and not source.skip:
-                raise _unreadable(source, failures[0])
+                raise _unreadable(source.dataset, failures[0], hint)
             if batch is None and isinstance(source, TrainingSource):
                 raise UserError(
                     f"{source.dataset!r}: {len(failures)} images in a row cannot be read"
@@ -231,14 +242,9 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _unreadable(source: TrainingSource | EvaluationSource, failure: Failure) -> UserError:
+def _unreadable(dataset: ImageDataset, failure: Failure, hint: str) -> UserError:
     number, path, reason = failure
-    if isinstance(source, TrainingSource):  # of a recipe, or of the heads of a probe
-        hint = "recipe.on_error=skip, or probes.NAME.on_error=skip of a probe, takes the next image"
-    else:
-        hint = "probes.NAME.on_error=skip, or on_error=skip of extracted features, leaves it out"
-    count = f"{len(source.dataset):,}"
-    return UserError(f"cannot read image {number} of {count}, {path}: {reason} ({hint})")
+    return UserError(f"cannot read image {number} of {len(dataset):,}, {path}: {reason}{hint}")
 
 
 def available_cores() -> int:

@@ -169,13 +169,22 @@ def test_a_bad_image_stops_with_its_name_and_index(
     path = _damage(images, 4, damage)
     message = rf"cannot read image 4 of {COUNT}, {path}: .*recipe.on_error=skip"
     with pytest.raises(UserError, match=message) as error:
-        _batches(images, 6, num_workers=num_workers)
+        _batches(images, 6, num_workers=num_workers, on_error="raise")
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()  # with the error at hand; later they are deaf
     message = rf"cannot read image 4 of {COUNT}, {path}: .*probes.NAME.on_error=skip"
     with pytest.raises(UserError, match=message) as error:
-        list(evaluation_batches(images, augment, 4, num_workers=num_workers))
+        list(evaluation_batches(images, augment, 4, num_workers=num_workers, on_error="raise"))
     assert "recipe." not in str(error.value)  # a key that no evaluation has
+
+
+def test_no_option_is_named_that_the_caller_lacks(images: ImageFolder) -> None:
+    """As a segmentation probe, whose masks cannot be left out."""
+    _damage(images, 4, "empty")
+    for read in (lambda: _batches(images, 6), lambda: list(evaluation_batches(images, augment, 4))):
+        with pytest.raises(UserError, match="cannot read image 4") as error:
+            read()
+        assert "on_error" not in str(error.value)
 
 
 def _damage(images: ImageFolder, index: int, damage: str) -> str:
