@@ -31,6 +31,9 @@ from utils.run_files import EXPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 Parse = Callable[[list[str]], Mapping[str, Any] | None]
+NO_LIST = (
+    "the sweep has no list of values, such as key=a,b or --model a,b; not every flag takes one"
+)
 
 _captured: ContextVar[list[tuple[str, Parse]] | None] = ContextVar("captured", default=None)
 
@@ -40,13 +43,21 @@ class _Asked(NamedTuple):
     sweeps: bool
     dry_run: bool
     then: list[str]
+    lists: Mapping[str, str]
 
 
-def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
+def main(
+    function: str,
+    parse: Parse,
+    argv: Sequence[str] | None = None,
+    *,
+    lists: Mapping[str, str] | None = None,
+) -> Any:
     """Start `function` with the config that `parse` makes of the command line.
 
     `parse` takes the words and exits with code 2 for a mistake; if it returns None, nothing is
-    started. Returns the function's result if it ran in this process.
+    started. lists: as `slurm.sweep.points`. Returns the function's result if it ran in this
+    process.
     """
     if (captured := _captured.get()) is not None:
         captured.append((function, parse))
@@ -56,19 +67,19 @@ def main(function: str, parse: Parse, argv: Sequence[str] | None = None) -> Any:
     with as_command():
         if {"-h", "--help"} & set(words):
             return parse(words)
-        tasks, folder, dry_run = _read_tasks(function, parse, words)
+        tasks, folder, dry_run = _read_tasks(function, parse, words, lists or {})
     result = launch_all(tasks, folder=folder, dry_run=dry_run) if tasks else None
     with output_taken():  # what the last prints left in the buffer
         return result
 
 
 def _read_tasks(
-    function: str, parse: Parse, words: list[str]
+    function: str, parse: Parse, words: list[str], lists: Mapping[str, str]
 ) -> tuple[list[Task], Path | None, bool]:
     """The tasks of a command line, their folder if they are several, and whether to start none."""
     _refuse_lost_folder()
     _refuse_clock_times(words)
-    asked = _read(words)
+    asked = _read(words)._replace(lists=lists)
     if "--check" in asked.words:
         _check_start(parse, asked)
     if not (asked.sweeps or asked.then):
@@ -142,7 +153,7 @@ def _read(words: list[str]) -> _Asked:
             then.append(command)
         else:
             kept.append(word)
-    return _Asked(kept, sweeps, dry_run, then)
+    return _Asked(kept, sweeps, dry_run, then, {})
 
 
 def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path | None]:
@@ -160,7 +171,9 @@ def _points(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Pat
     """
     from slurm.sweep import Point, points
 
-    found = points(asked.words) if asked.sweeps else [Point({}, asked.words, "")]
+    found = points(asked.words, asked.lists) if asked.sweeps else [Point({}, asked.words, "")]
+    if asked.sweeps and len(found) == 1:
+        print(f"note: {NO_LIST}", file=sys.stderr)
     tasks, folder = [], None
     for number, point in enumerate(found):
         config = _parsed(parse, point.words, point.label, quiet=number > 0)

@@ -106,9 +106,9 @@ def _tell_of_data(tasks: Sequence[Task]) -> None:
     from utils.config.check import look_at_data
 
     notes: dict[str, None] = {}
-    for task in _all(tasks):
-        with task.named():
-            notes |= dict.fromkeys(look_at_data(task.config))
+    for part in _parts(_all(tasks)):
+        with part.named():
+            notes |= dict.fromkeys(look_at_data(part.config))
     for note in notes:  # not into the script that a dry run prints
         print(note, file=sys.stderr)
 

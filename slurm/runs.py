@@ -273,6 +273,9 @@ def _last_metrics(folder: Path) -> tuple[int | None, dict[str, float]]:
     for probe, part in _json(folder / RESULTS).items():
         figures = part.get("figures", {}) if isinstance(part, dict) else {}
         found |= {f"{probe}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
+        if all(isinstance(own, dict) for own in figures.values()):  # a comparison's, by nets
+            for net, own in figures.items():
+                found |= {f"{net}/{k}": v for k, v in own.items() if isinstance(v, int | float)}
     return step, found
 
 

@@ -8,6 +8,7 @@ basic sweeper.
 import itertools
 import os
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from utils.errors import UserError
 
 # Flags whose value may hold a comma that lists no points: nodes, partitions, names.
 _PLAIN = ("cluster.", "launcher.", "output_dir", "name")
-_BY_NAME = {name: flag for flag in FLAGS if flag.kind is not None for name in flag.names}
+_SHARED = {name: flag.key for flag in FLAGS if flag.kind is not None for name in flag.names}
 # Those in brackets or quotes belong to one value.
 _COMMA = re.compile(r""",(?=(?:[^'"]|'[^']*'|"[^"]*")*$)(?![^(\[{]*[)\]}])""")
 
@@ -41,12 +42,13 @@ class _Choice(NamedTuple):
     words: list[list[str]]
 
 
-def points(words: list[str]) -> list[Point]:
+def points(words: list[str], lists: Mapping[str, str] | None = None) -> list[Point]:
     """Expand the lists in `words` to one point per combination; without a list there is one point.
 
+    lists: a script's own flags whose value may be a list, each with the key that names its points.
     UserError for a sweep without discrete values, such as an interval, and for equal points.
     """
-    choices = _choices(list(words))
+    choices = _choices(list(words), _SHARED | dict(lists or {}))
     last = {choice.key: index for index, choice in enumerate(choices) if choice.key}
     choices = [c for index, c in enumerate(choices) if not c.key or last[c.key] == index]
     listed = [choice for choice in choices if len(choice.words) > 1]
@@ -67,26 +69,25 @@ def points(words: list[str]) -> list[Point]:
     return found
 
 
-def _choices(words: list[str]) -> list[_Choice]:
+def _choices(words: list[str], keys: Mapping[str, str]) -> list[_Choice]:
     found = []
     while words:
         word = words.pop(0)
         name, has_value, value = word.partition("=")
-        flag = _BY_NAME.get(name)
-        if flag is None:
+        if name not in keys:
             found.append(_of_override(word) if not word.startswith("-") else _alone(word))
             continue
         rest = [] if has_value or not words else [words.pop(0)]
         value = value if has_value else "".join(rest)
         parts = [part.strip() for part in _COMMA.split(value)]
         # The run folders of a sweep have names like lr=1,seed=0.
-        one = flag.key.startswith(_PLAIN) or os.path.exists(os.path.expanduser(value))
+        one = keys[name].startswith(_PLAIN) or os.path.exists(os.path.expanduser(value))
         if len(parts) < 2 or one:
             found.append(_Choice("", [""], [[word, *rest]]))
         elif not all(parts):
             raise UserError(f"{name} {value}: a value of the list is empty")
         else:
-            found.append(_Choice(flag.key, parts, [[f"{name}={part}"] for part in parts]))
+            found.append(_Choice(keys[name], parts, [[f"{name}={part}"] for part in parts]))
     return found
 
 

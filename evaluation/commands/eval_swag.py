@@ -129,6 +129,11 @@ TAKEN = {
     "--resolution": "side of the images; the model's own where it is not given",
     "--form": "published (as measured) or sound (faults mended); published where not given",
 }
+# What a sweep may list: `--tome_r 10,20`.
+LISTS = {name: name.lstrip("-") for name in TAKEN} | {
+    name: name.lstrip("-") for name, own in OWN.items() if not (own.many or own.switch)
+}
+LISTS |= {short: LISTS[name] for short, name in SHORT.items() if name in LISTS and short != "-m"}
 IGNORED = {
     "--print-freq": "progress shows itself",
     "--world-size": "processes come from torchrun or Slurm",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slurm import record
-from slurm.command import ROOT, capture, main
+from slurm.command import NO_LIST, ROOT, capture, main
 from slurm.task import Task
 from utils.config.build import plain
 from utils.config.compose import parse_config
@@ -189,6 +189,25 @@ def test_a_dry_run_and_a_submission_note_data_without_a_folder(
     with pytest.raises(SystemExit):
         main(MARK, parse, [*words, "launcher=slurm"])
     assert capsys.readouterr().err == f"{note}error: no Slurm here\n"
+
+
+def test_the_data_of_trainings_that_a_task_is_made_of_are_noted_too(tmp_path: Path, capsys) -> None:
+    def parse_two(words: list[str]) -> dict[str, Any]:
+        config = plain(parse(words))
+        keys = ("name", "output_dir", "device", "launcher", "cluster")
+        return {**{key: config[key] for key in keys}, "runs": {"a": config, "b": config}}
+
+    words = ["data=folder", "data.root=/nowhere", "--output-dir", str(tmp_path / "run")]
+    main(MARK, parse_two, [*words, "launcher=slurm", "--dry-run"])
+    told = capsys.readouterr().err
+    assert told == "note: data.root: there is no /nowhere on this machine\n"
+
+
+def test_a_sweep_without_a_list_says_so(started, capsys) -> None:
+    main(MARK, parse, ["-m", "seed=0,1"])
+    assert not capsys.readouterr().err
+    main(MARK, parse, ["-m", "name='a,b'"])
+    assert capsys.readouterr().err == f"note: {NO_LIST}\n" and len(started) == 2
 
 
 def test_dry_run_elsewhere_tells_the_plan(tmp_path: Path, capsys) -> None:

@@ -383,3 +383,11 @@ def test_an_array_that_waits_as_a_whole_speaks_for_its_own_tasks(ranges, among, 
     monkeypatch.setattr(jobs, "_ask", said)
     found = jobs.ask_slurm([f"12_{task}" for task in range(9)])
     assert {task for task in range(9) if f"12_{task}" in found} == among
+
+
+def test_a_comparison_shows_a_figure_of_each_net(tmp_path: Path) -> None:
+    nets = {"plain": {"accuracy": 90.0, "method": "-"}, "plain + tome": {"accuracy": 85.5}}
+    content = {"reduction": {"protocol": {}, "figures": nets}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    shown = jobs.chosen_figures(describe(tmp_path))
+    assert shown == {"plain/accuracy": 90.0, "plain + tome/accuracy": 85.5}

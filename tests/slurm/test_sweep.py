@@ -6,6 +6,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from evaluation.commands.eval_swag import LISTS
 from slurm.sweep import points
 from utils.errors import UserError
 
@@ -35,6 +36,14 @@ def test_flags_with_numbers_and_groups_list_too_and_others_keep_their_commas() -
     ]
     rest = ["--exclude", "node1,node2", "--model=a", "--resume"]
     assert found[0].words == ["OUTPUT", "--lr=1e-3", *rest]
+
+
+def test_own_flags_of_a_script_list_points_where_it_says_so() -> None:
+    words = ["-m", "tome_vit_b16_in1k", "--tome_r", "10,20", "--ats_blocks_indexes", "3,6"]
+    found = points(words, LISTS)
+    assert [point.label for point in found] == ["tome_r=10", "tome_r=20"]
+    assert found[0].words == ["-m", "tome_vit_b16_in1k", "--tome_r=10", *words[4:]]
+    assert [point.label for point in points(["--tome_r", "10,20"])] == [""]
 
 
 def test_commas_in_brackets_and_in_the_name_of_a_file_list_no_points(tmp_path: Path) -> None:
