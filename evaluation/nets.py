@@ -18,7 +18,7 @@ from utils.config.build import build, is_own
 from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError, as_user_error, one_line
-from utils.run_files import EXPORTED, FORMERLY
+from utils.run_files import EXPORTED, FORMERLY, IN_HUB
 from vit.finetune import head_of
 from vit.weights import constructor_of as constructor_in
 from vit.weights import load_net, read_metadata, read_state
@@ -83,9 +83,11 @@ def make_classifier(
 
 
 def has_classes(net: nn.Module) -> bool:
-    """Whether a net ends in a classifier."""
+    """Whether a net ends in a classifier, of one layer or of several."""
     inner = getattr(net, "net", net)
-    return f"{head_of(inner)}.weight" in inner.state_dict()
+    head, names = head_of(inner), inner.state_dict()
+    several = num_classes_of(inner) and any(name.startswith(f"{head}.") for name in names)
+    return f"{head}.weight" in names or bool(several)
 
 
 def num_classes_of(net: object) -> int:
@@ -221,6 +223,8 @@ def weights_file(weights: str | None) -> str | None:
     if not given.is_dir():
         return str(given)
     found = [path for name in (EXPORTED, FORMERLY) if (path := given / name).is_file()]
+    if not found and (given / IN_HUB).is_file():
+        raise UserError(f"{weights} is no run folder; give {given / IN_HUB}")
     if not found:
         raise UserError(f"{weights} is a folder without {EXPORTED}: the run is not finished")
     return str(found[0])

@@ -23,7 +23,7 @@ from utils.config.command_line import (
     sorted_words,
     tell,
 )
-from utils.config.compose import parse_config
+from utils.config.compose import OWN_FILE, parse_config
 from utils.config.files import CONFIGS
 from utils.config.flags import slurm_minutes
 from utils.errors import UserError, fail
@@ -153,7 +153,7 @@ def _read(argv: Sequence[str], own: Collection[str]) -> _Asked:
         elif name == "--weights":
             asked.rest.append(f"weights={_quoted(value)}")
         elif name == "--model":
-            asked.rest.extend(backbone_words(value))
+            asked.rest.extend(backbone_words(value, argv))
         elif name in roots:
             asked.roots[roots[name]] = value
         elif name in OPTIONS:
@@ -282,7 +282,9 @@ def _tasks(asked: _Asked, named_file: bool, own: Collection[str]) -> list[str]:
     known = sorted({*known_tasks(), *own})
     for task in asked.tasks:
         if task not in known:
-            raise UserError(f"unknown task {task!r}{nearest(task, known)} ({', '.join(known)})")
+            hint = nearest(task, known)
+            mine = "" if hint else f"; {OWN_FILE.format(f'probe/{task}')}"
+            raise UserError(f"unknown task {task!r}{hint} ({', '.join(known)}){mine}")
     if asked.tasks or named_file:
         return list(dict.fromkeys(asked.tasks))
     keys = [re.match(r"\+*probes\.(\w+)", word) for word in asked.rest]

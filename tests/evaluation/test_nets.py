@@ -9,6 +9,7 @@ from torch import nn
 from evaluation.nets import (
     complete,
     count_classes,
+    has_classes,
     load_strictly,
     make_net,
     name_of,
@@ -167,3 +168,12 @@ def test_weights_of_a_net_of_the_users_own_are_named_by_their_class(monkeypatch)
     told = other_model(PLAIN, {"_target_": "my_nets.Mine"})
     assert "are of a Mine" in told and "backbone._target_=my_nets.Mine" in told
     assert "--model" not in told
+
+
+def test_a_head_of_several_layers_is_a_classifier() -> None:
+    net = timm.create_model("deit_tiny_patch16_LS", depth=1, num_classes=3)
+    assert has_classes(net)
+    net.head = nn.Sequential(nn.Linear(192, 8), nn.GELU(), nn.Linear(8, 3))
+    assert has_classes(net)
+    net.reset_classifier(0)
+    assert not has_classes(net)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,11 @@ from utils.nearest import nearest, nearest_family
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
+
+
+# Groups that may hold files of a user, and where these stand.
+OWN_GROUPS = ("backbone", "recipe", "data", "probe")
+OWN_FILE = "one of yours is {}.yaml beside the run file that --config-file names"
 
 
 def parse_config(
@@ -49,7 +54,7 @@ def parse_config(
     try:
         arguments = read_arguments(argv, default, base)
         file = arguments.config_file or run_of_model(arguments.overrides, runs) or default
-        config = compose_config(file, arguments.overrides, base=base)
+        config = compose_config(file, arguments.overrides, base=base, default=default)
         if not arguments.check:
             return config
         from utils.config.check import check
@@ -61,27 +66,33 @@ def parse_config(
 
 
 def compose_config(
-    file: str | Path, overrides: list[str] | None = None, *, base: str = "train"
+    file: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    base: str = "train",
+    default: str = "",
 ) -> "DictConfig":
     """Compose a file with overrides `key=value`; resolves interpolations and refuses unknown keys.
 
+    default: the command's own run file, which one of a user's builds on; `base` if not given.
     Keys beside a `_target_` may be any keyword: `check_targets` and `build` check them against the
     constructor. Raises `UserError` with one line for whatever is wrong.
     """
     from omegaconf import DictConfig, OmegaConf
 
     path, words = find_file(file), parse_words(overrides or [])
+    refuse = partial(_refuse_training, base=base, path=path, own=default.removesuffix(".yaml"))
     with _one_line(path):
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
             raise UserError(f"{path}: a config is a mapping of keys to values")
-        _refuse_training(content, base, path)
+        refuse(content)
         if "defaults" not in content:
             words = [word for word in words if not _is_launcher_of(content, word)]
         if vocabulary.is_dinov2(content):
             config = _compose_translated(content, words, path, base)
         elif "defaults" in content or not any(is_group(word) for word in words):
-            config = _compose(path, words)
+            config = _compose(path, words, refuse)
         else:
             config = _compose_and_swap(path, words, base)
         _check_keys(config, base, path)
@@ -95,14 +106,15 @@ def compose_config(
     return config
 
 
-def _refuse_training(content: "DictConfig", base: str, path: Path) -> None:
+def _refuse_training(content: "DictConfig", *, base: str, path: Path, own: str) -> None:
     """Refuse the file of a training where a command evaluates: it says which weights to give."""
     schema = _schema(base)
-    is_training = "recipe" in content and not vocabulary.is_dinov2(content)
-    if is_training and "recipe" not in schema and "weights" in schema:
+    evaluates = "recipe" not in schema and "weights" in schema
+    if evaluates and "recipe" in content and not vocabulary.is_dinov2(content):
         raise UserError(
             f"{path} describes a training; without --config-file, the folder of the run as "
-            "--weights (eval_deit.py: --eval) evaluates its network"
+            "--weights (eval_deit.py: --eval) evaluates its network; for files of yours beside it "
+            f"give another run file, with `defaults: [/{own or base}, _self_]`"
         )
 
 
@@ -114,11 +126,19 @@ def _is_launcher_of(saved: "DictConfig", word: "Override") -> bool:
     return word.key_or_group == "launcher" and is_group(word) and word.value() == kind
 
 
-def _compose(path: Path, words: list["Override"]) -> "DictConfig":
-    """Compose with Hydra; refuses keys that no file has, except keywords beside a `_target_`."""
+def _compose(
+    path: Path,
+    words: list["Override"],
+    refuse: Callable[["DictConfig"], None] = lambda config: None,
+) -> "DictConfig":
+    """Compose with Hydra; refuses keys that no file has, except keywords beside a `_target_`.
+
+    refuse: called with what the file says, before overrides are compared with it.
+    """
     groups = [word for word in words if is_group(word)]
     lines = [word.input_line or "" for word in groups]
     config = _hydra(path, lines)
+    refuse(config)
     _check_chosen(groups, config)
     if len(groups) == len(words):
         return config
@@ -313,7 +333,8 @@ def _missing_option(error: Any, path: Path) -> str:
         shown = options if len(options) <= 20 else [*options[:20], f"... in configs/{group}"]
         known = "" if hint and len(options) > 9 else f" (options: {', '.join(shown)})"
         flag = f" (--model {name})" if group == "backbone" else ""
-        return f"there is no {group}={name}{flag}{hint}{known}"
+        own = "" if hint or group not in OWN_GROUPS else f"; {OWN_FILE.format(f'{group}/{name}')}"
+        return f"there is no {group}={name}{flag}{hint}{known}{own}"
     names = [
         file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml")
     ]

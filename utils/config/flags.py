@@ -334,4 +334,8 @@ def with_quotes(word: str) -> str:
     shown = shlex.quote(f"{key}={quoted(value)}")
     if not set(value) & set("'\"$`\\!"):  # nothing that a shell expands inside double quotes
         shown = f"\"{key}='{value}'\""
+    several = value.split(",")
+    is_plain = not set(value) & set("[](){}'\"$`\\!")
+    if is_plain and "=" in value and len(several) > 1 and all(several):
+        shown += f', each of a list for -m: "{key}={",".join(map(quoted, several))}"'
     return f"text with special characters needs quotes of its own: {shown}"

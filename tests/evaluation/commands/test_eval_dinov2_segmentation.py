@@ -89,6 +89,8 @@ def test_a_task_of_a_file_beside_the_run_file(tmp_path):
     assert read_segmentation_arguments(words)[0][:2] == both
     with pytest.raises(UserError, match=r"unknown task 'mien'; did you mean 'mine'\?"):
         read_segmentation_arguments(["--config-file", str(run), "--tasks", "mien"])
+    with pytest.raises(UserError, match=r"; one of yours is probe/leaves.yaml beside the run file"):
+        read_segmentation_arguments(["--tasks", "leaves"])
 
 
 def test_our_own_style():

@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from utils.config.compose import compose_config
+from utils.config.overrides import parse_words
 from utils.errors import UserError
 
 
@@ -104,9 +105,34 @@ def test_a_run_of_before_a_key_was_offered_goes_on_with_its_default(tmp_path: Pa
     assert compose_config(saved) == whole
 
 
+def test_a_file_that_builds_on_a_training_is_no_evaluation(tmp_path: Path) -> None:
+    """Also where its own keys do not tell, and before a key is called unknown."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [/deit/quickstart, _self_]\n")
+    with pytest.raises(UserError, match=r"describes a training; .* `defaults: \[/evaluate, _self_"):
+        compose_config(mine, ["weights=run"], base="evaluate")
+    with pytest.raises(UserError, match=r"`defaults: \[/eval/deit, _self_\]`$"):
+        compose_config(mine, base="evaluate", default="eval/deit.yaml")
+
+
+def test_an_unknown_option_says_where_a_file_of_ones_own_stands() -> None:
+    with pytest.raises(UserError, match=r"no data=my_table \(.*\); one of yours is data/my_table"):
+        compose_config("evaluate.yaml", ["data=my_table"], base="evaluate")
+    with pytest.raises(UserError, match="no data=digit; did you mean 'digits'[^;]*$"):
+        compose_config("evaluate.yaml", ["data=digit"], base="evaluate")
+
+
 def test_a_training_is_no_evaluation_to_compose(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     OmegaConf.save(compose_config("train.yaml"), saved)
     for file in (saved, "deit/quickstart.yaml"):
         with pytest.raises(UserError, match="describes a training; without --config-file, the fol"):
             compose_config(file, base="evaluate")
+
+
+def test_values_of_a_list_need_quotes_each() -> None:
+    """Paths with = in them: in one pair of quotes they would be one path."""
+    with pytest.raises(UserError, match=r"""for -m: "weights='a=1/x','a=2/x'"$"""):
+        parse_words(["weights=a=1/x,a=2/x"])
+    with pytest.raises(UserError, match=r"""of its own: "weights='a,b'"$"""):
+        parse_words(["weights=a,b"])
