@@ -34,7 +34,7 @@ from utils.data.transforms import evaluation_transform
 from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
-from utils.ranges import check_count, check_word
+from utils.ranges import check_count, check_sizes, check_word
 from utils.symmetry import SYMMETRIES
 from vit.backbone import Backbone
 
@@ -90,7 +90,7 @@ def draw_pca(
     check_word("style", style, STYLES)
     check_word("element", element, SYMMETRIES)
     dataset = make_data(data, "val")
-    size = image_size or image_size_of(net)
+    size = _side(net, image_size)
     if style == "ours":
         images = sample_images(dataset, size=size, count=num_images)
         return [draw_pca_maps(net, images, folder / "pca.png", element=element)]
@@ -116,7 +116,7 @@ def draw_attention_maps(
 ) -> list[Path]:
     """`attention.png` and `attention_heads.png` of validation images."""
     check_word("element", element, SYMMETRIES)
-    size = image_size or image_size_of(net)
+    size = _side(net, image_size)
     images = sample_images(make_data(data, "val"), size=size, count=num_images)
     return draw_attention(
         net, images, folder, element=element, block=block, query=query, rollout=rollout
@@ -133,7 +133,7 @@ def draw_token_masks(
     image_size: int | None = None,
 ) -> list[Path]:
     """The patches of validation images that a net keeps: `token_mask.png`, `img_*.jpg`."""
-    size = image_size or image_size_of(net)
+    size = _side(net, image_size)
     images = sample_images(make_data(data, "val"), size=size, count=num_images)
     kept = stages(net, images)
     overview = draw_overview(images, kept, folder / "token_mask.png")
@@ -159,7 +159,7 @@ def draw_nearest(
     if num_train is not None:
         check_count("num_train", num_train, 1)
     train, val = (make_data(data, split) for split in ("train", "val"))
-    size = image_size or image_size_of(net)
+    size = _side(net, image_size)
     path = draw_neighbours(
         net,
         _thinned(train, num_train),
@@ -208,7 +208,7 @@ def draw_segmentations(
             test=shown,
             classifiers=["knn"],
             knn=PatchKnn(num_neighbors=[num_neighbors], distances=[distance]),
-            resolution=image_size or image_size_of(net),
+            resolution=_side(net, image_size),
             batch_size=batch_size,
             num_workers=num_workers,
             dump_predictions=True,
@@ -239,3 +239,9 @@ def _thinned(dataset: ImageDataset, count: int | None) -> ImageDataset:
     if count is None or count >= len(dataset):
         return dataset
     return Subset(dataset, spread(len(dataset), count))
+
+
+def _side(net: Backbone, image_size: int | None) -> int:
+    """Pixels a side: those asked for, else those the net is built for."""
+    check_sizes(image_size=image_size)
+    return image_size or image_size_of(net)

@@ -58,12 +58,12 @@ def make_any_net(
     config: Mapping[str, Any], path: str | None, metadata: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The net in eval mode on the CPU, with or without classes, and the complete backbone node."""
+    state = read_state(path) if path else None  # first: a file that is not there names no net
     backbone = config["backbone"] or json.loads(metadata.get("constructor", "null"))
     if backbone is None:
         raise UserError(f"{path} does not say which net it is of; give --model NAME")
     if ":" in backbone.get("model_name", ""):
         backbone = {"num_classes": None, **backbone}  # a folder's or repository's own classes
-    state = read_state(path) if path else None
     backbone = _with_classes(backbone, metadata, state)
     net = build_net(backbone, seed=config["seed"])
     if state is not None:

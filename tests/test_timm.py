@@ -101,7 +101,7 @@ def test_a_registered_name_is_a_function_of_its_module(module):
 def test_a_registered_name_is_a_word_of_every_command(module):
     """By a file of configs/backbone, which says the size of the images if that is not 224."""
     for name, cfg in module.default_cfgs.items():
-        assert backbone_words(name) == [f"backbone={name}"]
+        assert backbone_words(name, []) == [f"backbone={name}"]
         node = backbone_node(name)
         assert node["_target_"] == f"{module.__name__}.{name}" and node["_partial_"]
         assert node.get("img_size", 224) == cfg.default.input_size[-1]

@@ -12,7 +12,7 @@ from utils.checkpoints.checkpoint import Checkpoints
 from utils.checkpoints.files import DESCRIPTION, Parts
 from utils.errors import UserError
 from utils.precision import Precision
-from utils.run_files import CHECKPOINTS, CONFIG, EXPORTED, FORMERLY
+from utils.run_files import CHECKPOINTS, CONFIG, EXPORTED, FORMERLY, IN_HUB
 from utils.run_folder import changed_keys, refuse_overwriting, saved_config
 
 MOST_CHANGES = 4  # changed keys that an error names
@@ -111,8 +111,10 @@ def _load_run(recipe: nn.Module, folder: Path) -> list[str]:
     exported = _exported(folder)
     checkpoint = _last_checkpoint(folder)
     if checkpoint is None and exported is None:
+        own = folder / IN_HUB
         raise UserError(
             f"training.weights: {folder} is neither a run folder nor a checkpoint of one"
+            f"{f'; give {own}' if own.is_file() else ''}"
         )
     why = "it has no checkpoint"
     if checkpoint is not None:

@@ -85,7 +85,7 @@ def read_complexity_arguments(argv: Sequence[str]) -> list[str]:
     return others + (["passes=[]"] if len(passes) > 1 else passes)
 
 
-def _spell(name: str, value: str) -> list[str] | None:
+def _spell(name: str, value: str, words: Sequence[str]) -> list[str] | None:
     if name == "--table":
         known = sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml"))
         if value not in known:

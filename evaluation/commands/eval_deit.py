@@ -26,7 +26,7 @@ from utils.config.deit_flags import (
     lacks_spectrum,
 )
 from utils.config.deit_flags import OPTIONS as OF_TRAINING
-from utils.errors import UserError
+from utils.errors import UserError, fail
 from utils.nearest import nearest
 
 CONFIG = "eval/deit.yaml"
@@ -67,6 +67,9 @@ SAME = {
     **{"--test_speed": "--test-speed", "--only_test_speed": "--only-test-speed"},
     **{"--visualize_mask": "--visualize-mask", "--n_visualization": "--n-visualization"},
 }
+# What a sweep may list: `--eval a.pth,b.pth`.
+LISTS = {name: option.key for name, option in OPTIONS.items() if option.value is None}
+LISTS |= {name: LISTS[same] for name, same in SAME.items() if same in LISTS}
 # DeiT and related code train and evaluate by one command; these of its flags change no figure.
 SWITCHES = {
     name: NO_EFFECT[name][1]
@@ -89,8 +92,10 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = plain(
         parse_config(default=CONFIG, argv=words, base="evaluate", further=lambda _: notes)
     )
+    if "accuracy" not in config["probes"]:  # null where only speed is asked for
+        fail("the run file has no probes.accuracy: its `defaults` must begin with /eval/deit")
     tell(notes)
-    return config | {"backbone_named": names_backbone(words)}
+    return config | {"backbone_named": names_backbone(words, CONFIG)}
 
 
 def read_deit_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -117,9 +122,9 @@ def _named_once(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def _spell(name: str, value: str) -> list[str] | None:
+def _spell(name: str, value: str, words: Sequence[str]) -> list[str] | None:
     if name == "--model":
-        return backbone_words(value)
+        return backbone_words(value, words)
     if name == "--only-test-speed":
         return [f"{OPTIONS[name].key}={value}", "probes.accuracy=null"]
     if name == "--data-set":

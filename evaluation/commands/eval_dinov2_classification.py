@@ -166,7 +166,7 @@ def read_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         if name == CHOICE:
             found.argv.extend(_choose_probes(values[0], argv))
         elif name == MODEL:
-            found.argv.extend(backbone_words(values[0]))
+            found.argv.extend(backbone_words(values[0], argv))
         elif name in OPTIONS:
             read = _read_values(name, OPTIONS[name].kind, values)
             _sort(found, name, OPTIONS[name].key, read if OPTIONS[name].many else read[0])

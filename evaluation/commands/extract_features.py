@@ -47,5 +47,5 @@ def read_extraction_arguments(argv: Sequence[str]) -> list[str]:
     return [*found.overrides, *(f"output_dir={quoted(place)}" for place in found.places)]
 
 
-def _spell(name: str, value: str) -> list[str] | None:
-    return [f"layers=[{value}]"] if name == "--layers" else spell_model(name, value)
+def _spell(name: str, value: str, words: Sequence[str]) -> list[str] | None:
+    return [f"layers=[{value}]"] if name == "--layers" else spell_model(name, value, words)

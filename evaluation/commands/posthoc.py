@@ -70,9 +70,9 @@ def read_posthoc_arguments(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _spell(name: str, value: str) -> list[str] | None:
+def _spell(name: str, value: str, words: Sequence[str]) -> list[str] | None:
     if name == "--model":
-        return backbone_words(value)
+        return backbone_words(value, words)
     if name == "--aggregators":
         names = [word.strip() for word in value.split(",") if word.strip()]
         return [f"aggregators=[{','.join(map(quoted, names))}]"]

@@ -28,6 +28,10 @@ from vit.backbone import Backbone
 
 QUERIES = ("class", "patches")
 COLOURS = "inferno"
+UNSEEN = (
+    "this net has no attention over all its patches that could be drawn (looked for calls of "
+    "scaled_dot_product_attention and nn.MultiheadAttention)"
+)
 
 
 class AttentionRecorder(TorchFunctionMode):
@@ -184,7 +188,12 @@ def _record(net: Backbone, images: Tensor, rows: slice, query: str) -> Recorded:
     check_word("query", query, QUERIES)
     recorder = AttentionRecorder(rows)
     with evaluating(net) as device, recorder:
-        height, width = patch_tokens(net, images.to(device)).shape[1:3]
+        try:
+            height, width = patch_tokens(net, images.to(device)).shape[1:3]
+        except UserError:
+            if recorder.weights:
+                raise
+            raise UserError(UNSEEN) from None  # not what becomes of its patches
     cells, inner = height * width, getattr(net, "net", net)
     needed = cells + getattr(inner, "num_prefix_tokens", 0)
     blocks = {
@@ -197,10 +206,7 @@ def _record(net: Backbone, images: Tensor, rows: slice, query: str) -> Recorded:
         and part.shape[-2] == len(range(part.shape[-1])[rows])
     }
     if not blocks:
-        raise UserError(
-            "this net has no attention over all its patches that could be drawn (looked for calls "
-            "of scaled_dot_product_attention and nn.MultiheadAttention)"
-        )
+        raise UserError(UNSEEN)
     others = next(iter(blocks.values())).shape[-1] - cells
     if query == "class" and (not getattr(inner, "has_class_token", True) or not others):
         raise UserError("this net has no class token; query=patches draws the patches' attention")

@@ -136,6 +136,10 @@ def test_wrong_files_are_one_line(images, tmp_path):
         judge_classifier(config(images, tmp_path, OCTIC, tmp_path / "nothing.pth"))
     with pytest.raises(UserError, match="the run is not finished"):
         judge_classifier(config(images, tmp_path, OCTIC, tmp_path))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "model.safetensors").touch()
+    with pytest.raises(UserError, match="hub is no run folder; give .*/hub/model.safetensors$"):
+        judge_classifier(config(images, tmp_path, OCTIC, tmp_path / "hub"))
     headless = {**OCTIC, **SIZES, "num_classes": 0}
     with pytest.raises(UserError, match="d8_inv_early_deit_small_patch16 has no classifier"):
         judge_classifier(config(images, tmp_path, headless))
@@ -193,6 +197,23 @@ def test_the_weights_are_named_as_either_code_names_them(words):
     assert config["weights"] == "w.pth" and config["backbone_named"]
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("defaults: [/eval/deit, override /data: digits, _self_]", False),
+        ("defaults: [/eval/deit, override /backbone: deit_small_patch16_LS, _self_]", True),
+    ],
+)
+def test_the_net_that_the_command_begins_with_is_no_choice_of_a_file_built_on_it(
+    text, named, tmp_path
+):
+    """So that the weights say which net they are of."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"# @package _global_\n{text}")
+    assert parse_deit_evaluation(["--config-file", str(file)])["backbone_named"] is named
+    assert not parse_deit_evaluation(["--config-file", "eval/deit"])["backbone_named"]
+
+
 def test_flags_of_training_and_judging():
     words = "--no-use-amp --symmetrized-asym-feats --attn-mixer --data-set IMNET --use-lmdb"
     config = parse_deit_evaluation(f"--model d2_deit_tiny_patch16_LS {words}".split())
@@ -248,6 +269,16 @@ def test_timm_models_and_other_data():
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         read_deit_arguments(words)
+
+
+def test_a_run_file_without_the_accuracy_is_refused(tmp_path, capsys):
+    """It would probe features instead, and say nothing of the classifier."""
+    (tmp_path / "mine.yaml").write_text("defaults: [/evaluate, _self_]")
+    with pytest.raises(SystemExit):
+        parse_deit_evaluation(["--config-file", str(tmp_path / "mine.yaml"), "data=digits"])
+    assert (
+        "no probes.accuracy: its `defaults` must begin with /eval/deit" in capsys.readouterr().err
+    )
 
 
 def test_unknown_model_names_the_nearest(capsys):

@@ -89,6 +89,7 @@ def test_predictions_of_other_images_are_refused(tmp_path):
         (("pca", "element=rm"), "element must be one of e, "),
         (("pca", "num_images=0"), "0 images of 32 pixels"),
         (("pca", "style=capi", "num_images=0"), "num_images is 0"),
+        (("pca", "image_size=0"), "image_size must be a whole number from 1, not 0"),
         (("attention", "query=all"), "query must be one of "),
         (("attention", "block=9"), "block 9 asked of a net with attention in 4 blocks"),
         (("neighbours", "k=0"), "k must be a whole number from 1, not 0"),

@@ -109,6 +109,7 @@ def test_mistakes_are_one_line(run_folder: Path, tmp_path: Path, monkeypatch) ->
     cases = [
         (config(tmp_path, weights=str(bare)), "does not say which net it is of; give --model NAME"),
         (config(tmp_path, weights="nowhere.pth", backbone=NODE), "no such weights file"),
+        (config(tmp_path, weights="nowhere.pth"), "no such weights file"),
         (config(tmp_path, weights=str(bare), backbone=NODE), "missing: "),
         (config(tmp_path, backbone=BACKBONES["torchvision"]), "not registered with timm"),
     ]

@@ -68,8 +68,11 @@ def test_a_run_that_has_lost_its_checkpoints_still_has_its_network(run: Path) ->
     (run / "checkpoints" / "last").unlink()
     (line,) = load_weights(Other(), str(run))
     assert "it has no checkpoint" in line
-    (run / EXPORTED).unlink()
-    with pytest.raises(UserError, match="neither a run folder nor a checkpoint of one"):
+    (run / EXPORTED).rename(run / "model.safetensors")
+    with pytest.raises(UserError, match="nor a checkpoint of one; give .*/model.safetensors$"):
+        load_weights(Other(), str(run))
+    (run / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="neither a run folder nor a checkpoint of one$"):
         load_weights(Other(), str(run))
 
 

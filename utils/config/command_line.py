@@ -83,14 +83,15 @@ def read_words(
     same: Mapping[str, str] | None = None,
     ignored: Mapping[str, str] | None = None,
     num_places: int = 0,
-    spell: Callable[[str, str], list[str] | None] = lambda name, value: None,
+    spell: Callable[[str, str, Sequence[str]], list[str] | None] = lambda name, value, words: None,
 ) -> Words:
     """Sort `[words] [flags] [key=value ...]`; flags of all scripts pass as they are.
 
     same: other spellings of flags. ignored: flags without effect, and why. num_places: how many
-    positional words are allowed; if 0, they pass as they are. spell: the overrides for a flag and
-    its value, or None if they are simply key=value. Raises UserError for a flag without its value,
-    a value for a flag that takes none, an unknown flag, and a positional word too many.
+    positional words are allowed; if 0, they pass as they are. spell: the overrides for a flag, its
+    value and the whole line, or None if they are simply key=value. Raises UserError for a flag
+    without its value, a value for a flag that takes none, an unknown flag, and a positional word
+    too many.
     """
     found, same, ignored = Words([], [], []), same or {}, ignored or {}
     refuse_unknown_flags(argv, (*options, *same, *ignored))
@@ -102,7 +103,7 @@ def read_words(
         elif name:
             option = options[name]
             value = option.value or values[0]
-            found.overrides.extend(spell(name, value) or [_override(option, value)])
+            found.overrides.extend(spell(name, value, argv) or [_override(option, value)])
         elif (word := values[0]).startswith(("-", "+", "~")) or "=" in word or not num_places:
             found.overrides.extend(values)
         elif len(found.places) == num_places:
@@ -152,12 +153,14 @@ def sorted_words(
         yield name, values
 
 
-def backbone_words(name: str) -> list[str]:
-    """Overrides for a model name: our config of that name, else a model of timm or of a hub.
+def backbone_words(name: str, words: Sequence[str]) -> list[str]:
+    """Overrides for a model name: a config of that name, else a model of timm or of a hub.
 
+    The config is one of ours, or lies beside the run file that the command line `words` names.
     UserError for an unknown name.
     """
-    if not (CONFIGS / "backbone" / f"{name}.yaml").is_file():
+    ours = (CONFIGS / "backbone" / f"{name}.yaml").is_file()
+    if not ours and name not in files_beside(words, "backbone"):
         import timm  # late, as --help and our own models do not need it
 
         if ":" in name or timm.is_model(name.split(".")[0]):
@@ -167,9 +170,9 @@ def backbone_words(name: str) -> list[str]:
     return [f"backbone={name}"]
 
 
-def spell_model(name: str, value: str) -> list[str] | None:
+def spell_model(name: str, value: str, words: Sequence[str]) -> list[str] | None:
     """`spell` for `read_words`, where --model is the only flag that is not simply key=value."""
-    return backbone_words(value) if name == "--model" else None
+    return backbone_words(value, words) if name == "--model" else None
 
 
 def unknown_model(name: str) -> str:
@@ -187,16 +190,17 @@ def files_beside(words: Sequence[str], group: str) -> dict[str, Path]:
     return {path.stem: path for path in found}
 
 
-def names_backbone(words: Sequence[str]) -> bool:
+def names_backbone(words: Sequence[str], default: str = "") -> bool:
     """Whether overrides or a config file name the net; if not, the weights may.
 
+    default: the config that the command takes without a file; its net counts as not named.
     UserError for a config file that is not there.
     """
     named = ("backbone=", "backbone._target_=", "--model")
     if any(word.lstrip("+").startswith(named) for word in words):
         return True
     file = _config_file(words)
-    return file is not None and chooses_backbone(find_file(file))
+    return file is not None and chooses_backbone(find_file(file), default)
 
 
 def _config_file(words: Sequence[str]) -> str | None:

@@ -309,7 +309,7 @@ def _takes(target: str, keyword: str) -> bool:
 
 def _model_words(model: str, words: Sequence[str], rest: Sequence[str]) -> list[str]:
     """The backbone, and the run's name where no run file of the model gives one."""
-    chosen = backbone_words(model)
+    chosen = backbone_words(model, rest)
     every = [*chosen, *words, *rest]
     named = any(w == "--name" or w.startswith(("name=", "--name=", "--config")) for w in rest)
     if not named and not (CONFIGS / RUNS / f"{model}.yaml").is_file():

@@ -41,17 +41,19 @@ def run_of_model(overrides: list[str], runs: str) -> str | None:
     return next((file for file in reversed(named) if (CONFIGS / file).is_file()), None)
 
 
-def chooses_backbone(file: Path) -> bool:
+def chooses_backbone(file: Path, default: str = "") -> bool:
     """Whether a run file, or one that it builds on, chooses a backbone or sets keys of one.
 
-    The net that configs/evaluate.yaml and the like begin with is a default, and no choice. What
-    cannot be read chooses none, as the error is for whoever composes it.
+    The net that configs/evaluate.yaml and the like begin with is a default, and no choice; nor is
+    that of `default`, the file below `configs/` that the command takes without any. What cannot be
+    read chooses none, as the error is for whoever composes it.
     """
-    return _chooses_backbone(file, (file,))
+    return file != CONFIGS / default and _chooses_backbone(file, (file, CONFIGS / default))
 
 
 def _chooses_backbone(file: Path, above: tuple[Path, ...]) -> bool:
-    # above: the file itself, and those that it is read for; the first is the run file.
+    # above: the file itself, and those that it is read for; the first is the run file. They, and
+    # the command's default among them, are not read again.
     try:
         content = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -1,6 +1,7 @@
 """What a constructor's signature says of the keywords that a config gives it."""
 
 import inspect
+import math
 import re
 import sys
 import types
@@ -50,6 +51,12 @@ def check_keywords(
     for key, value in given.items():
         if key in hints and not _fits(value, hints[key]):
             raise UserError(f"{join(where, key)} must be {_kind(hints[key])}, got {value!r}")
+        if any(isinstance(v, float) and math.isnan(v) for v in _items(value)):
+            raise UserError(f"{join(where, key)} must be a number, not {value!r}")
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _kind(hint: Any) -> str:
@@ -133,15 +140,31 @@ def refused_keyword(
         return None
     name, key = match.groups()
     frame, found = error.__traceback__, getattr(target, "func", target)
+    passed: Collection[str] = ()
     if getattr(found, "__name__", "") != name:  # look the name up in the target's module
         found = getattr(sys.modules.get(found.__module__), name, None)
-    while frame is not None:  # and in the globals of the calling frames
-        found = frame.tb_frame.f_globals.get(name, found)
+    while frame is not None:  # and among the names of the calling frames
+        scope = frame.tb_frame
+        found = scope.f_locals.get(name, scope.f_globals.get(name, found))
+        passed = _passed_on(scope)
         frame = frame.tb_next
     if not callable(found):
         return str(error)
     known = keywords_of(found)
-    return _unknown(name, key, known) + (_left_out([key], known, where) if key in own else "")
+    if key not in own:
+        return _unknown(name, key, known)
+    # Python names one; the call that failed had all of them.
+    unknown = [key, *(k for k in passed if k in own and k not in known and k != key)]
+    return _unknown(name, key, known) + _left_out(unknown, known, where)
+
+
+def _passed_on(frame: types.FrameType) -> Collection[str]:
+    """The names in a function's own `**keywords`, which it passes on; none without such."""
+    code = frame.f_code
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return ()
+    named = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    return frame.f_locals[code.co_varnames[named]]
 
 
 def join(where: str, key: object) -> str:

@@ -6,6 +6,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from baselines.dhvt import DHVT
+from baselines.gevit.models import gevit_rotmnist_z2
 from baselines.token_reduction.ats import AdaptiveSampling
 from baselines.token_reduction.evit import EViT
 from baselines.token_reduction.reduced import Reduced
@@ -134,6 +135,9 @@ def test_pictures_are_written(backbone, tmp_path):
 def test_nets_that_have_no_such_maps_are_refused():
     with pytest.raises(UserError, match="no attention over all its patches"):
         attention_maps(timm_backbone("resnet18"), IMAGES)
+    # Its map is smaller than its patches say, which is not what is wrong.
+    with pytest.raises(UserError, match="no attention over all its patches"):
+        attention_maps(gevit_rotmnist_z2(), torch.randn(1, 1, 28, 28))
     net = timm_backbone("vit_base_patch16_siglip_224", depth=1, embed_dim=64, num_heads=2)
     images = torch.randn(1, 3, 224, 224)
     with pytest.raises(UserError, match="no class token; query=patches"):

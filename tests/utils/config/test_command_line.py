@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.config.command_line import Option, Takes, read_words, sorted_words
+from utils.config.command_line import Option, Takes, backbone_words, read_words, sorted_words
 from utils.config.flags import FLAGS
 from utils.errors import UserError
 
@@ -73,3 +73,13 @@ def test_a_flag_without_its_values_is_refused(line, said):
     with pytest.raises(UserError) as error:
         [*sorted_words(line.split(), TAKES, same={"-1": "--one"}, told={"--one": "a number"})]
     assert str(error.value) == said
+
+
+def test_a_net_beside_the_run_file_is_a_model_too(tmp_path):
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "mine.yaml").touch()
+    (tmp_path / "run.yaml").touch()
+    words = ["--config-file", str(tmp_path / "run.yaml")]
+    assert backbone_words("mine", words) == ["backbone=mine"]
+    with pytest.raises(UserError, match="--model: there is no model 'mine'"):
+        backbone_words("mine", [])

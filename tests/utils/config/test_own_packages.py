@@ -44,8 +44,20 @@ def test_what_a_network_does_not_take_is_told_with_what_it_takes(monkeypatch):
 
 
 def test_what_a_function_behind_it_does_not_take_can_be_left_out_too():
-    node = {"_target_": "timm.create_model", "model_name": "resnet18", "img_size": 32}
-    with pytest.raises(UserError, match=r"backbone: ResNet takes no 'img_size'.*'~backbone.img_s"):
+    node = {"_target_": "timm.create_model", "model_name": "resnet18", "img_size": 32, "depth": 4}
+    remedy = (
+        "'~backbone.img_size' '~backbone.depth', or all of it: "  # never model_name, which fits
+    )
+    with pytest.raises(UserError, match=f"backbone: ResNet takes no 'img_size'.*: {remedy}"):
+        build({"backbone": node})
+
+
+def test_what_torchvision_does_not_take_can_be_left_out_too():
+    node = {"_target_": "evaluation.adapters.torchvision_backbone", "patch_size": 8, "depth": 4}
+    node |= {"model_name": "vit_b_16", "num_heads": 4}
+    with pytest.raises(
+        UserError, match=r"VisionTransformer takes no 'depth'.*: '~backbone.depth',"
+    ):
         build({"backbone": node})
 
 
