@@ -334,8 +334,14 @@ def with_quotes(word: str) -> str:
     shown = shlex.quote(f"{key}={quoted(value)}")
     if not set(value) & set("'\"$`\\!"):  # nothing that a shell expands inside double quotes
         shown = f"\"{key}='{value}'\""
+    return f"text with special characters needs quotes of its own: {shown}{_as_list(key, value)}"
+
+
+def _as_list(key: str, value: str) -> str:
+    """What a hint for quotes adds where the text may be several values of a sweep."""
     several = value.split(",")
     is_plain = not set(value) & set("[](){}'\"$`\\!")
-    if is_plain and "=" in value and len(several) > 1 and all(several):
-        shown += f', each of a list for -m: "{key}={",".join(map(quoted, several))}"'
-    return f"text with special characters needs quotes of its own: {shown}"
+    is_one = key in ("name", "output_dir") or len(several) == 1 or not all(several)
+    if is_one or not is_plain or "=" not in value:
+        return ""
+    return f', each of a list for -m: "{key}={",".join(map(quoted, several))}"'
