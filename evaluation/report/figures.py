@@ -10,6 +10,8 @@ from utils.symmetry import SYMMETRIES
 KIND = re.compile(
     r"^(.*?)[_ ]?(top[15]|Top [15]|acc[15]|image_loss|loss|changed|mIoU|miou|accuracy)$"
 )
+# DINOv2 names a figure of kNN by its group of training images, "full" or "5 per class", and k.
+NEIGHBOURS = re.compile(r"^\('(.+)', (\d+)\)$")
 # The options of the accuracy probe beside the symmetries; its other figures are of upright images.
 VIEWS = {"rot", "flop", "rot_flop", *SYMMETRIES}
 
@@ -102,7 +104,9 @@ def _by_nets(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _by_kinds(probe: str, found: Sequence[tuple[str, Any]]) -> Table:
-    split = [match and (match[1], match[2]) for match in (KIND.match(key) for key, _ in found)]
+    split = [
+        match and (_in_words(match[1]), match[2]) for match in (KIND.match(key) for key, _ in found)
+    ]
     kinds = list(dict.fromkeys(pair[1] for pair in split if pair))
     if len(kinds) < 2:
         return Table("", [""], [(key, [value]) for key, value in found])
@@ -121,3 +125,11 @@ def _by_kinds(probe: str, found: Sequence[tuple[str, Any]]) -> Table:
     lines = [(row, [*values, ""]) for row, values in lines]
     lines += [(key, [""] * len(kinds) + [value]) for key, value in rest]
     return Table("", [*kinds, ""], lines)
+
+
+def _in_words(judged: str) -> str:
+    """The label of what was judged, that of kNN as the probe's own names of its figures begin."""
+    if match := NEIGHBOURS.match(judged):
+        group = "" if match[1] == "full" else f"_{match[1].replace(' ', '_')}"
+        return f"knn{match[2]}{group}"
+    return judged

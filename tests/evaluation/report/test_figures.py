@@ -14,6 +14,17 @@ def test_heads_are_a_table_of_their_own() -> None:
     assert inner[1] == Table("selection", ["C", "top1"], [("1", [1, 36.5]), ("2", [10, 48.0])])
 
 
+def test_rows_of_knn_have_the_names_that_a_training_prints() -> None:
+    figures = {
+        f"('{group}', {k}) Top {top}": float(k + top)
+        for group, k in (("full", 10), ("5 per class", 20))
+        for top in (1, 5)
+    }
+    (table,) = tables("knn", figures)
+    rows = [("knn10", [11.0, 15.0]), ("knn20_5_per_class", [21.0, 25.0])]
+    assert table == Table("", ["Top 1", "Top 5"], rows)
+
+
 def test_errors_by_layer_are_a_table_of_each_net() -> None:
     """As the equivariance report writes them; what no net has is left out."""
     layers = {"patch_embed": {"e": 0.0, "r": 1e-7}, "blocks.0": {"e": 0.0, "r": None}}
