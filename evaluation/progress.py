@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from utils import distributed
 from utils.console import say
 from utils.progress import RateLines
 
-__all__ = ["say", "track"]
+__all__ = ["say", "track", "track_share"]
 
 
 def track(
@@ -31,6 +32,16 @@ def track(
         for batch in batches:
             yield batch
             advance(size(batch))
+
+
+def track_share(
+    batches: Iterable, *, total: int, label: str, size: Callable[[Any], int], shown: bool = True
+) -> Iterator:
+    """`track` rank 0's share of a pass; the label says so where others pass theirs."""
+    world = distributed.world_size()
+    label = label if world == 1 else f"{label}, process 1 of {world}"
+    shown = shown and distributed.is_main()
+    return track(batches, total=total, label=label, size=size, shown=shown)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.features.reading import features_of
-from evaluation.progress import track
+from evaluation.progress import track_share
 from utils import distributed
 from utils.data.images import ImageDataset
 from utils.data.loaders import evaluation_batches
@@ -143,12 +143,12 @@ def own_batches(
     )
     images: Tensor | None = None
     missing = -(-share // batch_size)
-    for images, labels, indices in track(
+    for images, labels, indices in track_share(
         batches,
         total=share,
         label=label,
         size=lambda batch: len(batch[1]),
-        shown=shown and distributed.is_main(),
+        shown=shown,
     ):
         yield images, labels, indices
         missing -= 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation.features.dataset import PRECISIONS, evaluating
 from evaluation.pictures.segmentation import draw_segmentation
-from evaluation.progress import track
+from evaluation.progress import track_share
 from evaluation.results import print_table
 from evaluation.sample import spread
 from evaluation.segmentation.dense_head import PixelHead, PixelHeadSettings
@@ -242,11 +242,10 @@ class PixelLinearProbe:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        shown = distributed.is_main()
         total = len(range(distributed.rank(), len(self.test), distributed.world_size()))
         label = f"{NAME}: test images"
-        for (images, masks), _, indices in track(
-            batches, total=total, label=label, size=lambda batch: len(batch[1]), shown=shown
+        for (images, masks), _, indices in track_share(
+            batches, total=total, label=label, size=lambda batch: len(batch[1])
         ):
             yield images[0], masks[0], int(indices[0])
 

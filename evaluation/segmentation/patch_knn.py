@@ -21,7 +21,7 @@ from evaluation.probes.neighbours import (
     merge_neighbours,
     no_neighbours,
 )
-from evaluation.progress import say, track
+from evaluation.progress import say, track_share
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
 from evaluation.segmentation.store import PatchStore
@@ -207,13 +207,11 @@ class PatchKnn:
             everyone = _gather_queries(rows, queries, first, last, prepare, dtype, device)
             blocks = everyone.split(self.query_batch)
             best = [no_neighbours(len(block), device) for block in blocks]
-            shown = distributed.is_main()
-            chunks = track(
+            chunks = track_share(
                 rows.chunks(device),
                 total=rows.own_count,
                 label=f"kNN {distance}, {len(everyone)} queries",
                 size=lambda chunk: len(chunk[2]),
-                shown=shown,
             )
             for features, _, numbers in chunks:
                 features, numbers = prepare(features), numbers.to(device)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from evaluation.features.dataset import check_finite, device_of, evaluating
 from evaluation.features.reading import patch_tokens
-from evaluation.progress import track
+from evaluation.progress import track_share
 from evaluation.segmentation.dense_transforms import Pair, Pairs
 from evaluation.segmentation.iou import NUM_LABELS
 from evaluation.segmentation.store import PatchStore, Shape
-from utils import distributed
 from utils.data.loaders import evaluation_batches
 from utils.data.segmentation import SegmentationDataset
 from utils.data.segmentation_transforms import squash
@@ -73,12 +72,8 @@ def extract_patches(
         rank=store.rank,
         world_size=store.world,
     )
-    batches = track(
-        batches,
-        total=store.num_own_images,
-        label=label,
-        size=lambda batch: len(batch[1]),
-        shown=distributed.is_main(),
+    batches = track_share(
+        batches, total=store.num_own_images, label=label, size=lambda batch: len(batch[1])
     )
     start = calls = 0
     with evaluating(net, precision) as device:
