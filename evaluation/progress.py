@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from utils import distributed
 from utils.console import say
 from utils.progress import RateLines
 
@@ -38,6 +37,8 @@ def track_share(
     batches: Iterable, *, total: int, label: str, size: Callable[[Any], int], shown: bool = True
 ) -> Iterator:
     """`track` rank 0's share of a pass; the label says so where others pass theirs."""
+    from utils import distributed  # late: it imports torch
+
     world = distributed.world_size()
     label = label if world == 1 else f"{label}, process 1 of {world}"
     shown = shown and distributed.is_main()
