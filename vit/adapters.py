@@ -56,13 +56,24 @@ class TimmBackbone(nn.Module):
         self._wanted = _intermediates_options(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The network's own output."""
+        """The network's own output. ValueError for images of other channels."""
+        self._check_channels(images)
         return self.net(images)
 
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[Features]:
-        """Normalised features of the asked blocks; a CNN's class token is its mean feature."""
+        """Normalised features of the asked blocks; a CNN's class token is its mean feature.
+
+        ValueError for images of other channels.
+        """
+        self._check_channels(images)
         indices = take_indices(layers, self.depth)
         return features_of_intermediates(self.net, images, indices, **self._wanted)
+
+    def _check_channels(self, images: Tensor) -> None:
+        if images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} for a model of {self.in_chans} channels"
+            )
 
 
 def _architecture(model_name: str) -> str:

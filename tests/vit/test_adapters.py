@@ -19,6 +19,9 @@ def test_the_adapter_knows_the_channels_of_its_images(name: str, channels: int) 
     assert net.in_chans == channels
     net(torch.empty(1, net.in_chans, 224, 224, device="meta"))
     assert example_images(net, 224, batch=2).shape == (2, channels, 224, 224)
+    for call in (net, net.features):
+        with pytest.raises(ValueError, match=f"for a model of {channels} channels"):
+            call(torch.empty(1, 4 - channels, 224, 224, device="meta"))
 
 
 def test_a_net_of_grey_images_costs_less() -> None:
