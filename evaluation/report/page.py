@@ -21,6 +21,7 @@ STYLE = Path(__file__).with_name("style.css")
 ROWS_PER_TABLE = 16  # of a narrow one; the rest stands beside it
 NARROW = 3  # columns
 LONG_TABLE = 32  # rows; a longer one with a title is folded
+WIDE_TABLE = 6  # columns; of a wider one the last would be out of sight beside the protocol
 LONG_PROTOCOL = 16  # entries; a longer one does not fit beside the figures
 # What a picture shows, by the beginning of its file's name.
 CAPTIONS = {
@@ -150,13 +151,14 @@ def _facts(found: Contents) -> Iterator[str]:
 
 
 def _result(result: Results) -> str:
-    """One probe: its figures, with the protocol beside them, or folded below if it is long."""
-    shown = "".join(map(_table, tables(result.probe, result.figures)))
+    """One probe: its figures, with the protocol beside them, or folded below for want of room."""
+    found = tables(result.probe, result.figures)
     known = flat(result.protocol)
     terms = (f"<dt>{_text(key)}</dt><dd>{_text(_value(value))}</dd>" for key, value in known)
     source = f'<span class="quiet"> {_text(result.source)}</span>'
     protocol = f"<dl>{''.join(terms)}</dl>" if result.protocol else ""
-    long = len(known) > LONG_PROTOCOL
+    wide = any(len(table.columns) > WIDE_TABLE for table in found)
+    long = wide or len(known) > LONG_PROTOCOL
     if protocol and long:
         title = f"protocol, {len(known)} entries"
         protocol = f'<details class="protocol"><summary>{title}</summary>{protocol}</details>'
@@ -164,7 +166,7 @@ def _result(result: Results) -> str:
         protocol = f'<div class="protocol"><h3>protocol</h3>{protocol}</div>'
     return (
         f'<div class="result{" long" if long else ""}"><div><h3>{_text(result.probe)}{source}</h3>'
-        f'<div class="figures">{shown}</div></div>{protocol}</div>'
+        f'<div class="figures">{"".join(map(_table, found))}</div></div>{protocol}</div>'
     )
 
 

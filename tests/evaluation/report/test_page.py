@@ -18,6 +18,7 @@ from evaluation.report.images import embed, shrink
 from evaluation.report.page import write_report
 from tests.evaluation.report.folders import draw, make_evaluation, make_quickstart, make_run
 from utils.errors import UserError
+from utils.symmetry import SYMMETRIES
 
 ROOT = Path(__file__).resolve().parents[3]
 VOID = {"meta", "img", "br", "line"}
@@ -112,6 +113,15 @@ def test_a_long_table_is_folded_and_a_wide_picture_is_as_wide_as_the_page(tmp_pa
     page = written(folder)
     assert page.count("<summary>heads, 90 rows</summary>") == 1 and page.count("val top-1") == 1
     assert page.count('<figure class="wide">') == 1 and page.count("<figure>") == 1
+
+
+def test_beside_a_wide_table_there_is_no_room_for_the_protocol(tmp_path: Path) -> None:
+    folder = make_evaluation(tmp_path / "evaluation")
+    for symmetries, classes in ((SYMMETRIES, "result long"), (["e", "m"], "result")):
+        layers = {f"blocks.{index}": dict.fromkeys(symmetries, 1e-7) for index in range(4)}
+        entry = {"protocol": {"images": "photographs"}, "figures": {"net": {"layers": layers}}}
+        (folder / "results.json").write_text(json.dumps({"equivariance": entry}))
+        assert f'<div class="{classes}"><div><h3>equivariance' in written(folder)
 
 
 def test_the_figures_of_upright_images_are_one_row(tmp_path: Path) -> None:

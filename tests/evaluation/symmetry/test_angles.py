@@ -34,3 +34,9 @@ def test_any_net(backbone):
     assert errors[90.0].cls > 1e-4 and errors[90.0].patches > 1e-2
     assert errors[90.0].cls_control < 1e-6 and errors[90.0].patches_control < 1e-6
     assert errors[45.0].cls_control > 1e-5
+
+
+def test_patches_that_leave_nothing_to_compare_have_no_error():
+    net = OcticVisionTransformer(**{**SIZES, "patch_size": 8})
+    error = angle_errors(net, torch.randn(1, 3, 16, 16), [30.0])[30.0]
+    assert error.patches is None and error.patches_control is None and error.cls > 0
