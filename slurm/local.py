@@ -82,6 +82,8 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> int:
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     with _passed_on([process]) as received:
         process.start()
+        for number in received:  # signals that came while it was starting
+            _pass_on(number, [process])
         process.join()
     if signal.SIGINT in received:
         raise KeyboardInterrupt

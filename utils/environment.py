@@ -11,7 +11,7 @@ def whole_number(
 ) -> int:
     """The whole number in a variable; UserError where there is none, nor a `default`.
 
-    An empty variable (`RANK=$SLURM_PROCID` outside of a job) holds none either.
+    An empty variable (`RANK=$SLURM_PROCID` outside of a job) is a mistake too, default or not.
     """
     text = (os.environ if env is None else env).get(name, default)
     try:

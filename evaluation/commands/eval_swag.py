@@ -130,10 +130,11 @@ TAKEN = {
     "--form": "published (as measured) or sound (faults mended); published where not given",
 }
 # What a sweep may list: `--tome_r 10,20`.
-LISTS = {name: name.lstrip("-") for name in TAKEN} | {
-    name: name.lstrip("-") for name, own in OWN.items() if not (own.many or own.switch)
+LISTS = {name: option.key for name, option in OPTIONS.items()} | {
+    name: name.lstrip("-")
+    for name in (*TAKEN, *(name for name, own in OWN.items() if not (own.many or own.switch)))
 }
-LISTS |= {short: LISTS[name] for short, name in SHORT.items() if name in LISTS and short != "-m"}
+LISTS |= {same: LISTS[name] for same, name in (SAME | SHORT).items() if name in LISTS}
 IGNORED = {
     "--print-freq": "progress shows itself",
     "--world-size": "processes come from torchrun or Slurm",

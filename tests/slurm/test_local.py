@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from slurm import record
+from slurm.local import run_apart
 from slurm.runs import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,3 +110,18 @@ def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path: Path, start: Star
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
+
+
+class _Told:
+    """An argument that ends the command, by a signal, while the other process is being started."""
+
+    def __reduce__(self) -> tuple:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return float, (60.0,)
+
+
+def test_a_signal_while_a_process_starts_reaches_it() -> None:
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as left:
+        run_apart(time.sleep, _Told())
+    assert left.value.code == 128 + signal.SIGTERM and time.monotonic() - begun < 30
