@@ -22,6 +22,7 @@ from baselines.token_reduction.reducer import (
     check_blocks,
     check_class_token,
 )
+from utils.precision import at_least_float32
 from utils.ranges import check_flags, check_word
 
 EPSILON = 1e-6
@@ -37,7 +38,8 @@ def masked_attention(
     live ones only, so that padding has no effect.
     """
     tokens = q.shape[2]
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    # Half precision would lose EPSILON, and tell few of the sums apart that sample the tokens.
+    scores = at_least_float32((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1))
     scores = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     if live is not None:
         own = torch.eye(tokens, dtype=torch.bool, device=q.device)
@@ -54,7 +56,7 @@ def significance(attention: Tensor, v: Tensor, num_prefix: int) -> Tensor:
 
     Attention [B H T T] times the norm of the value, both over all heads (equation 4).
     """
-    norms = v.transpose(1, 2).flatten(2).norm(dim=-1)[:, num_prefix:]
+    norms = at_least_float32(v).transpose(1, 2).flatten(2).norm(dim=-1)[:, num_prefix:]
     scores = attention[:, :, 0, num_prefix:].sum(dim=1) * norms
     return scores / scores.sum(dim=1, keepdim=True)
 
@@ -169,7 +171,7 @@ class AdaptiveSampling(Reducer):
         residual = rows_of(normed, rows) if self.residual == "normed" else None
         if state.traced:
             state.move(self._places(state, q.shape[2]), state.memory.pop("input"))
-        return Attended(weights @ v, rows=rows, residual=residual)
+        return Attended(weights.to(v.dtype) @ v, rows=rows, residual=residual)
 
     def after_attention(
         self, state: State, index: int, x: Tensor, attended: Attended, k: Tensor

@@ -254,6 +254,17 @@ def test_samples_are_a_budget_and_the_best_is_always_picked():
     assert ats.sample_places(even, 64).sum() >= 63  # all but the one where the sum begins
 
 
+def test_half_precision_samples_as_many():
+    """In bfloat16 the sums of hundreds of near-equal scores would fall on the same few values."""
+    q, k, v = (draw(1, 3, 577, 64, seed=i).bfloat16() * 0.3 for i in range(3))
+    picked = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        attention = ats.masked_attention(q.to(dtype), k.to(dtype), None)
+        scores = ats.significance(attention, v.to(dtype), num_prefix=1)
+        picked[dtype] = int(ats.sample_places(scores.sort(dim=1).values, 576).sum())
+    assert picked[torch.bfloat16] > 0.95 * picked[torch.float32]
+
+
 @pytest.mark.parametrize("host", ["ours", "pooled"])
 @pytest.mark.parametrize("residual", ats.RESIDUALS)
 def test_shortened_and_standing_sequences_agree(host, residual):
