@@ -54,7 +54,7 @@ def measure(config: Mapping[str, Any]) -> dict[str, float]:
     """Time the stages of `config["pipelines"]` (the keys of configs/bench_data.yaml).
 
     Prints images per second of each stage, and their ratios to the first one's; returns the rates
-    by "pipeline/stage". UserError for invalid settings.
+    by "pipeline/stage/place". UserError for invalid settings.
     """
     config = dict(plain(config))
     for key, least in (("images", 1), ("batch_size", 1), ("rounds", 1), ("reading", 0)):

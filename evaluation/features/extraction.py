@@ -23,7 +23,7 @@ from evaluation.features.files import (
 )
 from evaluation.features.reading import features_of
 from evaluation.image_size import settle_sizes
-from evaluation.nets import chosen_backbone, make_net, warn_if_random
+from evaluation.nets import chosen_backbone, make_net, warn_if_random, weights_of
 from evaluation.progress import say
 from utils import distributed
 from utils.config.build import build, plain
@@ -131,7 +131,7 @@ def extract(config: Mapping[str, Any]) -> str:
             net,
             dataset,
             folder,
-            asked | {"weights": config["weights"]},
+            asked | {"weights": weights_of(backbone, weights)},
             transform=evaluation_transform(resize_size=resize_size, crop_size=crop_size),
             batch_size=config["batch_size"],
             num_workers=config["num_workers"],

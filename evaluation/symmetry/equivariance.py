@@ -214,7 +214,8 @@ def _run(net: Backbone, images: Tensor) -> _Pass:
         if tokens.ndim == 3 and tokens.shape[1] >= height * width
     }
     if not stages:
-        found = features_of(net, images, range(getattr(net, "depth", 1)))
+        # A net that does not say how many blocks it has may give its last one only.
+        found = features_of(net, images, range(net.depth)) if hasattr(net, "depth") else [end]
         maps = {f"features.{index}": entry.patches for index, entry in enumerate(found)}
         stages = {name: part for name, part in maps.items() if part is not None}
     return _Pass(stages, end)

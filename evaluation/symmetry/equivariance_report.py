@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from evaluation.features.dataset import full_float32_products
 from evaluation.image_size import image_size_of
-from evaluation.nets import chosen_backbone, make_net, num_classes_of
+from evaluation.nets import (
+    chosen_backbone,
+    make_net,
+    name_of,
+    num_classes_of,
+    weights_in_words,
+    weights_of,
+)
 from evaluation.progress import say
 from evaluation.results import print_table
 from evaluation.sample import sample_images
@@ -64,10 +71,10 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
         if distributed.is_main():
             tolerance = _tolerance(config)
             config["backbone"] = chosen_backbone(config)
-            nodes = config["backbones"] or {_name(config["backbone"]): config["backbone"]}
+            nodes = config["backbones"] or {name_of(config["backbone"]): config["backbone"]}
             reports = {name: _measure(node, config, device) for name, node in nodes.items()}
             for name, part in reports.items():
-                _print_layers(name, part, _protocol(config, part, device))
+                _print_layers(name, part, _protocol(nodes[name], config, part, device))
             if config["angle_step"]:
                 _print_angles(reports)
             figures = {name: _figures(part) for name, part in reports.items()}
@@ -200,15 +207,17 @@ def _print_angles(reports: Mapping[str, Report]) -> None:
     )
 
 
-def _protocol(config: Mapping[str, Any], part: Report, device: torch.device) -> str:
+def _protocol(
+    node: Mapping[str, Any], config: Mapping[str, Any], part: Report, device: torch.device
+) -> str:
     source = "random numbers" if config["images"] == "random" else config["images"]
-    weights = config["weights"] if not config["backbones"] else None
+    weights = weights_in_words(node, None if config["backbones"] else config["weights"])
     shaken = f" shaken by {config['shake']:g}" if config["shake"] else ""
     size = part.image_size
     return (
         f"{config['num_images']} images of {size} x {size} ({source}); weights: "
-        f"{weights or 'random initialisation'}{shaken}; {config['dtype']} on {device.type}, seed "
-        f"{config['seed']}; {_acting(part.measured)}"
+        f"{weights}{shaken}; {config['dtype']} on {device.type}, seed {config['seed']}; "
+        f"{_acting(part.measured)}"
     )
 
 
@@ -239,6 +248,7 @@ def _write(
     folder = Path(config["output_dir"])
     keys = ("backbone", "backbones", "weights", "shake", "images", "num_images", "angle_step")
     protocol = {key: config[key] for key in (*keys, "dtype", "seed")} | {"device": device.type}
+    protocol["weights"] = weights_of(config["backbone"], config["weights"])
     protocol |= {"tolerance": _tolerance(config), "error": "|f(g x) - g f(x)| / |f(x)|"}
     if config["backbones"]:
         del protocol["backbone"], protocol["weights"]
@@ -252,7 +262,3 @@ def _write(
     else:  # That of an earlier call would stand beside results it does not belong to.
         by_angle.unlink(missing_ok=True)
     say(f"written: {', '.join(str(path) for path in paths)}")
-
-
-def _name(backbone: Mapping[str, Any]) -> str:
-    return backbone.get("model_name") or backbone["_target_"].split(".")[-1]

@@ -17,7 +17,15 @@ from torchvision.transforms import v2
 from evaluation.data import make_data
 from evaluation.features.dataset import device_of
 from evaluation.image_size import image_size_of
-from evaluation.nets import complete, make_classifier, name_of, read_weights
+from evaluation.nets import (
+    complete,
+    make_classifier,
+    name_of,
+    read_weights,
+    warn_if_random,
+    weights_in_words,
+    weights_of,
+)
 from evaluation.probes.accuracy import UPRIGHT, check_labels
 from evaluation.progress import say, track
 from evaluation.results import print_table
@@ -68,7 +76,9 @@ def _compare(config: dict[str, Any], device: torch.device) -> dict[str, dict[str
     parts = split_data(config)
     node, classifier = load_classifier(config, parts.test)
     transform = make_transform(config, classifier)
-    say(f"{name_of(node)}, weights: {config['weights']}; test: {parts.test!r}")
+    warn_if_random(node, config["weights"], flag="--weights", doing="judging")
+    weights = weights_in_words(node, config["weights"])
+    say(f"{name_of(node)}, weights: {weights}; test: {parts.test!r}")
     nets, fitted = make_wrapped(classifier.to(device), config, parts, transform)
     for name in fitted:
         whole = {**config["wrapper"], "aggregator": name, "backbone": {**node, "_partial_": True}}
@@ -248,6 +258,7 @@ def report(
     kept = ("backbone", "weights", "wrapper", "trained", "training", "data", "validation")
     shares = ("validation_share", "data_share", "classes", "seed")
     protocol = {key: config[key] for key in (*kept, *shares)}
+    protocol["weights"] = weights_of(config["backbone"], config["weights"])
     held = f"{config['validation_share']:g} of the training images"
     path = write_results(folder, "posthoc", protocol=protocol, figures=figures)
     columns = ("validation", "test", "test_symmetries", "test_worst_symmetry")

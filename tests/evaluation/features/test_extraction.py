@@ -210,5 +210,7 @@ def test_only_a_net_without_weights_is_called_random(images, tmp_path, monkeypat
     monkeypatch.setenv("OCTIC_PACKAGES", "tests")
     node = {"_target_": f"{__name__}.with_weights", "_partial_": True, "weights": "its own"}
     for backbone, random in ((BACKBONES["timm"], True), (node, False)):
-        extract(config(images, tmp_path, backbone=backbone, overwrite=True))
+        folder = extract(config(images, tmp_path, backbone=backbone, overwrite=True))
         assert ("random initialisation" in capsys.readouterr().out) == random
+        meta = json.loads(Path(folder, "meta.json").read_text())
+        assert meta["weights"] == (None if random else "its own")

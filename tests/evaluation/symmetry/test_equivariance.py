@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from evaluation.adapters import CallableBackbone
 from evaluation.symmetry.equivariance import (
     greatest,
     layer_errors,
@@ -112,6 +113,20 @@ def test_a_net_without_blocks_of_tokens_is_measured_by_its_maps():
     assert list(layers) == [f"features.{index}" for index in range(net.depth)]
     assert layers["features.4"].errors["e"] == 0 < layers["features.4"].errors["m"]
     assert turns["m"].cls > 0
+
+
+def test_a_net_that_gives_its_last_block_only_is_measured_by_it():
+    patches = torch.nn.Conv2d(3, 5, 8, 8).double()
+
+    def encode(images):
+        found = patches(images).movedim(1, -1)
+        return found.mean(dim=(1, 2)), None, found
+
+    net = CallableBackbone(encode, embed_dim=5, patch_size=8)
+    layers, turns = measure(net, torch.randn(2, 3, 32, 32).double(), elements=["e", "r"])
+    assert list(layers) == ["features.0"]
+    assert layers["features.0"].errors["e"] == 0 < layers["features.0"].errors["r"]
+    assert turns["r"].patches == layers["features.0"].errors["r"]
 
 
 class Dropping(torch.nn.Module):

@@ -62,6 +62,15 @@ def test_without_a_model_every_kind_of_octic_net_is_taken(tmp_path, capsys):
     assert "same class" in capsys.readouterr().out
 
 
+ENCODER = """
+from torch.nn.functional import avg_pool2d
+
+def __model_loader__():
+    def encode(images):
+        found = avg_pool2d(images, 4).movedim(1, -1)
+        return found.mean((1, 2)), None, found
+    return encode
+"""
 MIRROR = {
     "_target_": "octic.models.d8_inv_early_deit_small_patch16",
     **OURS,
@@ -154,6 +163,18 @@ def test_a_bad_command_line_is_one_line_and_code_2(argv, said, capsys):
         parse_equivariance(argv)
     error = capsys.readouterr().err
     assert left.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_net_that_brings_its_weights_is_not_called_random(tmp_path, capsys):
+    file = tmp_path / "encoder.py"
+    file.write_text(ENCODER)
+    words = ["backbone=file", f"backbone.path={file}", "angle_step=0", "images=random"]
+    words += ["image_size=16", "device=cpu", f"output_dir={tmp_path / 'out'}"]
+    assert list(report(parse_equivariance(words))) == ["encoder"]
+    said = capsys.readouterr().out
+    assert "weights: its own" in said and "random initialisation" not in said
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["equivariance"]
+    assert written["protocol"]["weights"] == "its own"
 
 
 def test_images_of_a_folder(tmp_path):

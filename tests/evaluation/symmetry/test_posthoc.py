@@ -110,7 +110,10 @@ def test_a_table_a_csv_and_nets_that_other_judges_load(tmp_path, capsys):
     assert tuple(rows[0]) == CSV_COLUMNS and [row[0] for row in rows[1:]] == list(figures)
     written = json.loads((tmp_path / "results.json").read_text())["posthoc"]
     assert written["figures"]["mean"]["test"] == figures["mean"]["test"]
-    assert "worst symmetry" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "worst symmetry" in said
+    assert "no weights given (--weights FILE): judging the random initialisation" in said
+    assert "deit_small_patch16_LS, weights: random initialisation; test:" in said
     path = tmp_path / "learned_score.safetensors"
     node = {
         "_target_": "baselines.posthoc.symmetrized.symmetrized",
