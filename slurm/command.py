@@ -79,7 +79,7 @@ def _read_tasks(
     """The tasks of a command line, their folder if they are several, and whether to start none."""
     _refuse_lost_folder()
     _refuse_clock_times(words)
-    asked = _read(words)._replace(lists=lists)
+    asked = _read(words, lists)
     if "--check" in asked.words:
         _check_start(parse, asked)
     if not (asked.sweeps or asked.then):
@@ -136,7 +136,7 @@ def _check_run(config: dict[str, Any]) -> None:
     check_run(config)
 
 
-def _read(words: list[str]) -> _Asked:
+def _read(words: list[str], lists: Mapping[str, str]) -> _Asked:
     """Separate the options common to all experiments from a script's own words."""
     kept, then, sweeps, dry_run = [], [], False, False
     waiting = list(words)
@@ -153,7 +153,7 @@ def _read(words: list[str]) -> _Asked:
             then.append(command)
         else:
             kept.append(word)
-    return _Asked(kept, sweeps, dry_run, then, {})
+    return _Asked(kept, sweeps, dry_run, then, lists)
 
 
 def _tasks(function: str, parse: Parse, asked: _Asked) -> tuple[list[Task], Path | None]:
