@@ -27,7 +27,7 @@ TRANSFORMS = {
 def norm_by_definition(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, segments: tuple, eps: float
 ) -> Tensor:
-    """Segment by segment, in the dtype of x (octic.md section 2, LayerNormD8)."""
+    """Segment by segment, in the dtype of x (octic-vits, LayerNormD8)."""
     order = sum(length for length, _ in segments)
     channels = x.shape[-1] // order
     parts = x.split([length * channels for length, _ in segments], dim=-1)

@@ -14,7 +14,7 @@ from slurm.command import capture, main
 from utils.config.compose import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
-# mysqld and munged, which are not root, must get at it: pytest's own folders are for one user.
+# mariadbd and munged, which are not root, must get at it: pytest's own folders are for one user.
 FOLDER = Path(tempfile.gettempdir()) / "octic-slurm-tests"
 ON_TWO_NODES = ["--cluster", "testbed", "--nodes", "2", "--ngpus", "2", "device=cpu"]
 DINOV2 = [

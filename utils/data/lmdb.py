@@ -46,8 +46,8 @@ class LmdbImages:
             file = os.path.join(root, f"{split}.lmdb")
         if not file or not os.fspath(file):
             raise UserError(
-                "no LMDB file was given; say which: data.train_file=FILE, or data.root=FOLDER of "
-                "train.lmdb and val.lmdb"
+                f"no LMDB file was given for {split}; say which: data.{split}_file=FILE, or "
+                "data.root=FOLDER of train.lmdb and val.lmdb"
             )
         self.file = os.path.abspath(os.path.expanduser(os.fspath(file)))
         if os.path.isdir(self.file):

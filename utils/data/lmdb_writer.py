@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from utils.data.images import ImageFolder
 
 BATCH = 1000  # images per transaction
-# A sparse file of the data's size and room for its tree; pages hold 4 KiB, so a small image wastes.
+# The most a file may grow to: the data and room for its tree; pages hold 4 KiB, so a small image
+# wastes some.
 MAP_SLACK = 1.2
 MAP_PER_IMAGE = 8192
 

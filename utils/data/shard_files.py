@@ -17,6 +17,12 @@ WORDS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+# How a split is given that lies nowhere yet.
+GIVEN = {
+    "train": "data.root=FOLDER, or data.train_shards=PATTERN",
+    "val": "data.root=FOLDER, data.val_shards=PATTERN, or data.val_fraction=0.1 of train",
+    "test": "data.root=FOLDER",
+}
 SHOWN = 3  # names in a message
 
 
@@ -46,7 +52,9 @@ def shards_of_split(root: str | os.PathLike | None, split: str) -> list[str]:
     """
     if split not in WORDS:
         raise UserError(f"no split {split!r} in shards; there are {', '.join(WORDS)}")
-    folder = Path(existing_folder(root, hint="data.root=FOLDER, or data.train_shards=PATTERN"))
+    if root is None or not os.fspath(root):
+        raise UserError(f"no shards of {split} were given; say where they are: {GIVEN[split]}")
+    folder = Path(existing_folder(root))
     unfinished = plan_file(folder, split)
     if unfinished.exists():
         raise UserError(

@@ -43,8 +43,9 @@ class Writing:
     """The images of a folder on their way into OUTPUT/<split>-<number>.tar.
 
     classes: as of `ImageFolder`. shard_mb: size of a shard in 10^6 bytes, which only an image of
-    its own exceeds. seed: of the order, None for the folder's own. UserError for shards that are
-    there already or of another writing, and for images that would have one key.
+    its own exceeds, tar's padding and headers for long names aside. seed: of the order, None for
+    the folder's own. UserError for shards that are there already or of another writing, and for
+    images that would have one key.
     """
 
     def __init__(

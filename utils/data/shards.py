@@ -2,7 +2,8 @@
 
 An image is one read from a shard that stays open, at a place that the index knows, so the samplers,
 exact resuming and the probes work as with files on disk. Images come in the order of their paths
-however the shards were shuffled: a run on shards is the run on the folder they were made of.
+however the shards were shuffled: a run on shards is the run on the folder they were made of, where
+no further dot in a name became an underscore (`utils.data.shard_plan`) and changed that order.
 """
 
 import io

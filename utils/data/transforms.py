@@ -73,7 +73,7 @@ def training_transform(
 def to_normalized_tensor(
     mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> list[torch.nn.Module]:
-    """The last steps of both: PIL image to [0, 1] and normalised; a tensor is only normalised."""
+    """The last steps of all: PIL image to [0, 1] and normalised; a tensor is only normalised."""
     return [ToTensor(), v2.Normalize(list(mean), list(std))]
 
 

@@ -43,10 +43,6 @@ class ToyMasks:
         return f"toy {index}"
 
 
-def toy_masks(length: int, *, seed: int = 0) -> ToyMasks:
-    return ToyMasks(length, seed=seed)
-
-
 def make_store(
     features: Tensor, labels: Tensor, *, per_image: int = 1, folder: Path | None = None
 ) -> PatchStore:

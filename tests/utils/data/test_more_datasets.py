@@ -250,8 +250,10 @@ def test_lmdb_without_labels_and_wrong_files(tree, tmp_path):
         LmdbImages(tmp_path / "text")
     with pytest.raises(UserError, match="there is no LMDB file"):
         LmdbImages(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no LMDB file was given"):
+    with pytest.raises(UserError, match="no LMDB file was given.*data.train_file="):
         LmdbImages(None)
+    with pytest.raises(UserError, match="no LMDB file was given.*data.val_file="):
+        LmdbImages(None, split="val")
     other = lmdb.open(str(tmp_path / "other"), subdir=False, lock=False)
     with other, other.begin(write=True) as transaction:
         transaction.put(b"key", b"value")

@@ -50,3 +50,11 @@ def test_missing_shards_of_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / ".train.plan.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="not all written: the same make_shards.py again"):
         shards_of_split(tmp_path, "train")
+
+
+def test_a_split_that_was_not_given_names_its_own_key() -> None:
+    """Beside one that was given: what is asked for is not what is there already."""
+    with pytest.raises(UserError, match=r"no shards of val .*data.val_shards=.*data.val_fraction"):
+        shards(split="val", train_shards="x-{000..003}.tar")
+    with pytest.raises(UserError, match="no shards of train .*data.train_shards="):
+        shards(val_shards="x-{000..003}.tar")
