@@ -83,6 +83,11 @@ def test_two_digits_keep_their_labels():
         split_data(config("validation_share=0.0"))
 
 
+def test_the_workers_read_for_the_trainings_too():
+    assert config("num_workers=3")["training"]["num_workers"] == 3
+    assert config("training.weight_decay=0.1")["training"]["num_workers"] == 0
+
+
 def test_a_net_of_one_channel_gets_grey_images():
     net = torch.nn.Module()
     net.in_chans, net.img_size = 1, (28, 28)
