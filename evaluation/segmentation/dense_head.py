@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from utils import distributed
-from utils.ranges import check_count, check_order, check_range
+from utils.ranges import check_counts, check_order, check_range, check_share
 
 EPSILON, MOMENTUM = 1e-5, 0.1  # torch's defaults of batch normalisation
 
@@ -40,10 +40,14 @@ class PixelHeadSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps, 1)
+        check_counts(1, num_steps=self.num_steps, effective_batch_size=self.effective_batch_size)
+        check_counts(seed=self.seed)
         check_range("warmup_steps", self.warmup_steps, 0, self.num_steps)
         check_order("scale", self.scale, 0, math.inf, ends="()")
+        check_range("learning_rate", self.learning_rate)
+        check_range("weight_decay", self.weight_decay)
         check_range("dropout_rate", self.dropout_rate, 0, 1, ends="[)")
+        check_share("hflip_probability", self.hflip_probability)
 
 
 class Statistics(NamedTuple):

@@ -35,7 +35,7 @@ from evaluation.segmentation.sliding_window import corners, slide
 from utils import distributed
 from utils.data.loaders import evaluation_batches
 from utils.data.segmentation import SegmentationDataset
-from utils.ranges import check_counts, check_range, check_share, check_word
+from utils.ranges import check_counts, check_word
 from utils.results_file import write_results
 from vit.backbone import Backbone
 
@@ -85,30 +85,10 @@ class PixelLinearProbe:
         num_overlays: int = 6,
     ) -> None:
         check_word("precision", precision, PRECISIONS)
+        check_counts(1, batch_size_per_gpu=batch_size_per_gpu)
         check_counts(
-            1,
-            num_steps=num_steps,
-            effective_batch_size=effective_batch_size,
-            batch_size_per_gpu=batch_size_per_gpu,
+            num_workers=num_workers, checkpoint_every=checkpoint_every, num_overlays=num_overlays
         )
-        check_counts(
-            seed=seed,
-            num_workers=num_workers,
-            checkpoint_every=checkpoint_every,
-            num_overlays=num_overlays,
-        )
-        check_share("hflip_probability", hflip_probability)
-        check_range("learning_rate", learning_rate)
-        check_range("weight_decay", weight_decay)
-        if image_size < crop_size or not 0 < stride <= crop_size:
-            raise ValueError(
-                f"image_size {image_size} must be at least crop_size {crop_size}, and stride "
-                f"{stride} lie between 1 and crop_size"
-            )
-        if train.class_names != test.class_names or train.ignore_labels != test.ignore_labels:
-            raise ValueError(f"train and test have different classes: {train!r}, {test!r}")
-        self.train, self.test = train, test
-        self.table = ClassTable(len(train.class_names), train.ignore_labels)
         self.recipe = PixelHeadSettings(
             crop_size=crop_size,
             image_size=image_size,
@@ -123,6 +103,15 @@ class PixelLinearProbe:
             dropout_rate=dropout_rate,
             seed=seed,
         )
+        if image_size < crop_size or not 0 < stride <= crop_size:
+            raise ValueError(
+                f"image_size {image_size} must be at least crop_size {crop_size}, and stride "
+                f"{stride} lie between 1 and crop_size"
+            )
+        if train.class_names != test.class_names or train.ignore_labels != test.ignore_labels:
+            raise ValueError(f"train and test have different classes: {train!r}, {test!r}")
+        self.train, self.test = train, test
+        self.table = ClassTable(len(train.class_names), train.ignore_labels)
         self.stride, self.precision = stride, precision
         self.batch_size_per_gpu, self.num_workers = batch_size_per_gpu, num_workers
         self.checkpoint_every, self.num_overlays = checkpoint_every, num_overlays
