@@ -115,6 +115,8 @@ def _write_program(
 def _write_for_hub(
     config: Mapping[str, Any], net: nn.Module, backbone: Mapping[str, Any], names: list[str]
 ) -> dict[str, Any]:
+    if config["push"]:
+        hub.check_push(config["push"])  # before the work, not after it
     folder, size = make_folder(config["output_dir"]), config["size"]
     source = weights_in_words(backbone, config["weights"])
     say(f"{name_of(backbone)}, weights: {source}: in the Hugging Face hub's format")

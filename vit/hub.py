@@ -61,15 +61,8 @@ def push(
 
     Raises ValueError, in one line, without a token, a network or the right to write there.
     """
-    from huggingface_hub import get_token
-
     registered = _registered(net)
-    if repository.count("/") != 1:
-        raise ValueError(f"{repository!r} is no repository of the hub; it is spelt user/name")
-    if not get_token():
-        raise ValueError(
-            "no token of the Hugging Face hub here: run `hf auth login`, or set HF_TOKEN"
-        )
+    check_push(repository)
     try:
         push_to_hf_hub(
             registered,
@@ -83,6 +76,25 @@ def push(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"could not push to {repository}: {reason}") from error
     return f"hf-hub:{repository}"
+
+
+def check_push(repository: str) -> None:
+    """ValueError, in one line, for what is no name on the hub and where no token is at hand."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    spelt = f"{repository!r} is no repository of the hub; it is spelt user/name"
+    if repository.count("/") != 1:
+        raise ValueError(spelt)
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        reason = str(error).splitlines()[0].removesuffix(f": {repository!r}.")
+        raise ValueError(f"{spelt}: {reason}") from error
+    if not get_token():
+        raise ValueError(
+            "no token of the Hugging Face hub here: run `hf auth login`, or set HF_TOKEN"
+        )
 
 
 @torch.no_grad()

@@ -179,3 +179,11 @@ def test_a_wrong_word_is_one_line_and_code_2(words: list[str], said: str, capsys
 def test_the_channels_of_the_input_are_told(tmp_path: Path, capsys) -> None:
     export_net(config(tmp_path, backbone=NODE | {"in_chans": 5}, format="torch_export"))
     assert "images [batch, 5, 32, 32], as in training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["name", "a user/name"])
+def test_a_bad_name_to_push_to_is_told_before_anything_is_written(name: str, tmp_path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(UserError, match="it is spelt user/name"):
+        export_net(config(folder, backbone=NODE, push=name))
+    assert not folder.exists()

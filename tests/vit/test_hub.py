@@ -230,8 +230,17 @@ def test_what_the_hub_itself_refuses_is_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
     monkeypatch.setattr(hub, "push_to_hf_hub", refused)
-    with pytest.raises(ValueError, match="^could not push to a user/name: Repo id .* letters$"):
-        hub.push(create("deit_small_patch16_LS", OCTIC), "a user/name", options=OCTIC)
+    with pytest.raises(ValueError, match="^could not push to user/name: Repo id .* letters$"):
+        hub.push(create("deit_small_patch16_LS", OCTIC), "user/name", options=OCTIC)
+
+
+@pytest.mark.parametrize("name", ["a user/name", "user/na--me", "user/", "/name"])
+def test_a_name_that_no_repository_can_have_is_told_before_anything_is_sent(name, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    with pytest.raises(ValueError, match=f"^{name!r} is no .* spelt user/name: [^\n]+$"):
+        hub.check_push(name)
 
 
 def test_registers_alone_are_no_class_token():

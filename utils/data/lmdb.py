@@ -1,11 +1,6 @@
 """Images in one LMDB file: the encoded bytes as they lay on disk, read without unpacking anything.
 
-    b"about"         json: version, count, class_names
-    b"labels"        int64 little-endian [count]; absent without labels
-    b"<number>"      bytes of an image file, number with nine digits
-    b"<number>.name" its path below the folder it came from
-
-Written by
+`utils.data.lmdb_layout` says what such a file holds. Written by
 
     python -m utils.data.lmdb FOLDER FILE
 
@@ -23,9 +18,8 @@ import numpy as np
 from PIL import Image
 
 from utils.data.images import ImageError, read_image
+from utils.data.lmdb_layout import VERSION, key_of, lmdb_package
 from utils.errors import UserError
-
-VERSION = 1
 
 
 class LmdbImages:
@@ -138,20 +132,6 @@ def _environment(file: str) -> Any:
         raise UserError(f"{file} is cut: it has {os.path.getsize(file):,} of {used:,} bytes")
     _opened[os.path.realpath(file)] = os.getpid(), environment
     return environment
-
-
-def lmdb_package() -> Any:
-    """The package lmdb; UserError where it is not installed."""
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError("LMDB files need the package lmdb: pip install lmdb") from None
-    return lmdb
-
-
-def key_of(index: int) -> bytes:
-    """The key of an image's bytes."""
-    return b"%09d" % index
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.command import Parser, as_command
+from utils.data.lmdb_layout import VERSION, key_of, lmdb_package
 from utils.data.packing import (
     SPLITS,
     Packed,
@@ -84,7 +85,6 @@ def write_lmdb(
     the folder holds no images or a bad one, and where the disk is full.
     """
     from utils.data.images import ImageFolder  # late, as in `packing`
-    from utils.data.lmdb import lmdb_package
 
     lmdb = lmdb_package()
     images, target = ImageFolder(folder, classes=classes), Path(file).expanduser().absolute()
@@ -114,8 +114,6 @@ def _fill(
     environment: Any, images: "ImageFolder", files: Iterator[Packed], progress: RateLines
 ) -> None:
     """Copy images, labels and what is told about them into an empty environment."""
-    from utils.data.lmdb import VERSION, key_of
-
     while batch := list(islice(files, BATCH)):
         with environment.begin(write=True) as transaction:
             for number, name, data in batch:
