@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Groups that may hold files of a user, and where these stand.
 OWN_GROUPS = ("backbone", "recipe", "data", "probe")
 OWN_FILE = "one of yours is {}.yaml beside the run file that --config-file names"
+# What Hydra 1.3 and 1.4 say of a run file that chooses an option of no group.
+NO_GROUP = re.compile(r"(?:Could not override|No earlier Group Default for) '(\w+)'")
 
 
 def parse_config(
@@ -163,11 +165,13 @@ def _check_chosen(groups: list["Override"], config: "DictConfig") -> None:
 
 
 def _hydra(path: Path, lines: list[str]) -> "DictConfig":
-    from hydra import compose, initialize_config_dir
+    from hydra import __version__, compose, initialize_config_dir
 
+    # Hydra 1.3 behaves as 1.1 did unless told otherwise; 1.4 warns of the word that tells it.
+    base: dict[str, Any] = {"version_base": "1.3"} if __version__.startswith("1.3") else {}
     if path.suffix != ".yaml":
         raise UserError(f"{path}: the name of a run file must end in .yaml")
-    with initialize_config_dir(str(path.parent), job_name="octic", version_base="1.3"):
+    with initialize_config_dir(str(path.parent), job_name="octic", **base):
         return compose(path.stem, [*lines, f"hydra.searchpath=[{quoted(f'file://{CONFIGS}')}]"])
 
 
@@ -310,7 +314,7 @@ def _one_line(path: Path) -> Iterator[None]:
         message = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         if key and message.endswith("is not in struct"):
             raise UserError(f"{path}: unknown key {key!r}") from error
-        if group := re.search(r"Could not override '(\w+)'", str(error)):
+        if group := NO_GROUP.search(str(error)):
             others = set(_groups()) - {group[1]}
             message = f"there is no group {group[1]!r} to override{nearest(group[1], others)}"
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{message}") from error
