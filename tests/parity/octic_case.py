@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from octic.groups import get_group
-from tests.parity.harness import check, load
+from tests.parity.harness import check, check_gradients, load
 from tests.published_names import published_vit_name
 from vit.weights import load_state
 
@@ -101,10 +101,18 @@ class Case:
             for octic in (False, True)
             for deit in (False, True)
         }
-        for name in [key for key in self.tensors if key.startswith("grad.param.")]:
-            self.check(name, parameters[name.removeprefix("grad.param.")].grad)
-        for name in [key for key in self.tensors if key.startswith("grad.in.")]:
-            self.check(name, self.leaves[name.removeprefix("grad.in.")].grad)
+        ours = {
+            kind + name: leaf.grad
+            for kind, leaves in (("param.", parameters), ("in.", self.leaves))
+            for name, leaf in leaves.items()
+        }
+        stored = {
+            key.removeprefix("grad."): value
+            for key, value in self.tensors.items()
+            if key.startswith(("grad.param.", "grad.in."))
+        }
+        check_gradients(ours, stored, self.tol)
+        self.checked |= {f"grad.{name}" for name in stored}
 
     def assert_complete(self) -> None:
         stored = {key for key in self.tensors if key.startswith(("out.", "grad."))}

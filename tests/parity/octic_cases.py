@@ -136,10 +136,11 @@ def lift(c: Case) -> None:
     first = {"A1": 0, "A2": 1, "B1": 2, "B2": 3, "E": 4}[irrep]
     rows = [D4.published_order[first]] + ([D4.published_order[5]] if irrep == "E" else [])
     maps = layer(c.leaf("img")).unflatten(1, (8, -1))
-    c.check("out.weight", layer.filters().unflatten(0, (8, -1))[rows[0]])
+    weight = layer.filters().unflatten(0, (8, -1))[rows[0]]
+    c.check("out.weight", weight)
     for i, row in enumerate(rows):
         c.check(f"out.y.{i}" if irrep == "E" else "out.y", maps[:, row])
-    c.check_gradients(loss_of(*(maps[:, row] for row in rows)), slot)
+    c.check_gradients(loss_of(weight, *(maps[:, row] for row in rows)), slot)
 
 
 def one_side(size: int | list[int]) -> int:
@@ -216,7 +217,8 @@ def block_keywords(c: Case) -> dict[str, Any]:
         "proj_bias": args.get("proj_bias", True),
         # `ffn_bias` of DINOv2's blocks; timm's go by `proj_bias`.
         "mlp_bias": any(name.startswith("mlp.") and name.endswith("bias") for name in state),
-        "init_values": args.get("init_values", 1e-4 if scaled else None),
+        # DeiT III's scales even by 0; the stored scale is loaded.
+        "init_values": (args.get("init_values") or 1e-4) if scaled else args.get("init_values"),
     }
 
 
