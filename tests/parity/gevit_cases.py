@@ -210,7 +210,10 @@ def block(case: dict[str, Any], folder: Path) -> None:
 
 
 def net(case: dict[str, Any], folder: Path) -> None:
-    """Logits, the lifting, and every item of `transformer`, the classifier being the last."""
+    """Logits, the lifting, and every item of `transformer`, the classifier being the last.
+
+    With `return_attn_probs` the published net stops at the lifting and its probabilities.
+    """
     args = case["ctor"]
     module = GEViT(
         group=group_of(case),
@@ -236,6 +239,10 @@ def net(case: dict[str, Any], folder: Path) -> None:
         allow_odd=True,
     )
     c = Loaded(case, folder, module)
+    if args.get("return_attn_probs"):
+        c.check("out.lift", c.module.lift(c.x))
+        c.check("out.attn", c.module.lifting_self_attention.probabilities(c.x))
+        return
     logits = c.module(c.x)
     c.check("out.logits", logits)
     c.check_gradients(logits)

@@ -66,7 +66,7 @@ def backbone(case: dict[str, Any], folder: Path) -> None:
         tensors, tol = load(case, folder, dtype), case["tolerance"][key]
         net = small_vit(case["ctor"], tensors["in.x"]).to(dtype).eval()
         load_state(net, strip(tensors, "state."))
-        images = tensors["in.x"]
+        images = tensors["in.x"].requires_grad_("grad.x" in tensors)
         found = {
             "out.logits": net(images),
             "out.embedding": net(images, output_cls=True),
@@ -74,6 +74,7 @@ def backbone(case: dict[str, Any], folder: Path) -> None:
         }
         for name in (name for name in tensors if name.startswith("out.")):
             check(name, found[name], tensors[name], tol)
+        check_training(net, found["out.logits"], tensors, tol)
 
 
 def pipeline(case: dict[str, Any], folder: Path) -> None:
@@ -81,7 +82,7 @@ def pipeline(case: dict[str, Any], folder: Path) -> None:
     ctor = case["ctor"]
     for key, dtype in DTYPES.items():
         tensors, tol = load(case, folder, dtype), case["tolerance"][key]
-        images = tensors["in.x"]
+        images = tensors["in.x"].requires_grad_("grad.x" in tensors)
         net = Symmetrized(
             small_vit(ctor["backbone"], images),
             group_name(ctor["n_rotations"], ctor["flips"]),
@@ -89,6 +90,7 @@ def pipeline(case: dict[str, Any], folder: Path) -> None:
             form="published",
             interpolation="nearest",
             rectangular=rectangular_of(images),
+            trained=trained_of(ctor),
             aggregator_options=options_of(ctor),
         ).to(dtype)
         load_state(net, strip(tensors, "state."))
@@ -106,9 +108,27 @@ def pipeline(case: dict[str, Any], folder: Path) -> None:
         if "out.embeddings" in tensors:
             check("out.embeddings", seen, tensors["out.embeddings"], tol)
         check("out.logits", logits, tensors["out.logits"], tol)
+        check_training(net, logits, tensors, tol, ctor["aggregator"])
         if case.get("invariant_to") in ("D4", "C4"):
             for element in net.group.elements:
                 check(element.name, net(transform_image(images, element.name)), logits, 10 * tol)
+
+
+def check_training(
+    net: nn.Module, logits: Tensor, tensors: dict[str, Tensor], tol: float, aggregator: str = "mean"
+) -> None:
+    """Gradients of the cross entropy, where a case has them; what it has none of is frozen."""
+    stored = strip(tensors, "grad.")
+    if not stored:
+        return
+    F.cross_entropy(logits, tensors["in.target"]).backward()
+    ours = {
+        published_posthoc_name(name, aggregator): parameter.grad
+        for name, parameter in net.named_parameters()
+        if parameter.grad is not None
+    }
+    assert ours.keys() == stored.keys() - {"x"}, f"trained: {sorted(ours.keys() ^ stored.keys())}"
+    check_gradients({"x": tensors["in.x"].grad, **ours}, stored, tol)
 
 
 class Headed(nn.Module):
@@ -138,6 +158,15 @@ def options_of(ctor: dict[str, Any]) -> dict[str, Any]:
     """What a learned aggregator was built with; attention reads no dropout or hidden_dim."""
     words = ctor.get("aggregation", {})
     return {key: words[key] for key in ("num_heads", "num_layers") if key in words}
+
+
+def trained_of(ctor: dict[str, Any]) -> str:
+    """What the published options train; all where a case names none of them."""
+    if not ctor.keys() & {"finetune_model", "finetune_mlp_head"} or ctor.get("finetune_model"):
+        return "all"
+    if ctor.get("finetune_mlp_head"):
+        return "head"
+    return "aggregator" if ctor["aggregator"].startswith("learned") else "none"
 
 
 def small_vit(ctor: dict[str, Any], images: Tensor) -> nn.Module:
