@@ -250,9 +250,11 @@ def renamed(case: dict[str, Any], found: Inspection) -> Found:
         side = int(found.record["cluster.input"].shape[1] ** 0.5)
         grid = found.record["cluster.input"].transpose(1, 2).unflatten(2, (side, side))
         record["cluster.input_grid"] = grid
-    if case["method"] == "tome" and "size" in found.record:
-        record["final_size"] = found.record["size"]
-        record["final_source"] = found.record["source"]
+    if case["method"] == "tome":
+        # Where there is nothing to merge, every token is its own source.
+        single = torch.eye(found.tokens.shape[1]).expand(len(found.tokens), -1, -1)
+        record["final_size"] = found.record.get("size", single.sum(dim=2, keepdim=True))
+        record["final_source"] = found.record.get("source", single)
     return record
 
 
