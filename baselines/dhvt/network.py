@@ -35,7 +35,8 @@ class DHVT(TappedTrunk):
 
     Departs from DHVT: the feed-forward's batch norms are synchronised too by default, because
     otherwise statistics depend on how the batch is split over GPUs; in_chans has an effect; oblong
-    grids are accepted; a distillation token, which could not be built, is refused.
+    grids are accepted, parts of patches are not; drop_rate acts before the head, not on what
+    attention projects; a distillation token, which could not be built, is refused.
     `baselines.dhvt.models` has the plain ViT of apply_dhvt=false.
     """
 

@@ -57,8 +57,8 @@ class PairScale(nn.Module):
     def __init__(self, dim: int, init_values: float = 1.0, *, bias: bool = False) -> None:
         super().__init__()
         copy = channels_per_copy(dim, MIRROR)
-        self.alpha_A1 = nn.Parameter(torch.full((copy,), init_values))
-        self.alpha_A2 = nn.Parameter(torch.full((copy,), init_values))
+        self.alpha_A1 = nn.Parameter(torch.full((copy,), float(init_values)))
+        self.alpha_A2 = nn.Parameter(torch.full((copy,), float(init_values)))
         self.shift_A1 = nn.Parameter(torch.zeros(copy)) if bias else None
         self.shift_A2 = nn.Parameter(torch.zeros(copy)) if bias else None
 

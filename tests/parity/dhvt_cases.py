@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def layer(case: dict[str, Any], folder: Path) -> None:
     name = case["reference"]["class"]
     if name not in LAYERS:
         raise NotBuilt(f"no layer {name}")
-    read = ("img_size", "in_chans") if name == "PatchEmbed" else ()
+    read = ("img_size", "in_chans", "norm_layer") if name == "PatchEmbed" else ()
     unread = set(UNREAD) - set(read)
     options = {key: value for key, value in case["kwargs"].items() if key not in unread}
     module, run = LAYERS[name](options)
@@ -104,6 +105,9 @@ def _plain_mlp(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
 
 def _plain_stem(options: dict[str, Any]) -> tuple[nn.Module, Callable]:
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    eps = given.pop("norm_eps", 1e-5)
+    if given.pop("norm_layer", None) is not None:
+        given["norm_layer"] = partial(nn.LayerNorm, eps=eps)
     module = PatchEmbed(**given, strict_img_size=False)
     return module, module
 

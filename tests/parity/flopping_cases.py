@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import DropPath, LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.mlp_mixer import Affine, ResBlock
 from torch import Tensor, nn
@@ -55,9 +55,9 @@ from tests.parity.flopping_case import (
 )
 from tests.parity.flopping_unused import (
     NormedPairMlp,
-    PairNorm,
     half_conv,
     half_depthwise,
+    norm_within,
     old_block,
     old_mix,
     old_names,
@@ -65,6 +65,18 @@ from tests.parity.flopping_unused import (
 )
 from tests.parity.harness import NotBuilt, strip
 from tests.parity.mirror_cases import pair
+
+# What drops features at random.
+
+
+def dropout(c: Golden) -> nn.Module:
+    c.take("inplace", False)
+    return nn.Dropout(c.take("p", 0.5))
+
+
+def drop_path(c: Golden) -> nn.Module:
+    return DropPath(c.take("drop_prob", 0.0), c.take("scale_by_keep", True))
+
 
 # ResMLP.
 
@@ -98,11 +110,10 @@ def mlp22(c: Golden) -> nn.Module:
     dim = c.take("in_features", 0)
     hidden, out = c.take("hidden_features", dim), c.take("out_features", None)
     c.take("drop", 0.0)
-    bias, norm = c.take("bias", True), c.take("norm_layer", None) is not None
-    eps = c.take("norm_eps", 1e-5)
-    if norm or not isinstance(bias, bool):
+    bias, norm = c.take("bias", True), norm_within(c, hidden or dim)
+    if norm is not None or not isinstance(bias, bool):
         biases = [bias, bias] if isinstance(bias, bool) else bias
-        return NormedPairMlp(dim, hidden or dim, out or dim, biases, norm, eps)
+        return NormedPairMlp(dim, hidden or dim, out or dim, biases, norm)
     return PairMlp(dim, hidden or dim, out, bias=bias)
 
 
@@ -117,9 +128,8 @@ class PatchEmbed22(nn.Module):
         patch = tuple(patch) if isinstance(patch, list) else patch
         sides = c.take("in_chans", 3), c.take("embed_dim", 768)
         self.stem = MirrorLift(*sides, patch, bias=c.take("bias", True))
-        normed, eps = c.take("norm_layer", None) is not None, c.take("norm_eps", 1e-5)
         # The published norm comes before the factor that our stem leaves out.
-        self.norm = PairNorm(sides[1], joint=True, eps=eps) if normed else nn.Identity()
+        self.norm = norm_within(c, sides[1]) or nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.norm(to_pairs(self.stem(images), 1.0))
@@ -299,6 +309,10 @@ RESMLP_NAMES = placed(plain_resmlp_names, "blocks.0.", "blocks.0.")
 # Published class -> our layer, our names of its parameters, storage of its inputs and outputs.
 Entry = tuple[Callable[[Golden], nn.Module], Any, Callable, Callable]
 CLASSES: dict[str, Entry] = {
+    "Dropout2": (dropout, plain_names, channels, halves),
+    "DropPath2": (drop_path, plain_names, channels, halves),
+    "Dropout22": (dropout, plain_names, pairs, unpaired),
+    "DropPath22": (drop_path, plain_names, pairs, unpaired),
     "Affine22": (affine22, mirror_resmlp_names, pairs, unpaired),
     "Linear22": (linear22, mirror_resmlp_names, pairs, unpaired),
     "GELU22Module": (gelu22, plain_names, flat_pairs, unflattened),

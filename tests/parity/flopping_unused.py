@@ -58,16 +58,22 @@ def pair_norm(joint: bool) -> Callable[[Golden], nn.Module]:
     )
 
 
+def norm_within(c: Golden, dim: int) -> nn.Module | None:
+    """The norm that a layer has by its `norm_layer`: of one deviation unless it is the other."""
+    name, eps = c.take("norm_layer", None), c.take("norm_eps", 1e-5)
+    return None if name is None else PairNorm(dim, joint=name != "LayerNorm22", eps=eps)
+
+
 class NormedPairMlp(nn.Module):
     """An MLP of pairs with a bias in either layer, or in none, and a norm between them."""
 
     def __init__(
-        self, dim: int, hidden: int, out: int, bias: Sequence[bool], norm: bool, eps: float = 1e-5
+        self, dim: int, hidden: int, out: int, bias: Sequence[bool], norm: nn.Module | None
     ) -> None:
         super().__init__()
         self.fc1 = PairLinear(dim, hidden, bias=bias[0])
         self.act = RegularActivation("quick_gelu", num_signs=2)
-        self.norm = PairNorm(hidden, joint=True, eps=eps) if norm else nn.Identity()
+        self.norm = norm or nn.Identity()
         self.fc2 = PairLinear(hidden, out, bias=bias[1])
 
     def forward(self, x: Tensor) -> Tensor:

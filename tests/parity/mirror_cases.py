@@ -31,6 +31,7 @@ from vit.attention import Attention
 from vit.block import Block
 from vit.keys import rename_published
 from vit.mirror_keys import mirrored_order
+from vit.parallel import ParallelBlock
 from vit.vision_transformer import VisionTransformer
 from vit.weights import load_state
 
@@ -134,6 +135,12 @@ class NormPerHalf(nn.Module):
         return torch.cat([self.ln_sym(plus), self.ln_asym(minus)], dim=-1)
 
 
+def norm_within(args: Args, channels: int) -> nn.Module:
+    """The norm that a layer has by its `norm_layer`: the published nets' unless it is another."""
+    kind = NormPerHalf if args["norm_layer"] == "LayerNorm2" else norm
+    return kind({"channels": channels, "eps": args.get("norm_eps", 1e-5)})
+
+
 def pair(value: Any) -> tuple[Any, Any]:
     return (value[0], value[1]) if isinstance(value, list | tuple) else (value, value)
 
@@ -143,7 +150,7 @@ def mlp(args: Args) -> nn.Module:
     out = args.get("out_features") or width
     net = OcticMlp(width, hidden, out, group=MIRROR)
     if args.get("norm_layer") is not None:
-        net.norm = norm({"channels": hidden, "eps": args.get("norm_eps", 1e-5)})
+        net.norm = norm_within(args, hidden)
     biases = pair(args.get("bias", True))
     net.fc1 = OcticLinear(width, hidden, bias=biases[0], group=MIRROR)
     net.fc2 = OcticLinear(hidden, out, bias=biases[1], group=MIRROR)
@@ -200,8 +207,7 @@ def patch_embed(c: Case) -> None:
         group=MIRROR,
     ).to(c.dtype)
     if args.get("norm_layer") is not None:
-        width, eps = args.get("embed_dim", 768), args.get("norm_eps", 1e-5)
-        stem.norm = norm({"channels": width, "eps": eps}).to(c.dtype)
+        stem.norm = norm_within(args, args.get("embed_dim", 768)).to(c.dtype)
     stem.load_state_dict(strip(rename_published(c.state)[0], "patch_embed."))
     x = stem(c.input())
     if args.get("norm_layer") is not None:
@@ -266,9 +272,11 @@ def half_of_the_blocks(preset: Args) -> Callable[[Args], nn.Module]:
     return make
 
 
-def plain_block(args: Args, *, layer_scale: bool = True) -> nn.Module:
+def plain_block(
+    args: Args, *, layer_scale: bool = True, kind: type[nn.Module] = Block
+) -> nn.Module:
     fused = args.get("use_fused_attn", args.get("fused_attn", False))
-    return Block(
+    return kind(
         args["dim"],
         num_heads=args["num_heads"],
         mlp_ratio=args.get("mlp_ratio", 4.0),
@@ -295,7 +303,9 @@ LAYERS: dict[str, Callable[[Case], None]] = {
     "Layer_scale_init_Block2": layer(block),
     "Attention": layer(plain_attention),
     "Layer_scale_init_Block": layer(plain_block),
+    "Layer_scale_init_Block_paralx2": layer(partial(plain_block, kind=ParallelBlock)),
     "Block": layer(partial(plain_block, layer_scale=False)),
+    "Block_paralx2": layer(partial(plain_block, layer_scale=False, kind=ParallelBlock)),
     "PatchEmbed2": patch_embed,
     "FlattenAndPermuteBCHWGrid": flatten_and_permute,
     "d2_vit_models": layer(mirror_vit(EQUIVARIANT)),

@@ -84,13 +84,14 @@ def test_of_several_stages_the_last_map_alone_is_normed(make) -> None:
     ]
 
 
-def test_layer_scales_of_twins_start_alike() -> None:
-    """At `init_values`, in every block."""
+@pytest.mark.parametrize("value", (0.125, 2))
+def test_layer_scales_of_twins_start_alike(value: float) -> None:
+    """At `init_values`, in every block; a whole number too, as a command line gives it."""
     for make, word in ((MirrorResMlp, ".ls"), (PlainResMlp, ".ls"), (MirrorConvNeXt, ".gamma")):
         options = CONVNEXT if make is MirrorConvNeXt else RESMLP
-        net = make(**options, init_values=0.125)
+        net = make(**options, init_values=value)
         scales = [p for name, p in net.named_parameters() if word in name]
-        assert scales and all((scale == 0.125).all() for scale in scales)
+        assert scales and all((scale == value).all() for scale in scales)
 
 
 @pytest.mark.parametrize("make", (MirrorConvNeXt, PlainConvNeXt))
