@@ -145,6 +145,7 @@ def make_recipe(args: dict[str, Any]) -> DINOv2:
             global_crops_size=crops.get("global_crops_size", 224),
             local_crops_size=crops.get("local_crops_size", 96),
             local_crops_number=crops.get("local_crops_number", 8),
+            blur_kernel_size=1,  # batches come augmented, of crops too small for the usual one
         ),
     )
 
