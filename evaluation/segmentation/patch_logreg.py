@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from evaluation.probes.logistic import LogisticModel, Moments, fit_logistic, measure_moments
+from evaluation.probes.logreg import DTYPES
 from evaluation.progress import say
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
 from evaluation.segmentation.store import PatchStore
 from utils import distributed
 from utils.errors import UserError
-from utils.ranges import check_count, check_list, check_range
+from utils.ranges import check_count, check_list, check_range, check_word
 
 # 10^linspace(-6, 5, 8), to the last digit, because they are part of the published keys.
 PUBLISHED_C = (
@@ -33,7 +34,8 @@ class PatchLogreg:
     The classes are the labels that are most frequent in some training patch. hold_gb: GB of
     standardised patches that each process keeps on the device during a fit; null is half of a GPU's
     free memory, 2 on the CPU. If they need more, every evaluation of the objective reads them
-    again. warm_start starts the fit of each C from the one before.
+    again. warm_start starts the fit of each C from the one before. dtype: of the products; those of
+    float32, as published, leave the weights of a large C off the optimum.
     Departs from capi and octic-vits: torch's L-BFGS instead of cuML's, with the same objective, and
     all processes fit one C together instead of one C each.
     """
@@ -47,6 +49,7 @@ class PatchLogreg:
         max_iter: int = 1000,
         tol: float = 1e-12,
         history: int = 5,
+        dtype: str = "float32",
         warm_start: bool = False,
         subsampling: int = 1,
         chunk_size: int = 65536,
@@ -58,9 +61,10 @@ class PatchLogreg:
         check_count("subsampling", subsampling, 1)
         check_count("chunk_size", chunk_size, 1)
         check_range("tol", tol)
+        check_word("dtype", dtype, DTYPES)
         check_range("hold_gb", hold_gb or 0.0)
         self.C, self.max_iter, self.tol, self.history = list(map(float, C)), max_iter, tol, history
-        self.warm_start, self.subsampling = warm_start, subsampling
+        self.dtype, self.warm_start, self.subsampling = dtype, warm_start, subsampling
         self.chunk_size, self.hold_gb = chunk_size, hold_gb
         self.fitted: dict[str, Tensor] = {}
 
@@ -79,6 +83,7 @@ class PatchLogreg:
             "max_iter": self.max_iter,
             "tol": self.tol,
             "lbfgs_memory": self.history,
+            "dtype": self.dtype,
             "warm_start": self.warm_start,
             "subsampling": self.subsampling,
         }
@@ -142,6 +147,7 @@ class PatchLogreg:
             tol=self.tol,
             history=self.history,
             device=device,
+            dtype=DTYPES[self.dtype],
             start=start,
             moments=moments,
         )
@@ -149,7 +155,11 @@ class PatchLogreg:
     def _moments(self, batches: Batches, rows: FitRows, device: torch.device) -> Moments:
         try:
             return measure_moments(
-                batches, num_classes=len(rows.classes), dim=rows.dim, device=device
+                batches,
+                num_classes=len(rows.classes),
+                dim=rows.dim,
+                device=device,
+                dtype=DTYPES[self.dtype],
             )
         except ValueError as error:
             raise UserError(f"{error} (standardization: none lets them through)") from None

@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ def linear_train(case: dict, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as output:
         start, final = Path(output, "heads.pth"), Path(output, "out", "model_final.pth")
         torch.save({"model": strip(tensors, "state."), "iteration": -1}, start)
+        mapping = None
+        if "in.class_mapping" in tensors:
+            mapping = str(Path(output, "mapping.npy"))
+            np.save(mapping, tensors["in.class_mapping"].numpy())
         probe = LinearProbe(
             n_last_blocks=args["n_last_blocks_list"],
             learning_rates=args["learning_rates"],
@@ -64,6 +69,7 @@ def linear_train(case: dict, folder: Path) -> None:
             epoch_length=num_steps,
             eval_period=args["eval_period"],
             val_metric_type=args.get("val_metric_type", args.get("metric_type", "mean_accuracy")),
+            val_class_mapping=mapping,
             classifier=str(start),
             transform=_unchanged,
         )

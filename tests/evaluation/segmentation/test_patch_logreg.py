@@ -68,6 +68,21 @@ def test_warm_start_leads_to_the_same():
         assert grids[1][key].acc == pytest.approx(score.acc, abs=0.02)
 
 
+def test_float64_reaches_the_optimum():
+    """There, the objective's derivative by the weights is zero: W = C sum_i (y_i - p_i) x_i."""
+    rows = FitRows([make_store(*TRAIN)], ignore_labels=[3], standardizer=Standardizer())
+    logreg, test = PatchLogreg(C=[50.0], dtype="float64"), make_store(*TEST)
+    for _ in logreg.fit_and_predict(rows, test, *logreg.points, device=CPU):
+        pass
+    labels = TRAIN[1].mode(1).values
+    keep = labels != 3
+    features, right = TRAIN[0][keep].double(), labels[keep, None] == logreg.fitted["classes_"]
+    weight, bias = (logreg.fitted[name].double() for name in ("coef_", "intercept_"))
+    chances = (features @ weight.T + bias).softmax(1)
+    expected = 50 * (right.double() - chances).T @ features
+    torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("change", [{"max_iter": 2}, {"tol": 0.1}, {"history": 1}], ids=str)
 def test_a_setting_reaches_the_fit(change):
     one, other = (fitted(**{"max_iter": 9, **more})[0]["coef_"] for more in ({}, change))
@@ -87,3 +102,5 @@ def test_mistakes():
         PatchLogreg(C=[0.0])
     with pytest.raises(ValueError, match="max_iter must be a whole number from 1"):
         PatchLogreg(max_iter=0)
+    with pytest.raises(ValueError, match="dtype must be one of float64, float32"):
+        PatchLogreg(dtype="bf16")
