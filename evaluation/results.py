@@ -46,17 +46,26 @@ def print_table(
 
 def print_figures(title: str, probe: str, figures: Mapping[str, float], *, protocol: str) -> None:
     """Print a probe's figures: top-1 and top-5 side by side, one row per other figure."""
-    rows: list[tuple[object, ...]] = []
-    columns: tuple[str, ...] = (probe, "figure")
+    tops: list[tuple[object, ...]] = []
+    others: list[tuple[object, ...]] = []
     for key, value in figures.items():
         stem, _, top = key.rpartition("_top")
         if top == "1":
-            columns = (probe, "top-1 %", "top-5 %")
-            rows.append((stem, value, figures.get(f"{stem}_top5")))
+            tops.append((stem, value, figures.get(f"{stem}_top5")))
         elif not (top == "5" and f"{stem}_top1" in figures):
-            rows.append((key, value))
-    rows = [(*row, *[""] * (len(columns) - len(row))) for row in rows]
-    print_table(title, columns, rows, protocol=protocol)
+            others.append((key, _figure(value)))
+    columns: tuple[str, ...] = (probe, "figure")
+    if tops:
+        # Others, such as the C of a regression, are no top-1.
+        columns = (probe, "top-1 %", "top-5 %", *(["figure"] if others else []))
+        tops = [(*row, *([""] if others else [])) for row in tops]
+        others = [(key, "", "", value) for key, value in others]
+    print_table(title, columns, [*tops, *others], protocol=protocol)
+
+
+def _figure(value: float) -> object:
+    """A small one with three digits: two behind the point would make 1e-06 of a C a 0.00."""
+    return f"{value:.3g}" if 0 < abs(value) < 0.1 else value
 
 
 def in_words(protocol: Mapping[str, object]) -> str:

@@ -70,8 +70,8 @@ def _draw(
             )
         for row in whole:
             axis.plot(unit * row[width], row[height], MARKERS[index % 4], color="black", ms=9)
-            axis.annotate(
-                model, (unit * row[width], row[height]), (6, 6), textcoords="offset points"
-            )
+            place, above = (unit * row[width], row[height]), (0, 8)
+            axis.annotate(model, place, above, textcoords="offset points", ha="center")
+    axis.margins(0.12)  # an unreduced net is often the outermost point: room for its name
     axis.set(xlabel=label, ylabel=HEIGHTS[height])
     axis.grid(alpha=0.3)

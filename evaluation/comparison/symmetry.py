@@ -107,6 +107,7 @@ def _make_field(config: Mapping[str, Any], device: torch.device) -> Field:
     shared: list[str] = []
     posthoc = config["posthoc"]
     for of in [name for name in nets if name in posthoc["of"]]:
+        say(f"making {of} invariant post hoc")
         wanted = _posthoc(config)
         wrapped, _ = make_wrapped(nets[of], wanted, split_data(wanted), transform)
         named = {f"{of} + {aggregator}": net for aggregator, net in wrapped.items()}

@@ -73,7 +73,8 @@ def draw_angles(judged: Mapping[str, Judged], path: Path) -> Path:
         for angle, value in part.there_and_back.items():
             control.setdefault(angle, []).append(value)
     means = {angle: sum(values) / len(values) for angle, values in control.items()}
-    axis.plot([*means], [*means.values()], "k:", label="there and back, mean of all")
+    if means:  # quarter turns alone have no control
+        axis.plot([*means], [*means.values()], "k:", label="there and back, mean of all")
     for quarter in range(0, 361, 90):
         axis.axvline(quarter, color="0.85", linewidth=0.8, zorder=0)
     axis.set(xlim=(-5, 365), xticks=range(0, 361, 45), ylim=(0, 102))

@@ -66,6 +66,8 @@ def _figures(run: Mapping[str, Any], summary: Mapping[str, Any], device: torch.d
         "trained": make_net(run["backbone"], str(folder)).to(device),
     }
     figures: Figures = {}
+    if distributed.is_main():
+        say(f"--- evaluating the untrained net: {folder.name}, in {folder / 'untrained'}")
     for name, node in run["probes"].items():
         judged = build(node)(nets["untrained"], data, folder / "untrained", 0)
         for key in (key for key in judged if key.endswith(SHOWN)):

@@ -16,6 +16,9 @@ from utils.data.images import ImageDataset, Subset
 from utils.data.loaders import evaluation_batches
 from vit.backbone import Backbone
 
+NUMBERS = "numbers: cosine similarity"
+FRAMES = "; green frame: the same class, red: another"
+
 
 def draw_neighbours(
     net: Backbone,
@@ -45,6 +48,8 @@ def draw_neighbours(
     axes[0][0].set_title("query", fontsize=9)
     axes[0][1].set_title("nearest training images", fontsize=9, loc="left")
     _draw_rows(axes, queries, train, neighbours)
+    framed = any(axis.spines["top"].get_visible() for axis in axes.flat)
+    figure.supxlabel(NUMBERS + (FRAMES if framed else ""), fontsize=8)
     return save(figure, path)
 
 

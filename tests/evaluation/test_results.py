@@ -21,8 +21,17 @@ def test_top_1_and_top_5_stand_side_by_side(capsys) -> None:
     assert lines[0] == "title" and lines[-1] == "protocol: as told"
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
     assert rows == [
-        ["knn", "12.25", "67.00"],
-        ["one", "8.00", "-"],
-        ["lone_top5", "9.00", ""],
-        ["mean", "7", ""],
+        ["knn", "12.25", "67.00", ""],
+        ["one", "8.00", "-", ""],
+        ["lone_top5", "", "", "9.00"],
+        ["mean", "", "", "7"],
     ]
+    assert any("figure" in line for line in lines)
+
+
+def test_a_figure_that_is_no_share_is_no_top_1(capsys) -> None:
+    figures = {"logreg_top1": 8.0, "logreg_top5": 9.0, "logreg_C": 1e-6}
+    print_figures("title", "logreg", figures, protocol="as told")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert rows == [["logreg", "8.00", "9.00", ""], ["logreg_C", "", "", "1e-06"]]

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from evaluation.commands.compare_reduction import parse_comparison
+from evaluation.comparison import reduction_pictures
 from evaluation.comparison.reduction import NONE, check_strengths, compare, make_entries
 from evaluation.comparison.reduction_dense import fit_dense_head, masks_of, mean_iou
 from evaluation.comparison.reduction_pictures import draw_reductions
+from evaluation.pictures.figures import save
 from octic.models import hybrid_deit_small_patch16
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
@@ -138,7 +140,11 @@ def test_a_head_of_the_whole_net_judges_reduced_ones():
     assert mean_iou(entries[1].net, head, images, labels, 0.5, 5) < whole
 
 
-def test_the_picture(tmp_path: Path):
+def test_the_picture(tmp_path: Path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        reduction_pictures, "save", lambda figure, path: drawn.append(figure) or save(figure, path)
+    )
     rows = {}
     for model in ("plain", "octic"):
         for strength, share in (("", 1.0), ("r=4", 0.6), ("r=8", 0.4)):
@@ -151,6 +157,10 @@ def test_the_picture(tmp_path: Path):
             }
     path = draw_reductions(rows, tmp_path / "p.png")
     assert path.stat().st_size > 5000
+    for axis in drawn[0].axes:
+        for text in axis.texts:  # the names of the nets lie within the frame
+            box = text.get_window_extent()
+            assert axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
 
 
 @pytest.mark.slow

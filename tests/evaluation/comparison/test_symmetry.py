@@ -11,10 +11,12 @@ from PIL import Image
 from torch import nn
 
 from evaluation.commands.compare_symmetry import parse_comparison
+from evaluation.comparison import symmetry_pictures
 from evaluation.comparison.nets import image_size, load_run, train_then
 from evaluation.comparison.symmetry import compare
 from evaluation.comparison.symmetry_pictures import draw_comparison
 from evaluation.comparison.symmetry_views import (
+    Judged,
     black_like,
     judge_views,
     shift,
@@ -305,6 +307,16 @@ def test_pictures_are_written(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"latent_maps.png", "turning.gif"}
 
 
+@pytest.mark.parametrize("angles, lines", [((0.0, 90.0), 1), ((0.0, 45.0, 90.0), 2)])
+def test_the_legend_names_only_what_is_drawn(angles, lines, tmp_path: Path, monkeypatch):
+    """Quarter turns alone have no control."""
+    drawn = []
+    monkeypatch.setattr(symmetry_pictures, "save", lambda figure, path: drawn.append(figure))
+    judged = Judged({}, {}, dict.fromkeys(angles, 90.0), {a: 95.0 for a in angles if a % 90})
+    symmetry_pictures.draw_angles({"plain": judged}, tmp_path / "p.png")
+    assert len(drawn[0].legends[0].get_texts()) == lines
+
+
 def test_what_a_training_would_refuse_is_said_before_the_first_one(tmp_path: Path, capsys):
     """The default words have a warm-up of two epochs."""
     words = ["--device", "cpu", "--epochs", "1", *ONLY_PLAIN, f"output_dir={tmp_path}"]
@@ -334,6 +346,7 @@ def test_the_command_trains_judges_and_goes_on_where_it_stood(tmp_path: Path, ca
     words += ["--words", "recipe.mixing=null recipe.schedules.warmup_epochs=0 training.max_steps=2"]
     words += [f"output_dir={tmp_path}", "posthoc.aggregators=[mean]", "angle_step=90.0"]
     figures = compare(parse_comparison(words))
+    assert "making plain invariant post hoc\n" in capsys.readouterr().out
     assert list(figures) == ["plain", "plain + mean"]
     wrapped = figures["plain + mean"]
     assert wrapped["equivariance_error"] < 1e-4 < figures["plain"]["equivariance_error"]

@@ -62,6 +62,8 @@ def test_a_slow_start_or_spell_does_not_count_against_a_net(tmp_path):
 def test_table_and_pictures(config, tmp_path_factory, capsys):
     figures = compare(config)
     printed = capsys.readouterr().out
+    for name in figures:  # whose figures follow is said
+        assert f"--- evaluating the untrained net: {name}, in " in printed
     octic, twin = figures["octic"], figures["plain"]
     assert octic["equivariance error of the octic half"] < 1e-5
     assert twin["equivariance error of the octic half"] is None
