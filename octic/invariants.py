@@ -5,7 +5,7 @@ channels each; the results stand side by side, C channels per polynomial.
 Source: octic-vits, invariantization; polynomials of degree up to 4 in the real irreps of D4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -261,12 +261,23 @@ INVARIANTIZATIONS: dict[str, type[Invariantization]] = {
 }
 
 
-def make_invariantization(name: str, dim: int, group: str | Group = "D4") -> Invariantization:
-    """Build one by its name."""
-    if name not in INVARIANTIZATIONS:
-        known = ", ".join(INVARIANTIZATIONS)
-        raise ValueError(f"unknown invariantization {name!r}; known: {known}")
-    return INVARIANTIZATIONS[name](dim, group=group)
+def make_invariantization(
+    invariant: str | Callable[..., Invariantization], dim: int, group: str | Group = "D4"
+) -> Invariantization:
+    """Build one by its name, or by what builds one of dim and group."""
+    if isinstance(invariant, str):
+        if invariant not in INVARIANTIZATIONS:
+            known = ", ".join(INVARIANTIZATIONS)
+            raise ValueError(f"unknown invariantization {invariant!r}; known: {known}")
+        return INVARIANTIZATIONS[invariant](dim, group=group)
+    builds = callable(invariant) and not isinstance(invariant, nn.Module)
+    made = invariant(dim, group=group) if builds else invariant
+    if not builds or not isinstance(made, Invariantization):
+        raise ValueError(
+            "invariant must be a name or build an octic.invariants.Invariantization, called with "
+            f"(dim, group=group); not {made!r}. In a config: a class with `_partial_: true`"
+        )
+    return made
 
 
 def invariantizations_of_width(width: int, dim: int, group: str | Group = "D4") -> list[str]:
@@ -314,7 +325,7 @@ class InvariantNorm(OcticLayerNorm):
         self,
         dim: int,
         *,
-        invariant: str = "trivial",
+        invariant: str | Callable[..., Invariantization] = "trivial",
         eps: float = 1e-5,
         irrep_weights: Mapping[str, float] | None = None,
         group: str | Group = "D4",

@@ -7,7 +7,7 @@ al. 2025, "Flopping for FLOPs").
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ from octic.actions import ToRegular
 from octic.block import OcticBlock
 from octic.expansion import slab_size, slots
 from octic.groups import Group, get_group
-from octic.invariants import InvariantNorm, detect_invariantization, make_invariantization
+from octic.invariants import (
+    Invariantization,
+    InvariantNorm,
+    detect_invariantization,
+    make_invariantization,
+)
 from octic.layers import channels_per_copy
 from octic.patch_embed import OcticPatchEmbed, Unfold
 from vit.backbone import check_counts
@@ -35,8 +40,9 @@ PLACES = ("switch", "head")
 class OcticVisionTransformer(Trunk):
     """ViT whose first blocks are equivariant to a symmetry group of the pixel grid.
 
-    invariant: False (hybrid), True (power spectrum), or the name of an invariantization; then
-        forward(g image) = forward(image) for every element g.
+    invariant: False (hybrid), True (power spectrum), the name of an invariantization, or what
+        builds one of yours, called with (dim, group=group); then forward(g image) = forward(image)
+        for every element g.
     invariant_at: "switch", before the plain blocks; or "head": every block is octic, and what the
         classifier and the probes read are invariants of the normalised tokens, `embed_dim` wide.
     invariant_proj: whether invariants at the switch are projected; without, they must be D wide.
@@ -64,7 +70,7 @@ class OcticVisionTransformer(Trunk):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         init_values: float | None = 1e-4,
-        invariant: bool | str = False,
+        invariant: bool | str | Callable[..., Invariantization] = False,
         invariant_at: str = "switch",
         invariant_proj: bool = True,
         octic_equi_break_layer: int | None = None,
@@ -157,7 +163,9 @@ class OcticVisionTransformer(Trunk):
                 f"img_size {self.img_size} in patches of {self.patch_size}: {error} patches"
             ) from None
 
-    def _make_transition(self, invariant: bool | str, switch_basis: str) -> None:
+    def _make_transition(
+        self, invariant: bool | str | Callable[..., Invariantization], switch_basis: str
+    ) -> None:
         if switch_basis not in BASES:
             raise ValueError(f"unknown switch_basis {switch_basis!r}; known: {', '.join(BASES)}")
         name = "power_spectrum" if invariant is True else invariant
@@ -176,10 +184,10 @@ class OcticVisionTransformer(Trunk):
             elif width != self.token_dim:
                 raise ValueError(
                     f"invariant_proj=False needs invariants of {self.token_dim} channels, the "
-                    f"width of the blocks; {name} has {width}"
+                    f"width of the blocks; {type(self.invariantization).__name__} has {width}"
                 )
 
-    def _make_invariant_head(self, name: str) -> None:
+    def _make_invariant_head(self, name: str | Callable[..., Invariantization]) -> None:
         """Norm, head and widths of a net whose blocks are all equivariant."""
         self.invariant = name
         self.norm = InvariantNorm(self.token_dim, invariant=name, **self._norm_options)
@@ -203,14 +211,16 @@ class OcticVisionTransformer(Trunk):
 
         The released DeiT III code builds the power spectrum for files that hold polynomials. Where
         the classifier reads the invariants, its width tells which. Two with the same width cannot
-        be told apart: the model's own then stays.
+        be told apart: the model's own then stays, and so does one without a name.
         """
+        if not isinstance(self.invariant, str):
+            return
         if self.invariant_at == "head":
             name = self._invariants_of_head(state)
         else:
-            own = self.invariant or ""
+            own = self.invariant
             name = detect_invariantization(state, self.embed_dim, group=self.group, own=own)
-        if self.invariant and name and name != self.invariant:
+        if name and name != self.invariant:
             reference = self.cls_token if self.cls_token is not None else self.pos_embed[0]
             self._make_transition(name, self.switch_basis)
             self.to(reference.device, reference.dtype)

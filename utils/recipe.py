@@ -95,5 +95,15 @@ def checked_losses(recipe: Recipe, losses: Any) -> dict[str, Tensor]:
     return dict(losses)
 
 
+def checked_parts(recipe: Recipe) -> dict[str, nn.Module]:
+    """What `recipe.clipped_parts` returns; UserError unless it is modules by name."""
+    parts = recipe.clipped_parts()
+    named = isinstance(parts, Mapping)
+    if not named or not all(isinstance(part, nn.Module) for part in parts.values()):
+        got = {key: type(part).__name__ for key, part in parts.items()} if named else parts
+        raise _wrong(recipe, "clipped_parts() must return modules by name", got)
+    return dict(parts)
+
+
 def _wrong(recipe: object, what: str, got: object, hint: str = "") -> UserError:
     return UserError(one_line(f"recipe: {type(recipe).__name__}: {what}, not {got!r}{hint}"))

@@ -15,7 +15,7 @@ from utils.optimizers import apply_schedules, clip_parts
 from utils.precision import Precision
 from utils.probing import ProbeRunner
 from utils.randomness import ShieldedBatches
-from utils.recipe import Recipe, checked_losses
+from utils.recipe import Recipe, checked_losses, checked_parts
 from utils.signals import StopSignal
 from utils.watchdog import Watchdog
 
@@ -66,7 +66,7 @@ def fit(
         # Clip
         gradients.finish()
         precision.unscale(optimizer)
-        norms = clip_parts(recipe.clipped_parts(), clip_grad)
+        norms = clip_parts(checked_parts(recipe), clip_grad)
         # Step, after-step; a step that is not finite leaves no trace
         finite, stopping = health.agree(step, metrics.current(), norms, stop, precision)
         if finite:

@@ -129,7 +129,8 @@ def _description(
     arguments = {**getattr(net, "options", {}), **options}
     arguments = {key: value for key, value in arguments.items() if key not in _NOT_OPTIONS}
     arguments["num_classes"] = registered.num_classes
-    if "invariant" in inspect.signature(type(registered)).parameters:
+    is_option = "invariant" in inspect.signature(type(registered)).parameters
+    if is_option and isinstance(registered.invariant, bool | str):
         # An octic model may have changed itself to what its weights need.
         arguments["invariant"] = registered.invariant
     made = [

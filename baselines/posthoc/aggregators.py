@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from utils.ranges import check_count, check_word
 
 FORMS = ("sound", "published")
+LEVELS = ("embedding", "logit")
 EPSILON = 1e-8  # of the published log-odds
 
 
 class Aggregator(nn.Module):
-    """Base: joins copies [B T D] to [B D]; `level`: inputs or outputs of the head."""
+    """Base: joins copies [B T D] to [B D]; `level`: embedding (inputs of the head) or logit."""
 
     level = "embedding"
     forms: tuple[str, ...] = ("sound",)
@@ -211,6 +212,7 @@ def make_aggregator(
     options: `hidden_dim` of learned_score, `num_heads` and `num_layers` of learned_attention.
     """
     if isinstance(name, Aggregator):
+        check_word(f"level of {type(name).__name__}", name.level, LEVELS)
         return copy.deepcopy(name)
     check_word("aggregator", name, AGGREGATORS)
     if name not in LEARNED:

@@ -148,6 +148,11 @@ class Reducer:
         Each patch has the value of the token that carries it; a dropped one keeps its last value.
         """
         if state.origin is None:
+            if x.shape[1] != (whole := state.num_prefix + state.num_patches):
+                raise ValueError(
+                    f"{type(self).__name__} leaves {x.shape[1]} tokens of {whole}, and state.move "
+                    "was not told where the patches went; features need it"
+                )
             return x
         patches = rows_of(x, state.origin.clamp(min=0))
         if state.held is not None:

@@ -55,6 +55,14 @@ def test_wrong_losses_end_the_first_step(tmp_path, monkeypatch, losses, said):
         train_tiny(tmp_path)
 
 
+@pytest.mark.parametrize("parts", [None, [torch.nn.Identity()], {"net": [torch.ones(())]}])
+def test_wrong_parts_end_the_first_step(tmp_path, monkeypatch, parts):
+    monkeypatch.setattr(TinyRecipe, "clipped_parts", lambda recipe: parts)
+    said = r"^recipe: TinyRecipe: clipped_parts\(\) must return modules by name, not "
+    with pytest.raises(UserError, match=said):
+        train_tiny(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("schedules", "said"),
     [

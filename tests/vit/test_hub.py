@@ -12,6 +12,7 @@ from baselines.posthoc import vision_transformer  # noqa: F401
 from baselines.posthoc.symmetrized import Symmetrized
 from baselines.token_reduction.presets import make_reducer
 from baselines.token_reduction.reduced import Reduced
+from octic.invariants import TrivialPart
 from vit import hub
 from vit.adapters import TimmBackbone
 from vit.models import filter_state
@@ -187,9 +188,13 @@ def test_what_timm_cannot_build_again_is_refused(tmp_path):
 
 def test_a_keyword_that_a_config_builds_is_refused(tmp_path):
     """Such as a group of one's own: the folder could not be read again."""
-    options = {**OCTIC, "group": {"_target_": "my_groups.diagonals"}}
-    with pytest.raises(ValueError, match="group is an object that a config builds, which the hub"):
-        hub.save_to_folder(create("hybrid_deit_small_patch16", OCTIC), tmp_path, options=options)
+    net = create("hybrid_deit_small_patch16", OCTIC)
+    for key in ("group", "invariant"):
+        if key == "invariant":
+            net.invariant = TrivialPart
+        options = {**OCTIC, key: {"_target_": "my_package.mine"}}
+        with pytest.raises(ValueError, match=f"{key} is an object that a config builds, which the"):
+            hub.save_to_folder(net, tmp_path, options=options)
     assert not list(tmp_path.iterdir())
 
 

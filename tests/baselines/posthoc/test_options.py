@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from baselines.posthoc.aggregators import Aggregator
 from baselines.posthoc.symmetrized import Symmetrized, symmetrized
 from tests.baselines.posthoc.toys import SMALL, images, make
 from utils.config.signature import keywords_of
@@ -109,3 +110,18 @@ def test_the_small_net_drops_out_in_training_alone():
     tokens = net.train().embed(x)
     assert 0.02 < float((tokens == 0).float().mean()) < 0.3
     assert (net.eval().embed(x) != 0).all() and torch.equal(net(x), net(x))
+
+
+def test_an_own_aggregator_of_an_unknown_level_is_refused():
+    """Else logits would be asked for, and embeddings joined."""
+
+    class Median(Aggregator):
+        level = "logits"
+
+        def forward(self, z):
+            return z.median(dim=1).values
+
+    with pytest.raises(ValueError, match="level of Median must be one of embedding, logit, not"):
+        Symmetrized(make("timm"), aggregator=Median())
+    Median.level = "logit"
+    assert Symmetrized(make("timm"), aggregator=Median()).aggregator.level == "logit"

@@ -344,3 +344,14 @@ def test_a_method_of_the_users_is_taken_by_a_config_node():
     node = {"_target_": "vit.models.deit_small_patch16_LS", "_partial_": True}
     net = build_reduced(build(node), method=Reducer(), img_size=32, patch_size=8, depth=1)
     assert type(net.reducer) is Reducer
+
+
+def test_a_method_that_drops_patches_and_does_not_say_which_is_named():
+    class Half(Reducer):
+        def before_block(self, state, index, x):
+            return x[:, : x.shape[1] // 2] if index == DEPTH - 1 else x
+
+    net, x = Reduced(net_of("hybrid"), Half()), images()
+    assert net(x).shape == (len(x), CLASSES)
+    with pytest.raises(ValueError, match="Half leaves .* state.move"):
+        net.features(x)
