@@ -219,6 +219,8 @@ def weights_file(weights: str | None) -> str | None:
     """The path of a file of weights; for a run folder, of its exported weights."""
     if not weights:
         return weights
+    if not isinstance(weights, str | Path):
+        raise UserError(f"weights must be text, a path, not {weights!r}: quote it as '\"...\"'")
     given = Path(weights).expanduser()  # a shell does not expand ~ after key=
     if not given.is_dir():
         return str(given)

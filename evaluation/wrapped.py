@@ -1,7 +1,7 @@
 """A classifier under every aggregator of a config: to judge it, or to check the config alone."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,10 @@ SOME_CLASSES: Any = SimpleNamespace(class_names=["one", "other"])  # in place of
 def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """The classifier under every aggregator, untrained; UserError for one that does not fit it."""
     wrapped: dict[str, Any] = {}
-    for name in config["aggregators"]:
+    names = config["aggregators"]
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError(f"aggregators must be a list of names, not {names!r}")
+    for name in names:
         trained = config["trained"]
         backbone = classifier if trained == "none" else copy.deepcopy(classifier)
         net = build({**config["wrapper"], "aggregator": name}, backbone=backbone, trained="none")

@@ -246,7 +246,10 @@ class OcticVisionTransformer(Trunk):
         """Initialise linear layers, positions and tokens as octic-vits; keep filters and scales."""
         self.apply(init_linear)
         for parameter in self.pos_embed:
-            nn.init.trunc_normal_(parameter, std=self.pos_embed_std)
+            if self.pos_embed_std:  # torch divides by it
+                nn.init.trunc_normal_(parameter, std=self.pos_embed_std)
+            else:
+                nn.init.zeros_(parameter)
         self._init_tokens(self.cls_token_std)
 
     def position_grid(self) -> Tensor:

@@ -102,6 +102,16 @@ def check_counts(least: int, /, **counts: int) -> None:
             raise ValueError(f"{key} must be a whole number of at least {least}, not {value!r}")
 
 
+def sides_of(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an `img_size`, one side or both; ValueError for anything else."""
+    sides = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size must be one side or (height, width), not {img_size}")
+    for side in sides:
+        check_counts(1, img_size=side)
+    return sides
+
+
 def check_whole_patches(
     size: tuple[int, int], patch_size: int | tuple[int, int], what: str = "image size"
 ) -> None:

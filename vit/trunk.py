@@ -22,6 +22,7 @@ from vit.backbone import (
     check_counts,
     check_pool,
     check_whole_patches,
+    sides_of,
     take_indices,
 )
 from vit.block import Addend, ResidualBlock, added, has_hooks, terms_of
@@ -59,10 +60,7 @@ class Trunk(nn.Module):
         super().__init__()
         check_counts(1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         check_counts(0, num_classes=num_classes, num_register_tokens=num_register_tokens)
-        sides = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
-        if len(sides) != 2:
-            raise ValueError(f"img_size must be one side or (height, width), not {img_size}")
-        self.img_size = height, width = sides
+        self.img_size = height, width = sides_of(img_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -74,8 +72,6 @@ class Trunk(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.global_pool = _checked_pool(global_pool, class_token)
-        for side in self.img_size:
-            check_counts(1, img_size=side)
         check_whole_patches(self.img_size, patch_size, "img_size")
         self.grid_size = (height // patch_size, width // patch_size)
         self.switch = 0  # blocks before this index are octic

@@ -70,6 +70,8 @@ class DynamicAggregationFeedForward(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd, to keep the grid")
+        if hidden_dim < 1:
+            raise ValueError(f"mlp_ratio leaves no channel of {dim}; it must be 1 / {dim} or more")
         out_dim = out_dim or dim
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1)
         self.bn1 = nn.BatchNorm2d(hidden_dim)

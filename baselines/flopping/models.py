@@ -7,7 +7,7 @@ Departs from Flopping for FLOPs: its plain hierarchical ConvNeXts are `flopping_
 because `convnext_tiny` and so on are timm's; the published code overwrites them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,8 @@ HIERARCHICAL: dict[str, dict[str, Any]] = {
 def _make(
     model_class: Callable[..., nn.Module], name: str, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
-    stages = len(kwargs.get("depths", (1,)))
+    depths = kwargs.get("depths", (1,))
+    stages = len(depths) if isinstance(depths, Sequence) else 1  # `build` refuses what is no list
     return build(model_class, name, pretrained, stages if stages > 1 else 3, **kwargs)
 
 

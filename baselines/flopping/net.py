@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.ranges import check_count, check_range
-from vit.backbone import Features, check_pool, take_indices
+from utils.ranges import check_count, check_counts, check_range
+from vit.backbone import Features, check_pool, sides_of, take_indices
 from vit.initialisation import fresh_head, init_linear
 
 
@@ -49,9 +49,9 @@ class Net(nn.Module):
         global_pool: str,
     ) -> None:
         super().__init__()
-        check_count("patch_size", patch_size, 1)
+        check_counts(1, patch_size=patch_size, in_chans=in_chans)
         check_count("depth of the last stage", depths[-1], 1)
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = sides_of(img_size)
         self.patch_size = patch_size * 2 ** (len(depths) - 1)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = num_features

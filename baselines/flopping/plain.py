@@ -15,12 +15,13 @@ from baselines.flopping.convnext import EPS, ConvNeXt, check_stages
 from baselines.flopping.keys import plain_convnext_names, plain_resmlp_names
 from baselines.flopping.net import check_drop_path
 from baselines.flopping.resmlp import check_own_size
-from utils.ranges import check_count
+from utils.ranges import check_counts
 from vit.backbone import (
     Features,
     check_pool,
     check_whole_patches,
     features_of_intermediates,
+    sides_of,
     take_indices,
 )
 from vit.initialisation import init_convolution, init_linear
@@ -49,8 +50,8 @@ class PlainResMlp(MlpMixer):
         global_pool: str = "avg",
     ) -> None:
         check_drop_path(drop_path_rate)
-        check_count("patch_size", patch_size, 1)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_counts(1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
+        height, width = sides_of(img_size)
         check_whole_patches((height, width), patch_size)
         super().__init__(
             img_size=cast(int, img_size),  # oblong too, whatever its annotation says
@@ -137,6 +138,8 @@ class PlainConvNeXt(ConvNeXt):
     ) -> None:
         check_drop_path(drop_path_rate)
         check_stages(depths, dims, downsampling)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"the depthwise kernel's side must be odd, not {kernel_size}")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octic.groups import Group, get_group, inverse, multiply
-from utils.ranges import check_count
+from utils.ranges import check_count, check_flags
 
 
 class LiftingConv(nn.Module):
@@ -104,6 +104,7 @@ class GCNN(nn.Module):
         check_count("kernel_size", kernel_size, 1)
         check_count("num_hidden", num_hidden, 1)
         check_count("pool", 1 if pool is None else pool, 1)
+        check_flags(pool_group=pool_group)
         self.group, self.pool, self.pool_group = get_group(group), pool, pool_group
         self.num_channels = out_channels
         self.shrinkage = num_hidden * (kernel_size - 1)

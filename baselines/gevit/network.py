@@ -18,8 +18,8 @@ from baselines.gevit.layers import Halve, initialise, make_activation, make_norm
 from baselines.gevit.plan import LayerPlan, make_plan
 from baselines.gevit.stems import STEMS, AlignedGCNN, PatchStem, grid_group, make_patch_stem
 from baselines.gevit.weights import renamed_state
-from utils.ranges import check_count, check_share, check_word
-from vit.backbone import Features, check_pool, features_of_intermediates, take_indices
+from utils.ranges import OutOfRange, check_count, check_flags, check_share, check_word
+from vit.backbone import Features, check_pool, features_of_intermediates, sides_of, take_indices
 
 
 class GEViT(nn.Module):
@@ -91,7 +91,7 @@ class GEViT(nn.Module):
         ):
             check_share(key, rate)
         self.plane_group = get_group(group)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = sides_of(img_size)
         self.img_size = (height, width)
         self.in_chans, self.num_classes, self.window = in_chans, num_classes, window
         self.global_pool = check_pool(global_pool)
@@ -354,17 +354,22 @@ def _make_stem(
             raise ValueError(f"stem_options {', '.join(options)} go with stem=patch or stem=gcnn")
         return None
     keep = stem == "gcnn" and options.pop("keep_group", False)
+    if stem == "gcnn" and not options.get("pool_group", True):
+        raise ValueError("stem_options: keep_group=true keeps the group's axis, not pool_group")
     if keep and options.get("out_channels", num_channels) != num_channels:
         raise ValueError(
             f"with keep_group the stem's out_channels, {options['out_channels']}, must be "
             f"num_channels, {num_channels}"
         )
     try:
+        check_flags(keep_group=keep)
         if stem == "patch":
             return make_patch_stem(group, in_chans, **options)
         if keep:
             return AlignedGCNN(group, in_chans, **{"out_channels": num_channels, **options})
         return GCNN(in_chans, **{"group": grid_group(group), **options})
+    except OutOfRange as error:
+        raise OutOfRange(f"stem_options.{error}") from error
     except TypeError as error:
         raise ValueError(f"stem_options of stem={stem}: {error}") from None
 

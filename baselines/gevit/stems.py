@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from baselines.gevit.gcnn import GCNN
 from baselines.gevit.groups import PlaneGroup
 from octic.groups import OCTIC_ELEMENTS, Element, get_group
+from utils.ranges import check_counts, check_flags
 from vit.backbone import check_whole_patches
 
 STEMS = ("none", "patch", "gcnn")
@@ -34,8 +35,7 @@ class PatchStem(nn.Module):
         elements: tuple[Element, ...] = OCTIC_ELEMENTS,
     ) -> None:
         super().__init__()
-        if patch_size < 1:
-            raise ValueError(f"a patch has a positive side, not {patch_size}")
+        check_counts(1, patch_size=patch_size, width=width)
         self.patch_size, self.num_channels, self.elements = patch_size, width, elements
         self.project = nn.Linear(in_channels * patch_size**2, width)
         self.layernorm = nn.LayerNorm(width)
@@ -76,6 +76,7 @@ def make_patch_stem(
 
     ValueError where the group has symmetries that the patches are not averaged over.
     """
+    check_flags(**({} if mirrors is None else {"mirrors": mirrors}))
     own = group.grid_elements
     turns = rotations or sum(not element.flip for element in own)
     mirrored = group.mirrors if mirrors is None else mirrors

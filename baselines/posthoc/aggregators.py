@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.ranges import check_count, check_word
+from utils.ranges import OutOfRange, check_count, check_counts, check_word
 
 FORMS = ("sound", "published")
 LEVELS = ("embedding", "logit")
@@ -131,6 +131,7 @@ class LearnedScore(Aggregator):
 
     def __init__(self, dim: int, *, hidden_dim: int = 128, form: str = "sound") -> None:
         super().__init__(form=form)
+        check_counts(1, dim=dim, hidden_dim=hidden_dim)
         self.fc = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class LearnedAttention(Aggregator):
         self, dim: int, *, num_heads: int = 4, num_layers: int = 2, form: str = "sound"
     ) -> None:
         super().__init__(form=form)
-        check_count("num_heads", num_heads, 1)
+        check_counts(1, dim=dim, num_heads=num_heads)
         check_count("num_layers", num_layers)
         if dim % num_heads:
             raise ValueError(f"embeddings of {dim} channels do not split into {num_heads} heads")
@@ -215,6 +216,7 @@ def make_aggregator(
         check_word(f"level of {type(name).__name__}", name.level, LEVELS)
         return copy.deepcopy(name)
     check_word("aggregator", name, AGGREGATORS)
+    check_word("form", form, FORMS)
     if name not in LEARNED:
         if options:
             raise ValueError(f"aggregator {name} takes no {', '.join(options)}")
@@ -228,4 +230,7 @@ def make_aggregator(
             f"aggregator {name} takes no {', '.join(sorted(unknown))}; known: "
             f"{', '.join(sorted(known[name]))}"
         )
-    return AGGREGATORS[name](dim, form=form, **options)
+    try:
+        return AGGREGATORS[name](dim, form=form, **options)
+    except OutOfRange as error:
+        raise OutOfRange(f"aggregator_options.{error}") from error

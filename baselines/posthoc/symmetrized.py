@@ -86,6 +86,8 @@ class Symmetrized(nn.Module):
             rectangular=rectangular,
         )
         width = head_width(self.split, self.model) or self._own("embed_dim")
+        if "form" in (aggregator_options or {}):
+            raise ValueError("form is a keyword of its own, not one of aggregator_options")
         options = {"dim": width, **(aggregator_options or {})}
         self.aggregator = make_aggregator(aggregator, form=form, **options)
         named = isinstance(aggregator, str)

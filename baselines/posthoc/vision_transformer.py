@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from utils.ranges import check_count
-from vit.backbone import Features, check_whole_patches, take_indices
+from utils.ranges import check_counts
+from vit.backbone import Features, check_whole_patches, sides_of, take_indices
 from vit.models import build, entrypoint
 
 
@@ -39,9 +39,12 @@ class SmallVisionTransformer(nn.Module):
         num_patches: int | None = None,
     ) -> None:
         super().__init__()
-        check_count("patch_size", patch_size, 1)
-        check_count("num_heads", num_heads, 1)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_counts(0, depth=depth)
+        check_counts(1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        check_counts(1, num_heads=num_heads, hidden_dim=hidden_dim)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+        height, width = sides_of(img_size)
         check_whole_patches((height, width), patch_size, "img_size")
         self.img_size, self.patch_size = (height, width), patch_size
         self.in_chans, self.num_classes, self.depth = in_chans, num_classes, depth

@@ -265,6 +265,8 @@ def reduced(
     method, form, options: see `baselines.token_reduction.presets.make_reducer`. Other
     keywords go to the backbone: num_classes, img_size, drop_path_rate, ...
     """
+    if "form" in (options or {}):
+        raise ValueError("form is a keyword of its own, not one of options")
     reducer = make_reducer(method, form=form, **(options or {}))
     own = ("method", "form", "options")
     return Reduced(make_backbone(backbone, backbone_keywords, "Reduced", own), reducer)

@@ -38,6 +38,8 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen_methods(methods: Mapping[str, Any], only: str | None) -> dict[str, Any]:
     """The named methods, or all; UserError for one that is unknown or incomplete."""
+    if only and not isinstance(only, str):
+        raise UserError(f"only must be names of methods with commas between, not {only!r}")
     names = [word.strip() for word in only.split(",") if word.strip()] if only else list(methods)
     for name in names:
         if name not in methods:

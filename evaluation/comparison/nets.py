@@ -48,6 +48,7 @@ def train_then(
     figures: dict[str, Any] = {}
     check_folder(config["output_dir"])
     check_count("batch_size", config["batch_size"], 1)
+    check_count("speed_steps", config["speed_steps"])
     for name, run in config["runs"].items():
         if isinstance(run, dict):
             _check_training(name, run)

@@ -26,6 +26,7 @@ from evaluation.progress import say, track
 from utils.config.build import build
 from utils.errors import UserError, as_user_error
 from utils.flops import count_operations
+from utils.ranges import check_count, check_range
 
 NONE = "unreduced"
 COLUMNS = {
@@ -106,10 +107,21 @@ def _judge(config: dict[str, Any], device: torch.device) -> dict[str, dict[str, 
 
 def _check(config: Mapping[str, Any]) -> None:
     """UserError, before anything is trained, for methods that fit no model or not the images."""
+    check_settings(config)
     runs = config["runs"]
     size, dataset = image_size(runs), make_data(trainings_of(runs)[0]["data"], "val")
     entries, _ = make_entries(dict(unfinished(runs, dataset, size)), config)
     check_strengths(entries, size)
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """UserError for a value with which the table would hold figures of nothing."""
+    check_count("speed_batch", config["speed_batch"], 1)
+    dense = config["segmentation"]
+    check_count("segmentation.train_images", dense["train_images"])
+    check_count("segmentation.max_iter", dense["max_iter"], 1)
+    check_range("segmentation.C", dense["C"], ends="(]")
+    check_range("segmentation.threshold", dense["threshold"])
 
 
 @torch.inference_mode()

@@ -139,6 +139,11 @@ def split_data(config: Mapping[str, Any]) -> Parts:
     """
     sets = [make_data(config["data"], split) for split in ("train", "val")]
     if config["validation"]:
+        if not isinstance(config["validation"], Mapping):
+            raise UserError(
+                f"validation must be a data set, {{_target_: ...}}, or null, "
+                f"not {config['validation']!r}"
+            )
         sets.append(build(config["validation"]))
     for part in sets:
         check_labels(part)

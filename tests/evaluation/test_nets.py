@@ -177,3 +177,8 @@ def test_a_head_of_several_layers_is_a_classifier() -> None:
     assert has_classes(net)
     net.reset_classifier(0)
     assert not has_classes(net)
+
+
+def test_weights_that_are_no_path_are_refused():
+    with pytest.raises(UserError, match="weights must be text, a path, not 2024"):
+        weights_file(2024)

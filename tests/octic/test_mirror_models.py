@@ -272,3 +272,10 @@ def test_impossible_options_are_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         OcticVisionTransformer(**{**HYBRID, **SMALL, **options})
     assert "\n" not in str(caught.value)
+
+
+def test_positions_may_begin_at_zero():
+    net = timm.create_model(
+        "d2_deit_tiny_patch16_LS", depth=2, embed_dim=16, num_heads=2, img_size=32, pos_embed_std=0
+    )
+    assert not any(parameter.any() for parameter in net.pos_embed)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+# Mappings of names that a command line may choose from: one that it takes away stays away.
+NAMED = ("models", "methods")
 # Groups that may hold files of a user, and where these stand.
 OWN_GROUPS = ("backbone", "recipe", "data", "probe")
 OWN_FILE = "one of yours is {}.yaml beside the run file that --config-file names"
@@ -97,7 +99,8 @@ def compose_config(
             config = _compose(path, words, refuse)
         else:
             config = _compose_and_swap(path, words, base)
-        _check_keys(config, base, path)
+        deleted = {word.key_or_group for word in words if word.is_delete()}
+        _check_keys(config, base, path, deleted)
         for key in ("name", "output_dir"):
             value = config.get(key, ".")
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -213,8 +216,11 @@ def _compose_translated(
         return _compose(translated, [word for word in words if word not in theirs])
 
 
-def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
-    """Refuse keys that `base` and its groups lack, and values of another kind than theirs."""
+def _check_keys(config: "DictConfig", base: str, path: Path, deleted: Collection[str]) -> None:
+    """Refuse keys that `base` and its groups lack, and values of another kind than theirs.
+
+    deleted: what the command line takes away.
+    """
     from omegaconf import OmegaConf
 
     for group in _groups_left_open(base):
@@ -232,13 +238,17 @@ def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
         if key in schema and not isinstance(content[key], dict | None):
             raise UserError(f"{key} must be a mapping of keys to values, got {content[key]!r}")
     compare(content, schema, path)
-    _add_defaults(config, content, schema, base)
+    _add_defaults(config, content, schema, base, deleted)
 
 
 def _add_defaults(
-    config: "DictConfig", content: dict[str, Any], schema: dict[str, Any], base: str
+    config: "DictConfig",
+    content: dict[str, Any],
+    schema: dict[str, Any],
+    base: str,
+    deleted: Collection[str],
 ) -> None:
-    """Add keys that an older saved config lacks, with their defaults."""
+    """Add keys that an older saved config lacks, with their defaults; none of the names deleted."""
     from omegaconf import OmegaConf
 
     lacking = [
@@ -247,6 +257,7 @@ def _add_defaults(
         if isinstance(keys, dict) and isinstance(content.get(group), dict) and group != "data"
         for key in keys
         if key not in content[group] and "_target_" not in keys
+        if not (group in NAMED and f"{group}.{key}" in deleted)
     ]
     if lacking:
         defaults = content_of(_compose(CONFIGS / f"{base}.yaml", []))

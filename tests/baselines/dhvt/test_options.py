@@ -58,3 +58,8 @@ def test_a_fresh_net_has_linear_layers_and_tokens_of_one_deviation():
         if drawn or name.endswith(("proj.weight", "compress.weight", "head.weight")):
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.3), name
     assert float(model.blocks[0].mlp.conv1.weight.detach().std()) > 0.04
+
+
+def test_a_feed_forward_of_no_channels_is_refused():
+    with pytest.raises(ValueError, match="mlp_ratio leaves no channel of"):
+        net(mlp_ratio=0)

@@ -266,6 +266,22 @@ def test_scaled_stem_and_affine_bias_are_what_they_say() -> None:
             )
             for rate in (1.0, -0.5)
         ),
+        (lambda: resmlp(img_size=[32]), r"one side or \(height, width\), not \[32\]"),
+        (
+            lambda: timm.create_model("resmlp_12", img_size=[32, 32, 32]),
+            r"one side or \(height, width\)",
+        ),
+        (
+            lambda: timm.create_model("resmlp_12", in_chans=0),
+            "in_chans must be a whole number from 1, not 0",
+        ),
+        (
+            lambda: timm.create_model("resmlp_12", depth=0),
+            "depth must be a whole number from 1, not 0",
+        ),
+        (lambda: timm.create_model("d2_convnext_tiny", depths=3), "depths must be a list, not 3"),
+        (lambda: PlainConvNeXt(**CONVNEXT, kernel_size=2), "kernel's side must be odd, not 2"),
+        (lambda: PlainConvNeXt(**CONVNEXT, in_chans=0), "in_chans must be a whole number"),
         (lambda: resmlp(patch_size=0), "patch_size must be a whole number from 1, not 0"),
         (lambda: convnext(patch_size=0), "patch_size must be a whole number from 1, not 0"),
         (lambda: PlainResMlp(**{**RESMLP, "patch_size": 0}), "patch_size must be a whole number"),

@@ -211,6 +211,23 @@ def test_an_odd_number_of_channels():
         ({"crop": 0.5}, "crop must be a whole number from 0, not 0.5"),
         ({"block_sizes": 2}, "block_sizes are numbers of blocks, .*not 2"),
         ({"block_sizes": (1.5, 1)}, "block_sizes must be a whole number from 0, not 1.5"),
+        ({"img_size": [12]}, r"img_size must be one side or \(height, width\), not \[12\]"),
+        (
+            {"stem": "patch", "stem_options": {"mirrors": "no"}},
+            "stem_options.mirrors must be true or false, not 'no'",
+        ),
+        (
+            {"stem": "patch", "stem_options": {"patch_size": "3"}},
+            "stem_options.patch_size must be a whole number from 1, not '3'",
+        ),
+        (
+            {"stem": "patch", "stem_options": {"width": 0}},
+            "stem_options.width must be a whole number from 1, not 0",
+        ),
+        (
+            {"stem": "gcnn", "stem_options": {"pool_group": False}},
+            "keep_group=true keeps the group's axis, not pool_group",
+        ),
         (
             {"stem": "gcnn", "stem_options": {"pool": 0}},
             "pool must be a whole number from 1, not 0",

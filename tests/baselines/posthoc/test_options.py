@@ -125,3 +125,17 @@ def test_an_own_aggregator_of_an_unknown_level_is_refused():
         Symmetrized(make("timm"), aggregator=Median())
     Median.level = "logit"
     assert Symmetrized(make("timm"), aggregator=Median()).aggregator.level == "logit"
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "options", "said"),
+    [
+        ("learned_score", {"hidden_dim": 2.5}, "aggregator_options.hidden_dim must be a whole"),
+        ("learned_score", {"dim": 0}, "aggregator_options.dim must be a whole number from 1"),
+        ("learned_attention", {"dim": 16.0}, "aggregator_options.dim must be a whole number"),
+        ("learned_score", {"form": "published"}, "form is a keyword of its own"),
+    ],
+)
+def test_an_option_without_a_meaning_is_refused_in_one_line(aggregator, options, said):
+    with pytest.raises(ValueError, match=said):
+        Symmetrized(make("timm"), aggregator=aggregator, aggregator_options=options)

@@ -62,3 +62,16 @@ def test_heads_come_and_go():
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 3)
     features = net.features(torch.randn(2, 3, 16, 16), (0, -1))
     assert features[1].patches.shape == (2, 4, 4, 64) and features[0].cls.shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_heads": 3}, "embed_dim 64 is not divisible by num_heads 3"),
+        ({"depth": -1}, "depth must be a whole number from 0, not -1"),
+        ({"img_size": [28]}, r"img_size must be one side or \(height, width\), not \[28\]"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_in_one_line(options, said):
+    with pytest.raises(ValueError, match=said):
+        SmallVisionTransformer(**options)

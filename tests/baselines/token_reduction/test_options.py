@@ -130,3 +130,8 @@ def test_options_are_shown_without_what_a_network_adds(method):
     shown = repr(reduced("ours", method).reducer)
     assert shown.startswith(f"{METHODS[method].__name__}(") and "tensor" not in shown
     assert ("draws=Draws(seed=0)" in shown) == (method in ("act", "smyrf"))
+
+
+def test_the_form_among_the_options_is_pointed_to_its_place():
+    with pytest.raises(ValueError, match="form is a keyword of its own, not one of options"):
+        build_reduced(timm_net, method="act", options={"form": "published"})

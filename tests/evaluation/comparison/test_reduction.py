@@ -8,7 +8,13 @@ import torch
 
 from evaluation.commands.compare_reduction import parse_comparison
 from evaluation.comparison import reduction_pictures
-from evaluation.comparison.reduction import NONE, check_strengths, compare, make_entries
+from evaluation.comparison.reduction import (
+    NONE,
+    check_settings,
+    check_strengths,
+    compare,
+    make_entries,
+)
 from evaluation.comparison.reduction_dense import fit_dense_head, masks_of, mean_iou
 from evaluation.comparison.reduction_pictures import draw_reductions
 from evaluation.pictures.figures import save
@@ -185,3 +191,29 @@ def test_the_command_trains_reduces_judges_and_goes_on_where_it_stood(tmp_path: 
     again = compare(parse_comparison([*words[:-2], "--no-speed", "--no-pictures"]))
     assert again["octic"]["accuracy"] == figures["octic"]["accuracy"]
     assert "images_per_second" not in again["octic"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"speed_batch": 0}, "speed_batch must be a whole number from 1, not 0"),
+        ({"segmentation": DENSE | {"train_images": -1}}, "segmentation.train_images must be"),
+        ({"segmentation": DENSE | {"train_images": 9, "max_iter": -1}}, "segmentation.max_iter"),
+        ({"segmentation": DENSE | {"train_images": 9, "C": 0}}, "segmentation.C must be finite"),
+    ],
+)
+def test_figures_of_nothing_are_refused_before_a_training(words, said):
+    config = {"speed_batch": 4, "segmentation": DENSE | {"train_images": 9}}
+    with pytest.raises(UserError, match=said):
+        check_settings({**config, **words})
+
+
+def test_methods_to_judge_are_text(capsys):
+    with pytest.raises(SystemExit):
+        parse_comparison(["only=[tome,evit]"])
+    assert "only must be names of methods with commas between" in capsys.readouterr().err
+
+
+def test_a_model_and_a_method_that_are_taken_away_stay_away():
+    config = parse_comparison(["~models.octic", "~methods.act"])
+    assert list(config["runs"]) == ["plain"] and "act" not in config["methods"]

@@ -192,3 +192,8 @@ def test_check_builds_the_aggregators(words, code, tmp_path, capsys):
     told = capsys.readouterr()
     assert left.value.code == code and ("did you mean 'mean'" in told.err) == bool(code)
     assert ("there is no /nowhere.pth on this machine" in told.out) != bool(code)
+
+
+def test_a_validation_set_that_is_none_is_a_mistake():
+    with pytest.raises(UserError, match="validation must be a data set"):
+        split_data(config("validation=val"))
