@@ -26,7 +26,7 @@ class ThroughputProbe:
     """Time the net on random images, without gradients; no images of the data are read.
 
     steps: timed batches of `batch_size` images in each of `repeats` measurements, the first of
-    which is discarded. input_size: None is the net's own.
+    which is discarded. input_size: None is the net's own. UserError in several processes.
     Departs from EViT: without autograd, and an untimed step precedes each measurement.
     """
 
@@ -41,6 +41,8 @@ class ThroughputProbe:
         input_size: int | None = None,
         precision: str = "fp32",
     ) -> None:
+        if distributed.world_size() > 1:  # told before a training or the other probes, not after
+            raise UserError("speed is that of one process; start one, without --ngpus and --nodes")
         check_word("precision", precision, PRECISIONS)
         check_count("batch_size", batch_size, 1)
         check_count("steps", steps, 1)
@@ -52,9 +54,7 @@ class ThroughputProbe:
     def __call__(
         self, net: nn.Module, data: Mapping[str, Any], output_dir: Path, step: int = 0
     ) -> dict[str, float]:
-        """Images per second and giga multiply-adds; UserError in several processes."""
-        if distributed.world_size() > 1:
-            raise UserError("speed is that of one process; start one, without --ngpus and --nodes")
+        """Images per second and giga multiply-adds."""
         found: list[Turn] = []
         size, training = self.input_size or image_size_of(net), net.training
         device = next(net.parameters()).device

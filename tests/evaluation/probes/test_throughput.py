@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 from torch import nn
 
 from evaluation.probes.throughput import ThroughputProbe
+from utils import distributed
+from utils.errors import UserError
 from utils.probing import ProbeRunner
 
 
@@ -19,3 +22,10 @@ def test_the_figures_lie_beside_their_protocol(tmp_path, capsys):
     assert written["protocol"] == probe.protocol | {"step": 7}
     probe(net, {}, tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_trained_or_judged(monkeypatch):
+    """The probes are made at the start; the refusal does not wait for this one's turn."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="speed is that of one process"):
+        ThroughputProbe()
