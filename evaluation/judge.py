@@ -18,6 +18,7 @@ from evaluation.results import in_words, print_figures
 from utils import distributed
 from utils.config.build import build, plain
 from utils.data.images import ImageDataset
+from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
 from utils.probing import numbers, protocol_of
@@ -51,7 +52,10 @@ def judge(config: Mapping[str, Any]) -> Figures:
 
 def build_probes(config: Mapping[str, Any]) -> dict[str, Callable]:
     """The probes of a config by name, without those that are switched off (null)."""
-    nodes = {name: node for name, node in config["probes"].items() if node}
+    nodes = {name: node for name, node in config["probes"].items() if node not in (None, {})}
+    for name, node in nodes.items():
+        if not isinstance(node, Mapping):
+            raise UserError(f"probes.{name} must be {{_target_: ...}}, or null, not {node!r}")
     return build({"probes": nodes})["probes"]  # under their key, for error messages
 
 

@@ -18,6 +18,7 @@ from utils.config.build import build, is_own
 from utils.data.classes import class_list, mismatch
 from utils.data.images import ImageDataset
 from utils.errors import UserError, as_user_error, one_line
+from utils.ranges import check_path
 from utils.run_files import EXPORTED, FORMERLY, IN_HUB
 from vit.finetune import head_of
 from vit.weights import constructor_of as constructor_in
@@ -217,10 +218,9 @@ def name_of(backbone: Mapping[str, Any]) -> str:
 
 def weights_file(weights: str | None) -> str | None:
     """The path of a file of weights; for a run folder, of its exported weights."""
-    if not weights:
+    if weights is None or weights == "":
         return weights
-    if not isinstance(weights, str | Path):
-        raise UserError(f"weights must be text, a path, not {weights!r}: quote it as '\"...\"'")
+    check_path("weights", weights)
     given = Path(weights).expanduser()  # a shell does not expand ~ after key=
     if not given.is_dir():
         return str(given)

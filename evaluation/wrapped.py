@@ -17,6 +17,9 @@ SOME_CLASSES: Any = SimpleNamespace(class_names=["one", "other"])  # in place of
 
 def wrap_all(classifier: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """The classifier under every aggregator, untrained; UserError for one that does not fit it."""
+    for key in ("wrapper", "training"):  # the latter, which is built elsewhere, would fail late
+        if not isinstance(config[key], Mapping):
+            raise UserError(f"{key} must be {{_target_: ...}}, not {config[key]!r}")
     wrapped: dict[str, Any] = {}
     names = config["aggregators"]
     if isinstance(names, str) or not isinstance(names, Sequence):

@@ -5,6 +5,7 @@ NaN is in no range, and an infinite value only where the range is said to have n
 
 import math
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from utils.errors import UserError
 from utils.nearest import nearest
@@ -44,6 +45,12 @@ def check_counts(least: int = 0, /, **values: int) -> None:
 def check_sizes(**values: int | None) -> None:
     """OutOfRange unless each of the values is None, or a whole number from 1 on."""
     check_counts(1, **{key: value for key, value in values.items() if value is not None})
+
+
+def check_path(key: str, value: str | Path) -> None:
+    """OutOfRange unless `value` is text: as a number, a path would not be what was written."""
+    if not isinstance(value, str | Path):
+        raise OutOfRange(f"{key} must be text, a path, not {value!r}: quote it as '\"...\"'")
 
 
 def check_flags(**values: bool) -> None:

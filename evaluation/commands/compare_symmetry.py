@@ -13,6 +13,7 @@ from utils.config.command_line import Option
 from utils.config.trainings import RUNS
 from utils.errors import UserError
 from utils.nearest import nearest
+from utils.ranges import check_distinct, check_words
 
 CONFIG = "symmetry_comparison.yaml"
 UPRIGHT, TURNED = "upright", "turned"
@@ -51,9 +52,8 @@ def with_runs(config: Mapping[str, Any]) -> dict[str, Any]:
     `posthoc.of` becomes the list of the runs of that model. UserError for a file that is not there,
     for words that a run file does not know, and for two runs of one name.
     """
-    unknown = set(config["trained_on"]) - {UPRIGHT, TURNED}
-    if unknown or not config["trained_on"]:
-        raise UserError(f"trained_on is a list of {UPRIGHT}, {TURNED}; got {config['trained_on']}")
+    check_words("trained_on", config["trained_on"], (UPRIGHT, TURNED))
+    check_distinct("trained_on", config["trained_on"])
     models = {name: source for name, source in config["models"].items() if source}
     posthoc = config["posthoc"]
     if posthoc["of"] and posthoc["of"] not in models:

@@ -1,6 +1,6 @@
 """The flags of the comparison of costs, as overrides of configs/complexity.yaml."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,28 @@ def parse_complexity(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = read_command(argv, read_complexity_arguments, page=help_page(meanings(OPTIONS)))
     config = plain(parse_config(default=CONFIG, argv=words, base="complexity"))
     try:
+        _check_names(config)
         files = files_beside(words, "backbone")
         own = {name: _read(files[name]) for name in config["models"] if name in files}
     except UserError as error:
         fail(error)
     keywords = config["keywords"] or {}
     for name, node in own.items():
-        keywords = {**keywords, name: {**node, **keywords.get(name, {})}}
+        keywords = {**keywords, name: {**node, **(keywords.get(name) or {})}}
     return {**config, "keywords": keywords}
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """UserError for nets that have no names, and for what is said of a net in another form."""
+    models = config["models"]
+    if not models or not all(isinstance(name, str) for name in models):
+        raise UserError(f"models must be a list of names of nets, not {models!r}")
+    for name, twin in config["twins"].items():
+        if not isinstance(twin, str | None):
+            raise UserError(f"twins.{name} must be the name of a net, or null, not {twin!r}")
+    for name, keywords in (config["keywords"] or {}).items():
+        if not isinstance(keywords, Mapping | None):
+            raise UserError(f"keywords.{name} must be a mapping, or null, not {keywords!r}")
 
 
 def _read(file: Path) -> dict[str, Any]:

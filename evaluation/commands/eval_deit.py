@@ -92,7 +92,7 @@ def parse_deit_evaluation(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = plain(
         parse_config(default=CONFIG, argv=words, base="evaluate", further=lambda _: notes)
     )
-    if "accuracy" not in config["probes"]:  # null where only speed is asked for
+    if "accuracy" not in (config["probes"] or {}):  # null where only speed is asked for
         fail("the run file has no probes.accuracy: its `defaults` must begin with /eval/deit")
     tell(notes)
     return config | {"backbone_named": names_backbone(words, CONFIG)}

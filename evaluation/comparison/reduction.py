@@ -121,7 +121,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_count("segmentation.train_images", dense["train_images"])
     check_count("segmentation.max_iter", dense["max_iter"], 1)
     check_range("segmentation.C", dense["C"], ends="(]")
-    check_range("segmentation.threshold", dense["threshold"])
+    # No pixel is brighter than 1: everything would be background.
+    check_range("segmentation.threshold", dense["threshold"], 0, 1, ends="[)")
 
 
 @torch.inference_mode()
@@ -141,6 +142,8 @@ def make_entries(
     Reduced nets share the weights of the unreduced one. A net may refuse a method that others
     accept, as a hybrid cannot be reduced in its octic half; UserError if all nets refuse a method.
     """
+    if not isinstance(config["wrapper"], Mapping):
+        raise UserError(f"wrapper must be {{_target_: ...}}, not {config['wrapper']!r}")
     entries: list[Entry] = []
     refused: list[str] = []
     methods = config["methods"]

@@ -27,6 +27,7 @@ from evaluation.wrapped import wrap_all
 from utils.config.build import build
 from utils.data.transforms import evaluation_transform
 from utils.flops import multiply_adds
+from utils.ranges import check_count
 
 SPEED_IMAGES = 16  # of a timed step
 COLUMNS = {
@@ -125,6 +126,7 @@ def _posthoc(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check(config: Mapping[str, Any]) -> None:
     """UserError, before any training, for settings that the evaluation would refuse."""
     angles_of(config["angle_step"])
+    check_count("picture_digit", config["picture_digit"])
     runs, size = config["runs"], image_size(config["runs"])
     dataset, posthoc = make_data(trainings_of(runs)[0]["data"], "val"), config["posthoc"]
     for name, net in unfinished(runs, dataset, size):

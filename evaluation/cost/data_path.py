@@ -31,7 +31,7 @@ from utils.data.images import ImageFolder, read_image
 from utils.joining import session
 from utils.parallel import to_device
 from utils.randomness import seed_cpu
-from utils.ranges import check_count
+from utils.ranges import check_count, check_path
 
 SIZE = (500, 375)  # width and height of ImageNet's usual photograph
 QUALITY = 95  # about 90 kB
@@ -59,6 +59,9 @@ def measure(config: Mapping[str, Any]) -> dict[str, float]:
     config = dict(plain(config))
     for key, least in (("images", 1), ("batch_size", 1), ("rounds", 1), ("reading", 0)):
         check_count(key, config[key], least)
+    for key in ("root", "scratch", "json_file"):
+        if config.get(key) is not None:
+            check_path(key, config[key])
     with session(config["device"]) as device, _one_thread():
         rates: dict[str, float] = {}
         if distributed.is_main():

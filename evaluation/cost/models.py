@@ -40,16 +40,17 @@ def registered(size: int | None = None) -> list[str]:
 
 
 def make_groups(
-    names: Sequence[str], twins: Mapping[str, str], *, size: int | None = None
+    names: Sequence[str], twins: Mapping[str, str | None], *, size: int | None = None
 ) -> list[Group]:
     """Group nets with their twin, which is added if it was not asked for; others are alone.
 
-    Groups are in the order of their first net among `names`. size: `all` means those that take it.
+    A twin of null is none. Groups are in the order of their first net among `names`.
+    size: `all` means those that take it.
     """
     chosen = [word for name in names for word in (registered(size) if name == ALL else [name])]
     members: dict[str, list[str]] = {}
     for name in dict.fromkeys(chosen):
-        members.setdefault(twins.get(name, name), []).append(name)
+        members.setdefault(twins.get(name) or name, []).append(name)
     groups = []
     for twin, group in members.items():
         others = [name for name in group if name != twin]

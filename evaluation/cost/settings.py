@@ -10,7 +10,7 @@ from evaluation.cost.cross_check import require_fvcore
 from evaluation.cost.peaks import has_bfloat16
 from evaluation.cost.timing import PASSES
 from utils.errors import UserError
-from utils.ranges import check_count, check_word
+from utils.ranges import check_count, check_path, check_words
 
 # A batch of 64, 10 warm-ups and 100 timed steps, as published; on a CPU values that take minutes.
 # There the first two steps touch memory that later ones reuse: the first takes half as long again.
@@ -51,8 +51,8 @@ def read_settings(config: Mapping[str, Any], device: torch.device) -> Settings:
         check_count(key, value, 0 if key == "warmup" else 1)
     if config["size"] is not None:
         check_count("size", config["size"], 1)
-    for word in config["passes"]:
-        check_word("passes", word, PASSES)
+    if config["passes"] != []:  # then nothing is timed
+        check_words("passes", config["passes"], PASSES)
     if config["graphs"] and device.type != "cuda":
         raise UserError(f"--graphs needs a CUDA device: {device.type} has no CUDA graphs")
     if config["graphs"] and config.get("table"):
@@ -79,7 +79,7 @@ def choose_device(name: str) -> str:
         raise UserError("device=mps, but torch sees no GPU of Apple's here; use device=auto")
     if name != "auto":
         try:
-            torch.device(name)
+            torch.device(str(name))
         except RuntimeError:
             raise UserError(f"device is auto, cpu, cuda or mps, not {name!r}") from None
     return name
@@ -92,6 +92,7 @@ def check_outputs(config: Mapping[str, Any]) -> None:
     for key in ("json_file", "picture_file"):
         if config[key] is None:
             continue
+        check_path(key, config[key])
         path = Path(config[key])
         if path.is_dir():
             raise UserError(f"{key}={path} is a folder; give the name of a file")

@@ -55,8 +55,9 @@ def read_list(device: str, file: Path | None = None) -> list[Measurement]:
         raise UserError(f"{path} has no measurements for {device}")
     found = [_read(f"{path}: {name}", str(name), node) for name, node in nodes.items()]
     for entry in found:
-        if entry.twin is not None and entry.twin not in nodes:
-            hint = nearest(entry.twin, nodes)
+        others = [other.name for other in found if other is not entry]
+        if entry.twin is not None and entry.twin not in others:
+            hint = nearest(entry.twin, others)
             raise UserError(f"{path}: {entry.name}: there is no twin {entry.twin!r}{hint}")
     return found
 
@@ -87,11 +88,14 @@ def _read(where: str, name: str, node: Any) -> Measurement:
     if not isinstance(node, dict):
         raise UserError(f"{where} must be {', '.join(NEEDED)}")
     _check_keys(where, node)
+    for key in ("tells", "command"):
+        if not isinstance(node[key], str):
+            raise UserError(f"{where}: {key} must be text, not {node[key]!r}")
     minutes = node["minutes"]
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
         raise UserError(f"{where}: minutes must be more than 0, got {minutes!r}")
     try:
-        words = shlex.split(str(node["command"]))
+        words = shlex.split(node["command"])
         script_of(words[0] if words else "")
     except ValueError as error:  # a quote that is not closed, or no such script
         raise UserError(f"{where}: {error}") from None
@@ -99,7 +103,7 @@ def _read(where: str, name: str, node: Any) -> Measurement:
     if not isinstance(discard, list) or not all(re.fullmatch(r"\w[\w-]*", str(d)) for d in discard):
         raise UserError(f"{where}: discard is a list of folders' names, not {discard!r}")
     return Measurement(
-        name, str(node["tells"]), tuple(words), minutes, node.get("twin"), tuple(map(str, discard))
+        name, node["tells"], tuple(words), minutes, node.get("twin"), tuple(map(str, discard))
     )
 
 

@@ -9,6 +9,7 @@ from evaluation.results import print_table
 from utils.command import Parser, as_command
 from utils.errors import UserError
 from utils.nearest import nearest
+from utils.ranges import check_count
 
 
 @as_command()
@@ -56,9 +57,9 @@ def read_plan(argv: Sequence[str] | None = None) -> tuple[str, Plan, bool]:
         values["device"] = "cpu" if measured else _device()
     if values["device"] not in ("cpu", "cuda"):
         raise UserError(f"--device is cpu or cuda, not {values['device']!r}")
-    numbers = [*values["ks"], *(value for value in values.values() if isinstance(value, int))]
-    if min(numbers) < 1:
-        raise UserError("sizes and numbers are whole and at least 1")
+    numbers = [(name, value) for name, value in values.items() if isinstance(value, int)]
+    for name, value in [*numbers, *(("ks", k) for k in values["ks"])]:
+        check_count(f"--{name.replace('_', '-')}", value, 1)
     return probe, default._replace(**values | {"ks": tuple(values["ks"])}), measured
 
 

@@ -16,7 +16,7 @@ from evaluation.features.dataset import evaluating
 from evaluation.features.reading import features_of
 from evaluation.progress import track
 from evaluation.symmetry.equivariance import relative_error
-from utils.errors import UserError
+from utils.ranges import check_range
 from utils.symmetry import disc, rotate
 from vit.backbone import Backbone, Features
 
@@ -32,8 +32,7 @@ class AngleError(NamedTuple):
 
 def angles_of(step: float) -> list[float]:
     """Angles every `step` degrees below 360; none for step 0."""
-    if not 0 <= step <= 180:
-        raise UserError(f"angle_step is {step} degrees; it must lie between 0 (none) and 180")
+    check_range("angle_step", step, 0, 180)
     return [index * step for index in range(round(360 / step + 0.5 - 1e-9))] if step else []
 
 

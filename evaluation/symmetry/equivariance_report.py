@@ -39,7 +39,7 @@ from utils.data.images import ImageFolder
 from utils.errors import UserError
 from utils.folders import check_folder
 from utils.joining import session
-from utils.ranges import check_word
+from utils.ranges import check_count, check_range, check_sizes, check_word
 from utils.results_file import write_results
 from utils.symmetry import SYMMETRIES
 
@@ -64,6 +64,7 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
     law that it claims. Every rank must call this; the first one measures.
     """
     config = dict(plain(config))
+    _check(config)
     figures: dict[str, Any] = {}
     broken: list[str] = []
     check_folder(config["output_dir"])
@@ -89,12 +90,23 @@ def report(config: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def _check(config: Mapping[str, Any]) -> None:
+    """UserError for a value with which no net could be measured, or none could be refused."""
+    if config["backbones"] and not isinstance(config["backbones"], Mapping):
+        raise UserError(f"backbones must be a mapping of names to nets, not {config['backbones']}")
+    check_word("dtype", config["dtype"], TOLERANCES)
+    check_range("shake", config["shake"])
+    check_count("num_images", config["num_images"], 1)
+    check_sizes(image_size=config["image_size"])
+    angles_of(config["angle_step"])
+    if config["tolerance"] is not None:
+        check_range("tolerance", config["tolerance"])
+
+
 def own_images(config: Mapping[str, Any], size: int) -> Tensor:
     """The images [B 3 size size] that the key `images` of a config names."""
     count, source = config["num_images"], str(config["images"])
     if source == "random":
-        if count < 1:
-            raise UserError(f"num_images is {count}; it must be at least 1")
         generator = torch.Generator().manual_seed(config["seed"])
         return torch.randn(count, 3, size, size, generator=generator)
     dataset = photographs() if source == "photographs" else ImageFolder(source, labels=False)
@@ -142,7 +154,6 @@ def _claimed(
 
 
 def _tolerance(config: Mapping[str, Any]) -> float:
-    check_word("dtype", config["dtype"], TOLERANCES)
     given = config["tolerance"]
     return TOLERANCES[config["dtype"]] if given is None else given
 

@@ -40,6 +40,7 @@ from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transf
 from utils.errors import UserError
 from utils.folders import check_folder, make_folder
 from utils.joining import session
+from utils.ranges import check_share
 from utils.results_file import write_results
 from utils.symmetry import SYMMETRIES, transform_image
 
@@ -137,6 +138,8 @@ def split_data(config: Mapping[str, Any]) -> Parts:
     Validation images are those of `validation`, or by default a share of the training images; the
     published MNIST script takes them from the test set.
     """
+    for share in ("validation_share", "data_share"):
+        check_share(share, config[share])
     sets = [make_data(config["data"], split) for split in ("train", "val")]
     if config["validation"]:
         if not isinstance(config["validation"], Mapping):

@@ -6,12 +6,19 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from evaluation.judge import _report, judge
+from evaluation.judge import _report, build_probes, judge
 from evaluation.results import in_words
 from slurm.job import Job
 from tests.evaluation.backbones import BACKBONES, OCTIC, PLAIN, TIMM, TINY, exported
 from utils.errors import UserError
 from utils.probing import ProbeRunner
+
+
+@pytest.mark.parametrize("node", [5, 0, "knn", True, []])
+def test_what_is_no_probe_is_refused(node):
+    assert build_probes({"probes": {"knn": None}}) == {}
+    with pytest.raises(UserError, match="probes.knn must be {_target_: ...}, or null, not "):
+        build_probes({"probes": {"knn": node}})
 
 
 @pytest.fixture(scope="module")

@@ -180,5 +180,7 @@ def test_a_head_of_several_layers_is_a_classifier() -> None:
 
 
 def test_weights_that_are_no_path_are_refused():
-    with pytest.raises(UserError, match="weights must be text, a path, not 2024"):
-        weights_file(2024)
+    for wrong in (2024, 0, False, []):  # the latter are not `null`, which asks for a random net
+        with pytest.raises(UserError, match="weights must be text, a path, not .*: quote it"):
+            weights_file(wrong)
+    assert weights_file(None) is None

@@ -19,6 +19,7 @@ CONFIG = {"wrapper": WRAPPER, "training": TRAINING, "trained": "none"}
     [
         ({"aggregators": ["mean", "meann"]}, "aggregator must be one of .*did you mean 'mean'"),
         ({"wrapper": WRAPPER | {"group": "D3x"}}, "unknown group 'D3x'"),
+        ({"wrapper": None}, "wrapper must be {_target_: ...}, not None"),
         ({"aggregators": None}, "aggregators must be a list of names, not None"),
         ({"aggregators": "mean"}, "aggregators must be a list of names, not 'mean'"),
         ({"trained": "heads"}, "trained must be one of .*did you mean 'head'"),

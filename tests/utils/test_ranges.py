@@ -15,6 +15,7 @@ from utils.ranges import (
     check_counts,
     check_flags,
     check_order,
+    check_path,
     check_range,
     check_rate,
     check_share,
@@ -56,6 +57,14 @@ def test_several_values_at_once() -> None:
     for word in ("no", 1, None):
         with pytest.raises(OutOfRange, match="b must be true or false"):
             check_flags(a=True, b=word)
+
+
+def test_a_path_is_text() -> None:
+    check_path("weights", "5")
+    check_path("weights", Path("5"))
+    for wrong in (5, True, [], None):
+        with pytest.raises(OutOfRange, match="weights must be text, a path, not .*: quote it"):
+            check_path("weights", wrong)
 
 
 def test_sizes_may_be_left_open() -> None:

@@ -108,6 +108,8 @@ def compose_config(
             elif not isinstance(value, str) or not value.strip():
                 raise UserError(f"{key} must be text, got {value!r}")
         OmegaConf.resolve(config)
+        if config.get("seed", 0) is None:
+            raise UserError("seed must be a whole number from 0, not None")
     return config
 
 

@@ -83,14 +83,14 @@ def _found(file: str | Path) -> Path:
     if len(given.name) > 200:  # longer than a file's name may be
         raise UserError(f"there is no config file {str(file)[:60]}...")
     for path in (given, CONFIGS / given):
-        for candidate in (path, path.with_name(f"{path.name}.yaml")):
+        for candidate in (path, Path(f"{path}.yaml")):
             if candidate.is_file():
                 return candidate.absolute()
     if given.is_dir() or (CONFIGS / given).is_dir():
         folder = given if given.is_dir() else CONFIGS / given
         inside = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
         raise UserError(
-            f"{file} is a folder; give one of its files: {inside or 'it has no .yaml file'}"
+            f"{given} is a folder; give one of its files: {inside or 'it has no .yaml file'}"
         )
     ours = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
     beside = {str(path) for path in given.parent.glob("*.y*ml")} if given.parent.is_dir() else set()

@@ -200,6 +200,7 @@ def test_the_command_trains_reduces_judges_and_goes_on_where_it_stood(tmp_path: 
         ({"segmentation": DENSE | {"train_images": -1}}, "segmentation.train_images must be"),
         ({"segmentation": DENSE | {"train_images": 9, "max_iter": -1}}, "segmentation.max_iter"),
         ({"segmentation": DENSE | {"train_images": 9, "C": 0}}, "segmentation.C must be finite"),
+        ({"segmentation": DENSE | {"train_images": 9, "threshold": 1}}, r"threshold .*not 1"),
     ],
 )
 def test_figures_of_nothing_are_refused_before_a_training(words, said):

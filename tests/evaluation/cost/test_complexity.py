@@ -212,6 +212,10 @@ def test_accuracy_is_drawn_for_those_that_have_one(tmp_path):
         (["--fvcore", "--models", "resnet17"], "--fvcore needs the package fvcore"),
         (["--picture-y", "height"], "picture_y is throughput or accuracy, not 'height'"),
         (["--json", "configs"], "is a folder"),
+        (["json_file=5"], "json_file must be text, a path, not 5: quote it"),
+        (["picture_file=true"], "picture_file must be text, a path, not True"),
+        (["passes=null"], "passes must be a list of inference, training step, not None"),
+        (["device=null"], "device is auto, cpu, cuda or mps, not None"),
         (["--device", "gpu"], "device is auto, cpu, cuda or mps, not 'gpu'"),
         (["--graphs"], "--graphs needs a CUDA device: cpu has no CUDA graphs"),
         (["--models", "resnet17"], "there is no model 'resnet17'"),
@@ -237,6 +241,24 @@ def test_flags_are_keys():
     config = parse_complexity(["--compile", "--graphs", "--no-inference", "--threads", "2"])
     assert config["compile"] is True and config["graphs"] is True
     assert config["passes"] == [TRAINING] and config["threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("models=[]", "models must be a list of names of nets, not []"),
+        ("models=null", "models must be a list of names of nets, not None"),
+        ("models=[1]", "models must be a list of names of nets, not [1]"),
+        ("+twins.resnet18=5", "twins.resnet18 must be the name of a net, or null, not 5"),
+        ("+keywords.resnet18=5", "keywords.resnet18 must be a mapping, or null, not 5"),
+        ("seed=null", "seed must be a whole number from 0, not None"),
+    ],
+)
+def test_what_names_no_net_is_one_line(word, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_complexity([word])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error == f"error: {message}\n"
 
 
 def test_the_mode_in_words():

@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from evaluation.cost import data_path
 from evaluation.cost.peaks import device_name
+from utils.errors import UserError
 
 
 def test_ours_decodes_other_formats_than_jpeg_within_its_stage(tmp_path, monkeypatch):
@@ -49,3 +51,10 @@ def test_rates_are_medians_and_ratios_are_taken_round_by_round(tmp_path, monkeyp
     assert kept["protocol"]["machine"] == f"{device_name(torch.device('cpu'))}, one thread"
     out = capsys.readouterr().out
     assert "8.00 (0.25-8.00)" in out and out.count(" 200.00 ") == 1 and out.count(" 50.00 ") == 1
+
+
+@pytest.mark.parametrize("key", ["root", "scratch", "json_file"])
+def test_what_is_no_path_is_refused_before_anything_is_measured(key):
+    config = {"images": 1, "batch_size": 1, "rounds": 1, "reading": 0, key: 5}
+    with pytest.raises(UserError, match=f"{key} must be text, a path, not 5: quote it"):
+        data_path.measure(config)

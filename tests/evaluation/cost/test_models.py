@@ -67,6 +67,8 @@ def test_groups_take_the_twin_along_and_leave_others_alone():
         ("deit_small_patch16_LS", ("deit_small_patch16_LS", *names[1:])),
     ]
     assert make_groups(["deit_small_patch16_LS"], TWINS) == [(None, ("deit_small_patch16_LS",))]
+    without = TWINS | {"hybrid_deit_small_patch16": None}
+    assert make_groups(names[1:2], without) == [(None, (names[1],))]
 
 
 def test_all_means_every_backbone_that_a_name_describes():

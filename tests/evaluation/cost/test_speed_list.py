@@ -41,6 +41,19 @@ ROOT = Path(__file__).resolve().parents[3]
             "a: there is no twin 'b'",
         ),
         (
+            "cpu: {a: {tells: it, minutes: 1, command: README.md, twin: [b]}}",
+            r"a: there is no twin ['b']",
+        ),
+        (
+            "cpu: {a: {tells: it, minutes: 1, command: README.md, twin: a}}",
+            "a: there is no twin 'a'",
+        ),
+        (
+            "cpu: {a: {tells: it, minutes: 1, command: [README.md]}}",
+            "a: command must be text, not ['README.md']",
+        ),
+        ("cpu: {a: {tells: , minutes: 1, command: README.md}}", "a: tells must be text, not None"),
+        (
             "cpu: {a: {tells: it, minutes: 1, command: README.md, discard: [..]}}",
             "discard is a list of folders' names",
         ),

@@ -92,7 +92,9 @@ def test_rates_are_measured():
     ("words", "message"),
     [
         (["--probe", "kn"], "did you mean 'knn'"),
-        (["--train", "0"], "at least 1"),
+        (["--train", "0"], "--train must be a whole number from 1, not 0"),
+        (["--ks", "5", "-1"], "--ks must be a whole number from 1, not -1"),
+        (["--batch-size", "0"], "--batch-size must be a whole number from 1, not 0"),
         (["--dim", "wide"], "invalid int value: 'wide'"),
         (["--search-precision", "fp8"], "fp32 or fp16"),
         (["--device", "tpu"], "cpu or cuda, not 'tpu'"),

@@ -14,7 +14,7 @@ def test_angles_of():
     assert angles_of(15.0) == [15.0 * index for index in range(24)]
     assert angles_of(50) == [0, 50, 100, 150, 200, 250, 300, 350]
     assert angles_of(0) == []
-    with pytest.raises(UserError, match="angle_step is -5"):
+    with pytest.raises(UserError, match=r"angle_step must lie in \[0, 180\], not -5"):
         angles_of(-5)
 
 

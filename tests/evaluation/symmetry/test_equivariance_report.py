@@ -1,6 +1,7 @@
 """The report says what holds, leaves numbers and pictures, and fails where a law is broken."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -139,12 +140,23 @@ def test_a_model_named_replaces_the_kinds(tmp_path):
     [
         ({"dtype": "float16"}, "dtype must be one of float32, float64, not 'float16'"),
         ({"images": "nowhere/at/all"}, "does not exist"),
-        ({"num_images": 0}, "num_images is 0"),
-        ({"angle_step": 200.0}, "angle_step is 200.0 degrees"),
+        ({"num_images": 0}, "num_images must be a whole number from 1, not 0"),
+        ({"num_images": None}, "num_images must be a whole number from 1, not None"),
+        ({"image_size": 0}, "image_size must be a whole number from 1, not 0"),
+        ({"image_size": 1.5}, "image_size must be a whole number from 1, not 1.5"),
+        ({"angle_step": 200.0}, "angle_step must lie in [0, 180], not 200.0"),
+        ({"angle_step": None}, "angle_step must be a number, not None"),
+        ({"shake": float("nan")}, "shake must be finite and at least 0, not nan"),
+        ({"shake": -1.0}, "shake must be finite and at least 0, not -1.0"),
+        ({"tolerance": "abc"}, "tolerance must be a number, not 'abc'"),
+        ({"tolerance": True}, "tolerance must be a number, not True"),
+        ({"tolerance": float("inf")}, "tolerance must be finite and at least 0, not inf"),
+        ({"tolerance": -1.0}, "tolerance must be finite and at least 0, not -1.0"),
+        ({"backbones": "abc"}, "backbones must be a mapping of names to nets, not abc"),
     ],
 )
 def test_mistakes_are_one_line(changes, said, tmp_path):
-    with pytest.raises(ValueError, match=said.replace("(", r"\(")) as raised:
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
         report(small(tmp_path, BACKBONES["timm"]) | changes)
     assert "\n" not in str(raised.value)
 

@@ -139,6 +139,8 @@ def test_files_are_found_by_path_and_below_configs(write, monkeypatch) -> None:
     [
         ("trian.yaml", "there is no config file trian.yaml; did you mean 'train.yaml'?"),
         ("/nowhere/slurn.yaml", "did you mean"),
+        ("", ". is a folder; give one of its files"),
+        ("/", "/ is a folder; give one of its files: it has no .yaml file"),
         (str(CONFIGS / "launcher"), "is a folder; give one of its files: here.yaml, local.yaml"),
     ],
 )
