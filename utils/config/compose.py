@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from utils.config.build import plain
 from utils.config.files import CONFIGS, find_file, run_of_model
 from utils.config.flags import quoted, read_arguments
 from utils.config.overrides import content_of, is_group, known_key, parse_words
-from utils.config.schema import compare
+from utils.config.schema import NAMES, compare
 from utils.errors import UserError, fail
 from utils.nearest import nearest, nearest_family
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-# Mappings of names that a command line may choose from: one that it takes away stays away.
-NAMED = ("models", "methods")
 # Groups that may hold files of a user, and where these stand.
 OWN_GROUPS = ("backbone", "recipe", "data", "probe")
 OWN_FILE = "one of yours is {}.yaml beside the run file that --config-file names"
@@ -99,8 +97,7 @@ def compose_config(
             config = _compose(path, words, refuse)
         else:
             config = _compose_and_swap(path, words, base)
-        deleted = {word.key_or_group for word in words if word.is_delete()}
-        _check_keys(config, base, path, deleted)
+        _check_keys(config, base, path)
         for key in ("name", "output_dir"):
             value = config.get(key, ".")
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -218,11 +215,8 @@ def _compose_translated(
         return _compose(translated, [word for word in words if word not in theirs])
 
 
-def _check_keys(config: "DictConfig", base: str, path: Path, deleted: Collection[str]) -> None:
-    """Refuse keys that `base` and its groups lack, and values of another kind than theirs.
-
-    deleted: what the command line takes away.
-    """
+def _check_keys(config: "DictConfig", base: str, path: Path) -> None:
+    """Refuse keys that `base` and its groups lack, and values of another kind than theirs."""
     from omegaconf import OmegaConf
 
     for group in _groups_left_open(base):
@@ -240,26 +234,25 @@ def _check_keys(config: "DictConfig", base: str, path: Path, deleted: Collection
         if key in schema and not isinstance(content[key], dict | None):
             raise UserError(f"{key} must be a mapping of keys to values, got {content[key]!r}")
     compare(content, schema, path)
-    _add_defaults(config, content, schema, base, deleted)
+    _add_defaults(config, content, schema, base)
 
 
 def _add_defaults(
-    config: "DictConfig",
-    content: dict[str, Any],
-    schema: dict[str, Any],
-    base: str,
-    deleted: Collection[str],
+    config: "DictConfig", content: dict[str, Any], schema: dict[str, Any], base: str
 ) -> None:
-    """Add keys that an older saved config lacks, with their defaults; none of the names deleted."""
+    """Add keys that an older saved config lacks, with their defaults.
+
+    Names that a user chooses are none of these: one that is not there was taken away.
+    """
     from omegaconf import OmegaConf
 
     lacking = [
         (group, key)
         for group, keys in schema.items()
-        if isinstance(keys, dict) and isinstance(content.get(group), dict) and group != "data"
+        if isinstance(keys, dict) and isinstance(content.get(group), dict)
+        if group not in ("data", *NAMES)
         for key in keys
         if key not in content[group] and "_target_" not in keys
-        if not (group in NAMED and f"{group}.{key}" in deleted)
     ]
     if lacking:
         defaults = content_of(_compose(CONFIGS / f"{base}.yaml", []))

@@ -241,6 +241,8 @@ def test_flags_are_keys():
     config = parse_complexity(["--compile", "--graphs", "--no-inference", "--threads", "2"])
     assert config["compile"] is True and config["graphs"] is True
     assert config["passes"] == [TRAINING] and config["threads"] == 2
+    twin = "hybrid_deit_small_patch16"
+    assert twin not in parse_complexity([f"~twins.{twin}"])["twins"]  # taken away, it stays away
 
 
 @pytest.mark.parametrize(
