@@ -76,7 +76,8 @@ def make_patch_stem(
 
     ValueError where the group has symmetries that the patches are not averaged over.
     """
-    check_flags(**({} if mirrors is None else {"mirrors": mirrors}))
+    if mirrors is not None:
+        check_flags(mirrors=mirrors)
     own = group.grid_elements
     turns = rotations or sum(not element.flip for element in own)
     mirrored = group.mirrors if mirrors is None else mirrors

@@ -16,6 +16,7 @@ from torch import Tensor
 from evaluation.features.dataset import full_float32_products
 from utils import distributed
 
+DTYPES = {"float64": torch.float64, "float32": torch.float32}  # of the products
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """A call begins one pass over this rank's rows [n, D] and class indices [n], chunk by chunk."""
 

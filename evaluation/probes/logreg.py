@@ -13,7 +13,7 @@ from evaluation.features.dataset import PRECISIONS, FeatureSet, check_labelled, 
 from evaluation.image_size import settle_sizes
 from evaluation.probes.class_metrics import ClassCounts, check_metric
 from evaluation.probes.image_counts import count_images, count_missing
-from evaluation.probes.logistic import LogisticModel, fit_logistic, measure_moments
+from evaluation.probes.logistic import DTYPES, LogisticModel, fit_logistic, measure_moments
 from evaluation.progress import say
 from utils import distributed
 from utils.data.images import ImageDataset
@@ -23,7 +23,6 @@ from utils.ranges import check_counts, check_list, check_range, check_sizes, che
 from utils.results_file import write_results
 from vit.backbone import Backbone
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
 SELECT_ON = ("train", "val")
 METRICS = ("mean_accuracy", "mean_per_class_accuracy")  # single numbers, by which C is chosen
 Fit = Callable[[float, LogisticModel | None], LogisticModel]

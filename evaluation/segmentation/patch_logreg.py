@@ -10,8 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from evaluation.probes.logistic import LogisticModel, Moments, fit_logistic, measure_moments
-from evaluation.probes.logreg import DTYPES
+from evaluation.probes.logistic import (
+    DTYPES,
+    LogisticModel,
+    Moments,
+    fit_logistic,
+    measure_moments,
+)
 from evaluation.progress import say
 from evaluation.segmentation.fit_rows import FitRows
 from evaluation.segmentation.iou import NUM_LABELS, Confusion, Scores
